@@ -1,0 +1,36 @@
+"""Variable-length compression of audio frames for audio language models."""
+
+from fastcompress import nn
+from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.segment_pool import segment_pool
+from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
+from fastcompress.ops.select_boundaries import (
+    segments_from_ids,
+    segments_from_mask,
+    segments_from_starts,
+    select_boundaries,
+)
+from fastcompress.rules import LocalMax, Rule, Threshold, Uniform
+from fastcompress.segments import Pooled, Segments
+from fastcompress.version import __version__
+
+
+
+__all__ = [
+    "LocalMax",
+    "Pooled",
+    "Rule",
+    "Segments",
+    "Threshold",
+    "Uniform",
+    "__version__",
+    "adjacent_distance",
+    "nn",
+    "segment_expand",
+    "segment_pool",
+    "segment_reduce",
+    "segments_from_ids",
+    "segments_from_mask",
+    "segments_from_starts",
+    "select_boundaries",
+]

@@ -1,0 +1,1 @@
+"""The public ops: checks, fakes, autograd and dispatch; one module an op."""

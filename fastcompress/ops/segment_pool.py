@@ -1,0 +1,131 @@
+"""The fused op: find segments, average them, in one pass."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.dispatch import call
+from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
+from fastcompress.rules import LocalMax, Rule, as_rule
+from fastcompress.segments import Pooled, Segments
+
+_op = torch.ops.fastcompress.segment_pool.default
+_expand_op = torch.ops.fastcompress.segment_expand.default
+
+
+def segment_pool(
+    x: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    row_group: Tensor | None = None,
+    rule: Rule | str = LocalMax(),  # noqa: B008  (immutable)
+    keys: Tensor | None = None,
+    reduce: str = "mean",
+    weights: Tensor | None = None,
+    compact: bool = True,
+) -> Pooled:
+    """Finds variable-length segments in a batch of frames and averages each.
+
+    Equal to :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` one after the other, bit
+    for bit. Mean pooling by every rule but a prominence is one pass over ``x``; the rest runs as those three.
+
+    Args:
+        x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sequence.
+        lengths: ``[B]`` int32 or int64, with padded input; ``None``: every frame counts.
+        attention_mask: ``[B, T]``, with padded input: frames where it is 0 are dropped.
+        row_group: int32, a value a row. Negative: dropped; 0: kept as a segment of its own; k > 0: pooled by the rule
+            with its neighbours of the same k.
+        rule: a rule or its text form, such as ``"local-max:order=2"``.
+        keys: ``[..., K]`` with the leading shape of ``x``: the distances are taken between these instead of ``x``.
+        reduce, weights: as in :func:`segment_reduce`.
+        compact: size the result exactly, which reads the count from the device; else return the upper bound of the
+            rule, the tail being empty segments with zero values.
+
+    Returns:
+        The tokens, packed, and their segments. Gradients go to ``x`` and ``weights``; boundaries have none.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
+    """
+    rule = as_rule(rule)
+    check_float("x", x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
+    if keys is not None:
+        check_float("keys", keys)
+        check_same_device("keys", keys, x)
+        if keys.shape[:-1] != x.shape[:-1]:
+            raise ValueError(f"keys must have a row for each row of x, {list(x.shape[:-1])}, got {list(keys.shape)}")
+        keys = keys.detach()
+    if reduce != "mean" or weights is not None or not rule.fused:
+        # Uniform reads only the shape of the distances.
+        scored = x if keys is None else keys
+        with torch.no_grad():
+            if rule.needs_distance:
+                d = adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths)
+            else:
+                d = torch.zeros(x.shape[:-1], device=x.device)
+        segments = select_boundaries(
+            d,
+            rule,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            row_group=row_group,
+            compact=compact,
+        )
+        return Pooled(segment_reduce(x, segments, reduce, weights), segments)
+    groups = check_layout(x, 2, cu_seqlens, lengths, attention_mask, row_group)
+    values, starts, segment_lengths, cu_segments = call(
+        _op,
+        (x, keys, cu_seqlens, lengths, groups, *rule.op_args(), compact),
+        torch.is_grad_enabled() and x.requires_grad,
+        lambda: check_layout_values(x.shape, cu_seqlens, lengths),
+    )
+    if x.dim() == 3:
+        offsets = frame_offsets(x, True, cu_seqlens, lengths)
+        return Pooled(
+            values,
+            Segments(starts, segment_lengths, cu_segments, offsets, x.shape[0] * x.shape[1], x.shape[1]),
+        )
+    offsets = frame_offsets(x, False, cu_seqlens, lengths)
+    return Pooled(values, Segments(starts, segment_lengths, cu_segments, offsets, x.shape[0]))
+
+
+@torch.library.register_fake("fastcompress::segment_pool")
+def _(
+    x: Tensor, keys: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None,
+    rule: str, size: int, threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]
+    sequences = num_sequences(x.shape, x.dim() == 3, cu_seqlens)
+    segments = fake_segments(x, rows, sequences, row_group is not None, rule, size, min_len, max_len, compact)
+    return x.new_empty((segments[0].shape[0], x.shape[-1])), *segments
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.shape = inputs[0].shape
+    _, starts, segment_lengths, cu_segments = output
+    ctx.mark_non_differentiable(starts, segment_lengths, cu_segments)
+    ctx.save_for_backward(starts, segment_lengths)
+
+
+def _backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    starts, segment_lengths = ctx.saved_tensors
+    rows = ctx.shape[0] * ctx.shape[1] if len(ctx.shape) == 3 else ctx.shape[0]
+    grad_x = _expand_op(grad, starts, segment_lengths, rows, "mean").reshape(ctx.shape)
+    return grad_x, *(None,) * 12
+
+
+torch.library.register_autograd("fastcompress::segment_pool", _backward, setup_context=_setup_context)

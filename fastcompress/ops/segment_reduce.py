@@ -1,0 +1,167 @@
+"""Reductions over segments and their adjoint, :func:`segment_expand`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import check_float, check_same_device, check_segment_values
+from fastcompress.ops.dispatch import call
+from fastcompress.segments import Segments
+
+_ops = torch.ops.fastcompress
+_reduce_op = _ops.segment_reduce.default
+_max_backward_op = _ops.segment_max_backward.default
+_weighted_op = _ops.segment_weighted_mean.default
+_weighted_backward_op = _ops.segment_weighted_mean_backward.default
+_expand_op = _ops.segment_expand.default
+
+REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
+
+
+def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights: Tensor | None = None) -> Tensor:
+    """One row a segment.
+
+    Sums are taken in fp32 (fp64 for fp64) in a fixed order and rounded once, so the result has the same bits on every
+    backend and for every number of threads. An empty segment gives 0.
+
+    Args:
+        x: the rows that were segmented, ``[N, D]`` or ``[B, T, D]``; fp32, fp16, bf16 or fp64.
+        segments: which rows make a segment.
+        reduce: ``"mean"``, ``"sum"``, ``"max"`` (NaN wins), or one frame: ``"first"``, ``"last"``, ``"middle"`` (the
+            earlier of two).
+        weights: floating point, a value a row; with ``"mean"`` only. They are normalised in each segment, in fp32
+            (fp64 with fp64 ``x``); a segment whose weights add to zero gives 0.
+
+    Returns:
+        ``[M, D]`` in the dtype of ``x``. Gradients to ``x`` of any order for all but ``"max"`` and weights, which have
+        first-order gradients; the weights get theirs too.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
+    """
+    check_float("x", x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
+    rows = x.reshape(-1, x.shape[-1]) if x.dim() == 3 else x
+    _check_segments(segments, rows)
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    starts, lengths = segments.starts, segments.lengths
+    if weights is None:
+        op, args = _reduce_op, (rows, starts, lengths, reduce)
+        needs_grad = torch.is_grad_enabled() and rows.requires_grad
+    else:
+        if reduce != "mean":
+            raise ValueError(f"weights go with reduce='mean', got reduce={reduce!r}")
+        check_float("weights", weights)
+        check_same_device("weights", weights, x)
+        if weights.shape != x.shape[:-1]:
+            raise ValueError(f"weights must have shape {list(x.shape[:-1])}, a value a row, got {list(weights.shape)}")
+        weights = weights.reshape(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
+        op, args = _weighted_op, (rows, weights, starts, lengths)
+        needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)
+    return call(op, args, needs_grad, lambda: check_segment_values(starts, lengths, rows.shape[0]))
+
+
+def segment_expand(y: Tensor, segments: Segments) -> Tensor:
+    """Each segment's row, repeated for its frames: the adjoint of the sum. Rows in no segment get 0.
+
+    Args:
+        y: ``[M, D]``, fp32, fp16, bf16 or fp64.
+        segments: M segments of N rows.
+
+    Returns:
+        ``[N, D]`` in the dtype of ``y``; gradients of any order.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
+    """
+    check_float("y", y)
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
+    check_same_device("segments", segments.starts, y)
+    starts, lengths, num_rows = segments.starts, segments.lengths, segments.num_rows
+    if y.dim() != 2 or y.shape[0] != starts.shape[0]:
+        raise ValueError(f"y must have shape [{starts.shape[0]}, D], a row a segment, got {list(y.shape)}")
+    return call(
+        _expand_op,
+        (y, starts, lengths, num_rows, "sum"),
+        torch.is_grad_enabled() and y.requires_grad,
+        lambda: check_segment_values(starts, lengths, num_rows),
+    )
+
+
+def _check_segments(segments: Segments, rows: Tensor) -> None:
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
+    check_same_device("segments", segments.starts, rows)
+    if segments.num_rows != rows.shape[0]:
+        raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")
+
+
+@torch.library.register_fake("fastcompress::segment_reduce")
+def _(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> Tensor:
+    return x.new_empty((starts.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("fastcompress::segment_max_backward")
+def _(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+@torch.library.register_fake("fastcompress::segment_weighted_mean")
+def _(x: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    return x.new_empty((starts.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("fastcompress::segment_weighted_mean_backward")
+def _(grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), weights.new_empty(weights.shape)
+
+
+@torch.library.register_fake("fastcompress::segment_expand")
+def _(y: Tensor, starts: Tensor, lengths: Tensor, num_rows: int, reduce: str) -> Tensor:
+    return y.new_empty((num_rows, y.shape[1]))
+
+
+def _setup_reduce(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, starts, lengths, ctx.reduce = inputs
+    ctx.num_rows = x.shape[0]
+    saved = (x, output) if ctx.reduce == "max" else ()
+    ctx.save_for_backward(starts, lengths, *saved)
+
+
+def _reduce_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    starts, lengths, *saved = ctx.saved_tensors
+    if ctx.reduce == "max":
+        return _max_backward_op(grad, *saved, starts, lengths), None, None, None
+    return _expand_op(grad, starts, lengths, ctx.num_rows, ctx.reduce), None, None, None
+
+
+def _setup_weighted(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, weights, starts, lengths = inputs
+    ctx.save_for_backward(x, output, weights, starts, lengths)
+
+
+def _weighted_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    grad_x, grad_weights = _weighted_backward_op(grad, *ctx.saved_tensors)
+    return grad_x, grad_weights, None, None
+
+
+def _setup_expand(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    _, starts, lengths, _, ctx.reduce = inputs
+    ctx.save_for_backward(starts, lengths)
+
+
+def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    return _reduce_op(grad, *ctx.saved_tensors, ctx.reduce), None, None, None, None
+
+
+torch.library.register_autograd("fastcompress::segment_reduce", _reduce_backward, setup_context=_setup_reduce)
+torch.library.register_autograd("fastcompress::segment_weighted_mean", _weighted_backward, setup_context=_setup_weighted)
+torch.library.register_autograd("fastcompress::segment_expand", _expand_backward, setup_context=_setup_expand)

@@ -1,0 +1,174 @@
+"""Distances and a rule to segments; also segments from boundaries that the caller has."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops.dispatch import call
+from fastcompress.rules import Rule, Threshold, as_rule, max_segments
+from fastcompress.segments import Segments
+
+_op = torch.ops.fastcompress.select_boundaries.default
+
+
+def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
+    """``[B + 1]`` int32: frames before each sequence."""
+    if not padded:
+        if cu_seqlens is None:
+            return torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=rows.device)
+        return cu_seqlens.int()
+    if lengths is None:
+        return torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device) * rows.shape[1]
+    return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
+
+
+def select_boundaries(
+    d: Tensor,
+    rule: Rule | str,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    row_group: Tensor | None = None,
+    compact: bool = True,
+) -> Segments:
+    """Segments that a rule finds in distances. Not differentiable.
+
+    Args:
+        d: ``[N]`` packed or ``[B, T]`` padded, the distance between each frame and the next
+            (:func:`adjacent_distance`); the last of each sequence is not read. ``Uniform`` reads only the shape.
+        rule: a rule or its text form.
+        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+        attention_mask: ``[B, T]`` with padded input: frames where it is 0 are dropped.
+        row_group: int32 of the shape of ``d``. Negative: the row is dropped; 0: a segment of its own; k > 0: the rule
+            works inside each run of neighbouring rows of the same k, as if the run were a sequence.
+        compact: size the result exactly, which reads the count from the device; else return the upper bound of
+            the rule, the tail being empty segments.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
+    """
+    rule = as_rule(rule)
+    check_float("d", d)
+    groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
+    starts, segment_lengths, cu_segments = call(
+        _op,
+        (d.detach(), cu_seqlens, lengths, groups, *rule.op_args(), compact),
+        False,
+        lambda: check_layout_values(d.shape, cu_seqlens, lengths),
+    )
+    padded = d.dim() == 2
+    offsets = frame_offsets(d, padded, cu_seqlens, lengths)
+    return Segments(starts, segment_lengths, cu_segments, offsets, d.numel(), d.shape[1] if padded else None)
+
+
+def segments_from_mask(
+    mask: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+    row_group: Tensor | None = None,
+    min_len: int = 1,
+    max_len: int | None = None,
+    compact: bool = True,
+) -> Segments:
+    """Segments from a boundary mask: a frame where ``mask`` is nonzero starts a segment; so does the first frame of
+    every sequence.
+
+    Args:
+        mask: ``[N]`` packed or ``[B, T]`` padded, bool or integer.
+        min_len, max_len: as in :class:`Threshold`.
+        cu_seqlens, lengths, attention_mask, row_group, compact: as in :func:`select_boundaries`.
+    """
+    if not isinstance(mask, Tensor):
+        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    # A boundary at t belongs to the pair (t - 1, t).
+    d = (mask != 0).roll(-1, dims=-1).float()
+    return select_boundaries(
+        d,
+        Threshold(0.5, min_len, max_len),
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        attention_mask=attention_mask,
+        row_group=row_group,
+        compact=compact,
+    )
+
+
+def segments_from_ids(
+    ids: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, compact: bool = True
+) -> Segments:
+    """Segments from an id a frame: each run of equal ids inside a sequence is one; negative ids are in none.
+
+    The inverse of :meth:`Segments.ids` when neighbouring segments have different ids.
+
+    Args:
+        ids: ``[N]`` packed or ``[B, T]`` padded, integer.
+        cu_seqlens, lengths, compact: as in :func:`select_boundaries`.
+    """
+    if not isinstance(ids, Tensor):
+        raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
+    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise TypeError(f"ids must be integers, got {ids.dtype}")
+    changed = ids != ids.roll(1, dims=-1)
+    groups = torch.where(ids < 0, -1, 1).int()
+    return segments_from_mask(changed, cu_seqlens=cu_seqlens, lengths=lengths, row_group=groups, compact=compact)
+
+
+def segments_from_starts(
+    starts: Tensor, num_rows: int, *, cu_seqlens: Tensor | None = None, compact: bool = True
+) -> Segments:
+    """Segments of packed input from the rows where they start; each ends where the next one, or the sequence, does.
+
+    Args:
+        starts: ``[S]`` int32 or int64 in ``[0, num_rows)``, in any order; the first row of a sequence may be left out.
+        num_rows: rows of the packed input.
+        cu_seqlens, compact: as in :func:`select_boundaries`.
+    """
+    if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"starts must be an int32 or int64 tensor, got {getattr(starts, 'dtype', type(starts).__name__)}")
+    if starts.dim() != 1:
+        raise ValueError(f"starts must have shape [S], got {list(starts.shape)}")
+    if cu_seqlens is not None:
+        check_same_device("cu_seqlens", cu_seqlens, starts)
+    if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():
+        low, high = int(starts.min()), int(starts.max())
+        if low < 0 or high >= num_rows:
+            raise ValueError(f"starts must lie in [0, {num_rows}), the rows of the input, got {low if low < 0 else high}")
+    mask = torch.zeros(num_rows, dtype=torch.bool, device=starts.device).index_fill(0, starts.long(), True)
+    return segments_from_mask(mask, cu_seqlens=cu_seqlens, compact=compact)
+
+
+def fake_segments(
+    like: Tensor, num_rows: int, num_sequences: int, has_row_group: bool, rule: str, size: int, min_len: int,
+    max_len: int, compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Fake starts, lengths and cu_segments of an op that selects."""
+    if compact:
+        count = torch.library.get_ctx().new_dynamic_size()
+    else:
+        count = num_rows if has_row_group else max_segments(rule, size, min_len, max_len, num_rows, num_sequences)
+    starts = like.new_empty((count,), dtype=torch.int64)
+    return starts, torch.empty_like(starts), like.new_empty((num_sequences + 1,), dtype=torch.int32)
+
+
+def num_sequences(shape: torch.Size, padded: bool, cu_seqlens: Tensor | None) -> int:
+    """B of a batch."""
+    if padded:
+        return shape[0]
+    return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1
+
+
+@torch.library.register_fake("fastcompress::select_boundaries")
+def _(
+    d: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None, rule: str, size: int,
+    threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool, compact: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sequences = num_sequences(d.shape, d.dim() == 2, cu_seqlens)
+    return fake_segments(d, d.numel(), sequences, row_group is not None, rule, size, min_len, max_len, compact)

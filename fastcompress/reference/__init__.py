@@ -1,0 +1,30 @@
+"""Pure PyTorch forms of every op: slow, obviously right, the definition that the kernels are held to.
+
+They are registered for every device, below the compiled kernels of a device where there are some.
+"""
+
+from fastcompress.reference.boundaries import select_boundaries
+from fastcompress.reference.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.reference.pool import segment_pool
+from fastcompress.reference.reduce import (
+    segment_expand,
+    segment_max_backward,
+    segment_reduce,
+    segment_weighted_mean,
+    segment_weighted_mean_backward,
+)
+
+OPS = {
+    op.__name__: op
+    for op in (
+        adjacent_distance,
+        adjacent_distance_backward,
+        select_boundaries,
+        segment_reduce,
+        segment_max_backward,
+        segment_weighted_mean,
+        segment_weighted_mean_backward,
+        segment_expand,
+        segment_pool,
+    )
+}

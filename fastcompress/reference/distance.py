@@ -1,0 +1,103 @@
+"""Definition of the distance between frames, and of the dot product that every backend repeats to the bit."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastcompress.checks import check_layout_values
+
+#: Partial sums of the canonical dot product; chosen and frozen, see docs/numerics.md.
+LANES = 32
+#: Smallest norm that divides.
+EPS = 1e-8
+
+
+def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp64 for fp64, fp32 for every other floating type."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
+    """Dot product of rows, ``[..., D]`` -> ``[...]`` fp64, in the one order that all backends share.
+
+    Partial sum ``j`` takes the elements ``i = j (mod LANES)`` in increasing ``i``, product and sum rounded separately
+    to fp32 (fp64 for fp64). The partial sums are then added in fp64, halving: ``j`` and ``j + LANES / 2``, and so on.
+    """
+    dtype = accumulate_dtype(a.dtype)
+    missing = -a.shape[-1] % LANES
+    a = F.pad(a.to(dtype), (0, missing)).unflatten(-1, (-1, LANES))
+    b = F.pad(b.to(dtype), (0, missing)).unflatten(-1, (-1, LANES))
+    sums = a.new_zeros(*a.shape[:-2], LANES)
+    for step in range(a.shape[-2]):
+        sums = sums + a[..., step, :] * b[..., step, :]
+    sums = sums.double()
+    while sums.shape[-1] > 1:
+        half = sums.shape[-1] // 2
+        sums = sums[..., :half] + sums[..., half:]
+    return sums[..., 0]
+
+
+def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
+    """``1 - cos`` of rows, ``[..., D]`` -> ``[...]`` in the accumulation dtype.
+
+    Two rows whose squared norms are both zero are alike, 0; one such row beside another is at distance 1. Non-finite
+    rows, and rows whose square overflows, give NaN.
+    """
+    square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
+    norms = square_a.sqrt().clamp_min(EPS) * square_b.sqrt().clamp_min(EPS)
+    d = 1 - canonical_dot(a, b) / norms
+    d = torch.where((square_a == 0) & (square_b == 0), 0, d)
+    return d.to(accumulate_dtype(a.dtype))
+
+
+def pair_mask(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
+    """``x.shape[:-1]`` bool: whether row t and row t + lag are both frames of one sequence."""
+    if x.dim() == 3:
+        row = torch.arange(x.shape[1], device=x.device)
+        if lengths is None:
+            return (row + lag < x.shape[1]).expand(x.shape[:2])
+        return row + lag < lengths[:, None]
+    row = torch.arange(x.shape[0], device=x.device)
+    if cu_seqlens is None:
+        return row + lag < x.shape[0]
+    ends = cu_seqlens[1:].long()
+    end = torch.cat([ends, ends.new_full((1,), x.shape[0])])[torch.searchsorted(ends, row, right=True)]
+    return row + lag < end
+
+
+def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
+    check_layout_values(x.shape, cu_seqlens, lengths)
+    valid = pair_mask(x, cu_seqlens, lengths, lag)
+    other = x.roll(-lag, dims=-2)  # what wraps around is not valid
+    d = cosine_distance(x, other) if x.shape[-2] else x.new_zeros(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
+    return torch.where(valid, d, torch.nan)
+
+
+def adjacent_distance_backward(
+    grad: Tensor, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int
+) -> Tensor:
+    """Gradient of ``x``: each row takes part in the pair that it starts and in the pair that it ends.
+
+    With ``u = x / |x|``, the gradient of ``d = 1 - u . v`` by ``x`` is ``((u . v) u - v) / |x|``; below ``EPS`` the norm
+    is the constant ``EPS`` and only ``-v / EPS`` remains. Pairs of two zero rows and pairs beyond a sequence get 0.
+    """
+    dtype = accumulate_dtype(x.dtype)
+    valid = pair_mask(x, cu_seqlens, lengths, lag)
+    a, b = x, x.roll(-lag, dims=-2)
+    square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
+    valid = valid & ~((square_a == 0) & (square_b == 0))
+    norm_a, norm_b = square_a.sqrt().clamp_min(EPS), square_b.sqrt().clamp_min(EPS)
+    cosine = canonical_dot(a, b) / (norm_a * norm_b)
+    scale = torch.where(valid, grad.double(), 0)
+
+    def coefficients(norm: Tensor) -> Tensor:
+        return torch.where(norm > EPS, cosine / norm.square(), 0).mul(scale).to(dtype)[..., None]
+
+    cross = (-scale / (norm_a * norm_b)).to(dtype)[..., None]
+    valid = valid[..., None]
+    a, b = a.to(dtype), b.to(dtype)
+    grad_a = torch.where(valid, coefficients(norm_a) * a + cross * b, 0)
+    grad_b = torch.where(valid, coefficients(norm_b) * b + cross * a, 0)
+    return (grad_a + grad_b.roll(lag, dims=-2)).to(x.dtype)

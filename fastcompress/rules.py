@@ -1,0 +1,251 @@
+"""Segmentation rules: how boundaries are chosen.
+
+A rule is a small frozen dataclass. ``d[t]`` below is the distance between frames ``t`` and ``t + 1`` of one sequence
+(:func:`fastcompress.adjacent_distance`), and a *boundary* at frame ``t`` means that frame ``t`` starts a segment; the
+first frame of every sequence does.
+
+A rule has a text form, ``"local-max:order=2,min_len=3"`` (:meth:`Rule.from_string`, ``str(rule)``), for command lines
+and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON. What a rule *does* is
+defined once, in ``fastcompress/reference/boundaries.py``; ``csrc/rule.h`` is the compiled form of the same definition.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Base of all rules; use one of its subclasses."""
+
+    name: ClassVar[str] = ""
+    #: Whether the rule reads distances at all.
+    needs_distance: ClassVar[bool] = True
+
+    @property
+    def fused(self) -> bool:
+        """Whether one kernel scores, selects and reduces (DESIGN: the fused set)."""
+        return True
+
+    def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        """The rule as the ops take it: name, size, threshold, prominence, min_len, max_len (0: none), keep_tail."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
+        if not changed:
+            return self.name
+        return self.name + ":" + ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+
+    def to_dict(self) -> dict[str, Any]:
+        """``{"rule": name, field: value, ...}``; :meth:`from_dict` reads it back."""
+        return {"rule": self.name, **dataclasses.asdict(self)}
+
+    @staticmethod
+    def from_dict(data: dict[str, Any]) -> Rule:
+        """The rule that :meth:`to_dict` wrote; fields left out keep their defaults.
+
+        Raises:
+            ValueError: an unknown rule or field, or a value that the rule refuses.
+        """
+        fields = dict(data)
+        cls = _rule_class(fields.pop("rule", None))
+        known = [f.name for f in dataclasses.fields(cls)]
+        for key in fields:
+            if key not in known:
+                raise ValueError(f"rule {cls.name!r} has no field {key!r}; it has {', '.join(known)}")
+        try:
+            return cls(**fields)
+        except TypeError as error:  # a field without a default is missing
+            raise ValueError(f"rule {cls.name!r}: {error}") from None
+
+    @staticmethod
+    def from_string(text: str) -> Rule:
+        """Reads ``name``, ``name:value`` (the first field) or ``name:field=value,field=value``.
+
+        >>> Rule.from_string("uniform:3")
+        Uniform(size=3, tail='keep')
+        >>> str(Rule.from_string("local-max:order=2,min_len=3"))
+        'local-max:order=2,min_len=3'
+
+        Raises:
+            ValueError: an unknown rule or field, or a value that does not fit.
+        """
+        name, _, rest = text.strip().partition(":")
+        fields = dataclasses.fields(_rule_class(name.strip()))
+        data: dict[str, Any] = {"rule": name.strip()}
+        for position, item in enumerate(rest.split(",") if rest.strip() else []):
+            key, equals, value = (part.strip() for part in item.partition("="))
+            if not equals:
+                if position:
+                    raise ValueError(f"rule {text!r}: {item.strip()!r} is not field=value")
+                key, value = fields[0].name, key
+            if key in data:
+                raise ValueError(f"rule {text!r}: field {key!r} is given twice")
+            data[key] = _parse_value(value)
+        return Rule.from_dict(data)
+
+
+def _parse_value(text: str) -> Any:
+    if text == "None":
+        return None
+    for kind in (int, float):
+        try:
+            return kind(text)
+        except ValueError:
+            pass
+    return text
+
+
+def _check_int(rule: Rule, field: str, minimum: int, optional: bool = False) -> None:
+    value = getattr(rule, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise ValueError(f"{type(rule).__name__}: {field} must be an integer, got {value!r}")
+    if value < minimum:
+        raise ValueError(f"{type(rule).__name__}: {field} must be at least {minimum}, got {value}")
+
+
+def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
+    value = getattr(rule, field)
+    if optional and value is None:
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+        raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
+
+
+def _check_lengths(rule: Rule) -> None:
+    _check_int(rule, "min_len", 1)
+    _check_int(rule, "max_len", 1, optional=True)
+    min_len, max_len = rule.min_len, rule.max_len  # type: ignore[attr-defined]
+    if max_len is not None and min_len > max_len:
+        raise ValueError(f"{type(rule).__name__}: min_len must not exceed max_len, got {min_len} > {max_len}")
+
+
+@dataclass(frozen=True)
+class Uniform(Rule):
+    """A segment every ``size`` frames, counted from the first frame of each sequence (average pooling, stride = size).
+
+    Args:
+        size: frames a segment, at least 1.
+        tail: what happens to the last segment when fewer than ``size`` frames are left: ``"keep"`` it short (ceil, as
+            Ultravox does by padding) or ``"drop"`` its frames (floor, as SLAM-LLM and ``AvgPool1d`` do).
+    """
+
+    size: int
+    tail: str = "keep"
+
+    name: ClassVar[str] = "uniform"
+    needs_distance: ClassVar[bool] = False
+
+    def __post_init__(self) -> None:
+        _check_int(self, "size", 1)
+        if self.tail not in ("keep", "drop"):
+            raise ValueError(f"Uniform: tail must be 'keep' or 'drop', got {self.tail!r}")
+
+    def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        return (self.name, self.size, -math.inf, 0.0, 1, 0, self.tail == "keep")
+
+
+@dataclass(frozen=True)
+class LocalMax(Rule):
+    """A boundary after each strict local maximum of the distance (Bhati et al., arXiv 2511.20973).
+
+    ``d[t]`` is a peak, and frame ``t + 1`` starts a segment, iff ``d[t] > d[s]`` for every other ``s`` in
+    ``[t - order, t + order]`` inside the sequence; the first and the last distance of a sequence are never peaks. This
+    is ``scipy.signal.argrelextrema(d, np.greater, order=order, mode="clip")``. A comparison with NaN is false.
+
+    Args:
+        order: distances compared on each side, at least 1.
+        threshold: a peak also needs ``d[t] > threshold`` (rounded to the dtype of ``d``, as torch compares).
+        prominence: a peak also needs at least this ``scipy.signal.peak_prominences``, computed in fp64. The fused
+            kernel does not do this: distances, selection and reduction run one after the other.
+        min_len: a boundary closer than this to the last one is ignored, left to right; at least 1.
+        max_len: a segment that reaches this length is cut. The last segment of a sequence may be shorter than
+            ``min_len``.
+    """
+
+    order: int = 1
+    threshold: float | None = None
+    prominence: float | None = None
+    min_len: int = 1
+    max_len: int | None = None
+
+    name: ClassVar[str] = "local-max"
+
+    def __post_init__(self) -> None:
+        _check_int(self, "order", 1)
+        _check_float(self, "threshold", optional=True)
+        _check_float(self, "prominence", optional=True)
+        _check_lengths(self)
+
+    @property
+    def fused(self) -> bool:
+        return self.prominence is None
+
+    def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        threshold = -math.inf if self.threshold is None else float(self.threshold)
+        prominence = 0.0 if self.prominence is None else float(self.prominence)  # every peak has a positive one
+        return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
+
+
+@dataclass(frozen=True)
+class Threshold(Rule):
+    """A boundary wherever the distance exceeds a threshold: ``d[t] > threshold`` starts a segment at ``t + 1``.
+
+    0.15 is AdaTS (merge while the cosine is at least 0.85); 1.0 is H-Net's router at its initial weights (a negative
+    cosine).
+
+    Args:
+        threshold: compared strictly, after rounding to the dtype of ``d``, as torch compares.
+        min_len, max_len: as in :class:`LocalMax`.
+    """
+
+    threshold: float
+    min_len: int = 1
+    max_len: int | None = None
+
+    name: ClassVar[str] = "threshold"
+
+    def __post_init__(self) -> None:
+        _check_float(self, "threshold")
+        _check_lengths(self)
+
+    def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        return (self.name, 1, float(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
+
+
+def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int, num_sequences: int) -> int:
+    """Upper bound of the number of segments of ``num_rows`` frames in ``num_sequences`` sequences without row groups.
+
+    The first four are of ``Rule.op_args()``. With row groups every row can be a segment: ``num_rows`` is the bound.
+    """
+    if rule == Uniform.name:
+        return num_rows // size + num_sequences
+    # Peaks are never adjacent and the first distance is none, so every segment but the last has two frames; a forced
+    # cut of three or more frames makes up for the one-frame segment that can follow it.
+    if rule == LocalMax.name and (max_len == 0 or max_len >= 3):
+        min_len = max(2, min_len)
+    return num_rows // min_len + num_sequences
+
+
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Uniform, LocalMax, Threshold)}
+
+
+def _rule_class(name: str | None) -> type[Rule]:
+    if name not in RULES:
+        raise ValueError(f"unknown rule {name!r}; the rules are {', '.join(RULES)}")
+    return RULES[name]
+
+
+def as_rule(rule: Rule | str) -> Rule:
+    """``rule`` itself, or the rule that a string names."""
+    if isinstance(rule, Rule):
+        return rule
+    if isinstance(rule, str):
+        return Rule.from_string(rule)
+    raise TypeError(f"rule must be a fastcompress.Rule or a string, got {type(rule).__name__}")

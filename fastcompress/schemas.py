@@ -1,0 +1,30 @@
+"""Every operator of the library, on one screen.
+
+The schemas live in Python so that the ops exist, compile and export without the compiled library, which only adds
+implementations. ``cu_seqlens`` [B + 1] goes with packed input ``[N, D]`` (none: one sequence), ``lengths`` [B] with
+padded input ``[B, T, D]`` (none: all T); both int32 or int64. ``row_group`` is int32, a value a row. The rule is
+``Rule.op_args()``.
+"""
+
+import torch
+
+RULE = "str rule, SymInt size, float threshold, float prominence, SymInt min_len, SymInt max_len, bool keep_tail"
+LAYOUT = "Tensor? cu_seqlens, Tensor? lengths"
+SEGMENTS = "Tensor starts, Tensor lengths"
+
+SCHEMAS = (
+    f"adjacent_distance(Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
+    f"adjacent_distance_backward(Tensor grad, Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
+    f"select_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, {RULE}, bool compact) -> (Tensor, Tensor, Tensor)",
+    f"segment_reduce(Tensor x, {SEGMENTS}, str reduce) -> Tensor",
+    f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",
+    f"segment_weighted_mean(Tensor x, Tensor weights, {SEGMENTS}) -> Tensor",
+    f"segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, {SEGMENTS}) -> (Tensor, Tensor)",
+    f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
+    f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
+
+LIBRARY = torch.library.Library("fastcompress", "DEF")
+for _schema in SCHEMAS:
+    LIBRARY.define(_schema)

@@ -23,6 +23,7 @@ SCHEMAS = (
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    "cpu_isa() -> str",  # which kernels run on the CPU; of the compiled library alone
 )
 
 LIBRARY = torch.library.Library("fastcompress", "DEF")

@@ -35,7 +35,8 @@ def segment_pool(
     """Finds variable-length segments in a batch of frames and averages each.
 
     Equal to :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` one after the other, bit
-    for bit. Mean pooling by every rule but a prominence is one pass over ``x``; the rest runs as those three.
+    for bit. Mean pooling by every rule but a prominence is one pass over ``x``; the rest (and ``keys`` in
+    another dtype) runs as those three.
 
     Args:
         x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
@@ -67,7 +68,8 @@ def segment_pool(
         if keys.shape[:-1] != x.shape[:-1]:
             raise ValueError(f"keys must have a row for each row of x, {list(x.shape[:-1])}, got {list(keys.shape)}")
         keys = keys.detach()
-    if reduce != "mean" or weights is not None or not rule.fused:
+    fused = rule.fused and reduce == "mean" and weights is None and (keys is None or keys.dtype == x.dtype)
+    if not fused:
         # Uniform reads only the shape of the distances.
         scored = x if keys is None else keys
         with torch.no_grad():

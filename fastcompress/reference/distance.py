@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -39,6 +41,12 @@ def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
     return sums[..., 0]
 
 
+def norm(square: Tensor) -> Tensor:
+    """``max(sqrt(square), EPS)``; the root correctly rounded, which ``torch.sqrt`` is not where MKL computes it."""
+    roots = [math.sqrt(value) for value in square.reshape(-1).tolist()]
+    return torch.tensor(roots, dtype=torch.float64, device=square.device).reshape(square.shape).clamp_min(EPS)
+
+
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """``1 - cos`` of rows, ``[..., D]`` -> ``[...]`` in the accumulation dtype.
 
@@ -46,8 +54,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     rows, and rows whose square overflows, give NaN.
     """
     square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
-    norms = square_a.sqrt().clamp_min(EPS) * square_b.sqrt().clamp_min(EPS)
-    d = 1 - canonical_dot(a, b) / norms
+    d = 1 - canonical_dot(a, b) / (norm(square_a) * norm(square_b))
     d = torch.where((square_a == 0) & (square_b == 0), 0, d)
     return d.to(accumulate_dtype(a.dtype))
 
@@ -83,21 +90,24 @@ def adjacent_distance_backward(
     With ``u = x / |x|``, the gradient of ``d = 1 - u . v`` by ``x`` is ``((u . v) u - v) / |x|``; below ``EPS`` the norm
     is the constant ``EPS`` and only ``-v / EPS`` remains. Pairs of two zero rows and pairs beyond a sequence get 0.
     """
-    dtype = accumulate_dtype(x.dtype)
+    dtype, grad_dtype = accumulate_dtype(x.dtype), x.dtype
     valid = pair_mask(x, cu_seqlens, lengths, lag)
     a, b = x, x.roll(-lag, dims=-2)
     square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
     valid = valid & ~((square_a == 0) & (square_b == 0))
-    norm_a, norm_b = square_a.sqrt().clamp_min(EPS), square_b.sqrt().clamp_min(EPS)
+    norm_a, norm_b = norm(square_a), norm(square_b)
     cosine = canonical_dot(a, b) / (norm_a * norm_b)
     scale = torch.where(valid, grad.double(), 0)
 
-    def coefficients(norm: Tensor) -> Tensor:
-        return torch.where(norm > EPS, cosine / norm.square(), 0).mul(scale).to(dtype)[..., None]
+    def own(length: Tensor) -> Tensor:
+        return torch.where(valid & (length > EPS), cosine / length.square() * scale, 0)
 
+    # Row t: its share of the pair it starts and of the pair it ends, then its partner behind, then the one before.
+    factor = (own(norm_a) + own(norm_b).roll(lag, dims=-1)).to(dtype)[..., None]
     cross = (-scale / (norm_a * norm_b)).to(dtype)[..., None]
-    valid = valid[..., None]
-    a, b = a.to(dtype), b.to(dtype)
-    grad_a = torch.where(valid, coefficients(norm_a) * a + cross * b, 0)
-    grad_b = torch.where(valid, coefficients(norm_b) * b + cross * a, 0)
-    return (grad_a + grad_b.roll(lag, dims=-2)).to(x.dtype)
+    next_valid, previous_valid = valid[..., None], valid.roll(lag, dims=-1)[..., None]
+    x = x.to(dtype)
+    out = torch.where(next_valid | previous_valid, factor * x, 0)
+    out = torch.where(next_valid, out + cross * x.roll(-lag, dims=-2), out)
+    out = torch.where(previous_valid, out + cross.roll(lag, dims=-2) * x.roll(lag, dims=-2), out)
+    return out.to(grad_dtype)

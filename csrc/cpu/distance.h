@@ -1,0 +1,35 @@
+// From dot products to distances.
+#pragma once
+
+#include <cmath>
+
+#include "row_kernels.h"
+
+namespace fastcompress {
+
+constexpr double kDistanceEps = 1e-8;
+
+inline double clamped_norm(double square) {
+  const double norm = std::sqrt(square);
+  return norm < kDistanceEps ? kDistanceEps : norm;  // NaN stays
+}
+
+inline double cosine_distance(double dot, double square_a, double square_b) {
+  if (square_a == 0 && square_b == 0) return 0;  // two zero rows are alike
+  return 1 - dot / (clamped_norm(square_a) * clamped_norm(square_b));
+}
+
+// d[i] = distance of rows i and i + 1, for i < rows - 1. x[i] starts at x + i * stride, d[i] is d[i * d_stride].
+template <class T>
+void score(const T* x, int64_t stride, int64_t rows, int64_t width, accumulate_t<T>* d, int64_t d_stride) {
+  constexpr int64_t kPairs = 64;
+  double dots[kPairs], squares[kPairs + 1];
+  for (int64_t i = 0; i + 1 < rows; i += kPairs) {
+    const int64_t pairs = std::min(kPairs, rows - 1 - i);
+    row_kernels<T>().dots(x + i * stride, stride, pairs + 1, width, dots, squares);
+    for (int64_t j = 0; j < pairs; ++j)
+      d[(i + j) * d_stride] = accumulate_t<T>(cosine_distance(dots[j], squares[j], squares[j + 1]));
+  }
+}
+
+}  // namespace fastcompress

@@ -1,0 +1,295 @@
+// The row kernels in terms of Simd<T>, included once for each instruction set after its simd_*.h. No function of the
+// standard library may be instantiated here: the linker could choose this file's copy for every machine.
+#pragma once
+
+#include "row_kernels.h"
+
+namespace fastcompress {
+namespace {
+
+#define FASTCOMPRESS_INLINE inline __attribute__((always_inline))
+
+template <class T>
+struct Impl {
+  using X = Simd<T>;
+  using S = typename X::S;
+  using V = typename X::V;
+  static constexpr int kHalves = X::kHalves;
+  static constexpr int64_t kUnit = 32;  // elements of kHalves calls of load2
+
+  // The last elements of a row, when its width is no multiple of kUnit, are worked on in a copy that zeros fill up:
+  // adding 0 * 0 leaves every partial sum as it is.
+  struct Tail {
+    T v[kUnit];
+    FASTCOMPRESS_INLINE void read(const T* p, int64_t count) {
+      std::memset(v, 0, sizeof v);
+      std::memcpy(v, p, size_t(count) * sizeof(T));
+    }
+    FASTCOMPRESS_INLINE void write(T* p, int64_t count) const { std::memcpy(p, v, size_t(count) * sizeof(T)); }
+  };
+
+  struct Sums {
+    V v[kHalves][2];
+    FASTCOMPRESS_INLINE void clear() {
+      for (auto& half : v) half[0] = half[1] = X::set1(0);
+    }
+    FASTCOMPRESS_INLINE void add(int h, const V& a0, const V& a1, const V& b0, const V& b1) {
+      v[h][0] = v[h][0] + a0 * b0;
+      v[h][1] = v[h][1] + a1 * b1;
+    }
+  };
+
+  // ---- scores ----
+
+  static double dot(const T* a, const T* b, int64_t width) {
+    Sums sums;
+    sums.clear();
+    const int64_t whole = width - width % kUnit;
+    for (int64_t k = 0; k < whole; k += kUnit) add_dot(a + k, b + k, sums);
+    if (whole < width) {
+      Tail tail_a, tail_b;
+      tail_a.read(a + whole, width - whole);
+      tail_b.read(b + whole, width - whole);
+      add_dot(tail_a.v, tail_b.v, sums);
+    }
+    return X::tree(sums.v);
+  }
+
+  static FASTCOMPRESS_INLINE void add_dot(const T* a, const T* b, Sums& sums) {
+    for (int h = 0; h < kHalves; ++h) {
+      V a0, a1, b0, b1;
+      X::load2(a, h, a0, a1);
+      X::load2(b, h, b0, b1);
+      sums.add(h, a0, a1, b0, b1);
+    }
+  }
+
+  // R rows behind row -1 at once: several streams of loads, each row read once from memory.
+  template <int R>
+  static FASTCOMPRESS_INLINE void add_rows(const T* row, int64_t stride, Sums (&dots)[R], Sums (&squares)[R]) {
+#pragma GCC unroll 2
+    for (int h = 0; h < kHalves; ++h) {
+      V last0, last1, this0, this1;
+      X::load2(row - stride, h, last0, last1);
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) {
+        X::load2(row + r * stride, h, this0, this1);
+        dots[r].add(h, last0, last1, this0, this1);
+        squares[r].add(h, this0, this1, this0, this1);
+        last0 = this0;
+        last1 = this1;
+      }
+    }
+  }
+
+  template <int R>
+  static FASTCOMPRESS_INLINE void score_rows(const T* row, int64_t stride, int64_t width, double* dots,
+                                             double* squares) {
+    Sums dot_sums[R], square_sums[R];
+    for (int r = 0; r < R; ++r) {
+      dot_sums[r].clear();
+      square_sums[r].clear();
+    }
+    const int64_t whole = width - width % kUnit;
+    for (int64_t k = 0; k < whole; k += kUnit) add_rows<R>(row + k, stride, dot_sums, square_sums);
+    if (whole < width) {
+      Tail tails[R + 1];
+      for (int r = 0; r <= R; ++r) tails[r].read(row + (r - 1) * stride + whole, width - whole);
+      add_rows<R>(tails[1].v, kUnit, dot_sums, square_sums);
+    }
+    for (int r = 0; r < R; ++r) {
+      dots[r] = X::tree(dot_sums[r].v);
+      squares[r] = X::tree(square_sums[r].v);
+    }
+  }
+
+  static void dots(const T* x, int64_t stride, int64_t rows, int64_t width, double* dots, double* squares) {
+    if (rows < 1) return;
+    squares[0] = dot(x, x, width);
+    int64_t i = 1;
+    for (; i + X::kRows <= rows; i += X::kRows)
+      score_rows<X::kRows>(x + i * stride, stride, width, dots + i - 1, squares + i);
+    for (; i < rows; ++i) score_rows<1>(x + i * stride, stride, width, dots + i - 1, squares + i);
+  }
+
+  // ---- reductions ----
+
+  enum class Mode { kSum, kWeighted, kMax };
+
+  template <Mode kMode>
+  static FASTCOMPRESS_INLINE void load_weighted(const T* p, int u, const S* weight, V& a, V& b) {
+    X::load2(p + u / kHalves * kUnit, u % kHalves, a, b);
+    if constexpr (kMode == Mode::kWeighted) {
+      const V w = X::set1(*weight);
+      a = a * w;
+      b = b * w;
+    }
+  }
+
+  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one.
+  template <int kUnits, Mode kMode, class Row>
+  static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* weights, int64_t count, V (&total)[kUnits][2]) {
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t last = first + kBlock > count ? count : first + kBlock;
+      V block[kUnits][2];
+      const T* p = row(first);
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnits; ++u) load_weighted<kMode>(p, u, weights + first, block[u][0], block[u][1]);
+      for (int64_t i = first + 1; i < last; ++i) {
+        p = row(i);
+#pragma GCC unroll 8
+        for (int u = 0; u < kUnits; ++u) {
+          V a, b;
+          load_weighted<kMode>(p, u, weights + i, a, b);
+          block[u][0] = join<kMode>(block[u][0], a);
+          block[u][1] = join<kMode>(block[u][1], b);
+        }
+      }
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnits; ++u)
+        for (int j = 0; j < 2; ++j) total[u][j] = first == 0 ? block[u][j] : join<kMode>(total[u][j], block[u][j]);
+    }
+  }
+
+  template <Mode kMode>
+  static FASTCOMPRESS_INLINE V join(const V& a, const V& b) {
+    if constexpr (kMode == Mode::kMax) return later_max(a, b);
+    return a + b;
+  }
+
+  template <int kUnits>
+  static FASTCOMPRESS_INLINE void write_columns(V (&total)[kUnits][2], bool divide, S divisor, T* out) {
+    const V d = X::set1(divisor);
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      if (divide) {
+        total[u][0] = total[u][0] / d;
+        total[u][1] = total[u][1] / d;
+      }
+      X::store2(out + u / kHalves * kUnit, u % kHalves, total[u][0], total[u][1]);
+    }
+  }
+
+  static S sum_of_weights(const S* weights, int64_t count) {
+    S total = 0;
+    for (int64_t first = 0; first < count; first += kBlock) {
+      const int64_t last = first + kBlock > count ? count : first + kBlock;
+      S block = weights[first];
+      for (int64_t i = first + 1; i < last; ++i) block = block + weights[i];
+      total = first == 0 ? block : total + block;
+    }
+    return total;
+  }
+
+  template <Mode kMode>
+  static void reduce_segment(const T* x, int64_t stride, const S* weights, int64_t count, int64_t width, bool divide,
+                             S divisor, T* out) {
+    constexpr int kUnits = X::kStrip;
+    constexpr int64_t kColumns = kUnits / kHalves * kUnit;
+    int64_t k = 0;
+    for (; k + kColumns <= width; k += kColumns) {
+      V total[kUnits][2];
+      reduce_columns<kUnits, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, total);
+      write_columns<kUnits>(total, divide, divisor, out + k);
+    }
+    for (; k + kUnit <= width; k += kUnit) {
+      V total[kHalves][2];
+      reduce_columns<kHalves, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, total);
+      write_columns<kHalves>(total, divide, divisor, out + k);
+    }
+    if (k < width) {
+      Tail tail;
+      V total[kHalves][2];
+      auto row = [&tail, x, stride, k, width](int64_t i) {
+        tail.read(x + i * stride + k, width - k);
+        return tail.v;
+      };
+      reduce_columns<kHalves, kMode>(row, weights, count, total);
+      write_columns<kHalves>(total, divide, divisor, tail.v);
+      tail.write(out + k, width - k);
+    }
+  }
+
+  static void reduce(const T* x, int64_t stride, const S* weights, SegmentList segments, int64_t width, Reduce reduce,
+                     T* out) {
+    for (int64_t m = 0; m < segments.count; ++m, out += width) {
+      const int64_t start = segments.starts[m], count = segments.lengths[m];
+      const T* rows = x + start * stride;
+      if (count == 0) {
+        std::memset(out, 0, size_t(width) * sizeof(T));
+      } else if (reduce == Reduce::kMax) {
+        reduce_segment<Mode::kMax>(rows, stride, nullptr, count, width, false, 1, out);
+      } else if (weights == nullptr) {
+        reduce_segment<Mode::kSum>(rows, stride, nullptr, count, width, reduce == Reduce::kMean, S(count), out);
+      } else {
+        const S total = sum_of_weights(weights + start, count);
+        if (total == 0)
+          std::memset(out, 0, size_t(width) * sizeof(T));
+        else
+          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, count, width, true, total, out);
+      }
+    }
+  }
+
+  // ---- adjoints ----
+
+  template <int kUnits>
+  static FASTCOMPRESS_INLINE void expand_columns(const T* y, bool divide, S divisor, int64_t count, int64_t width,
+                                                 T* out) {
+    V values[kUnits][2];
+    const V d = X::set1(divisor);
+#pragma GCC unroll 8
+    for (int u = 0; u < kUnits; ++u) {
+      X::load2(y + u / kHalves * kUnit, u % kHalves, values[u][0], values[u][1]);
+      if (divide) {
+        values[u][0] = values[u][0] / d;
+        values[u][1] = values[u][1] / d;
+      }
+    }
+    for (int64_t i = 0; i < count; ++i, out += width)
+#pragma GCC unroll 8
+      for (int u = 0; u < kUnits; ++u)
+        X::store2(out + u / kHalves * kUnit, u % kHalves, values[u][0], values[u][1]);
+  }
+
+  static void expand(const T* y, int64_t stride, SegmentList segments, int64_t width, bool mean, T* out) {
+    constexpr int kUnits = X::kStrip;
+    constexpr int64_t kColumns = kUnits / kHalves * kUnit;
+    for (int64_t m = 0; m < segments.count; ++m, y += stride) {
+      const int64_t count = segments.lengths[m];
+      T* rows = out + segments.starts[m] * width;
+      int64_t k = 0;
+      for (; k + kColumns <= width; k += kColumns)
+        expand_columns<kUnits>(y + k, mean, S(count), count, width, rows + k);
+      for (; k + kUnit <= width; k += kUnit)
+        expand_columns<kHalves>(y + k, mean, S(count), count, width, rows + k);
+      if (k < width && count > 0) {
+        Tail tail;
+        tail.read(y + k, width - k);
+        expand_columns<kHalves>(tail.v, mean, S(count), 1, width, tail.v);
+        for (int64_t i = 0; i < count; ++i) tail.write(rows + i * width + k, width - k);
+      }
+    }
+  }
+
+  static void combine(const T* x, S a, const T* y, S b, const T* z, S c, int64_t width, T* out) {
+    const T* rows[3] = {x, y, z};
+    const S factors[3] = {a, b, c};
+    for (int64_t k = 0; k < width; ++k) {
+      S sum = 0;
+      bool empty = true;
+      for (int r = 0; r < 3; ++r) {
+        if (rows[r] == nullptr) continue;
+        const S term = factors[r] * widen(rows[r][k]);
+        sum = empty ? term : sum + term;
+        empty = false;
+      }
+      narrow(sum, out[k]);
+    }
+  }
+
+  static constexpr RowKernels<T> table() { return {dots, dot, reduce, expand, combine}; }
+};
+
+}  // namespace
+}  // namespace fastcompress

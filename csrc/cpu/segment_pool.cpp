@@ -1,0 +1,172 @@
+// The fused op: one pass over x in chunks that stay in the second-level cache between scoring and averaging.
+//
+// A chunk is taken by one thread. It computes the distances of its rows, waits for the chunk before it to hand over the
+// walk (rule.h), decides rows as far as its distances allow, hands the walk on, and averages the segments that ended
+// meanwhile, straight into their place. Scores and averages of different chunks overlap; the walk alone runs in order,
+// over scalars. Every distance and every sum is computed in one order, whatever the chunks and threads.
+//
+// Model, for x [N, D] of E-byte elements and M segments: x is read from memory once (row c - 1 of a chunk at c and the
+// head of a segment that crosses chunks again, from cache), M * D * E bytes are written, 4 N + 16 M bytes are scratch.
+// Arithmetic: 2 multiplications and 2 additions an element to score, 1 addition to average, D / L divisions a segment.
+#include <algorithm>
+#include <atomic>
+#include <memory>
+#include <thread>
+
+#include "distance.h"
+#include "ops.h"
+
+namespace fastcompress::cpu {
+namespace {
+
+// Rows of x a chunk. 256 KiB of 1 MiB second-level cache; 128 to 512 KiB differ by less than the noise.
+constexpr int64_t kChunkBytes = 256 << 10;
+
+// Where the walk stands between two chunks.
+struct Progress {
+  int64_t sequence = 0;
+  Walk walk;
+  int64_t segments = 0;
+};
+
+struct alignas(64) Turn {
+  std::atomic<bool> ready{false};
+  Progress progress;
+};
+
+void wait_for(const std::atomic<bool>& flag) {
+  for (int spins = 0; !flag.load(std::memory_order_acquire); ++spins)
+    if (spins > 4096) std::this_thread::yield();
+}
+
+template <class T>
+class Pool {
+  using S = accumulate_t<T>;
+
+ public:
+  Pool(const Rows& x, const Rows& keys, const Sequences& sequences, const Rule& rule, const int32_t* group, T* out,
+       int64_t* starts, int64_t* lengths, int64_t* cu_segments)
+      : x_(x), keys_(keys), sequences_(sequences), rule_(rule), group_(group), out_(out), starts_(starts),
+        lengths_(lengths), cu_segments_(cu_segments) {
+    if (rule.needs_distance()) d_.reset(new S[std::max<int64_t>(1, sequences.rows)]);
+    const int64_t row_bytes = std::max<int64_t>(1, x.width * int64_t(sizeof(T)));
+    chunk_rows_ = std::max<int64_t>(16, kChunkBytes / row_bytes);
+    num_chunks_ = std::max<int64_t>(1, (sequences.rows + chunk_rows_ - 1) / chunk_rows_);
+    turns_.reset(new Turn[num_chunks_ + 1]);
+    Progress& first = turns_[0].progress;
+    if (sequences.count() > 0) first.walk = Walk(sequences.begin[0]);
+    turns_[0].ready.store(true, std::memory_order_relaxed);
+  }
+
+  // Returns the number of segments.
+  int64_t run() {
+    const int64_t threads = std::min<int64_t>(num_chunks_, torch::stable::get_num_threads());
+    if (threads <= 1) {
+      work();
+    } else {
+      // Chunks are taken in order, so the one that a thread waits for is always in the hands of a running thread.
+      torch::stable::parallel_for(0, threads, 1, [this](int64_t, int64_t) { work(); });
+    }
+    return turns_[num_chunks_].progress.segments;
+  }
+
+ private:
+  void work() {
+    for (int64_t c; (c = next_chunk_.fetch_add(1, std::memory_order_relaxed)) < num_chunks_;) {
+      const int64_t begin = c * chunk_rows_, end = std::min(begin + chunk_rows_, sequences_.rows);
+      if (rule_.needs_distance()) score_rows(begin, end);
+      wait_for(turns_[c].ready);
+      const int64_t done = turns_[c].progress.segments;
+      Turn& next = turns_[c + 1];
+      next.progress = turns_[c].progress;
+      decide(next.progress, end);
+      const int64_t segments = next.progress.segments;
+      next.ready.store(true, std::memory_order_release);
+      row_kernels<T>().reduce(x_.data<T>(), x_.stride, nullptr, {starts_ + done, lengths_ + done, segments - done},
+                              x_.width, Reduce::kMean, out_ + done * x_.width);
+    }
+  }
+
+  // Distances between the rows [begin, end), and between the last row before them and the first.
+  void score_rows(int64_t begin, int64_t end) {
+    int64_t b = std::upper_bound(sequences_.end.begin(), sequences_.end.end(), begin) - sequences_.end.begin();
+    for (; b < sequences_.count() && sequences_.begin[b] < end; ++b) {
+      const int64_t first = std::max(sequences_.begin[b], begin - 1), last = std::min(sequences_.end[b], end);
+      if (last - first < 2) continue;
+      score_keys(first, last - first);
+    }
+  }
+
+  void score_keys(int64_t first, int64_t rows) {
+    score(keys_.data<T>() + first * keys_.stride, keys_.stride, rows, keys_.width, d_.get() + first, 1);
+  }
+
+  void decide(Progress& p, int64_t known) {
+    const Scores<S> scores{d_.get(), group_};
+    auto emit = [&](int64_t start, int64_t length) {
+      starts_[p.segments] = start;
+      lengths_[p.segments] = length;
+      ++p.segments;
+    };
+    while (p.sequence < sequences_.count()) {
+      const int64_t begin = sequences_.begin[p.sequence], end = sequences_.end[p.sequence];
+      if (!p.walk.advance(rule_, scores, begin, end, known, emit)) return;
+      cu_segments_[++p.sequence] = p.segments;
+      if (p.sequence < sequences_.count()) p.walk = Walk(sequences_.begin[p.sequence]);
+    }
+  }
+
+  const Rows& x_;
+  const Rows& keys_;
+  const Sequences& sequences_;
+  const Rule& rule_;
+  const int32_t* group_;
+  T* out_;
+  int64_t* starts_;
+  int64_t* lengths_;
+  int64_t* cu_segments_;
+  std::unique_ptr<S[]> d_;
+  std::unique_ptr<Turn[]> turns_;
+  int64_t chunk_rows_, num_chunks_;
+  std::atomic<int64_t> next_chunk_{0};
+};
+
+}  // namespace
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor keys, OptionalTensor cu_seqlens,
+                                                        OptionalTensor lengths, OptionalTensor row_group,
+                                                        std::string rule_name, int64_t size, double threshold,
+                                                        double prominence, int64_t min_len, int64_t max_len,
+                                                        bool keep_tail, bool compact) {
+  const Rule rule = make_rule(rule_name, size, threshold, prominence, min_len, max_len, keep_tail);
+  STD_TORCH_CHECK(rule.prominence <= 0, "segment_pool does not compute prominences");
+  const Rows rows = read_rows(x);
+  const Sequences sequences = read_sequences(x, x.dim() - 1, cu_seqlens, lengths);
+  Tensor group_holder;
+  const int32_t* group = read_row_group(row_group, sequences.rows, group_holder);
+  Rows key_rows = rows;
+  if (keys.has_value()) {
+    key_rows = read_rows(*keys);
+    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have as many rows as x");
+    STD_TORCH_CHECK(keys->scalar_type() == x.scalar_type(), "keys must have the dtype of x");
+  }
+  const int64_t bound = max_segments(rule, group != nullptr, sequences);
+  std::unique_ptr<int64_t[]> starts(new int64_t[bound + 1]), segment_lengths(new int64_t[bound + 1]);
+  std::vector<int64_t> cu_segments(sequences.count() + 1);
+  int64_t count = 0, kept = 0;
+  Tensor values;
+  dispatch_dtype("x", x.scalar_type(), [&](auto zero) {
+    using T = decltype(zero);
+    OutputRows out(bound, rows.width, x.scalar_type(), sizeof(T));
+    auto* data = static_cast<T*>(out.data());
+    Pool<T> pool(rows, key_rows, sequences, rule, group, data, starts.get(), segment_lengths.get(), cu_segments.data());
+    count = pool.run();
+    kept = compact ? count : bound;
+    std::memset(static_cast<void*>(data + count * rows.width), 0, size_t(kept - count) * rows.width * sizeof(T));
+    values = out.finish(kept);
+  });
+  return {values, int64_tensor(starts.get(), count, kept, sequences.rows),
+          int64_tensor(segment_lengths.get(), count, kept, 0), int32_tensor(cu_segments)};
+}
+
+}  // namespace fastcompress::cpu

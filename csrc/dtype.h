@@ -1,0 +1,74 @@
+// Half types as bits, with portable conversions. Free of torch headers and of the standard library's inline functions, so
+// that files compiled for one instruction set can include it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+
+namespace fastcompress {
+
+struct BFloat16 {
+  uint16_t bits;
+};
+struct Half {
+  uint16_t bits;
+};
+
+namespace {
+
+inline uint32_t float_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+inline float bits_float(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+inline float widen(float value) { return value; }
+inline double widen(double value) { return value; }
+inline float widen(BFloat16 value) { return bits_float(uint32_t(value.bits) << 16); }
+inline float widen(Half value) {
+  const uint32_t sign = uint32_t(value.bits & 0x8000) << 16, magnitude = value.bits & 0x7fff;
+  if (magnitude >= 0x7c00) return bits_float(sign | 0x7f800000 | (magnitude & 0x3ff) << 13);  // inf, NaN
+  if (magnitude >= 0x0400) return bits_float(sign | ((magnitude << 13) + (112u << 23)));      // normal
+  const float subnormal = float(magnitude) * 0x1p-24f;                                        // exact
+  return bits_float(sign | float_bits(subnormal));
+}
+
+// Round to nearest, ties to even; NaN stays NaN.
+inline void narrow(float value, float& out) { out = value; }
+inline void narrow(double value, double& out) { out = value; }
+inline void narrow(float value, BFloat16& out) {
+  const uint32_t bits = float_bits(value);
+  out.bits = value != value ? uint16_t(0x7fc0) : uint16_t((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+inline void narrow(float value, Half& out) {
+  const uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
+  if (magnitude >= 0x7f800000) {
+    out.bits = uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
+  } else if (magnitude >= 0x38800000) {  // 2^-14: a normal half, or too large for one
+    const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
+    out.bits = uint16_t(sign | (rounded >= 0x47800000 ? 0x7c00 : (rounded - (112u << 23)) >> 13));
+  } else {  // adding 0.5 puts the unit of subnormal halves, 2^-24, in the last place
+    out.bits = uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f)));
+  }
+}
+
+}  // namespace
+
+// The type that distances and sums of T are computed in.
+template <class T>
+struct Accumulate {
+  using type = float;
+};
+template <>
+struct Accumulate<double> {
+  using type = double;
+};
+template <class T>
+using accumulate_t = typename Accumulate<T>::type;
+
+}  // namespace fastcompress

@@ -1,0 +1,133 @@
+// Segmentation rules as a small state machine, for CPU and CUDA sources alike. The definition in words and in Python is
+// fastcompress/reference/boundaries.py.
+//
+// A walk goes over the rows of a batch from left to right, deciding for each row whether it starts a segment. It may
+// stop at any row and go on later (chunks of the CPU kernel), as soon as the distances that the next row needs are known.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define FASTCOMPRESS_HD __host__ __device__
+#else
+#define FASTCOMPRESS_HD
+#endif
+
+namespace fastcompress {
+
+enum class RuleKind : int32_t { kUniform, kLocalMax, kThreshold };
+
+struct Rule {
+  RuleKind kind;
+  int64_t size;        // Uniform: frames a segment; LocalMax: order
+  double threshold;    // rounded to the type of the distances before it is compared
+  double prominence;   // LocalMax; 0: none
+  int64_t min_len;
+  int64_t max_len;     // 0: none
+  bool keep_tail;      // Uniform: keep the last segment of a run when it is short
+
+  FASTCOMPRESS_HD bool needs_distance() const { return kind != RuleKind::kUniform; }
+  // Distances behind the one that is judged which the judgement reads.
+  FASTCOMPRESS_HD int64_t lookahead() const { return kind == RuleKind::kLocalMax ? size : 0; }
+};
+
+// Row groups: negative rows are dropped, 0 is a segment of its own, positive rows are pooled with neighbours of the same.
+constexpr int32_t kKeepRow = 0;
+
+// Distances of a batch, indexed by row: d[t] lies between rows t and t + 1. `group` may be null: all rows are alike.
+template <class S>
+struct Scores {
+  const S* d;
+  const int32_t* group;
+
+  // Whether row t + 1 is in the run of row t, where `end` is the end of their sequence.
+  FASTCOMPRESS_HD bool continues(int64_t t, int64_t end) const {
+    return t + 1 < end && (group == nullptr || group[t + 1] == group[t]);
+  }
+};
+
+// Strict local maximum of the distances of a run that starts at row `run`, the ends clipped: the first and the last
+// distance are none. A comparison with NaN is false.
+template <class S>
+FASTCOMPRESS_HD bool is_peak(const Scores<S>& scores, int64_t t, int64_t run, int64_t end, int64_t order) {
+  const S value = scores.d[t];
+  if (t == run || !scores.continues(t + 1, end)) return false;
+  for (int64_t s = t - 1; s >= run && t - s <= order; --s)
+    if (!(value > scores.d[s])) return false;
+  for (int64_t s = t + 1; scores.continues(s, end) && s - t <= order; ++s)
+    if (!(value > scores.d[s])) return false;
+  return true;
+}
+
+// Height of the peak at t above the higher of the two lowest points between it and higher ground (or the end of the run,
+// or a NaN) on either side: scipy.signal.peak_prominences. Reads the whole run.
+template <class S>
+FASTCOMPRESS_HD double prominence(const Scores<S>& scores, int64_t t, int64_t run, int64_t end) {
+  const S peak = scores.d[t];
+  S left = peak, right = peak;
+  for (int64_t s = t; s >= run && scores.d[s] <= peak; --s)
+    if (scores.d[s] < left) left = scores.d[s];
+  for (int64_t s = t; scores.continues(s, end) && scores.d[s] <= peak; ++s)
+    if (scores.d[s] < right) right = scores.d[s];
+  return double(peak) - double(left > right ? left : right);
+}
+
+// One sequence's walk. `emit(start, length)` is called for every segment, in order.
+struct Walk {
+  int64_t row = 0;       // the next row to decide
+  int64_t run = 0;       // first row of the current run
+  int64_t segment = -1;  // first row of the open segment; -1: none
+
+  FASTCOMPRESS_HD explicit Walk(int64_t begin = 0) : row(begin), run(begin) {}
+
+  template <class S>
+  FASTCOMPRESS_HD bool starts_segment(const Rule& rule, const Scores<S>& scores, int64_t end) const {
+    const int64_t length = row - segment;
+    if (rule.kind == RuleKind::kUniform) return length == rule.size;
+    if (length == rule.max_len) return true;
+    if (length < rule.min_len) return false;
+    const int64_t t = row - 1;  // the distance between the last row and this one
+    if (!(scores.d[t] > S(rule.threshold))) return false;
+    if (rule.kind == RuleKind::kThreshold) return true;
+    return is_peak(scores, t, run, end, rule.size) &&
+           (rule.prominence <= 0 || prominence(scores, t, run, end) >= rule.prominence);
+  }
+
+  // Decides rows up to the sequence's `end`, as far as the distances of the rows before `known` allow (d[t] needs
+  // t + 1 < known). Returns whether the sequence is done.
+  template <class S, class Emit>
+  FASTCOMPRESS_HD bool advance(const Rule& rule, const Scores<S>& scores, int64_t begin, int64_t end, int64_t known,
+                               Emit&& emit) {
+    for (; row < end; ++row) {
+      // A boundary at this row is judged by d[row - 1 + lookahead], which lies before row + lookahead.
+      const int64_t last = rule.lookahead() < end - 1 - row ? row + rule.lookahead() : end - 1;
+      if (last >= known) return false;
+      const int32_t group = scores.group == nullptr ? 1 : scores.group[row];
+      const bool new_run = row == begin || group <= kKeepRow || scores.group[row - 1] != group;
+      if (scores.group == nullptr ? row == begin : new_run) {
+        close(rule, scores, emit);
+        run = row;
+        segment = group < kKeepRow ? -1 : row;
+      } else if (starts_segment(rule, scores, end)) {
+        close(rule, scores, emit);
+        segment = row;
+      }
+    }
+    close(rule, scores, emit);
+    segment = -1;
+    return true;
+  }
+
+ private:
+  template <class S, class Emit>
+  FASTCOMPRESS_HD void close(const Rule& rule, const Scores<S>& scores, Emit&& emit) const {
+    if (segment < 0) return;
+    const int64_t length = row - segment;
+    const bool kept = scores.group != nullptr && scores.group[segment] == kKeepRow;
+    if (rule.kind == RuleKind::kUniform && !rule.keep_tail && !kept && length < rule.size) return;
+    emit(segment, length);
+  }
+};
+
+}  // namespace fastcompress

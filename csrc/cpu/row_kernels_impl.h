@@ -56,6 +56,7 @@ struct Impl {
   }
 
   static FASTCOMPRESS_INLINE void add_dot(const T* a, const T* b, Sums& sums) {
+#pragma GCC unroll 8
     for (int h = 0; h < kHalves; ++h) {
       V a0, a1, b0, b1;
       X::load2(a, h, a0, a1);
@@ -67,7 +68,7 @@ struct Impl {
   // R rows behind row -1 at once: several streams of loads, each row read once from memory.
   template <int R>
   static FASTCOMPRESS_INLINE void add_rows(const T* row, int64_t stride, Sums (&dots)[R], Sums (&squares)[R]) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int h = 0; h < kHalves; ++h) {
       V last0, last1, this0, this1;
       X::load2(row - stride, h, last0, last1);
@@ -153,7 +154,7 @@ struct Impl {
 
   template <Mode kMode>
   static FASTCOMPRESS_INLINE V join(const V& a, const V& b) {
-    if constexpr (kMode == Mode::kMax) return later_max(a, b);
+    if constexpr (kMode == Mode::kMax) return X::later_max(a, b);
     return a + b;
   }
 

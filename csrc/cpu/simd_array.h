@@ -11,66 +11,62 @@ namespace {
 template <class T>
 struct Simd;
 
+// A register of FASTCOMPRESS_VECTOR_BYTES, set by the file of the instruction set.
 template <class S>
-struct ArrayVector {
-  S v[16];
-
-  static ArrayVector set1(S value) {
-    ArrayVector r;
-    for (S& e : r.v) e = value;
-    return r;
-  }
+struct Register;
+template <>
+struct Register<float> {
+  typedef float type __attribute__((vector_size(FASTCOMPRESS_VECTOR_BYTES)));
+};
+template <>
+struct Register<double> {
+  typedef double type __attribute__((vector_size(FASTCOMPRESS_VECTOR_BYTES)));
 };
 
-template <class S>
-ArrayVector<S> operator+(const ArrayVector<S>& a, const ArrayVector<S>& b) {
-  ArrayVector<S> r;
-  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] + b.v[i];
-  return r;
-}
-template <class S>
-ArrayVector<S> operator*(const ArrayVector<S>& a, const ArrayVector<S>& b) {
-  ArrayVector<S> r;
-  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] * b.v[i];
-  return r;
-}
-template <class S>
-ArrayVector<S> operator/(const ArrayVector<S>& a, const ArrayVector<S>& b) {
-  ArrayVector<S> r;
-  for (int i = 0; i < 16; ++i) r.v[i] = a.v[i] / b.v[i];
-  return r;
-}
 // `row` where it is greater than `best`, or NaN where `best` is not: the first maximum stays, NaN wins.
-template <class S>
-ArrayVector<S> later_max(const ArrayVector<S>& best, const ArrayVector<S>& row) {
-  ArrayVector<S> r;
-  for (int i = 0; i < 16; ++i) {
-    const bool replace = row.v[i] > best.v[i] || (row.v[i] != row.v[i] && best.v[i] == best.v[i]);
-    r.v[i] = replace ? row.v[i] : best.v[i];
-  }
-  return r;
+template <class V>
+inline V later_max_generic(V best, V row) {
+  return ((row > best) | ((row != row) & (best == best))) ? row : best;
 }
 
 template <class T>
 struct ArraySimd {
   using S = accumulate_t<T>;
-  using V = ArrayVector<S>;
-  static constexpr int kHalves = 1;
+  using V = typename Register<S>::type;
+  static constexpr int kWidth = FASTCOMPRESS_VECTOR_BYTES / sizeof(S);
+  static constexpr int kHalves = 16 / kWidth;
   static constexpr int kRows = 1;
-  static constexpr int kStrip = 1;
+  static constexpr int kStrip = kHalves;
 
-  static V set1(S value) { return V::set1(value); }
-  static void load2(const T* p, int, V& a, V& b) {
-    for (int i = 0; i < 16; ++i) a.v[i] = widen(p[i]);
-    for (int i = 0; i < 16; ++i) b.v[i] = widen(p[16 + i]);
+  static V set1(S value) { return value - V{}; }  // x - 0 keeps every bit, -0 too
+  static V later_max(V best, V row) { return later_max_generic(best, row); }
+
+  static V load(const T* p) {
+    V v;
+    if constexpr (sizeof(T) == sizeof(S))
+      std::memcpy(&v, p, sizeof v);
+    else
+      for (int i = 0; i < kWidth; ++i) v[i] = widen(p[i]);
+    return v;
   }
-  static void store2(T* p, int, const V& a, const V& b) {
-    for (int i = 0; i < 16; ++i) narrow(a.v[i], p[i]);
-    for (int i = 0; i < 16; ++i) narrow(b.v[i], p[16 + i]);
+  static void store(T* p, V v) {
+    if constexpr (sizeof(T) == sizeof(S))
+      std::memcpy(static_cast<void*>(p), &v, sizeof v);
+    else
+      for (int i = 0; i < kWidth; ++i) narrow(v[i], p[i]);
   }
-  static double tree(const V (&sums)[1][2]) {
+  // Half h holds elements kWidth * h and on, and those 16 further.
+  static void load2(const T* p, int h, V& a, V& b) {
+    a = load(p + kWidth * h);
+    b = load(p + 16 + kWidth * h);
+  }
+  static void store2(T* p, int h, V a, V b) {
+    store(p + kWidth * h, a);
+    store(p + 16 + kWidth * h, b);
+  }
+  static double tree(const V (&sums)[kHalves][2]) {
     double t[16];
-    for (int i = 0; i < 16; ++i) t[i] = double(sums[0][0].v[i]) + double(sums[0][1].v[i]);
+    for (int i = 0; i < 16; ++i) t[i] = double(sums[i / kWidth][0][i % kWidth]) + double(sums[i / kWidth][1][i % kWidth]);
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) t[i] += t[i + half];
     return t[0];

@@ -3,16 +3,11 @@
 
 #include <immintrin.h>
 
+#define FASTCOMPRESS_VECTOR_BYTES 32
 #include "simd_array.h"
 
 namespace fastcompress {
 namespace {
-
-inline __m256 later_max(__m256 best, __m256 row) {
-  const __m256 replace =
-      _mm256_and_ps(_mm256_cmp_ps(row, best, _CMP_NLE_UQ), _mm256_cmp_ps(best, best, _CMP_ORD_Q));
-  return _mm256_blendv_ps(best, row, replace);
-}
 
 // bf16 in the upper half of each lane, rounded to nearest even; NaN stays a quiet NaN.
 inline __m256i round_bf16(__m256 a) {
@@ -35,6 +30,12 @@ struct Avx2Simd {
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm256_set1_ps(value); }
+  // simd_array.h: later_max_generic
+  static V later_max(V best, V row) {
+    const __m256 replace =
+        _mm256_and_ps(_mm256_cmp_ps(row, best, _CMP_NLE_UQ), _mm256_cmp_ps(best, best, _CMP_ORD_Q));
+    return _mm256_blendv_ps(best, row, replace);
+  }
   // Half h holds elements 8h..8h + 7 and 16 + 8h..16 + 8h + 7.
   static double tree(const V (&sums)[2][2]) {
     __m256d eight[2];  // elements 0..7 in two registers, after adding j + 16 and j + 8

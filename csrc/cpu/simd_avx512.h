@@ -3,15 +3,11 @@
 
 #include <immintrin.h>
 
+#define FASTCOMPRESS_VECTOR_BYTES 64
 #include "simd_array.h"
 
 namespace fastcompress {
 namespace {
-
-inline __m512 later_max(__m512 best, __m512 row) {
-  const __mmask16 replace = _mm512_cmp_ps_mask(row, best, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(best, best, _CMP_ORD_Q);
-  return _mm512_mask_mov_ps(best, replace, row);
-}
 
 // bf16 in the upper half of each lane, rounded to nearest even; NaN stays a quiet NaN.
 inline __m512i round_bf16(__m512 a) {
@@ -38,6 +34,11 @@ struct Avx512Simd {
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm512_set1_ps(value); }
+  // simd_array.h: later_max_generic
+  static V later_max(V best, V row) {
+    const __mmask16 replace = _mm512_cmp_ps_mask(row, best, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(best, best, _CMP_ORD_Q);
+    return _mm512_mask_mov_ps(best, replace, row);
+  }
   // Elements 0..15 and 16..31.
   static double tree(const V (&sums)[1][2]) {
     const __m512d first = _mm512_add_pd(low(sums[0][0]), low(sums[0][1]));

@@ -1,6 +1,7 @@
 // Every type as arrays.
 #pragma once
 
+#define FASTCOMPRESS_VECTOR_BYTES 16
 #include "simd_array.h"
 
 namespace fastcompress {

@@ -1,0 +1,68 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Everything is set up in $(VENV) on the way.
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.fastcompress-ready
+LIBRARY := fastcompress/_C.so
+SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+PYTEST := $(BIN)/python -m pytest -q
+
+.PHONY: help demo test test-full sanitize bench lint build wheel clean
+
+help:
+	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
+	@echo "make test       set up, build, and test: a few minutes"
+	@echo "make test-full  the long forms of the tests as well"
+	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
+	@echo "make bench      the CPU benchmark against PyTorch"
+	@echo "make lint       ruff"
+	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on"
+
+# A torch that is there already is used, from 2.10 on; else the pinned one is fetched.
+$(READY): pyproject.toml requirements-torch.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+	    { echo "fastcompress needs Python 3.10 or later; $(PYTHON) is older (make PYTHON=...)"; exit 1; }
+	@test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
+	@if $(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' \
+	    2>/dev/null; then \
+	    echo "using $$($(BIN)/python -c 'import torch; print("torch", torch.__version__, torch.__file__)')"; \
+	else \
+	    echo "no torch >= 2.10 found: downloading $$(cat requirements-torch.txt) (200 MB, or several GB with CUDA)"; \
+	    $(BIN)/python -m pip install -q -r requirements-torch.txt; \
+	fi
+	@echo "installing the development requirements into $(VENV)"
+	$(BIN)/python -m pip install -q 'setuptools>=77' wheel ninja
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[audio,encoders,dev]'
+	@touch $@
+
+$(LIBRARY): $(READY) setup.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+build: $(LIBRARY)
+
+demo: build
+	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo.png
+
+test: build
+	$(PYTEST) -n 2
+
+test-full: build
+	$(PYTEST) -n 2 --run-slow
+
+sanitize: build
+	bash scripts/sanitize.sh $(BIN)/python
+
+bench: build
+	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
+	    echo "torch-scatter does not install here: its column will be missing"
+	$(BIN)/python -m benchmarks
+
+lint: $(READY)
+	$(BIN)/ruff check .
+
+wheel: $(READY)
+	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+clean:
+	rm -rf build dist out *.egg-info $(LIBRARY) $(READY)

@@ -42,7 +42,7 @@ $(LIBRARY): $(READY) setup.py $(SOURCES)
 build: $(LIBRARY)
 
 demo: build
-	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo.png
+	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo
 
 test: build
 	$(PYTEST) -n 2

@@ -35,10 +35,14 @@ class Rule:
         raise NotImplementedError
 
     def __str__(self) -> str:
-        changed = [f for f in dataclasses.fields(self) if getattr(self, f.name) != f.default]
-        if not changed:
-            return self.name
-        return self.name + ":" + ",".join(f"{f.name}={getattr(self, f.name)}" for f in changed)
+        parts = []
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.default is dataclasses.MISSING:
+                parts.append(str(value))
+            elif value != field.default:
+                parts.append(f"{field.name}={value}")
+        return ":".join([self.name, ",".join(parts)]) if parts else self.name
 
     def to_dict(self) -> dict[str, Any]:
         """``{"rule": name, field: value, ...}``; :meth:`from_dict` reads it back."""

@@ -31,9 +31,10 @@ struct RowKernels {
   void (*dots)(const T* x, int64_t stride, int64_t rows, int64_t width, double* dots, double* squares);
   double (*dot)(const T* a, const T* b, int64_t width);
   // out[m] = mean, sum or maximum of the rows of segment m; 0 for an empty one. `weights` (a value a row) may be null;
-  // with them a mean is weighted, and 0 where the weights add to zero.
+  // with them a mean is weighted, and 0 where the weights add to zero. Meanwhile rows `rows_ahead` further on are asked
+  // into the second-level cache.
   void (*reduce)(const T* x, int64_t stride, const S* weights, SegmentList segments, int64_t width, Reduce reduce,
-                 T* out);
+                 int64_t rows_ahead, T* out);
   // The rows of segment m become y[m], divided by its length if `mean`.
   void (*expand)(const T* y, int64_t stride, SegmentList segments, int64_t width, bool mean, T* out);
   // out = a * x + b * y + c * z, from left to right; a null pointer leaves its term out, nothing at all gives 0.

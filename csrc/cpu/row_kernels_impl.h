@@ -65,7 +65,16 @@ struct Impl {
     }
   }
 
-  // R rows behind row -1 at once: several streams of loads, each row read once from memory.
+  // How many rows ahead the second-level cache is asked for while rows are scored. Without it rows of 1280 arrived at 15
+  // (fp32) and 11 GB/s (bf16), with it at 21 and 27, where reading alone reaches 25 and 29; 4 rows are too few, into the
+  // first level is no better than nothing, 8 to 32 are alike (AMD EPYC 9004, one thread).
+  static constexpr int64_t kRowsAhead = 8;
+  static FASTCOMPRESS_INLINE void prefetch_unit(const T* p) {  // never faults, wherever p points
+    for (size_t byte = 0; byte < kUnit * sizeof(T); byte += 64)
+      __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
+  }
+
+  // R rows behind row -1 at once, so that each row is loaded once.
   template <int R>
   static FASTCOMPRESS_INLINE void add_rows(const T* row, int64_t stride, Sums (&dots)[R], Sums (&squares)[R]) {
 #pragma GCC unroll 8
@@ -92,7 +101,11 @@ struct Impl {
       square_sums[r].clear();
     }
     const int64_t whole = width - width % kUnit;
-    for (int64_t k = 0; k < whole; k += kUnit) add_rows<R>(row + k, stride, dot_sums, square_sums);
+    for (int64_t k = 0; k < whole; k += kUnit) {
+#pragma GCC unroll 4
+      for (int r = 0; r < R; ++r) prefetch_unit(row + (r + kRowsAhead) * stride + k);
+      add_rows<R>(row + k, stride, dot_sums, square_sums);
+    }
     if (whole < width) {
       Tail tails[R + 1];
       for (int r = 0; r <= R; ++r) tails[r].read(row + (r - 1) * stride + whole, width - whole);
@@ -118,8 +131,10 @@ struct Impl {
   enum class Mode { kSum, kWeighted, kMax };
 
   template <Mode kMode>
-  static FASTCOMPRESS_INLINE void load_weighted(const T* p, int u, const S* weight, V& a, V& b) {
-    X::load2(p + u / kHalves * kUnit, u % kHalves, a, b);
+  static FASTCOMPRESS_INLINE void load_weighted(const T* p, int u, int64_t ahead, const S* weight, V& a, V& b) {
+    p += u / kHalves * kUnit;
+    X::load2(p, u % kHalves, a, b);
+    if (u % kHalves == 0) prefetch_unit(p + ahead);
     if constexpr (kMode == Mode::kWeighted) {
       const V w = X::set1(*weight);
       a = a * w;
@@ -127,21 +142,23 @@ struct Impl {
     }
   }
 
-  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one.
+  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one; elements `ahead` of them
+  // are asked for.
   template <int kUnits, Mode kMode, class Row>
-  static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* weights, int64_t count, V (&total)[kUnits][2]) {
+  static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* weights, int64_t count, int64_t ahead,
+                                                 V (&total)[kUnits][2]) {
     for (int64_t first = 0; first < count; first += kBlock) {
       const int64_t last = first + kBlock > count ? count : first + kBlock;
       V block[kUnits][2];
       const T* p = row(first);
 #pragma GCC unroll 8
-      for (int u = 0; u < kUnits; ++u) load_weighted<kMode>(p, u, weights + first, block[u][0], block[u][1]);
+      for (int u = 0; u < kUnits; ++u) load_weighted<kMode>(p, u, ahead, weights + first, block[u][0], block[u][1]);
       for (int64_t i = first + 1; i < last; ++i) {
         p = row(i);
 #pragma GCC unroll 8
         for (int u = 0; u < kUnits; ++u) {
           V a, b;
-          load_weighted<kMode>(p, u, weights + i, a, b);
+          load_weighted<kMode>(p, u, ahead, weights + i, a, b);
           block[u][0] = join<kMode>(block[u][0], a);
           block[u][1] = join<kMode>(block[u][1], b);
         }
@@ -183,19 +200,19 @@ struct Impl {
   }
 
   template <Mode kMode>
-  static void reduce_segment(const T* x, int64_t stride, const S* weights, int64_t count, int64_t width, bool divide,
-                             S divisor, T* out) {
+  static void reduce_segment(const T* x, int64_t stride, const S* weights, int64_t count, int64_t width, int64_t ahead,
+                             bool divide, S divisor, T* out) {
     constexpr int kUnits = X::kStrip;
     constexpr int64_t kColumns = kUnits / kHalves * kUnit;
     int64_t k = 0;
     for (; k + kColumns <= width; k += kColumns) {
       V total[kUnits][2];
-      reduce_columns<kUnits, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, total);
+      reduce_columns<kUnits, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, ahead, total);
       write_columns<kUnits>(total, divide, divisor, out + k);
     }
     for (; k + kUnit <= width; k += kUnit) {
       V total[kHalves][2];
-      reduce_columns<kHalves, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, total);
+      reduce_columns<kHalves, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, ahead, total);
       write_columns<kHalves>(total, divide, divisor, out + k);
     }
     if (k < width) {
@@ -205,29 +222,30 @@ struct Impl {
         tail.read(x + i * stride + k, width - k);
         return tail.v;
       };
-      reduce_columns<kHalves, kMode>(row, weights, count, total);
+      reduce_columns<kHalves, kMode>(row, weights, count, 0, total);
       write_columns<kHalves>(total, divide, divisor, tail.v);
       tail.write(out + k, width - k);
     }
   }
 
   static void reduce(const T* x, int64_t stride, const S* weights, SegmentList segments, int64_t width, Reduce reduce,
-                     T* out) {
+                     int64_t rows_ahead, T* out) {
+    const int64_t ahead = rows_ahead * stride;
     for (int64_t m = 0; m < segments.count; ++m, out += width) {
       const int64_t start = segments.starts[m], count = segments.lengths[m];
       const T* rows = x + start * stride;
       if (count == 0) {
         std::memset(out, 0, size_t(width) * sizeof(T));
       } else if (reduce == Reduce::kMax) {
-        reduce_segment<Mode::kMax>(rows, stride, nullptr, count, width, false, 1, out);
+        reduce_segment<Mode::kMax>(rows, stride, nullptr, count, width, ahead, false, 1, out);
       } else if (weights == nullptr) {
-        reduce_segment<Mode::kSum>(rows, stride, nullptr, count, width, reduce == Reduce::kMean, S(count), out);
+        reduce_segment<Mode::kSum>(rows, stride, nullptr, count, width, ahead, reduce == Reduce::kMean, S(count), out);
       } else {
         const S total = sum_of_weights(weights + start, count);
         if (total == 0)
           std::memset(out, 0, size_t(width) * sizeof(T));
         else
-          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, count, width, true, total, out);
+          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, count, width, ahead, true, total, out);
       }
     }
   }

@@ -60,12 +60,12 @@ class Pool {
 
   // Returns the number of segments.
   int64_t run() {
-    const int64_t threads = std::min<int64_t>(num_chunks_, torch::stable::get_num_threads());
-    if (threads <= 1) {
+    threads_ = std::min<int64_t>(num_chunks_, torch::stable::get_num_threads());
+    if (threads_ <= 1) {
       work();
     } else {
       // Chunks are taken in order, so the one that a thread waits for is always in the hands of a running thread.
-      torch::stable::parallel_for(0, threads, 1, [this](int64_t, int64_t) { work(); });
+      torch::stable::parallel_for(0, threads_, 1, [this](int64_t, int64_t) { work(); });
     }
     return turns_[num_chunks_].progress.segments;
   }
@@ -82,8 +82,9 @@ class Pool {
       decide(next.progress, end);
       const int64_t segments = next.progress.segments;
       next.ready.store(true, std::memory_order_release);
+      // The memory works on the chunk that this thread will likely take next while its arithmetic works on this one.
       row_kernels<T>().reduce(x_.data<T>(), x_.stride, nullptr, {starts_ + done, lengths_ + done, segments - done},
-                              x_.width, Reduce::kMean, out_ + done * x_.width);
+                              x_.width, Reduce::kMean, threads_ * chunk_rows_, out_ + done * x_.width);
     }
   }
 
@@ -127,7 +128,7 @@ class Pool {
   int64_t* cu_segments_;
   std::unique_ptr<S[]> d_;
   std::unique_ptr<Turn[]> turns_;
-  int64_t chunk_rows_, num_chunks_;
+  int64_t chunk_rows_, num_chunks_, threads_ = 1;
   std::atomic<int64_t> next_chunk_{0};
 };
 

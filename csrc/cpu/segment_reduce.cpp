@@ -6,6 +6,10 @@
 namespace fastcompress::cpu {
 namespace {
 
+// Memory is asked for this many rows ahead of the sums: 8 to 64 are alike and save a third over none (1280 wide, AMD EPYC
+// 9004).
+constexpr int64_t kRowsAhead = 16;
+
 // The row of a segment that `first`, `last` and `middle` take.
 int64_t picked_row(int64_t start, int64_t length, Reduce reduce) {
   if (reduce == Reduce::kFirst) return start;
@@ -54,7 +58,8 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
              [&](int64_t first, int64_t last) {
                const SegmentList part = segments.slice(first, last);
                if (!picks_a_row(reduce)) {
-                 row_kernels<T>().reduce(rows.data<T>(), rows.stride, w, part, width, reduce, data + first * width);
+                 row_kernels<T>().reduce(rows.data<T>(), rows.stride, w, part, width, reduce, kRowsAhead,
+                                           data + first * width);
                  return;
                }
                for (int64_t m = 0; m < part.count; ++m) {

@@ -5,6 +5,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cstdlib>
 #include <memory>
 #include <optional>
 #include <string>
@@ -78,8 +79,8 @@ Rule make_rule(const std::string& rule, int64_t size, double threshold, double p
 int64_t max_segments(const Rule& rule, bool has_row_group, const Sequences& sequences);
 Reduce read_reduce(const std::string& reduce);
 
-// Rows of output whose number becomes known while they are written. Fresh pages cost more than the arithmetic here, so
-// large buffers ask for huge ones; what was not needed goes back to the allocator.
+// Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those that
+// were cost more than the arithmetic here, so large buffers ask for huge ones.
 class OutputRows {
  public:
   OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size);
@@ -94,7 +95,7 @@ class OutputRows {
   std::unique_ptr<void, Free> memory_;
   int64_t width_;
   ScalarType dtype_;
-  size_t row_bytes_;
+  size_t row_bytes_, bytes_;
 };
 
 inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {

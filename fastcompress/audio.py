@@ -1,0 +1,192 @@
+"""Audio files to samples, samples to log-mel frames, both in blocks: memory is bounded by the result.
+
+Needs ``soundfile`` and ``soxr`` (``pip install 'fastcompress[audio]'``).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Callable
+from functools import lru_cache
+
+import numpy as np
+import soundfile
+import soxr
+import torch
+
+SAMPLE_RATE = 16_000  # Hz, of everything after `load_audio`
+WINDOW = 400  # samples: 25 ms
+HOP = 160  # samples: 10 ms
+FRAME_RATE = SAMPLE_RATE / HOP  # log-mel frames a second
+MEL_BINS = 80
+
+_BLOCK_FRAMES = 1 << 16  # 4 s at 16 kHz: the Python call is lost in the noise, the block is 256 KiB a channel
+_CHUNK_FRAMES = 3000  # 30 s of log-mel frames: 10 MB of windows and spectra
+
+Progress = Callable[[float, float], None]
+"""Called after each block with (seconds done, seconds in all)."""
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used; the message is one line and names the file and the cause."""
+
+
+def load_audio(
+    path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE, progress: Progress | None = None
+) -> np.ndarray:
+    """Read any file that libsndfile reads (WAV, FLAC, MP3, Ogg Vorbis and Opus, ...) as mono samples.
+
+    The file is read, mixed (mean of the channels) and resampled (soxr, high quality, no delay) block by block, so that
+    memory holds the result and one block: 230 MB an hour at 16 kHz, whatever the file's own rate and channels.
+
+    Args:
+        path: the file.
+        sample_rate: of the result, Hz.
+        progress: called after each block with (seconds read, seconds the file's header promises).
+
+    Returns:
+        float32 ``[S]``, full scale at 1.0, ``S = seconds * sample_rate`` to within a sample. A silent file gives zeros.
+        A WAV or MP3 that was cut short gives what it still holds, as players do.
+
+    Raises:
+        AudioError: no such file, a directory, no permission, not audio, damaged, 0 seconds, or NaN or infinite samples.
+    """
+    path = os.fspath(path)
+    # A bytearray grows in place (its reserve is never touched) and becomes an array without a copy. The header's length
+    # is not used for this: it is an estimate for some formats, missing in others.
+    samples = bytearray()
+    with _open(path) as file:
+        resampler = None
+        if file.samplerate != sample_rate:
+            try:
+                resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
+            except (RuntimeError, ValueError) as error:
+                rates = f"{file.samplerate} Hz to {sample_rate} Hz"
+                raise AudioError(f"{path}: cannot resample {rates} ({error})") from error
+        frames_read = 0
+        while True:
+            try:
+                block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # [frames, channels]
+            except soundfile.SoundFileError as error:
+                second = frames_read / file.samplerate
+                raise AudioError(f"{path}: damaged after {second:.1f} s ({_cause(error)})") from error
+            if not len(block):
+                break
+            frames_read += len(block)
+            mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+            if not np.isfinite(mono).all():
+                raise AudioError(f"{path}: holds NaN or infinite samples before {frames_read / file.samplerate:.1f} s")
+            samples += (resampler.resample_chunk(mono) if resampler else mono).tobytes()
+            if progress:
+                progress(frames_read / file.samplerate, max(file.frames, frames_read) / file.samplerate)
+        if frames_read == 0:
+            raise AudioError(f"{path}: holds no audio (0 seconds)")
+        if resampler:
+            samples += resampler.resample_chunk(np.zeros(0, np.float32), last=True).tobytes()
+    return np.frombuffer(samples, dtype=np.float32)
+
+
+def log_mel(
+    samples: np.ndarray | torch.Tensor,
+    mel_bins: int = MEL_BINS,
+    chunk_frames: int = _CHUNK_FRAMES,
+    progress: Progress | None = None,
+) -> torch.Tensor:
+    """Whisper's log-mel spectrogram: what its feature extractor gives, without the padding to 30 s.
+
+    Hann window of 25 ms, hop 10 ms, frame t centred on sample 160 t (the ends are mirrored), power, mel bands on the
+    Slaney scale with Slaney's equal-area normalisation from 0 to 8 kHz, log10, floor at 8 below the loudest value of
+    the whole audio, then ``(x + 4) / 4``.
+
+    Args:
+        samples: ``[S]`` float at 16 kHz, S at least one window (400).
+        mel_bins: number of bands.
+        chunk_frames: frames computed at a time; bounds memory, changes the result by no more than its last bit.
+        progress: called after each chunk with (seconds done, seconds in all).
+
+    Returns:
+        float32 ``[S // 160, mel_bins]``, 100 frames a second.
+
+    Raises:
+        ValueError: samples of another shape, or shorter than a window.
+    """
+    samples = torch.as_tensor(samples)
+    if samples.ndim != 1:
+        raise ValueError(f"samples must be [S], got shape {tuple(samples.shape)}")
+    count = samples.shape[0]
+    if count < WINDOW:
+        raise ValueError(
+            f"the audio is {1000 * count / SAMPLE_RATE:.1f} ms long; the least is one window of "
+            f"{1000 * WINDOW / SAMPLE_RATE:.0f} ms ({WINDOW} samples)"
+        )
+    if chunk_frames < 1:
+        raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
+    window = torch.hann_window(WINDOW)
+    filters = mel_filters(mel_bins)  # [WINDOW // 2 + 1, mel_bins]
+    frames = count // HOP
+    result = torch.empty(frames, mel_bins)
+    for first in range(0, frames, chunk_frames):
+        last = min(first + chunk_frames, frames)
+        piece = _mirrored(samples, first * HOP - WINDOW // 2, (last - 1) * HOP + WINDOW // 2)
+        spectrum = torch.fft.rfft(piece.unfold(0, WINDOW, HOP) * window)  # [last - first, WINDOW // 2 + 1]
+        power = spectrum.real.square() + spectrum.imag.square()
+        torch.matmul(power, filters, out=result[first:last])
+        if progress:
+            progress(last / FRAME_RATE, frames / FRAME_RATE)
+    result.clamp_(min=1e-10).log10_()
+    return result.clamp_(min=result.max().item() - 8).add_(4).div_(4)
+
+
+@lru_cache(maxsize=4)
+def mel_filters(mel_bins: int = MEL_BINS) -> torch.Tensor:
+    """Triangular mel bands, float32 ``[201, mel_bins]``: Slaney scale, 0 to 8 kHz, each of area 1 over its width in Hz.
+
+    Equal to ``librosa.filters.mel(sr=16000, n_fft=400)``, transposed.
+    """
+    edges = _mel_edges(mel_bins)
+    left, centre, right = edges[:-2], edges[1:-1], edges[2:]
+    hz = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)[:, None]
+    triangle = torch.minimum((hz - left) / (centre - left), (right - hz) / (right - centre)).clamp(min=0)
+    return (triangle * (2 / (right - left))).float()
+
+
+def mel_centres(mel_bins: int = MEL_BINS) -> torch.Tensor:
+    """Centre of each band in Hz, float64 ``[mel_bins]``."""
+    return _mel_edges(mel_bins)[1:-1]
+
+
+def _mel_edges(mel_bins: int) -> torch.Tensor:
+    """Hz, float64 ``[mel_bins + 2]``, evenly spaced on Slaney's scale: linear below 1 kHz, logarithmic above."""
+    linear_hz, linear_mel, log_step = 1000.0, 15.0, math.log(6.4) / 27
+    top_mel = linear_mel + math.log(SAMPLE_RATE / 2 / linear_hz) / log_step
+    mel = torch.linspace(0, top_mel, mel_bins + 2, dtype=torch.float64)
+    logarithmic = linear_hz * torch.exp((mel - linear_mel) * log_step)
+    return torch.where(mel < linear_mel, mel * linear_hz / linear_mel, logarithmic)
+
+
+def _open(path: str) -> soundfile.SoundFile:
+    try:
+        with open(path, "rb") as file:  # first, because libsndfile calls all of these "System error"
+            empty = not file.read(1)
+    except OSError as error:
+        raise AudioError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    if empty:
+        raise AudioError(f"{path}: the file is empty (0 bytes)")
+    try:
+        return soundfile.SoundFile(path)
+    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless formats (.raw)
+        raise AudioError(f"{path}: not an audio file that can be read ({_cause(error)})") from error
+
+
+def _cause(error: Exception) -> str:
+    return getattr(error, "error_string", str(error)).strip().rstrip(".")
+
+
+def _mirrored(samples: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    """samples[start:stop] as float32, positions beyond either end read mirrored about the end sample."""
+    count = samples.shape[0]
+    if start >= 0 and stop <= count:
+        return samples[start:stop].float()
+    position = torch.arange(start, stop).abs()
+    return samples[torch.where(position < count, position, 2 * (count - 1) - position)].float()

@@ -1,0 +1,140 @@
+"""Inputs that correctness, gradient and operator checks share, and the comparison of bits."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+WIDTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 257)
+FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
+RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
+
+RULES = (
+    fc.Uniform(1),
+    fc.Uniform(3),
+    fc.Uniform(3, tail="drop"),
+    fc.Uniform(100),
+    fc.LocalMax(),
+    fc.LocalMax(order=2),
+    fc.LocalMax(order=50),
+    fc.LocalMax(threshold=0.3),
+    fc.LocalMax(prominence=0.1),
+    fc.LocalMax(min_len=4),
+    fc.LocalMax(max_len=2),
+    fc.LocalMax(order=2, min_len=2, max_len=5),
+    fc.Threshold(0.15),
+    fc.Threshold(0.9, min_len=3, max_len=7),
+)
+
+
+@dataclass
+class Batch:
+    """A batch in one of the layouts: ``layout`` holds the keyword arguments that say so."""
+
+    name: str
+    x: Tensor
+    layout: dict[str, Tensor]
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def features(kind: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
+    """``[rows, width]``, deterministic."""
+    g = torch.Generator().manual_seed(seed)
+    x = torch.randn(rows, width, generator=g, dtype=torch.float64)
+    if kind == "smooth":
+        x = x.cumsum(0) * 0.3 + 1
+    elif kind == "repeated":
+        x = x[torch.arange(rows) // 3]
+    elif kind == "zeros":
+        x[torch.rand(rows, generator=g) < 0.5] = 0
+    elif kind == "nonfinite":
+        bad = torch.rand(rows, generator=g)
+        x[bad < 0.1] = torch.nan
+        x[(bad >= 0.1) & (bad < 0.15), -1] = torch.inf
+    elif kind in ("huge", "tiny"):
+        some = torch.rand(rows, generator=g) < 0.3
+        x[some] *= 1e25 if kind == "huge" else 1e-25
+    return x.to(dtype)
+
+
+def offsets(lengths: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
+    """``cu_seqlens`` of the lengths."""
+    return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
+
+
+def packed(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] = RAGGED) -> Batch:
+    x = features(kind, sum(lengths), width, dtype)
+    return Batch(f"packed-{kind}-{width}", x, {"cu_seqlens": offsets(lengths)})
+
+
+def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] = RAGGED) -> Batch:
+    """The frames of :func:`packed`, with NaN between the sequences, which nothing may read."""
+    rows = packed(kind, width, dtype, lengths).x
+    x = torch.full((len(lengths), max(lengths, default=0) + 2, width), torch.nan, dtype=dtype)
+    for row, part in zip(x, rows.split(lengths), strict=True):
+        row[: len(part)] = part
+    return Batch(f"padded-{kind}-{width}", x, {"lengths": torch.tensor(lengths)})
+
+
+def row_groups(rows: int, seed: int = 0) -> Tensor:
+    """``[rows]`` int32: runs of dropped, kept and pooled rows, neighbouring audios with different numbers."""
+    g = torch.Generator().manual_seed(seed)
+    sizes = torch.randint(1, 9, (rows,), generator=g)
+    values = torch.randint(-1, 4, (rows,), generator=g)
+    return values.repeat_interleave(sizes)[:rows].int()
+
+
+def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
+    """Every layout: packed (also empty), padded, masked, with row groups."""
+    yield packed(kind, width, dtype)
+    yield Batch("one-sequence", packed(kind, width, dtype).x, {})
+    yield Batch("no-sequence", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets(())})
+    yield Batch("no-frame", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets((0, 0))})
+    yield Batch("int64", packed(kind, width, dtype).x, {"cu_seqlens": offsets(RAGGED, torch.int64)})
+    yield padded(kind, width, dtype)
+    full = features(kind, 3 * 20, width, dtype).view(3, 20, width)
+    yield Batch("padded-full", full, {})
+    mask = torch.ones(3, 20, dtype=torch.int64)
+    mask[0, :7] = mask[1, 12:] = mask[2, 5:9] = 0  # left, right, a hole
+    yield Batch("masked", full, {"attention_mask": mask})
+    grouped = packed(kind, width, dtype)
+    yield Batch("grouped", grouped.x, {**grouped.layout, "row_group": row_groups(len(grouped.x))})
+    yield Batch("grouped-padded", full, {"row_group": row_groups(60).view(3, 20)})
+
+
+def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
+    """Tensors equal to ``x`` in other memory layouts."""
+    yield "row gap", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-2).flatten(-3, -2)[..., ::2, :]
+    yield "column slice", torch.cat([x.new_full((*x.shape[:-1], 3), torch.nan), x], dim=-1)[..., 3:]
+    yield "column step", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-1).flatten(-2)[..., ::2]
+    yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
+    yield "unaligned", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def bits(x: Tensor) -> Tensor:
+    """The bits of a tensor as integers, every NaN alike; integers as they are."""
+    if not x.is_floating_point():
+        return x
+    integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
+    return torch.where(x.isnan(), torch.iinfo(integer).max, x.contiguous().view(integer))
+
+
+def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
+    """Equal dtype, shape and bits; -0 is not 0, NaN is NaN."""
+    assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
+    assert actual.shape == expected.shape, f"{what}: {list(actual.shape)} is not {list(expected.shape)}"
+    different = (bits(actual) != bits(expected)).nonzero()
+    if len(different):
+        index = tuple(different[0].tolist())
+        raise AssertionError(
+            f"{what}: {len(different)} of {actual.numel()} values differ, first at {index}: "
+            f"{actual[index].item()!r} is not {expected[index].item()!r}"
+        )

@@ -60,7 +60,8 @@ class Pool {
 
   // Returns the number of segments.
   int64_t run() {
-    threads_ = std::min<int64_t>(num_chunks_, torch::stable::get_num_threads());
+    const int64_t worth = num_chunks_ * kChunkBytes / kThreadBytes;
+    threads_ = std::max<int64_t>(1, std::min<int64_t>(worth, torch::stable::get_num_threads()));
     if (threads_ <= 1) {
       work();
     } else {

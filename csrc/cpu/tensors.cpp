@@ -141,6 +141,10 @@ Reduce read_reduce(const std::string& reduce) {
 }
 
 namespace {
+int32_t shim_dtype(ScalarType dtype) {
+  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
+}
+
 constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
 // From here on a fresh buffer is worth a system call: writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 in huge
 // ones, 7.1 when they need not be split at the start (AMD EPYC 9004, Linux 6.18, transparent huge pages on `madvise`).
@@ -171,7 +175,7 @@ Tensor OutputRows::finish(int64_t rows) {
   const size_t bytes = size_t(rows) * row_bytes_;
   const int64_t sizes[2] = {rows, width_}, strides[2] = {std::max<int64_t>(width_, 1), 1};
   if (torch_from_blob == nullptr || bytes == 0) {
-    Tensor out = torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes, 2), dtype_);
+    Tensor out = empty_cpu({rows, width_}, dtype_);
     if (bytes > 0) std::memcpy(out.mutable_data_ptr(), memory_.get(), bytes);
     return out;
   }
@@ -182,11 +186,20 @@ Tensor OutputRows::finish(int64_t rows) {
     }
   }
   AtenTensorHandle handle;
-  const auto dtype = torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype_));
   TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      memory_.get(), 2, sizes, strides, 0, dtype, aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
+      memory_.get(), 2, sizes, strides, 0, shim_dtype(dtype_), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
       nullptr, 0, [](void* data, void*) { std::free(data); }, nullptr));
   (void)memory_.release();
+  return Tensor(handle);
+}
+
+Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3] = {1, 1, 1};
+  STD_TORCH_CHECK(sizes.size() <= 3, "too many dimensions");
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
+                                                  aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 

@@ -98,18 +98,20 @@ class OutputRows {
   size_t row_bytes_, bytes_;
 };
 
-inline Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(torch::headeronly::IntHeaderOnlyArrayRef(sizes.begin(), sizes.size()), dtype);
-}
+// A contiguous tensor. torch::stable::empty looks its operator up by name, which costs a microsecond.
+Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, int64_t padding);
 Tensor int32_tensor(const std::vector<int64_t>& values);
+
+// Work for one thread, about 50 us of reading: with less, a second one brings little, and costs milliseconds when other
+// processes hold the cores.
+constexpr int64_t kThreadBytes = 1 << 20;
 
 // Calls f(begin, end) for parts of [0, count), each of about `cost` bytes times its length, on torch's threads. f must
 // not throw.
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {
-  constexpr int64_t kBytes = 128 << 10;  // below this a second thread costs more than it brings
-  const int64_t grain = std::max<int64_t>(1, kBytes / std::max<int64_t>(1, cost));
+  const int64_t grain = std::max<int64_t>(1, kThreadBytes / std::max<int64_t>(1, cost));
   if (count <= grain) {
     if (count > 0) f(int64_t(0), count);
   } else {

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import sys
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -80,22 +81,26 @@ class Rule:
         """
         name, _, rest = text.strip().partition(":")
         fields = dataclasses.fields(_rule_class(name.strip()))
-        data: dict[str, Any] = {"rule": name.strip()}
+        given: dict[str, Any] = {}
         for position, item in enumerate(rest.split(",") if rest.strip() else []):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
                 if position:
                     raise ValueError(f"rule {text!r}: {item.strip()!r} is not field=value")
                 key, value = fields[0].name, key
-            if key in data:
+            if key in given:
                 raise ValueError(f"rule {text!r}: field {key!r} is given twice")
-            data[key] = _parse_value(value)
-        return Rule.from_dict(data)
+            given[key] = _parse_value(value)
+        if "rule" in given:
+            raise ValueError(f"rule {text!r} has no field 'rule'")
+        return Rule.from_dict({"rule": name.strip(), **given})
 
 
 def _parse_value(text: str) -> Any:
     if text == "None":
         return None
+    if "_" in text:  # which int() and float() would read past
+        return text
     for kind in (int, float):
         try:
             return kind(text)
@@ -118,7 +123,7 @@ def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
     value = getattr(rule, field)
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value):
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
 
 
@@ -240,8 +245,8 @@ def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Uniform, LocalMax, Threshold)}
 
 
-def _rule_class(name: str | None) -> type[Rule]:
-    if name not in RULES:
+def _rule_class(name: Any) -> type[Rule]:
+    if not isinstance(name, str) or name not in RULES:
         raise ValueError(f"unknown rule {name!r}; the rules are {', '.join(RULES)}")
     return RULES[name]
 

@@ -44,6 +44,15 @@ class Batch:
     def __str__(self) -> str:
         return self.name
 
+    def sequences(self) -> list[tuple[int, int]]:
+        """First row and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
+        if self.x.dim() == 3:
+            size, padded = self.x.shape[:2]
+            lengths = self.layout.get("lengths", torch.full((size,), padded)).tolist()
+            return [(b * padded, b * padded + length) for b, length in enumerate(lengths)]
+        ends = self.layout.get("cu_seqlens", torch.tensor([0, len(self.x)])).tolist()
+        return [(ends[b], ends[b + 1]) for b in range(len(ends) - 1)]
+
 
 def features(kind: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
     """``[rows, width]``, deterministic."""

@@ -6,12 +6,16 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
                                                      OptionalTensor row_group, std::string rule_name, int64_t size,
                                                      double threshold, double prominence, int64_t min_len,
                                                      int64_t max_len, bool keep_tail, bool compact) {
-  const Rule rule = make_rule(rule_name, size, threshold, prominence, min_len, max_len, keep_tail);
+  Rule rule = make_rule(rule_name, size, threshold, prominence, min_len, max_len, keep_tail);
   STD_TORCH_CHECK(d.dim() == 1 || d.dim() == 2, "d must have shape [N] or [B, T]");
   const Sequences sequences = read_sequences(d, d.dim(), cu_seqlens, lengths);
   Tensor group_holder;
   const int32_t* group = read_row_group(row_group, sequences.rows, group_holder);
-  // Distances are fp32 or fp64; what else a caller has is widened exactly.
+  // Distances are fp32 or fp64; what else a caller has is widened exactly, and so is the threshold, rounded to its dtype.
+  dispatch_dtype("d", d.scalar_type(), [&](auto rounded) {
+    narrow(accumulate_t<decltype(rounded)>(rule.threshold), rounded);
+    rule.threshold = double(widen(rounded));
+  });
   const bool is_double = d.scalar_type() == ScalarType::Double;
   const Tensor scores = torch::stable::contiguous(
       is_double || d.scalar_type() == ScalarType::Float ? d : torch::stable::to(d, ScalarType::Float));

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values
-from fastcompress.ops.dispatch import call
+from fastcompress.ops.dispatch import call, differentiable_once
 
 _op = torch.ops.fastcompress.adjacent_distance.default
 _backward_op = torch.ops.fastcompress.adjacent_distance_backward.default
@@ -30,7 +30,7 @@ def adjacent_distance(
         lag: frames between the two, at least 1.
 
     Returns:
-        ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64). Differentiable once; the gradient at NaN entries is not used.
+        ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64). Differentiable once; gradients of frames without a partner are not used.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -69,3 +69,4 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastcompress::adjacent_distance", _backward, setup_context=_setup_context)
+differentiable_once("adjacent_distance_backward")

@@ -25,3 +25,12 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explai
     except RuntimeError:
         explain()
         raise
+
+
+def differentiable_once(backward: str) -> None:
+    """Makes differentiating the op ``backward`` an error; without this it would give zeros."""
+
+    def refuse(ctx: Any, *grads: Any) -> None:
+        raise RuntimeError(f"fastcompress: {backward.removesuffix('_backward')} is differentiable once only")
+
+    torch.library.register_autograd(f"fastcompress::{backward}", refuse)

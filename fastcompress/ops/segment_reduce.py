@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_same_device, check_segment_values
-from fastcompress.ops.dispatch import call
+from fastcompress.ops.dispatch import call, differentiable_once
 from fastcompress.segments import Segments
 
 _ops = torch.ops.fastcompress
@@ -165,3 +165,5 @@ def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("fastcompress::segment_reduce", _reduce_backward, setup_context=_setup_reduce)
 torch.library.register_autograd("fastcompress::segment_weighted_mean", _weighted_backward, setup_context=_setup_weighted)
 torch.library.register_autograd("fastcompress::segment_expand", _expand_backward, setup_context=_setup_expand)
+differentiable_once("segment_max_backward")
+differentiable_once("segment_weighted_mean_backward")

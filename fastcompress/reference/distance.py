@@ -50,8 +50,8 @@ def norm(square: Tensor) -> Tensor:
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
     """``1 - cos`` of rows, ``[..., D]`` -> ``[...]`` in the accumulation dtype.
 
-    Two rows whose squared norms are both zero are alike, 0; one such row beside another is at distance 1. Non-finite
-    rows, and rows whose square overflows, give NaN.
+    Two rows whose squared norms are both zero are alike, 0; one such row beside another is at distance 1. Rows that are
+    not finite give NaN; a row whose square overflows does too, or 1 beside one with which its product does not.
     """
     square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
     d = 1 - canonical_dot(a, b) / (norm(square_a) * norm(square_b))

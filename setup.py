@@ -48,7 +48,8 @@ class NinjaBuildExt(build_ext):
         # -ffp-contract=off: the order and rounding of sums are part of the contract (docs/numerics.md).
         cxxflags = (
             "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
-            f"-ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter -DTORCH_TARGET_VERSION={TORCH_TARGET} "
+            f"-ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter "
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET} "
             f"-isystem {TORCH / 'include'} -I{ROOT / 'csrc'}"
         )
         ldflags = (

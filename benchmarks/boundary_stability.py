@@ -1,7 +1,7 @@
 """How the summation order of the dot products moves boundaries: ``python -m benchmarks.boundary_stability``.
 
-Counts, for several numbers of partial sums and several precisions of what follows them, the local maxima of the distance
-that differ from those of fp64 scores, the exact ties, and the sequences whose token count changes. docs/numerics.md
+Counts, for several numbers of partial sums and several precisions of what follows them, the local maxima of the
+distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count changes. docs/numerics.md
 draws its conclusion from this table.
 """
 

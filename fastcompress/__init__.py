@@ -14,8 +14,6 @@ from fastcompress.rules import LocalMax, Rule, Threshold, Uniform
 from fastcompress.segments import Pooled, Segments
 from fastcompress.version import __version__
 
-
-
 __all__ = [
     "LocalMax",
     "Pooled",

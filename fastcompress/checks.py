@@ -105,9 +105,12 @@ def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None
         if length < 0:
             raise ValueError(f"segments.lengths must not be negative, got {length} at index {i}")
         if start < end:
-            raise ValueError(f"segments.starts must not lie before the end of the last segment, {end}, got {start} at index {i}")
+            raise ValueError(
+                f"segments.starts must not lie before the end of the last segment, {end}, got {start} at index {i}"
+            )
         if start + length > num_rows:
             raise ValueError(
-                f"segments must lie inside the input's {num_rows} rows, got start {start} and length {length} at index {i}"
+                f"segments must lie inside the input's {num_rows} rows, "
+                f"got start {start} and length {length} at index {i}"
             )
         end = start + length

@@ -123,7 +123,8 @@ def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
     value = getattr(rule, field)
     if optional and value is None:
         return
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or math.isnan(value) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+    number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if not number or math.isnan(value) or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
 
 

@@ -19,8 +19,8 @@ def adjacent_distance(
 ) -> Tensor:
     """Cosine distance between each frame and the one ``lag`` frames later.
 
-    ``d[t] = 1 - x[t] . x[t + lag] / (max(|x[t]|, eps) max(|x[t + lag]|, eps))`` with ``eps = 1e-8``, never computed in a
-    half type. Two zero rows are alike, ``d = 0``; a zero row beside another has ``d = 1``. A non-finite frame, and the
+    ``d[t] = 1 - x[t] . x[t + lag] / (max(|x[t]|, eps) max(|x[t + lag]|, eps))`` with ``eps = 1e-8``, never computed in
+    a half type. Two zero rows are alike, ``d = 0``; a zero row beside another has ``d = 1``. A non-finite frame, and the
     last ``lag`` frames of a sequence, which have no partner, have NaN.
 
     Args:
@@ -30,7 +30,8 @@ def adjacent_distance(
         lag: frames between the two, at least 1.
 
     Returns:
-        ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64). Differentiable once; gradients of frames without a partner are not used.
+        ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64). Differentiable once; gradients of frames without a
+        partner are not used.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.

@@ -163,7 +163,9 @@ def _expand_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 
 
 torch.library.register_autograd("fastcompress::segment_reduce", _reduce_backward, setup_context=_setup_reduce)
-torch.library.register_autograd("fastcompress::segment_weighted_mean", _weighted_backward, setup_context=_setup_weighted)
+torch.library.register_autograd(
+    "fastcompress::segment_weighted_mean", _weighted_backward, setup_context=_setup_weighted
+)
 torch.library.register_autograd("fastcompress::segment_expand", _expand_backward, setup_context=_setup_expand)
 differentiable_once("segment_max_backward")
 differentiable_once("segment_weighted_mean_backward")

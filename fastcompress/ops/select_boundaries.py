@@ -132,7 +132,8 @@ def segments_from_starts(
         cu_seqlens, compact: as in :func:`select_boundaries`.
     """
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"starts must be an int32 or int64 tensor, got {getattr(starts, 'dtype', type(starts).__name__)}")
+        got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
+        raise TypeError(f"starts must be an int32 or int64 tensor, got {got}")
     if starts.dim() != 1:
         raise ValueError(f"starts must have shape [S], got {list(starts.shape)}")
     if cu_seqlens is not None:
@@ -140,7 +141,8 @@ def segments_from_starts(
     if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():
         low, high = int(starts.min()), int(starts.max())
         if low < 0 or high >= num_rows:
-            raise ValueError(f"starts must lie in [0, {num_rows}), the rows of the input, got {low if low < 0 else high}")
+            wrong = low if low < 0 else high
+            raise ValueError(f"starts must lie in [0, {num_rows}), the rows of the input, got {wrong}")
     mask = torch.zeros(num_rows, dtype=torch.bool, device=starts.device).index_fill(0, starts.long(), True)
     return segments_from_mask(mask, cu_seqlens=cu_seqlens, compact=compact)
 

@@ -48,9 +48,16 @@ def prominence(d: list[float], t: int) -> float:
 
 
 def split_run(
-    d: list[float], frames: int, rule: str, size: int, threshold: float, prominence_min: float, min_len: int, max_len: int
+    d: list[float],
+    frames: int,
+    rule: str,
+    size: int,
+    threshold: float,
+    prominence_min: float,
+    min_len: int,
+    max_len: int,
 ) -> list[int]:
-    """Starts of the segments of one run of ``frames`` frames, whose inner distances are ``d`` (``frames - 1`` values)."""
+    """Starts of the segments of one run of ``frames`` frames with the ``frames - 1`` distances ``d`` between them."""
 
     def is_candidate(t: int) -> bool:
         if rule == "uniform":

@@ -1,8 +1,8 @@
 """How the summation order of the dot products moves boundaries: ``python -m benchmarks.boundary_stability``.
 
 Counts, for several numbers of partial sums and several precisions of what follows them, the local maxima of the
-distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count changes. docs/numerics.md
-draws its conclusion from this table.
+distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count changes.
+docs/numerics.md draws its conclusion from this table.
 """
 
 from __future__ import annotations

@@ -124,7 +124,7 @@ def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
     if optional and value is None:
         return
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or math.isnan(value) or (isinstance(value, int) and abs(value) > sys.float_info.max):
+    if not number or value != value or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
 
 

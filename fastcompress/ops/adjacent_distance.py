@@ -20,8 +20,8 @@ def adjacent_distance(
     """Cosine distance between each frame and the one ``lag`` frames later.
 
     ``d[t] = 1 - x[t] . x[t + lag] / (max(|x[t]|, eps) max(|x[t + lag]|, eps))`` with ``eps = 1e-8``, never computed in
-    a half type. Two zero rows are alike, ``d = 0``; a zero row beside another has ``d = 1``. A non-finite frame, and the
-    last ``lag`` frames of a sequence, which have no partner, have NaN.
+    a half type. Two zero rows are alike, ``d = 0``; a zero row beside another has ``d = 1``. A non-finite frame, and
+    the last ``lag`` frames of a sequence, which have no partner, have NaN.
 
     Args:
         x: ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.

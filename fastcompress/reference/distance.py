@@ -88,7 +88,8 @@ def adjacent_distance_backward(
     """Gradient of ``x``: each row takes part in the pair that it starts and in the pair that it ends.
 
     With ``u = x / |x|``, the gradient of ``d = 1 - u . v`` by ``x`` is ``((u . v) u - v) / |x|``; below ``EPS`` the
-    norm is the constant ``EPS`` and only ``-v / EPS`` remains. Pairs of two zero rows and pairs beyond a sequence get 0.
+    norm is the constant ``EPS`` and only ``-v / EPS`` remains. Pairs of two zero rows and pairs beyond a sequence
+    get 0.
     """
     dtype, grad_dtype = accumulate_dtype(x.dtype), x.dtype
     valid = pair_mask(x, cu_seqlens, lengths, lag)

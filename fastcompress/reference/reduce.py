@@ -81,7 +81,7 @@ def segment_weighted_mean(x: Tensor, weights: Tensor, starts: Tensor, lengths: T
 def segment_weighted_mean_backward(
     grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``grad_x[t] = w[t] / W * grad[s]`` and ``grad_w[t] = grad[s] . (x[t] - y[s]) / W``; 0 for ``W = 0`` and in gaps."""
+    """``grad_x[t] = w[t] / W * grad[s]``, ``grad_w[t] = grad[s] . (x[t] - y[s]) / W``; 0 for ``W = 0`` and in gaps."""
     dtype = accumulate_dtype(x.dtype)
     weight = _ordered_sum(weights, starts, lengths)
     grad_x, grad_weights = torch.zeros_like(x), torch.zeros_like(weights)

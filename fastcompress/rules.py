@@ -115,6 +115,8 @@ def _check_int(rule: Rule, field: str, minimum: int, optional: bool = False) -> 
         return
     if isinstance(value, bool) or not isinstance(value, int):
         raise ValueError(f"{type(rule).__name__}: {field} must be an integer, got {value!r}")
+    if value >= 2**63:
+        raise ValueError(f"{type(rule).__name__}: {field} must fit in 64 bits, got {value}")
     if value < minimum:
         raise ValueError(f"{type(rule).__name__}: {field} must be at least {minimum}, got {value}")
 

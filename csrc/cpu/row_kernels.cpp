@@ -23,7 +23,7 @@ const Isa& chosen() {
         {"avx512", &row_kernels_avx512,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
              __builtin_cpu_supports("avx512vl")},
-        {"avx2", &row_kernels_avx2, __builtin_cpu_supports("avx2") && __builtin_cpu_supports("f16c")},
+        {"avx2", &row_kernels_avx2, bool(__builtin_cpu_supports("avx2"))},  // and F16C, which came before
 #endif
         {"portable", &row_kernels_portable, true},
     };

@@ -188,17 +188,6 @@ struct Impl {
     }
   }
 
-  static S sum_of_weights(const S* weights, int64_t count) {
-    S total = 0;
-    for (int64_t first = 0; first < count; first += kBlock) {
-      const int64_t last = first + kBlock > count ? count : first + kBlock;
-      S block = weights[first];
-      for (int64_t i = first + 1; i < last; ++i) block = block + weights[i];
-      total = first == 0 ? block : total + block;
-    }
-    return total;
-  }
-
   template <Mode kMode>
   static void reduce_segment(const T* x, int64_t stride, const S* weights, int64_t count, int64_t width, int64_t ahead,
                              bool divide, S divisor, T* out) {

@@ -77,18 +77,6 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
   return result;
 }
 
-// The weights of a segment, added as the rows are.
-template <class S>
-S sum_of_weights(const S* weights, int64_t count) {
-  S total = 0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    S block = weights[first];
-    for (int64_t i = first + 1; i < std::min(first + kBlock, count); ++i) block += weights[i];
-    total = first == 0 ? block : total + block;
-  }
-  return total;
-}
-
 Tensor checked_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
   STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
                   "weights must be one value a row, in the accumulation dtype");

@@ -45,10 +45,10 @@ demo: build
 	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo
 
 test: build
-	$(PYTEST) -n 2
+	$(PYTEST) -n 2 --dist loadgroup
 
 test-full: build
-	$(PYTEST) -n 2 --run-slow
+	$(PYTEST) -n 2 --dist loadgroup --run-slow
 
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python

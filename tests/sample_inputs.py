@@ -12,6 +12,7 @@ import fastcompress as fc
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 257)
+WIDE = (1280, 4096)  # Whisper large; the hidden size of an 8B language model
 FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
 RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
 
@@ -126,6 +127,14 @@ def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
     yield "column step", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-1).flatten(-2)[..., ::2]
     yield "transposed", x.transpose(-1, -2).contiguous().transpose(-1, -2)
     yield "unaligned", torch.cat([x.new_zeros(1), x.flatten()])[1:].view(x.shape)
+
+
+def expanded(rows: int, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+    """``[rows, width]`` of fewer values in memory: strides of 0."""
+    x = features("smooth", rows, width, dtype)
+    yield "one row", x[:1].expand(rows, width)
+    yield "one column", x[:, :1].expand(rows, width)
+    yield "one value", x[:1, :1].expand(rows, width)
 
 
 def bits(x: Tensor) -> Tensor:

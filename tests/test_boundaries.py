@@ -14,6 +14,7 @@ from torch import Tensor
 
 import fastcompress as fc
 from fastcompress.reference import OPS
+from fastcompress.reference.boundaries import is_peak
 from fastcompress.rules import max_segments
 from tests.sample_inputs import DTYPES, RAGGED, RULES, Batch, assert_same_bits, batches, offsets, row_groups, strided
 
@@ -119,6 +120,59 @@ def test_threshold_compares_as_torch(dtype: torch.dtype, kind: str, threshold: f
     peaks = [[t + 1 for t in scipy_peaks(part, 1)] for part in inner_distances(d.double())]
     both = [[t for t in a if t in b] for a, b in zip(peaks, expected, strict=True)]
     assert_segments(fc.select_boundaries(d, fc.LocalMax(threshold=threshold), **LAYOUT), both)
+
+
+@pytest.mark.parametrize("threshold", (1e300, -1e300, 7e4, -7e4, 1e-300, 0.5 + 2**-12 + 2**-40))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_threshold_that_the_dtype_does_not_hold(dtype: torch.dtype, threshold: float):
+    """Beyond the largest number it is infinite, below the smallest 0; the last one is rounded twice, by torch too."""
+    d = torch.tensor([math.inf, 0.5, 0.5 + 2**-11, -math.inf, 0, 2**-14, -6e4, 6e4, 0.5 + 2**-12, 0]).to(dtype)
+    expected = (d[:-1] > threshold).nonzero().view(-1) + 1
+    segments = fc.select_boundaries(d, fc.Threshold(threshold))
+    assert segments.starts.tolist() == [0, *expected.tolist()]
+    reference = OPS["select_boundaries"](d, None, None, None, *fc.Threshold(threshold).op_args(), True)
+    assert_same_bits(segments.starts, reference[0])
+
+
+LARGEST = 2**63 - 1
+
+
+@pytest.mark.parametrize("compact", (True, False))
+@pytest.mark.parametrize(
+    ("rule", "starts"),
+    [
+        (fc.Uniform(LARGEST), [0]),
+        (fc.Uniform(LARGEST, tail="drop"), []),
+        (fc.LocalMax(LARGEST), [0, 4]),
+        (fc.LocalMax(min_len=LARGEST), [0]),
+        (fc.LocalMax(min_len=LARGEST, max_len=LARGEST), [0]),
+        (fc.LocalMax(max_len=LARGEST), [0, 2, 4]),
+        (fc.Threshold(0.5, min_len=LARGEST), [0]),
+        (fc.Threshold(0.5, max_len=LARGEST), [0, 2, 4, 6]),
+    ],
+    ids=str,
+)
+def test_largest_integers(rule: fc.Rule, starts: list[int], compact: bool):
+    d = torch.tensor([0.1, 0.6, 0.2, 0.9, 0.3, 0.7, 0.0])
+    segments = fc.select_boundaries(d, rule, compact=compact)
+    assert segments.starts[: int(segments.cu_segments[-1])].tolist() == starts
+
+
+class Counted(list):
+    """A list that counts how often it is read."""
+
+    reads = 0
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: reference.boundaries.is_peak loops to `order`, not to the end of the run")
+def test_reference_reads_no_further_than_the_run():
+    d = Counted([0.0, 1.0, 0.0])
+    assert is_peak(d, 1, 10**4)
+    assert d.reads <= 4 * len(d)
 
 
 @pytest.mark.parametrize("size", (1, 2, 3, 5, 17, 64, 65, 66, 1000))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,10 +15,12 @@ from tests.sample_inputs import (
     DTYPES,
     FEATURES,
     RAGGED,
+    WIDE,
     WIDTHS,
     Batch,
     assert_same_bits,
     batches,
+    expanded,
     features,
     offsets,
     packed,
@@ -109,6 +112,54 @@ def test_strides_do_not_matter(dtype: torch.dtype, width: int, layout: str):
     ones = torch.ones_like(expected)
     expanded = torch.ones((), dtype=expected.dtype).expand(expected.shape)
     assert_same_bits(gradient(batch.x, batch.layout, expanded), gradient(batch.x, batch.layout, ones), "expanded")
+
+
+@pytest.mark.parametrize("width", WIDE)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_as_reference_on_wide_rows(dtype: torch.dtype, width: int):
+    batch = packed("smooth", width, dtype, (3, 0, 9, 1))
+    d = fc.adjacent_distance(batch.x, **batch.layout)
+    assert_same_bits(d, reference(batch.x, batch.layout), "d")
+    grad = random_grad(d)
+    assert_same_bits(
+        gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient"
+    )
+
+
+@pytest.mark.parametrize("width", (1, 33, 64))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_input(dtype: torch.dtype, width: int):
+    for name, x in expanded(20, width, dtype):
+        copy = x.contiguous()
+        assert_same_bits(fc.adjacent_distance(x), reference(copy, {}), name)
+        grad = random_grad(fc.adjacent_distance(x))
+        assert_same_bits(gradient(x, {}, grad), reference_backward(grad, copy, {}), f"{name}: gradient")
+
+
+def dot_by_hand(a: Tensor, b: Tensor) -> float:
+    """docs/numerics.md, read without the reference at hand: 32 sums, each in its turn, then a tree in fp64."""
+    dtype = np.float64 if a.dtype == torch.float64 else np.float32
+    a, b = (row.double().numpy().astype(dtype) for row in (a, b))
+    sums = np.zeros(32, dtype)
+    for i in range(len(a)):
+        sums[i % 32] = sums[i % 32] + a[i] * b[i]
+    tree = [float(value) for value in sums]
+    for half in (16, 8, 4, 2, 1):
+        tree = [tree[j] + tree[j + half] for j in range(half)]
+    return tree[0]
+
+
+@pytest.mark.parametrize("width", (1, 31, 32, 33, 65, 257))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_order_of_additions(dtype: torch.dtype, width: int):
+    x = features("smooth", 12, width, dtype, seed=7)
+    by_hand, dots = [], [dot_by_hand(a, b) for a, b in zip(x, x[1:], strict=False)]
+    squares = [dot_by_hand(a, a) for a in x]
+    for t, dot in enumerate(dots):
+        by_hand.append(1 - dot / (max(math.sqrt(squares[t]), EPS) * max(math.sqrt(squares[t + 1]), EPS)))
+    expected = torch.tensor(by_hand, dtype=torch.float64).to(fc.adjacent_distance(x).dtype)
+    assert_same_bits(fc.adjacent_distance(x)[:-1], expected, "op")
+    assert_same_bits(reference(x, {})[:-1], expected, "reference")
 
 
 @pytest.mark.parametrize("lag", (1, 3))
@@ -203,6 +254,35 @@ def test_non_finite_frames_give_nan_on_both_sides_only(dtype: torch.dtype, width
     expected[index] = bad[index] | bad[index + 1]
     assert not expected.all() and bad.any()
     assert torch.equal(fc.adjacent_distance(batch.x, **batch.layout).isnan(), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_rows_without_elements_are_zero_rows(dtype: torch.dtype):
+    x = torch.zeros(5, 0, dtype=dtype)
+    d = fc.adjacent_distance(x, cu_seqlens=torch.tensor([0, 3, 5]))
+    assert_same_bits(d, torch.tensor([0, 0, math.nan, 0, math.nan], dtype=d.dtype))
+    assert_same_bits(reference(x, {"cu_seqlens": torch.tensor([0, 3, 5])}), d)
+    assert gradient(x, {}, d.nan_to_num()).shape == (5, 0)
+
+
+HUGE_LAGS = [2**31, 2**32 + 1, 2**62]
+
+
+@pytest.mark.parametrize("lag", HUGE_LAGS)
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+def test_huge_lag_leaves_no_pair(layout: str, lag: int):
+    batch = (packed if layout == "packed" else padded)("iid", 3, torch.float32)
+    d = fc.adjacent_distance(batch.x, **batch.layout, lag=lag)
+    assert d.isnan().all() and reference(batch.x, batch.layout, lag).isnan().all()
+    ones = torch.ones_like(d)
+    assert not gradient(batch.x, batch.layout, ones, lag).any()
+    assert not reference_backward(ones, batch.x, batch.layout, lag).any()
+
+
+@pytest.mark.xfail(strict=True, reason="BUG: the reference rolls by -lag and adds it to rows, which overflows")
+def test_reference_takes_the_largest_lag():
+    x = features("iid", 5, 3, torch.float32)
+    assert_same_bits(reference(x, {}, 2**63 - 1), fc.adjacent_distance(x, lag=2**62))
 
 
 # Gradient

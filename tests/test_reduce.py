@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from itertools import accumulate
 
 import numpy as np
@@ -12,7 +13,7 @@ from torch import Tensor
 import fastcompress as fc
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from fastcompress.reference import OPS
-from tests.sample_inputs import DTYPES, FEATURES, WIDTHS, assert_same_bits, features, strided
+from tests.sample_inputs import DTYPES, FEATURES, WIDE, WIDTHS, assert_same_bits, expanded, features, strided
 
 LENGTHS = (1, 2, 0, 3, 5, 8, 63, 64, 0, 65, 127, 128, 129, 1)
 GAPS = (0, 2, 0, 1, 0, 0, 3, 0, 0, 0, 1, 0, 4, 0)  # rows in no segment before each
@@ -59,10 +60,10 @@ def sum_error(length: int, dtype: torch.dtype) -> float:
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", (*WIDTHS, *WIDE))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference(dtype: torch.dtype, width: int, reduce: str):
-    segments = make()
+    segments = make() if width in WIDTHS else make((1, 0, 2, 9), (0, 1, 0, 0), 1)
     x, args = features("iid", segments.num_rows, width, dtype), (segments.starts, segments.lengths)
     y = fc.segment_reduce(x, segments, reduce)
     assert_same_bits(y, OPS["segment_reduce"](x, *args, reduce), "values")
@@ -72,10 +73,10 @@ def test_same_bits_as_reference(dtype: torch.dtype, width: int, reduce: str):
     assert_same_bits(grad_x, backward(*inputs), "gradient")
 
 
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("width", (*WIDTHS, *WIDE))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference_with_weights(dtype: torch.dtype, width: int):
-    segments = make()
+    segments = make() if width in WIDTHS else make((1, 0, 2, 9), (0, 1, 0, 0), 1)
     x, w = features("iid", segments.num_rows, width, dtype), weights_of(segments.num_rows, accumulator(dtype))
     args = (segments.starts, segments.lengths)
     y = fc.segment_reduce(x, segments, weights=w)
@@ -130,6 +131,39 @@ def test_strides_do_not_matter(dtype: torch.dtype, width: int, reduce: str):
         assert_same_bits(torch.autograd.grad(run(leaf, w), leaf, other)[0], expected_grad, f"{name}: strided gradient")
     for name, other in strided(expected):
         assert_same_bits(fc.segment_expand(other, segments), fc.segment_expand(expected, segments), f"{name}: expand")
+
+
+@pytest.mark.parametrize("reduce", REDUCTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_expanded_input(dtype: torch.dtype, reduce: str):
+    segments = make()
+    args = segments.starts, segments.lengths, reduce
+    for width in (1, 33, 64):
+        for name, x in expanded(segments.num_rows, width, dtype):
+            assert_same_bits(fc.segment_reduce(x, segments, reduce), OPS["segment_reduce"](x.contiguous(), *args), name)
+        for name, y in expanded(len(segments.starts), width, dtype):
+            assert_same_bits(fc.segment_expand(y, segments), fc.segment_expand(y.contiguous(), segments), name)
+
+
+def sum_by_hand(rows: np.ndarray) -> np.ndarray:
+    """docs/numerics.md, read without the reference at hand: blocks of 64 rows from the first, then the blocks."""
+    blocks = [functools.reduce(np.add, rows[first : first + 64]) for first in range(0, len(rows), 64)]
+    return functools.reduce(np.add, blocks)
+
+
+@pytest.mark.parametrize("reduce", ("sum", "mean", "weighted"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_order_of_additions(dtype: torch.dtype, reduce: str):
+    segments = make((1, 2, 63, 64, 65, 200), None, 0)
+    x, w = features("smooth", segments.num_rows, 5, dtype), weights_of(segments.num_rows, accumulator(dtype))
+    # A mean and a sum are weighted by 1, which changes no bit.
+    factors = w.numpy()[:, None] if reduce == "weighted" else np.ones_like(w.numpy())[:, None]
+    terms = x.to(w.dtype).numpy() * factors
+    for m, part in enumerate(slices(segments)):
+        total = sum_by_hand(terms[part]) / (1 if reduce == "sum" else sum_by_hand(factors[part]))
+        assert total.dtype == terms.dtype
+        actual = fc.segment_reduce(x, segments, *(("mean", w) if reduce == "weighted" else (reduce,)))
+        assert_same_bits(actual[m], torch.from_numpy(total).to(dtype), f"{part}")
 
 
 @pytest.mark.parametrize("reduce", REDUCTIONS)
@@ -260,6 +294,17 @@ def test_sums_are_preserved(dtype: torch.dtype):
     total = fc.segment_reduce(x, segments, "sum").sum(0)
     assert torch.equal(total, x[inside].sum(0))
     assert torch.equal(fc.segment_reduce(torch.ones_like(x), segments, "sum")[:, 0], segments.lengths.to(dtype))
+
+
+@pytest.mark.parametrize("reduce", [reduce for reduce in REDUCTIONS if reduce != "sum"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_shift_of_the_frames_shifts_the_result(dtype: torch.dtype, reduce: str):
+    """Exact, also before a mean is rounded: its sums are integers, and its divisors powers of two."""
+    segments = make((1, 2, 0, 4, 8, 64, 128), (0, 2, 0, 1, 0, 0, 3))
+    x = torch.randint(-1, 2, (segments.num_rows, 7), generator=torch.Generator().manual_seed(0)).double()
+    expected = fc.segment_reduce(x, segments, reduce) + 2
+    expected[segments.lengths == 0] = 0
+    assert_same_bits(fc.segment_reduce((x + 2).to(dtype), segments, reduce), expected.to(dtype))
 
 
 # Weights

@@ -1,0 +1,143 @@
+"""Correctness before speed: a contender whose result is wrong is not timed.
+
+The library is held to fp64 scores and fp64 means computed here; the contenders to the segments of the library.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases import Inputs
+from benchmarks.contenders import Tokens, last_frames, local_max_ends, offsets_and_ids
+
+#: Share of the boundaries that must be equal: rounding may flip a few, another rule flips more.
+MIN_EQUAL_BOUNDARIES = 0.999
+
+_BLOCK = 4096
+
+
+class WrongResult(Exception):
+    """A contender that does not do the job."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a result agrees with what was expected.
+
+    Attributes:
+        boundaries: boundaries expected.
+        differing: boundaries that only one of the two has.
+        worst: largest error of a value in segments that both have, as a share of the rounding bound.
+    """
+
+    boundaries: int
+    differing: int
+    worst: float
+
+
+def exact_starts(inputs: Inputs) -> Tensor:
+    """``[M]``, first rows of the segments by fp64 scores."""
+    x = inputs.x.detach()
+    rows = x.shape[0]
+    d = torch.zeros(rows, dtype=torch.float64)
+    for start in range(0, rows - 1, _BLOCK):
+        part = x[start : min(start + _BLOCK, rows - 1) + 1].double()
+        norm = part.square().sum(1).sqrt().clamp_min(1e-8)
+        d[start : start + part.shape[0] - 1] = 1 - (part[:-1] * part[1:]).sum(1) / (norm[:-1] * norm[1:])
+    return offsets_and_ids(local_max_ends(d, last_frames(inputs)))[0][:-1]
+
+
+def _lengths(starts: Tensor, rows: int) -> Tensor:
+    return torch.cat([starts, starts.new_tensor([rows])]).diff()
+
+
+def _means(x: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    ids = torch.repeat_interleave(torch.arange(starts.shape[0]), lengths)
+    total = torch.zeros(starts.shape[0], x.shape[1], dtype=torch.float64)
+    for start in range(0, x.shape[0], _BLOCK):
+        total.index_add_(0, ids[start : start + _BLOCK], x[start : start + _BLOCK].double())
+    return total / lengths.unsqueeze(1)
+
+
+class Expected:
+    """What a call on ``inputs`` must return, given where its segments start.
+
+    Args:
+        inputs: packed input.
+        starts: ``[M]``, first row of each segment.
+    """
+
+    def __init__(self, inputs: Inputs, starts: Tensor) -> None:
+        x = inputs.x.detach()
+        self.starts = starts.long()
+        self.rows, self.dtype = x.shape[0], x.dtype
+        self.lengths = _lengths(self.starts, self.rows)
+        self.values = _means(x, self.starts, self.lengths)
+        # A serial sum of n terms in precision u is off by at most (n - 1) u times the sum of their magnitudes; one
+        # more for the division, one for the rounding of the result.
+        magnitude = _means(x.abs(), self.starts, self.lengths)
+        self.bound = torch.finfo(x.dtype).eps * (self.lengths.unsqueeze(1) + 1) * magnitude + torch.finfo(x.dtype).tiny
+
+    def check(self, name: str, tokens: Tokens, grad: Tensor | None = None, grad_x: Tensor | None = None) -> Agreement:
+        """Raises :class:`WrongResult` unless ``tokens`` are right, and the gradient of their values if given.
+
+        Args:
+            name: whose result it is, for the message.
+            tokens: the result.
+            grad: ``[M', D]``, the gradient that went into ``tokens.values``.
+            grad_x: ``[N, D]``, the gradient that came out.
+        """
+        if tokens.starts is None:
+            raise WrongResult(f"{name}: returns no segments")
+        starts = tokens.starts.long()
+        if tokens.values.dtype != self.dtype or tokens.values.shape != (starts.shape[0], self.values.shape[1]):
+            got = f"{tokens.values.dtype} {list(tokens.values.shape)}"
+            raise WrongResult(f"{name}: {got} for {starts.shape[0]} segments")
+        mine = torch.zeros(self.rows, dtype=torch.bool).index_fill_(0, self.starts, True)
+        theirs = torch.zeros(self.rows, dtype=torch.bool).index_fill_(0, starts, True)
+        differing = int((mine != theirs).sum())
+        if differing > (1 - MIN_EQUAL_BOUNDARIES) * self.starts.shape[0]:
+            raise WrongResult(f"{name}: {differing} of {self.starts.shape[0]} boundaries differ")
+        # Segments with the same start and the same length in both.
+        lengths = _lengths(starts, self.rows)
+        mine_at = torch.full((self.rows,), -1).index_copy_(0, self.starts, torch.arange(self.starts.shape[0]))
+        index = mine_at[starts]
+        same = (index >= 0) & (self.lengths[index.clamp_min(0)] == lengths)
+        index = index[same]
+        error = (tokens.values.detach()[same].double() - self.values[index]).abs() / self.bound[index]
+        worst = float(error.max()) if error.numel() else 0.0
+        if not worst <= 1:  # a NaN is wrong, too
+            raise WrongResult(f"{name}: values are off by {worst:.3g} times the rounding bound")
+        if grad is not None and grad_x is not None:
+            _check_gradient(name, grad, grad_x, lengths)
+        return Agreement(self.starts.shape[0], differing, worst)
+
+
+def _check_gradient(name: str, grad: Tensor, grad_x: Tensor, lengths: Tensor) -> None:
+    if grad_x.dtype != grad.dtype or grad_x.shape != (int(lengths.sum()), grad.shape[1]):
+        raise WrongResult(f"{name}: gradient is {grad_x.dtype} {list(grad_x.shape)}")
+    ids = torch.repeat_interleave(torch.arange(lengths.shape[0]), lengths)
+    limits, wrong = torch.finfo(grad.dtype), 0
+    for start in range(0, grad_x.shape[0], _BLOCK):
+        rows = ids[start : start + _BLOCK]
+        expected = grad[rows].double() / lengths[rows].unsqueeze(1)
+        error = (grad_x[start : start + _BLOCK].double() - expected).abs()
+        # Two roundings: the reciprocal or the quotient, and the result. Negated, so that a NaN is wrong, too.
+        wrong += int((~(error <= limits.eps * expected.abs() + limits.tiny)).sum())
+    if wrong:
+        raise WrongResult(f"{name}: {wrong} of {grad_x.numel()} gradients are off by more than rounding")
+
+
+def check_average_pool(name: str, padded: Tensor, tokens: Tokens) -> None:
+    """Raises :class:`WrongResult` unless ``tokens.values`` are the means of windows of 3 of ``padded`` [B, T, D]."""
+    windows = padded.detach()[:, : padded.shape[1] // 3 * 3].unflatten(1, (-1, 3))
+    if tokens.values.shape != (windows.shape[0], windows.shape[1], windows.shape[3]):
+        raise WrongResult(f"{name}: {list(tokens.values.shape)} for windows {list(windows.shape)}")
+    for value, window in zip(tokens.values.detach(), windows, strict=True):
+        window = window.double()
+        bound = torch.finfo(padded.dtype).eps * 4 * window.abs().mean(1)
+        if not bool(((value.double() - window.mean(1)).abs() <= bound).all()):
+            raise WrongResult(f"{name}: means are off by more than rounding")

@@ -1,0 +1,174 @@
+"""Tables for people and JSON for programs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks import machine
+from benchmarks.floor import KINDS
+from benchmarks.measure import Row, Table
+from benchmarks.registry import OURS
+from benchmarks.targets import TARGETS, Outcome, outcomes
+
+SCHEMA = 1
+
+_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+
+
+def _align(lines: Sequence[Sequence[str]]) -> str:
+    """Columns: the first to the left, the others to the right."""
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    rows = []
+    for first, *rest in lines:
+        rows.append("  ".join([first.ljust(widths[0]), *map(str.rjust, rest, widths[1:])]))
+    return "\n".join(rows)
+
+
+def _multiple(row: Row, other: Row | None) -> str:
+    return "" if other is None else f"{row.median / other.median:.2f}"
+
+
+def _threads(threads: int) -> str:
+    return f"{threads} thread" + ("s" if threads > 1 else "")
+
+
+def table_text(table: Table) -> str:
+    """One table, fastest first, with who was left out."""
+    tiny = table.case.calls > 1
+    unit, scale = ("µs", 1e6) if tiny else ("ms", 1e3)
+    ours, floor = table.row(OURS), table.row("floor, fresh")
+    lines = [["", unit, "p10", "p90", "reps", "GB/s", "x floor", "x ours", "other boundaries"]]
+    for row in sorted(table.rows, key=lambda row: row.median):
+        differing = "" if row.differing is None else f"{row.differing} of {table.tokens}"
+        speed = "" if tiny else f"{table.moved / row.median / 1e9:.1f}"
+        times = [f"{seconds * scale:.2f}" for seconds in (row.median, row.p10, row.p90)]
+        ratios = [_multiple(row, floor), _multiple(row, ours)]
+        lines.append([row.contender, *times, str(row.reps), speed, *ratios, differing])
+    case, disturbance = table.case, table.disturbance
+    text = [
+        f"{case.name}, {_DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
+        f"{len(case.lengths)} sequences, {case.frames} x {case.dim} to {table.tokens} tokens, "
+        f"{table.moved / 1e6:.1f} MB moved, {table.buffers} input buffers in turn",
+        _align(lines),
+    ]
+    if ours is not None and floor is not None:
+        kinds = ", ".join(f"{_multiple(ours, table.row(f'floor, {kind}'))} {kind}" for kind in KINDS)
+        text.append(f"{OURS} in multiples of the floor by output memory: {kinds}")
+    text += [f"not timed: {name}: {reason}" for name, reason in table.skipped.items()]
+    text.append(
+        f"{disturbance.samples} samples, {disturbance.retried} taken again because of other load, "
+        f"{disturbance.kept} kept although disturbed; other work took {disturbance.foreign:.2f} cores meanwhile"
+    )
+    return "\n".join(text)
+
+
+def targets_text(found: Sequence[Outcome]) -> str:
+    """The last table: a line a target, a column a setting."""
+    if not found:
+        return "no target applies to what was measured"
+    settings = list(dict.fromkeys((one.case, one.threads) for one in found))
+    cells = {(one.target.name, one.case, one.threads): one for one in found}
+    lines = [["", "target", *(f"{case}, {threads} thr" for case, threads in settings)]]
+    for target in TARGETS:
+        if not any(one.target is target for one in found):
+            continue
+        sign = "<=" if target.at_most else ">" if target.strict else ">="
+        line = [target.name, f"{sign} {target.goal:g}"]
+        for case, threads in settings:
+            one = cells.get((target.name, case, threads))
+            line.append("" if one is None else f"{one.figure:.2f} {'reached' if one.reached else 'missed'}")
+        lines.append(line)
+    return _align(lines)
+
+
+def memory_text(entries: Sequence[Mapping[str, Any]]) -> str:
+    """A line a measurement of memory."""
+    lines = []
+    for entry in entries:
+        if "error" in entry:
+            lines.append(f"memory not measured: {entry['error']}")
+            continue
+        setting = f"{_DTYPES.get(entry['dtype'], entry['dtype'])}, {_threads(entry['threads'])}"
+        extra, output, reserved = (entry[f"{key}_bytes"] / 1e6 for key in ("extra", "output", "reserved"))
+        lines.append(
+            f"memory, {setting}, {entry['frames']} x {entry['dim']}: {entry['extra_bytes_per_frame']:.1f} bytes a frame"
+            f" beyond the outputs ({extra:.2f} MB; outputs {output:.1f} MB, values reserve {reserved:.1f} MB)"
+        )
+    return "\n".join(lines)
+
+
+def heading(settings: Mapping[str, Any]) -> str:
+    """What it is measured on and with."""
+    hardware, versions = machine.machine(), machine.versions()
+    caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in hardware["caches"].items())
+    memory = f"{hardware['memory'] / (1 << 30):.0f} GiB" if hardware["memory"] else "memory unknown"
+    used = ", ".join(f"{name} {version}" for name, version in versions.items() if isinstance(version, str))
+    lines = [
+        f"{hardware['cpu']}, {hardware['cores']} cores, {caches}, {memory}, "
+        f"transparent huge pages: {hardware['transparent_hugepages']}",
+        f"{used}, commit {machine.commit()}, {settings['reps']} rounds",
+    ]
+    if not versions["fastcompress_compiled"]:
+        lines.append("NOTE: the compiled library is missing; this times the pure PyTorch reference of fastcompress.")
+    return "\n".join(lines)
+
+
+def _row_json(row: Row, table: Table) -> dict[str, Any]:
+    ours, floor = table.row(OURS), table.row("floor, fresh")
+    return {
+        "contender": row.contender,
+        "group": row.group,
+        "seconds": {"median": row.median, "p10": row.p10, "p90": row.p90},
+        "reps": row.reps,
+        "gigabytes_per_second": table.moved / row.median / 1e9,
+        "multiple_of_floor": row.median / floor.median if floor else None,
+        "multiple_of_fastcompress": row.median / ours.median if ours else None,
+        "differing_boundaries": row.differing,
+    }
+
+
+def document(
+    tables: Sequence[Table], memory: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Everything, for a JSON file."""
+    return {
+        "schema": SCHEMA,
+        "date": machine.now(),
+        "commit": machine.commit(),
+        "machine": machine.machine(),
+        "versions": machine.versions(),
+        "settings": dict(settings),
+        "tables": [
+            {
+                "case": table.case.name,
+                "sequences": len(table.case.lengths),
+                "frames": table.case.frames,
+                "dim": table.case.dim,
+                "tokens": table.tokens,
+                "dtype": table.dtype,
+                "threads": table.threads,
+                "direction": table.direction,
+                "input_buffers": table.buffers,
+                "bytes_moved": table.moved,
+                "samples": vars(table.disturbance),
+                "rows": [_row_json(row, table) for row in sorted(table.rows, key=lambda row: row.median)],
+                "not_timed": table.skipped,
+            }
+            for table in tables
+        ],
+        "memory": [dict(entry) for entry in memory],
+        "targets": [
+            {
+                "name": one.target.name,
+                "goal": one.target.goal,
+                "at_most": one.target.at_most,
+                "case": one.case,
+                "threads": one.threads,
+                "figure": one.figure,
+                "against": one.against,
+                "reached": one.reached,
+            }
+            for one in outcomes(tables)
+        ],
+    }

@@ -1,0 +1,204 @@
+"""Times functions against each other on a machine that may have other work."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import itertools
+import mmap
+import os
+import random
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+#: Share of a sample that our threads may have waited for a core before the sample counts as disturbed.
+MAX_WAIT = 0.04
+#: Tries of a sample.
+TRIES = 4
+#: Seconds to wait for a quiet machine before the second try, twice as long before each further one.
+_PAUSE = 0.05
+#: With so many undisturbed samples the disturbed ones are left out.
+_ENOUGH = 3
+#: Scheduling noise in seconds that is no disturbance.
+_FREE_WAIT = 2e-5
+
+
+@dataclass
+class Samples:
+    """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed."""
+
+    quiet: list[float] = field(default_factory=list)
+    disturbed: list[float] = field(default_factory=list)
+
+    @property
+    def seconds(self) -> list[float]:
+        """The samples that count: the quiet ones if there are enough of them, else all."""
+        return self.quiet if len(self.quiet) >= _ENOUGH else self.quiet + self.disturbed
+
+    def _quantile(self, share: float) -> float:
+        ordered = sorted(self.seconds)
+        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+    @property
+    def median(self) -> float:
+        """Median."""
+        return statistics.median(self.seconds)
+
+    @property
+    def p10(self) -> float:
+        """10th percentile."""
+        return self._quantile(0.1)
+
+    @property
+    def p90(self) -> float:
+        """90th percentile."""
+        return self._quantile(0.9)
+
+
+@dataclass
+class Disturbance:
+    """How far other work got into the samples.
+
+    Attributes:
+        samples: samples taken, retries included.
+        retried: samples thrown away because our threads waited for a core.
+        kept: samples kept although disturbed, the retries being no better and there being no others.
+        foreign: cores that other processes kept busy on average. On another core than ours they take memory bandwidth
+            without our waiting for anything.
+    """
+
+    samples: int = 0
+    retried: int = 0
+    kept: int = 0
+    foreign: float = 0.0
+
+
+def _waited() -> float:
+    """Seconds that the threads of this process have waited for a core so far; 0 where the system does not tell."""
+    total = 0
+    for path in Path("/proc/self/task").glob("*/schedstat"):
+        with contextlib.suppress(OSError):  # a thread that has just ended
+            total += int(path.read_text().split()[1])
+    return total / 1e9
+
+
+def _foreign() -> float:
+    """Core-seconds of other processes since some time; 0 where the system does not tell."""
+    try:
+        user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
+    except (OSError, ValueError):
+        return 0.0
+    own = os.times()
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK") - own.user - own.system
+
+
+def recall_memory(size: int) -> None:
+    """Writes ``size`` bytes of new memory, in huge pages where there are any, and gives them back.
+
+    A virtual machine may hand free memory to its host within a fraction of a second, and whoever touches it next
+    waits for the host: 64 MB of new huge pages took 8 ms, and 15 to 200 ms after half a second's pause (AMD EPYC under
+    KVM with free page reporting). Called before each sample, so that no contender pays for the pause that a slow one
+    before it made; new pages from the system's own free list still cost what they cost.
+    """
+    if size <= 0:
+        return
+    with mmap.mmap(
+        -1, size, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {})
+    ) as memory:
+        if hasattr(mmap, "MADV_HUGEPAGE"):
+            with contextlib.suppress(OSError):  # a kernel without them
+                memory.madvise(mmap.MADV_HUGEPAGE)
+        view = torch.frombuffer(memory, dtype=torch.uint8)
+        view.fill_(1)
+        del view  # the mapping cannot close while somebody looks at it
+
+
+def _sample(
+    call: Callable[[int], Any],
+    numbers: Iterator[int],
+    calls: int,
+    tries: int,
+    recall: int,
+    samples: Samples,
+    noted: Disturbance,
+) -> None:
+    """Adds seconds a call of ``call``, from the least disturbed of a few tries."""
+    best, least = 0.0, float("inf")
+    for attempt in range(tries):
+        if attempt:
+            noted.retried += 1
+            time.sleep(_PAUSE * 2 ** (attempt - 1))
+        turn = list(itertools.islice(numbers, calls))
+        recall_memory(recall)
+        waited = _waited()
+        start = time.perf_counter()
+        for i in turn:
+            result = call(i)
+        elapsed = time.perf_counter() - start
+        wait = (_waited() - waited - _FREE_WAIT) / elapsed
+        del result  # freeing the result is not part of the call, for anybody
+        noted.samples += 1
+        if wait < least:
+            best, least = elapsed / calls, wait
+        if wait < MAX_WAIT:
+            samples.quiet.append(best)
+            return
+    samples.disturbed.append(best)
+
+
+def interleave(
+    functions: Mapping[str, Callable[[int], Any]],
+    reps: int,
+    calls: int = 1,
+    max_seconds: float = 10.0,
+    tries: int = TRIES,
+    recall: int = 0,
+    seed: int = 0,
+) -> tuple[dict[str, Samples], Disturbance]:
+    """Times all functions in rounds, in a new random order each round, so that drift and neighbours hit all alike.
+
+    Args:
+        functions: name to function. Its argument is a number that grows with every call of any of them: the function
+            picks its input buffer by it, so that the buffer touched longest ago comes next.
+        reps: rounds.
+        calls: calls in a sample.
+        max_seconds: a function that has used as much is left out of later rounds, but not of the first three.
+        tries: of a sample that other work disturbs.
+        recall: bytes for :func:`recall_memory`.
+        seed: of the order.
+
+    Returns:
+        The samples of each function, and how much other work disturbed them.
+    """
+    order, generator = list(functions), random.Random(seed)
+    samples = {name: Samples() for name in functions}
+    disturbance = Disturbance()
+    used = dict.fromkeys(functions, 0.0)
+    numbers = itertools.count()
+    for function in functions.values():  # warm: code, allocator, thread pool
+        function(next(numbers))
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    begin, foreign = time.perf_counter(), _foreign()
+    try:
+        for rep in range(reps):
+            generator.shuffle(order)
+            for name in order:
+                if rep >= 3 and used[name] > max_seconds:
+                    continue
+                start = time.perf_counter()
+                _sample(functions[name], numbers, calls, tries, recall, samples[name], disturbance)
+                used[name] += time.perf_counter() - start
+    finally:
+        if enabled:
+            gc.enable()
+    disturbance.foreign = max(0.0, _foreign() - foreign) / (time.perf_counter() - begin)
+    disturbance.kept = sum(len(sample.seconds) - len(sample.quiet) for sample in samples.values())
+    return samples, disturbance

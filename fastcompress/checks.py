@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastcompress.segments import Segments
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 
@@ -21,16 +23,16 @@ def check_float(name: str, x: Tensor) -> None:
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
 
 
 def _check_index(name: str, tensor: Tensor, like: Tensor, shape: tuple[int, ...] | None) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_same_device(name, tensor, like)
     if tensor.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
-    check_same_device(name, tensor, like)
     if shape is not None and tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(tensor.shape)}")
 
@@ -96,6 +98,23 @@ def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor 
         for i, length in enumerate(lengths.tolist()):
             if not 0 <= length <= shape[1]:
                 raise ValueError(f"lengths must lie in [0, {shape[1]}], the padded length, got {length} at index {i}")
+
+
+def check_segments(segments: Segments, like: Tensor) -> None:
+    """Checks what can be seen of segments without reading their values."""
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
+    for name, tensor in (("segments.starts", segments.starts), ("segments.lengths", segments.lengths)):
+        check_same_device(name, tensor, like)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} must have shape [M], got {list(tensor.shape)}")
+    if segments.starts.shape != segments.lengths.shape:
+        raise ValueError(
+            f"segments.starts and segments.lengths must have one shape, got {list(segments.starts.shape)} "
+            f"and {list(segments.lengths.shape)}"
+        )
 
 
 def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_same_device, check_segment_values
+from fastcompress.checks import check_float, check_same_device, check_segment_values, check_segments
 from fastcompress.ops.dispatch import call, differentiable_once
 from fastcompress.segments import Segments
 
@@ -47,7 +47,9 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
     rows = x.reshape(-1, x.shape[-1]) if x.dim() == 3 else x
-    _check_segments(segments, rows)
+    check_segments(segments, rows)
+    if segments.num_rows != rows.shape[0]:
+        raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     starts, lengths = segments.starts, segments.lengths
@@ -82,9 +84,7 @@ def segment_expand(y: Tensor, segments: Segments) -> Tensor:
         ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_float("y", y)
-    if not isinstance(segments, Segments):
-        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
-    check_same_device("segments", segments.starts, y)
+    check_segments(segments, y)
     starts, lengths, num_rows = segments.starts, segments.lengths, segments.num_rows
     if y.dim() != 2 or y.shape[0] != starts.shape[0]:
         raise ValueError(f"y must have shape [{starts.shape[0]}, D], a row a segment, got {list(y.shape)}")
@@ -94,14 +94,6 @@ def segment_expand(y: Tensor, segments: Segments) -> Tensor:
         torch.is_grad_enabled() and y.requires_grad,
         lambda: check_segment_values(starts, lengths, num_rows),
     )
-
-
-def _check_segments(segments: Segments, rows: Tensor) -> None:
-    if not isinstance(segments, Segments):
-        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
-    check_same_device("segments", segments.starts, rows)
-    if segments.num_rows != rows.shape[0]:
-        raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")
 
 
 @torch.library.register_fake("fastcompress::segment_reduce")

@@ -91,7 +91,7 @@ def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] =
     x = torch.full((len(lengths), max(lengths, default=0) + 2, width), torch.nan, dtype=dtype)
     for row, part in zip(x, rows.split(lengths), strict=True):
         row[: len(part)] = part
-    return Batch(f"padded-{kind}-{width}", x, {"lengths": torch.tensor(lengths)})
+    return Batch(f"padded-{kind}-{width}", x, {"lengths": torch.tensor(lengths, dtype=torch.int64)})
 
 
 def row_groups(rows: int, seed: int = 0) -> Tensor:
@@ -110,6 +110,8 @@ def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Ba
     yield Batch("no-frame", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets((0, 0))})
     yield Batch("int64", packed(kind, width, dtype).x, {"cu_seqlens": offsets(RAGGED, torch.int64)})
     yield padded(kind, width, dtype)
+    yield padded(kind, width, dtype, ())  # [0, 2, D]
+    yield Batch("padded-no-frame", torch.zeros(2, 0, width, dtype=dtype), {"lengths": torch.tensor([0, 0])})
     full = features(kind, 3 * 20, width, dtype).view(3, 20, width)
     yield Batch("padded-full", full, {})
     mask = torch.ones(3, 20, dtype=torch.int64)

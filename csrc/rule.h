@@ -103,9 +103,8 @@ struct Walk {
       // A boundary at this row is judged by d[row - 1 + lookahead], which lies before row + lookahead.
       const int64_t last = rule.lookahead() < end - 1 - row ? row + rule.lookahead() : end - 1;
       if (last >= known) return false;
-      const int32_t group = scores.group == nullptr ? 1 : scores.group[row];
-      const bool new_run = row == begin || group <= kKeepRow || scores.group[row - 1] != group;
-      if (scores.group == nullptr ? row == begin : new_run) {
+      const int32_t group = scores.group == nullptr ? kKeepRow + 1 : scores.group[row];
+      if (row == begin || group <= kKeepRow || (scores.group != nullptr && scores.group[row - 1] != group)) {
         close(rule, scores, emit);
         run = row;
         segment = group < kKeepRow ? -1 : row;

@@ -13,7 +13,7 @@ cp -r csrc fastcompress tests setup.py pyproject.toml README.md "$copy/"
 rm -f "$copy/fastcompress/_C.so"
 cd "$copy"
 FASTCOMPRESS_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
-nm -D fastcompress/_C.so | grep -q __asan_report_load || { echo "_C.so is not instrumented"; exit 1; }
+nm -D fastcompress/_C.so | grep __asan_report_load >/dev/null || { echo "_C.so is not instrumented"; exit 1; }
 
 # Python itself is not instrumented, so the runtimes are loaded ahead of it; it never frees all it allocates. OpenMP's
 # threads are waited for, or their stacks are taken for leaks.
@@ -22,5 +22,5 @@ export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=pri
 export PYTHONPATH="$PWD"
 "$python" -c 'import fastcompress; assert "build/sanitize" in fastcompress.__file__, fastcompress.__file__
 from fastcompress._library import COMPILED; assert COMPILED'
-"$python" -m pytest -q -x -p no:cacheprovider "$@" \
+"$python" -m pytest -q -x --capture=sys -p no:cacheprovider "$@" \
     ${SANITIZE_TESTS:-tests/test_distance.py tests/test_boundaries.py tests/test_reduce.py tests/test_pool.py tests/test_errors.py}

@@ -67,9 +67,8 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
                  if (part.lengths[m] == 0)
                    std::memset(static_cast<void*>(row), 0, size_t(width) * sizeof(T));
                  else
-                   std::memcpy(static_cast<void*>(row),
-                               rows.data<T>() + picked_row(part.starts[m], part.lengths[m], reduce) * rows.stride,
-                               size_t(width) * sizeof(T));
+                   std::copy_n(rows.data<T>() + picked_row(part.starts[m], part.lengths[m], reduce) * rows.stride, width,
+                               row);
                }
              });
     result = out.finish(segments.list.count);
@@ -126,10 +125,10 @@ Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows,
       }
       for (int64_t m = 0; m < part.count; ++m) {
         if (part.lengths[m] == 0) continue;
-        const size_t bytes = size_t(width) * sizeof(T);
-        std::memset(static_cast<void*>(data + part.starts[m] * width), 0, size_t(part.lengths[m]) * bytes);
-        std::memcpy(static_cast<void*>(data + picked_row(part.starts[m], part.lengths[m], reduce) * width),
-                    y_data + m * rows.stride, bytes);
+        std::memset(static_cast<void*>(data + part.starts[m] * width), 0,
+                    size_t(part.lengths[m]) * width * sizeof(T));
+        std::copy_n(y_data + m * rows.stride, width,
+                    data + picked_row(part.starts[m], part.lengths[m], reduce) * width);
       }
     });
     result = out.finish(num_rows);

@@ -17,11 +17,15 @@ void for_each_part(const Sequences& sequences, int64_t first, int64_t last, cons
   }
 }
 
+// There is no pair further apart than all rows, and sums with the lag must not overflow.
+int64_t bounded_lag(int64_t lag, const Rows& rows) { return std::min(lag, std::max<int64_t>(1, rows.count)); }
+
 }  // namespace
 
 Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag) {
   STD_TORCH_CHECK(lag >= 1, "lag must be at least 1, got ", lag);
   const Rows rows = read_rows(x);
+  lag = bounded_lag(lag, rows);
   const Sequences sequences = read_sequences(x, x.dim() - 1, cu_seqlens, lengths);
   const ScalarType type = accumulate_type(x.scalar_type());
   Tensor out = x.dim() == 3 ? empty_cpu({x.size(0), x.size(1)}, type) : empty_cpu({x.size(0)}, type);
@@ -49,6 +53,7 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
                                   int64_t lag) {
   STD_TORCH_CHECK(lag >= 1, "lag must be at least 1, got ", lag);
   const Rows rows = read_rows(x);
+  lag = bounded_lag(lag, rows);
   const Sequences sequences = read_sequences(x, x.dim() - 1, cu_seqlens, lengths);
   STD_TORCH_CHECK(grad.numel() == rows.count && grad.scalar_type() == accumulate_type(x.scalar_type()),
                   "grad must have the shape and dtype of the distances");

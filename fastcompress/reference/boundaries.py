@@ -28,7 +28,7 @@ def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tenso
 
 def is_peak(d: list[float], t: int, order: int) -> bool:
     """Strict local maximum with the ends clipped: ``scipy.signal.argrelextrema(d, np.greater, order=order)``."""
-    for shift in range(1, order + 1):
+    for shift in range(1, min(order, len(d)) + 1):  # further on, both sides are clipped
         if not (d[t] > d[max(t - shift, 0)] and d[t] > d[min(t + shift, len(d) - 1)]):
             return False
     return True

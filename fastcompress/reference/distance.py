@@ -76,6 +76,7 @@ def pair_mask(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag:
 
 def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
     check_layout_values(x.shape, cu_seqlens, lengths)
+    lag = min(lag, x.shape[-2])  # no pair is further apart, and sums with the lag must not overflow
     valid = pair_mask(x, cu_seqlens, lengths, lag)
     other = x.roll(-lag, dims=-2)  # what wraps around is not valid
     d = cosine_distance(x, other) if x.shape[-2] else x.new_zeros(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
@@ -92,6 +93,7 @@ def adjacent_distance_backward(
     get 0.
     """
     dtype, grad_dtype = accumulate_dtype(x.dtype), x.dtype
+    lag = min(lag, x.shape[-2])
     valid = pair_mask(x, cu_seqlens, lengths, lag)
     a, b = x, x.roll(-lag, dims=-2)
     square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)

@@ -8,11 +8,7 @@
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define FASTCOMPRESS_HD __host__ __device__
-#else
-#define FASTCOMPRESS_HD
-#endif
+#include "host_device.h"
 
 namespace fastcompress {
 
@@ -73,6 +69,19 @@ FASTCOMPRESS_HD double prominence(const Scores<S>& scores, int64_t t, int64_t ru
   return double(peak) - double(left > right ? left : right);
 }
 
+// Whether the rule wants a boundary between row - 1 and `row`, two rows of the run that starts at row `run` in the sequence
+// that ends at `end`; without regard to min_len and max_len. Needs no walk, so that every row can be asked at once; what it
+// reads of `scores` is d[row - 1 - order] to d[row - 1 + order] and the groups of their rows, with a prominence the whole run.
+template <class S>
+FASTCOMPRESS_HD bool wants_boundary(const Rule& rule, const Scores<S>& scores, int64_t row, int64_t run, int64_t end) {
+  if (rule.kind == RuleKind::kUniform) return (row - run) % rule.size == 0;
+  const int64_t t = row - 1;  // the distance between the last row and this one
+  if (!(scores.d[t] > S(rule.threshold))) return false;
+  if (rule.kind == RuleKind::kThreshold) return true;
+  return is_peak(scores, t, run, end, rule.size) &&
+         (rule.prominence <= 0 || prominence(scores, t, run, end) >= rule.prominence);
+}
+
 // One sequence's walk. `emit(start, length)` is called for every segment, in order.
 struct Walk {
   int64_t row = 0;       // the next row to decide
@@ -84,14 +93,8 @@ struct Walk {
   template <class S>
   FASTCOMPRESS_HD bool starts_segment(const Rule& rule, const Scores<S>& scores, int64_t end) const {
     const int64_t length = row - segment;
-    if (rule.kind == RuleKind::kUniform) return length == rule.size;
     if (length == rule.max_len) return true;
-    if (length < rule.min_len) return false;
-    const int64_t t = row - 1;  // the distance between the last row and this one
-    if (!(scores.d[t] > S(rule.threshold))) return false;
-    if (rule.kind == RuleKind::kThreshold) return true;
-    return is_peak(scores, t, run, end, rule.size) &&
-           (rule.prominence <= 0 || prominence(scores, t, run, end) >= rule.prominence);
+    return length >= rule.min_len && wants_boundary(rule, scores, row, run, end);
   }
 
   // Decides rows up to the sequence's `end`, as far as the distances of the rows before `known` allow (d[t] needs

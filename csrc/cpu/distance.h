@@ -1,23 +1,12 @@
-// From dot products to distances.
+// Distances of consecutive rows.
 #pragma once
 
-#include <cmath>
+#include <algorithm>
 
+#include "cosine.h"
 #include "row_kernels.h"
 
 namespace fastcompress {
-
-constexpr double kDistanceEps = 1e-8;
-
-inline double clamped_norm(double square) {
-  const double norm = std::sqrt(square);
-  return norm < kDistanceEps ? kDistanceEps : norm;  // NaN stays
-}
-
-inline double cosine_distance(double dot, double square_a, double square_b) {
-  if (square_a == 0 && square_b == 0) return 0;  // two zero rows are alike
-  return 1 - dot / (clamped_norm(square_a) * clamped_norm(square_b));
-}
 
 // d[i] = distance of rows i and i + 1, for i < rows - 1. x[i] starts at x + i * stride, d[i] is d[i * d_stride].
 template <class T>

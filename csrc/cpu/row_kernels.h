@@ -5,33 +5,9 @@
 #include <cstdint>
 
 #include "dtype.h"
+#include "reduce.h"
 
 namespace fastcompress {
-
-enum class Reduce : int32_t { kMean, kSum, kMax, kFirst, kLast, kMiddle };
-
-// Partial sums of the canonical dot product (fastcompress/reference/distance.py): partial sum j takes the elements
-// i = j (mod kLanes) in increasing i, product and sum rounded apart; the sums are then added in fp64, halving.
-constexpr int64_t kLanes = 32;
-// Frames a block of a segment's sum.
-constexpr int64_t kBlock = 64;
-
-namespace {  // a copy in each file, whatever it is compiled for
-
-// The weights of a segment of at least one row, added as its rows are.
-template <class S>
-S sum_of_weights(const S* weights, int64_t count) {
-  S total = 0;
-  for (int64_t first = 0; first < count; first += kBlock) {
-    const int64_t last = first + kBlock > count ? count : first + kBlock;
-    S block = weights[first];
-    for (int64_t i = first + 1; i < last; ++i) block = block + weights[i];
-    total = first == 0 ? block : total + block;
-  }
-  return total;
-}
-
-}  // namespace
 
 // Segments as rows of some matrix.
 struct SegmentList {

@@ -156,7 +156,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have as many rows as x");
     STD_TORCH_CHECK(keys->scalar_type() == x.scalar_type(), "keys must have the dtype of x");
   }
-  const int64_t bound = max_segments(rule, row_group.has_value(), sequences);
+  const int64_t bound = max_segments(rule, row_group.has_value(), sequences.rows, sequences.count());
   std::unique_ptr<int64_t[]> starts(new int64_t[bound + 1]), segment_lengths(new int64_t[bound + 1]);
   std::vector<int64_t> cu_segments(sequences.count() + 1);
   int64_t count = 0, kept = 0;

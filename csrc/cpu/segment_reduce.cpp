@@ -10,16 +10,6 @@ namespace {
 // 9004).
 constexpr int64_t kRowsAhead = 16;
 
-// The row of a segment that `first`, `last` and `middle` take.
-int64_t picked_row(int64_t start, int64_t length, Reduce reduce) {
-  if (reduce == Reduce::kFirst) return start;
-  return start + (reduce == Reduce::kLast ? length - 1 : (length - 1) / 2);
-}
-
-bool picks_a_row(Reduce reduce) {
-  return reduce == Reduce::kFirst || reduce == Reduce::kLast || reduce == Reduce::kMiddle;
-}
-
 // Bytes a segment of average length has, for sharing out work.
 int64_t segment_bytes(const CheckedSegments& segments, int64_t rows, int64_t width, size_t element_size) {
   return rows * width * int64_t(element_size) / std::max<int64_t>(1, segments.list.count);

@@ -21,7 +21,7 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
       is_double || d.scalar_type() == ScalarType::Float ? d : torch::stable::to(d, ScalarType::Float));
 
   std::vector<int64_t> starts, segment_lengths, cu_segments{0};
-  const int64_t bound = max_segments(rule, row_group.has_value(), sequences);
+  const int64_t bound = max_segments(rule, row_group.has_value(), sequences.rows, sequences.count());
   starts.reserve(bound);
   segment_lengths.reserve(bound);
   auto walk = [&](const auto* data) {

@@ -1,0 +1,53 @@
+// What the ops of every device read their arguments with.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <string>
+
+#include "dtype.h"
+#include "reduce.h"
+#include "rule.h"
+
+namespace fastcompress {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+// Calls f with a value of the element type.
+template <class F>
+void dispatch_dtype(const char* name, ScalarType type, F&& f) {
+  switch (type) {
+    case ScalarType::Float: return f(float());
+    case ScalarType::Double: return f(double());
+    case ScalarType::BFloat16: return f(BFloat16());
+    case ScalarType::Half: return f(Half());
+    default: STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+  }
+}
+
+inline ScalarType accumulate_type(ScalarType type) {
+  return type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+// The rows of x.reshape(-1, D), whose elements are contiguous and whose rows are a constant stride apart.
+struct Rows {
+  Tensor tensor;  // keeps a copy alive, where one had to be made
+  int64_t count, width, stride;
+
+  template <class T>
+  const T* data() const {
+    return static_cast<const T*>(tensor.const_data_ptr());
+  }
+};
+Rows read_rows(const Tensor& x);
+
+Rule make_rule(const std::string& rule, int64_t size, double threshold, double prominence, int64_t min_len,
+               int64_t max_len, bool keep_tail);
+// fastcompress.rules.max_segments
+int64_t max_segments(const Rule& rule, bool has_row_group, int64_t num_rows, int64_t num_sequences);
+Reduce read_reduce(const std::string& reduce);
+
+}  // namespace fastcompress

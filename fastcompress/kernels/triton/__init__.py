@@ -1,0 +1,32 @@
+"""Triton kernels: the ops of ``fastcompress.reference.OPS``, for devices for which there are no compiled kernels.
+
+Importing this package imports triton. The ops take and return what those of the reference do, with the same bits, on
+any device that Triton runs on (under ``TRITON_INTERPRET=1`` the CPU). Each takes its tile sizes from the row width and
+the dtype by a fixed rule; nothing is tuned at run time.
+"""
+
+from fastcompress.kernels.triton.boundaries import select_boundaries
+from fastcompress.kernels.triton.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.kernels.triton.pool import segment_pool
+from fastcompress.kernels.triton.reduce import (
+    segment_expand,
+    segment_max_backward,
+    segment_reduce,
+    segment_weighted_mean,
+    segment_weighted_mean_backward,
+)
+
+OPS = {
+    op.__name__: op
+    for op in (
+        adjacent_distance,
+        adjacent_distance_backward,
+        select_boundaries,
+        segment_reduce,
+        segment_max_backward,
+        segment_weighted_mean,
+        segment_weighted_mean_backward,
+        segment_expand,
+        segment_pool,
+    )
+}

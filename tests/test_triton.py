@@ -1,0 +1,70 @@
+"""Runs ``tests/triton_interpreted.py``, each of its tests in a process where triton is imported as an interpreter."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILE = ROOT / "tests" / "triton_interpreted.py"
+
+pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+
+def read_tests() -> tuple[list[str], list[str]]:
+    """The tests of the file, read and not imported: those that are quick, and those that are marked slow."""
+    quick, slow = [], []
+    for node in ast.parse(FILE.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            marked = any("slow" in ast.unparse(decorator) for decorator in node.decorator_list)
+            (slow if marked else quick).append(node.name)
+    return quick, slow
+
+
+QUICK, SLOW = read_tests()
+#: Processes that share the quick tests: more would only start more often.
+SHARES = 2
+
+
+def in_process(command: list[str], timeout: float = 280) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in list(environment):
+        if name.startswith("PYTEST_"):  # of the process above
+            del environment[name]
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_tests(names: list[str], *options: str, timeout: float = 280) -> None:
+    nodes = [f"{FILE}::{name}" for name in names]
+    run = in_process(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *nodes], timeout)
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_in_the_interpreter(share: int):
+    run_tests(QUICK[share::SHARES])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SLOW)
+def test_in_the_interpreter_in_full(name: str):
+    run_tests([name], "--run-slow", "--timeout=1200", timeout=1180)
+
+
+def test_triton_is_imported_by_the_kernels_alone():
+    script = (
+        "import sys, fastcompress, fastcompress.kernels; assert 'triton.language' not in sys.modules;"
+        "from fastcompress.kernels.triton import OPS; from fastcompress.reference import OPS as DEFINITION;"
+        "assert 'triton.language' in sys.modules and list(OPS) == list(DEFINITION)"
+    )
+    run = in_process(["-c", script])
+    assert run.returncode == 0, run.stderr

@@ -4,19 +4,29 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.fastcompress-ready
 LIBRARY := fastcompress/_C.so
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h')
+SOURCES := $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -q
 
-.PHONY: help demo test test-full sanitize bench lint build wheel clean
+# Wheels: the CUDA toolkit to build with and the GPUs to build for (`make wheel CUDA=13.0 ARCHS="80;90;100;120"`).
+CUDA ?= none
+ARCHS ?=
+WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
+# `make gpu DRY=1`: every step of it on a machine without a GPU.
+DRY ?=
+
+.PHONY: help demo test test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
 	@echo "make test       set up, build, and test: a few minutes"
 	@echo "make test-full  the long forms of the tests as well"
+	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
 	@echo "make bench      the CPU benchmark against PyTorch"
+	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
 	@echo "make lint       ruff"
-	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on"
+	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
+	@echo "make wheel-test the newest wheel in dist/ in empty environments; downloads gigabytes of torch"
 
 # A torch that is there already is used, from 2.10 on; else the pinned one is fetched.
 $(READY): pyproject.toml requirements-torch.txt
@@ -50,6 +60,11 @@ test: build
 test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow
 
+EMULATED := distance boundaries reduce pool errors properties opcheck
+test-emulated: build
+	$(BIN)/python -c 'from tests.cuda_emulation import build; build()'
+	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/test_%.py)
+
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python
 
@@ -58,11 +73,22 @@ bench: build
 	    echo "torch-scatter does not install here: its column will be missing"
 	$(BIN)/python -m benchmarks
 
+# Runs in $(VENV) if there is one, else in $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
+gpu:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(DRY),--dry) \
+	    $(if $(filter command line,$(origin WHEEL)),--wheel $(WHEEL))
+
 lint: $(READY)
 	$(BIN)/ruff check .
 
+# What an earlier build left in build/lib would go into the wheel.
 wheel: $(READY)
-	$(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+	rm -rf build/lib build/lib.*
+	FASTCOMPRESS_CUDA="$(CUDA)" FASTCOMPRESS_CUDA_ARCHS="$(ARCHS)" \
+	    $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+wheel-test: $(READY)
+	$(BIN)/python scripts/wheel_test.py $(WHEEL)
 
 clean:
 	rm -rf build dist out *.egg-info $(LIBRARY) $(READY)

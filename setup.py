@@ -1,14 +1,23 @@
 """Builds the compiled library: one ``_C.so`` on torch's stable ABI, with no Python ABI, by ninja.
 
-torch is imported for its header and library paths only. Environment:
-    CXX                     the C++ compiler (g++)
-    FASTCOMPRESS_SANITIZE   sanitizers to build with, such as ``address,undefined``
+torch is imported for its header and library paths only, and may be a CPU build, also for CUDA kernels. Environment:
+    CXX                      the C++ compiler (g++)
+    FASTCOMPRESS_CUDA        ``none`` (the default), or the CUDA toolkit to build CUDA kernels with, such as ``13.0``
+    FASTCOMPRESS_CUDA_ARCHS  the GPUs to build for, such as ``80;90;100;120``; PTX of the last serves later ones
+    CUDA_HOME                where the toolkit is; else the one of the nvcc on the PATH
+    FASTCOMPRESS_SANITIZE    sanitizers to build with, such as ``address,undefined``
+    MAX_JOBS                 how many compilers run at a time
 """
 
+import functools
 import os
 import platform
+import re
+import shlex
+import shutil
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,9 +25,10 @@ from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
-ROOT = Path(__file__).parent
+ROOT = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
 TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the library runs on every later one
+CXX = os.environ.get("CXX", "g++")
 
 # Files of one instruction set; everything else must run on any machine of the platform.
 ISA_FLAGS = {
@@ -28,11 +38,86 @@ ISA_FLAGS = {
 # gcc 12 does not see that a segment has at least one row, and warns of its own intrinsics' undefined registers.
 ROW_KERNEL_FLAGS = "-Wno-maybe-uninitialized -Wno-uninitialized"
 X86_64 = platform.machine() in ("x86_64", "AMD64")
+DEFAULT_ARCHS = "80;90;100;120"
+
+
+@dataclass(frozen=True)
+class Cuda:
+    """A CUDA toolkit and the GPUs to build for, without their dots: ``("80", "90")``."""
+
+    version: str
+    home: Path
+    archs: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        """What goes into the library."""
+        return ";".join(self.archs) + "+PTX"
+
+    @property
+    def nvcc_flags(self) -> str:
+        # -fmad=false: a fused multiply-add rounds otherwise than the reference (docs/numerics.md). Registers that spill
+        # to memory are an error.
+        codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
+        codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
+        return (
+            "-std=c++17 -O3 -fmad=false -cudart static -Xptxas -warn-spills,-Werror "
+            f"-Xcompiler -fPIC,-fvisibility=hidden,-ffp-contract=off -ccbin {CXX} {' '.join(codes)}"
+        )
+
+    @property
+    def cxx_flags(self) -> str:
+        """For the host side of the kernels, and for the file that says what implements what."""
+        return (
+            f"-isystem {quote(self.home / 'include')} -DFASTCOMPRESS_CUDA "
+            f"""'-DFASTCOMPRESS_CUDA_VERSION="{self.version}"' '-DFASTCOMPRESS_CUDA_ARCHS="{self.label}"'"""
+        )
+
+    @property
+    def link_flags(self) -> str:
+        # The runtime is linked in: the library then loads where there is no CUDA, and beside any torch.
+        folders = [self.home / "lib64", self.home / "lib", *self.home.glob("targets/*/lib")]
+        for folder in folders:
+            if (folder / "libcudart_static.a").exists():
+                return f"-L{quote(folder)} -lcudart_static -lrt -lpthread -ldl"
+        sys.exit(f"fastcompress: libcudart_static.a is in none of {', '.join(map(str, folders))}")
+
+
+@functools.cache
+def cuda() -> Cuda | None:
+    """The CUDA build that the environment asks for."""
+    wanted = os.environ.get("FASTCOMPRESS_CUDA", "") or "none"
+    if wanted == "none":
+        return None
+    if not re.fullmatch(r"\d+\.\d+", wanted):
+        sys.exit(f"fastcompress: FASTCOMPRESS_CUDA must be none or a version such as 13.0, got {wanted!r}")
+    archs = (os.environ.get("FASTCOMPRESS_CUDA_ARCHS") or DEFAULT_ARCHS).split(";")
+    for arch in archs:
+        if not re.fullmatch(r"\d{2,3}[af]?", arch):
+            sys.exit(f"fastcompress: FASTCOMPRESS_CUDA_ARCHS must be such as {DEFAULT_ARCHS}, got {arch!r} in it")
+    home = os.environ.get("CUDA_HOME")
+    nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
+    if nvcc is None or not Path(nvcc).exists():
+        where = f"{nvcc} (CUDA_HOME) does not exist" if home else "there is none on the PATH, and CUDA_HOME is not set"
+        sys.exit(f"fastcompress: FASTCOMPRESS_CUDA={wanted} needs nvcc, but {where}")
+    release = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
+    if release is None or release[1] != wanted:
+        found = release[1] if release else "of an unknown version"
+        sys.exit(f"fastcompress: FASTCOMPRESS_CUDA={wanted}, but {nvcc} is {found}")
+    if home is None:  # the nvcc on the PATH may be a link or a script: it knows best
+        plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
+        top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
+        home = top[1].strip() if top else str(Path(nvcc).resolve().parents[1])
+    return Cuda(wanted, Path(home).resolve(), tuple(archs))
 
 
 def sources() -> list[str]:
     found = sorted((ROOT / "csrc").rglob("*.cpp"))
-    return [str(path.relative_to(ROOT)) for path in found if X86_64 or path.name not in ISA_FLAGS]
+    gpu = sorted((ROOT / "csrc" / "cuda").glob("*.c*"))
+    found = [path for path in found if path not in gpu and (X86_64 or path.name not in ISA_FLAGS)]
+    if cuda():
+        found += [path for path in gpu if path.suffix in (".cpp", ".cu")]
+    return [str(path.relative_to(ROOT)) for path in found]
 
 
 class NinjaBuildExt(build_ext):
@@ -45,48 +130,79 @@ class NinjaBuildExt(build_ext):
         return []
 
     def build_extension(self, ext: Extension) -> None:
-        # -ffp-contract=off: the order and rounding of sums are part of the contract (docs/numerics.md).
-        cxxflags = (
-            "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
-            f"-ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter "
-            f"-DTORCH_TARGET_VERSION={TORCH_TARGET} "
-            f"-isystem {TORCH / 'include'} -I{ROOT / 'csrc'}"
-        )
-        ldflags = (
-            f"-shared -L{TORCH / 'lib'} -Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs,ALL"
-        )
-        if sanitizers := os.environ.get("FASTCOMPRESS_SANITIZE"):
-            flag = f" -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
-            cxxflags = cxxflags.replace("-O3 -g0", "-O1 -g") + flag
-            ldflags += flag
-        if X86_64:
-            cxxflags += " -DFASTCOMPRESS_X86_64"
-        lines = [
-            f"cxx = {os.environ.get('CXX', 'g++')}",
-            "rule compile",
-            "  command = $cxx -MD -MF $out.d -c $in -o $out $flags",
-            "  depfile = $out.d",
-            "  description = compile $in",
-            "rule link",
-            f"  command = $cxx $in -o $out {ldflags}",
-            "  description = link $out",
-        ]
-        objects = []
-        for source in ext.sources:
-            objects.append(source.replace("/", "_") + ".o")
-            flags = f"{cxxflags} {ISA_FLAGS.get(Path(source).name, '')}"
-            if "/row_kernels_" in source:
-                flags += f" {ROW_KERNEL_FLAGS}"
-            lines += [f"build {objects[-1]}: compile {ROOT.resolve() / source}", f"  flags = {flags}"]
         output = Path(self.get_ext_fullpath(ext.name)).resolve()
-        lines += [f"build {output}: link {' '.join(objects)}", ""]
-
         build = Path(self.build_temp)
         build.mkdir(parents=True, exist_ok=True)
         output.parent.mkdir(parents=True, exist_ok=True)
-        (build / "build.ninja").write_text("\n".join(lines))
+        (build / "build.ninja").write_text(ninja_file(ext.sources, output))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
         verbose = ["-v"] if os.environ.get("VERBOSE") else []
-        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(build), *verbose])
+        subprocess.check_call([sys.executable, "-m", "ninja", "-C", str(build), *jobs, *verbose])
+
+
+def quote(path: Path) -> str:
+    """A path for a shell."""
+    return shlex.quote(str(path))
+
+
+def ninja_path(path: Path) -> str:
+    """A path for ninja, which quotes it for the shell."""
+    return re.sub(r"([$ :])", r"$\1", str(path))
+
+
+def ninja_file(sources: list[str], output: Path) -> str:
+    """What ninja does to make the library ``output``."""
+    # -ffp-contract=off: the order and rounding of sums are part of the contract (docs/numerics.md).
+    cxxflags = (
+        "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
+        f"-ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter "
+        f"-DTORCH_TARGET_VERSION={TORCH_TARGET} "
+        f"-isystem {quote(TORCH / 'include')} -I{quote(ROOT / 'csrc')}"
+    )
+    # libtorch stays needed although nothing refers to it: in a CUDA build of torch it brings libtorch_cuda along, which
+    # the CUDA kernels ask for the current stream by a weak reference.
+    ldflags = f"-shared -L{quote(TORCH / 'lib')} "
+    ldflags += "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs,ALL"
+    gpu = cuda()
+    if gpu:
+        ldflags += f" {gpu.link_flags}"
+    if sanitizers := os.environ.get("FASTCOMPRESS_SANITIZE"):
+        flag = f" -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
+        cxxflags = cxxflags.replace("-O3 -g0", "-O1 -g") + flag
+        ldflags += flag
+    if X86_64:
+        cxxflags += " -DFASTCOMPRESS_X86_64"
+    lines = [
+        f"cxx = {CXX}",
+        "rule compile",
+        "  command = $cxx -MD -MF $out.d -c $in -o $out $flags",
+        "  depfile = $out.d",
+        "  description = compile $in",
+        "rule link",
+        f"  command = $cxx $in -o $out {ldflags}",
+        "  description = link $out",
+    ]
+    if gpu:
+        lines += [
+            "rule nvcc",
+            f"  command = {quote(gpu.home / 'bin' / 'nvcc')} -MD -MF $out.d -c $in -o $out $flags",
+            "  depfile = $out.d",
+            f"  description = nvcc {gpu.label} $in",
+        ]
+    objects = []
+    for source in sources:
+        objects.append(source.replace("/", "_") + ".o")
+        if source.endswith(".cu"):
+            lines += [f"build {objects[-1]}: nvcc {ninja_path(ROOT / source)}", f"  flags = {gpu.nvcc_flags}"]
+            continue
+        flags = f"{cxxflags} {ISA_FLAGS.get(Path(source).name, '')}"
+        if "/row_kernels_" in source:
+            flags += f" {ROW_KERNEL_FLAGS}"
+        if gpu and (source.startswith("csrc/cuda/") or source == "csrc/library.cpp"):
+            flags += f" {gpu.cxx_flags}"
+        lines += [f"build {objects[-1]}: compile {ninja_path(ROOT / source)}", f"  flags = {flags}"]
+    lines += [f"build {ninja_path(output)}: link {' '.join(objects)}", ""]
+    return "\n".join(lines)
 
 
 class AnyPythonWheel(bdist_wheel):
@@ -100,7 +216,11 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+# The version of a CUDA build ends in a local label, such as +cu130.
+LABEL = f"+cu{cuda().version.replace('.', '')}" if cuda() else ""
+
 setup(
     ext_modules=[Extension("fastcompress._C", sources())],
     cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": AnyPythonWheel},
+    options={"egg_info": {"tag_build": LABEL}},
 )

@@ -51,7 +51,7 @@ def _mean_index_add(x: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
 
 def _mean_gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """Sums ``longest`` rows a segment, those past its end masked: no atomic additions, one loop, one write."""
-    row = offsets[:-1, None] + torch.arange(longest)
+    row = offsets[:-1, None] + torch.arange(longest, device=x.device)
     inside = (row < offsets[1:, None]).unsqueeze(2)
     total = torch.where(inside, x[row.clamp_max(x.shape[0] - 1)].float(), 0.0).sum(1)
     return (total / offsets.diff().unsqueeze(1)).to(x.dtype)
@@ -68,10 +68,14 @@ def _find(ends: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[T
         return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), ids
 
 
-def plain() -> Call:
-    """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward."""
-    ends = torch.compile(_ends_plain, dynamic=False)
-    mean = torch.compile(_mean_index_add, dynamic=True)
+def plain(**how: Any) -> Call:
+    """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
+
+    Args:
+        how: for ``torch.compile``, such as ``mode="max-autotune"``.
+    """
+    ends = torch.compile(_ends_plain, dynamic=False, **how)
+    mean = torch.compile(_mean_index_add, dynamic=True, **how)
 
     def call(inputs: Inputs) -> Tokens:
         offsets, ids = _find(ends, inputs)
@@ -96,14 +100,15 @@ class _SegmentMean(torch.autograd.Function):
         return ctx.expand(grad, *ctx.saved_tensors), None, None, None, None
 
 
-def tuned(pool: str) -> Call:
+def tuned(pool: str, **how: Any) -> Call:
     """Hand-written scores and backward, compiled; pooling by a compiled ``"gather"`` or the eager ``"embedding_bag"``.
 
-    The gather is compiled for the longest segment of the batch; with other data it compiles again.
+    The gather is compiled for the longest segment of the batch; with other data it compiles again. ``how`` is for
+    ``torch.compile``.
     """
-    ends = torch.compile(_ends_tuned, dynamic=False)
-    expand = torch.compile(_expand, dynamic=True)
-    gather = torch.compile(_mean_gather)
+    ends = torch.compile(_ends_tuned, dynamic=False, **how)
+    expand = torch.compile(_expand, dynamic=True, **how)
+    gather = torch.compile(_mean_gather, **how)
 
     def gather_mean(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
         torch._dynamo.mark_dynamic(offsets, 0)

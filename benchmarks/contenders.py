@@ -88,7 +88,7 @@ def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
 
 def last_frames(inputs: Inputs) -> Tensor:
     """``[N]`` bool: the last frame of each sequence."""
-    last = torch.zeros(inputs.x.shape[0], dtype=torch.bool)
+    last = torch.zeros(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
     last[inputs.cu_seqlens[1:].long() - 1] = True
     return last
 
@@ -103,7 +103,7 @@ def offsets_and_ids(end: Tensor) -> tuple[Tensor, Tensor]:
 
 def embedding_bag(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """Segments as bags of an embedding table."""
-    return F.embedding_bag(torch.arange(x.shape[0]), x, offsets[:-1], mode="mean")
+    return F.embedding_bag(torch.arange(x.shape[0], device=x.device), x, offsets[:-1], mode="mean")
 
 
 def scatter_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:

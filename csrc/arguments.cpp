@@ -9,8 +9,7 @@ Rows read_rows(const Tensor& x) {
   const int64_t last = x.dim() - 1;
   const int64_t count = last == 2 ? x.size(0) * x.size(1) : x.size(0);
   const bool even_rows = last == 1 || x.size(0) <= 1 || x.stride(0) == x.size(1) * x.stride(1);
-  if (even_rows && (x.stride(last) == 1 || x.size(last) <= 1))
-    return {x, count, x.size(last), x.stride(last - 1)};
+  if (even_rows && (x.stride(last) == 1 || x.size(last) <= 1)) return {x, count, x.size(last), x.stride(last - 1)};
   return {torch::stable::contiguous(x), count, x.size(last), x.size(last)};
 }
 
@@ -25,6 +24,13 @@ Rule make_rule(const std::string& rule, int64_t size, double threshold, double p
     STD_TORCH_CHECK(rule == "uniform", "unknown rule ", rule);
   STD_TORCH_CHECK(size >= 1 && min_len >= 1 && max_len >= 0, "rule: size and min_len must be at least 1");
   return {kind, size, threshold, prominence, min_len, max_len, keep_tail};
+}
+
+void round_threshold(Rule& rule, ScalarType dtype) {
+  dispatch_dtype("d", dtype, [&](auto rounded) {
+    narrow(accumulate_t<decltype(rounded)>(rule.threshold), rounded);
+    rule.threshold = double(widen(rounded));
+  });
 }
 
 int64_t max_segments(const Rule& rule, bool has_row_group, int64_t num_rows, int64_t num_sequences) {

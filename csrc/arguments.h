@@ -20,11 +20,16 @@ using torch::stable::Tensor;
 template <class F>
 void dispatch_dtype(const char* name, ScalarType type, F&& f) {
   switch (type) {
-    case ScalarType::Float: return f(float());
-    case ScalarType::Double: return f(double());
-    case ScalarType::BFloat16: return f(BFloat16());
-    case ScalarType::Half: return f(Half());
-    default: STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+    case ScalarType::Float:
+      return f(float());
+    case ScalarType::Double:
+      return f(double());
+    case ScalarType::BFloat16:
+      return f(BFloat16());
+    case ScalarType::Half:
+      return f(Half());
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
   }
 }
 
@@ -46,6 +51,9 @@ Rows read_rows(const Tensor& x);
 
 Rule make_rule(const std::string& rule, int64_t size, double threshold, double prominence, int64_t min_len,
                int64_t max_len, bool keep_tail);
+// Distances are fp32 or fp64; what else a caller has is widened exactly, and so is the threshold, rounded to their
+// dtype.
+void round_threshold(Rule& rule, ScalarType dtype);
 // fastcompress.rules.max_segments
 int64_t max_segments(const Rule& rule, bool has_row_group, int64_t num_rows, int64_t num_sequences);
 Reduce read_reduce(const std::string& reduce);

@@ -1,21 +1,29 @@
 // What implements what. The schemas are in fastcompress/schemas.py.
 #include "cpu/ops.h"
+#ifdef FASTCOMPRESS_CUDA
+#include "cuda/ops.h"
+#endif
+
+// What a build with CUDA kernels defines (setup.py).
+#ifndef FASTCOMPRESS_CUDA
+#define FASTCOMPRESS_CUDA_ARCHS ""
+#define FASTCOMPRESS_CUDA_VERSION ""
+#endif
 
 namespace {
 std::string cpu_isa() { return fastcompress::cpu_isa(); }
+std::string cuda_archs() { return FASTCOMPRESS_CUDA_ARCHS; }
+std::string cuda_version() { return FASTCOMPRESS_CUDA_VERSION; }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastcompress, CPU, m) {
-  namespace cpu = fastcompress::cpu;
-  m.impl("adjacent_distance", TORCH_BOX(&cpu::adjacent_distance));
-  m.impl("adjacent_distance_backward", TORCH_BOX(&cpu::adjacent_distance_backward));
-  m.impl("select_boundaries", TORCH_BOX(&cpu::select_boundaries));
-  m.impl("segment_reduce", TORCH_BOX(&cpu::segment_reduce));
-  m.impl("segment_max_backward", TORCH_BOX(&cpu::segment_max_backward));
-  m.impl("segment_weighted_mean", TORCH_BOX(&cpu::segment_weighted_mean));
-  m.impl("segment_weighted_mean_backward", TORCH_BOX(&cpu::segment_weighted_mean_backward));
-  m.impl("segment_expand", TORCH_BOX(&cpu::segment_expand));
-  m.impl("segment_pool", TORCH_BOX(&cpu::segment_pool));
-}
+STABLE_TORCH_LIBRARY_IMPL(fastcompress, CPU, m) { FASTCOMPRESS_REGISTER_OPS(m, cpu); }
 
-STABLE_TORCH_LIBRARY_IMPL(fastcompress, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&cpu_isa)); }
+#ifdef FASTCOMPRESS_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastcompress, CUDA, m) { FASTCOMPRESS_REGISTER_OPS(m, cuda); }
+#endif
+
+STABLE_TORCH_LIBRARY_IMPL(fastcompress, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  m.impl("cuda_archs", TORCH_BOX(&cuda_archs));
+  m.impl("cuda_version", TORCH_BOX(&cuda_version));
+}

@@ -1,6 +1,7 @@
 """Variable-length compression of audio frames for audio language models."""
 
 from fastcompress import nn
+from fastcompress.backends import backend
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
@@ -23,6 +24,7 @@ __all__ = [
     "Uniform",
     "__version__",
     "adjacent_distance",
+    "backend",
     "nn",
     "segment_expand",
     "segment_pool",

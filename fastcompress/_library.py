@@ -7,33 +7,41 @@ from pathlib import Path
 
 import torch
 
-from fastcompress.reference import OPS
-from fastcompress.schemas import LIBRARY
+import fastcompress.schemas  # noqa: F401  (the ops that it adds kernels to)
 
 LIBRARY_PATH = Path(__file__).with_name("_C.so")
 
 
-def _load() -> bool:
-    if LIBRARY_PATH.exists():
-        try:
-            torch.ops.load_library(str(LIBRARY_PATH))
-            return True
-        except OSError as error:
-            reason = f"{LIBRARY_PATH} does not load ({error})"
-    else:
-        reason = f"{LIBRARY_PATH} is missing"
-    warnings.warn(
-        f"fastcompress: {reason}; every op runs on the pure PyTorch reference, which is correct but slow. "
-        "Install a wheel, or build from a checkout with `make build`.",
-        RuntimeWarning,
-        stacklevel=3,
-    )
-    return False
+def _load() -> str | None:
+    if not LIBRARY_PATH.exists():
+        return f"{LIBRARY_PATH} is missing"
+    try:
+        torch.ops.load_library(str(LIBRARY_PATH))
+    except OSError as error:
+        return f"{LIBRARY_PATH} does not load ({error})"
+    return None
 
 
-# The alias key covers every device; a kernel that the compiled library has for a device takes precedence.
-for _name, _op in OPS.items():
-    LIBRARY.impl(_name, _op, "CompositeExplicitAutograd")
+#: Why there are no compiled kernels; ``None``: there are.
+PROBLEM = _load()
 
 #: Whether the compiled kernels are there.
-COMPILED = _load()
+COMPILED = PROBLEM is None
+
+if not COMPILED:
+    warnings.warn(
+        f"fastcompress: {PROBLEM}; every op runs on the pure PyTorch reference, which is correct but slow. "
+        "Install a wheel, or build from a checkout with `make build`.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
+
+
+def cuda_archs() -> str:
+    """What the library's CUDA kernels were compiled for, such as ``"80;90;100;120+PTX"``; empty when it has none."""
+    return torch.ops.fastcompress.cuda_archs() if COMPILED else ""
+
+
+def cuda_version() -> str:
+    """The CUDA toolkit that the library was built with, such as ``"13.0"``; empty when it has no CUDA kernels."""
+    return torch.ops.fastcompress.cuda_version() if COMPILED else ""

@@ -1,4 +1,4 @@
-"""The command line: ``fastcompress inspect``.
+"""The command line: ``fastcompress inspect`` and ``fastcompress info``.
 
 Each subcommand is a pair of functions: ``_add_<name>`` declares its arguments, ``_run_<name>`` does the work and
 returns the exit code. What only one subcommand needs is imported inside it, so that the others run without it.
@@ -38,6 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"fastcompress {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_inspect(commands)
+    _add_info(commands)
     try:
         options = parser.parse_args(arguments)
         return options.run(options)
@@ -173,6 +174,25 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
             raise UserError(f"--png {png}: {pictures[picture]} and {file} would both be drawn to {picture}")
         pictures[picture] = file
     return list(pictures)
+
+
+def _add_info(commands: Any) -> None:
+    parser = commands.add_parser(
+        "info",
+        help="versions, what the compiled library has in it, and which backend each op will use",
+        description="Prints versions, what the compiled library has in it, the CUDA devices, and which backend each op "
+        "will use on CPU and on CUDA tensors, and why. FASTCOMPRESS_BACKEND=cuda, triton or reference chooses another.",
+    )
+    parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.set_defaults(run=_run_info)
+
+
+def _run_info(options: argparse.Namespace) -> int:
+    from fastcompress import info
+
+    found = info.collect()
+    print(json.dumps(found, indent=1) if options.json else info.format_text(found))
+    return EXIT_OK
 
 
 class _ProgressBars:

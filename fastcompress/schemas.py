@@ -23,7 +23,10 @@ SCHEMAS = (
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    "cpu_isa() -> str",  # which kernels run on the CPU; of the compiled library alone
+    # Of the compiled library alone: which kernels run on the CPU, which CUDA kernels it has and what built them.
+    "cpu_isa() -> str",
+    "cuda_archs() -> str",
+    "cuda_version() -> str",
 )
 
 LIBRARY = torch.library.Library("fastcompress", "DEF")

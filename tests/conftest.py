@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 
 import pytest
 import torch
 
+import fastcompress
+from fastcompress.backends import BACKENDS
+from tests.on_device import on_device
+
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the long forms of the tests as well")
+    parser.addoption(
+        "--emulated",
+        metavar="SEED",
+        type=int,
+        help="run the CUDA kernels, emulated, in place of the CPU's; 0: threads in their order",
+    )
+    parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda (tests/on_device.py)")
+    parser.addoption("--backend", choices=BACKENDS, help="run every op by this backend")
 
 
 def pytest_configure() -> None:
@@ -34,6 +47,35 @@ def poisoned_memory():
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def cuda_kernels(pytestconfig: pytest.Config):
+    """With ``--emulated`` every op of a CPU tensor is the CUDA one. What kernels find wrong is raised at once."""
+    seed = pytestconfig.getoption("--emulated")
+    if seed is None:
+        yield
+        return
+    from tests.cuda_emulation import emulated
+
+    os.environ["FASTCOMPRESS_CHECK"] = "1"
+    with emulated(seed):
+        yield
+
+
+@pytest.fixture(autouse=True, scope="session")
+def device(pytestconfig: pytest.Config):
+    """With ``--device`` every op of a CPU tensor runs there, with ``--backend`` by that backend. What kernels find
+    wrong is raised at once. With ``--emulated`` the emulator is the device."""
+    name, backend = pytestconfig.getoption("--device"), pytestconfig.getoption("--backend")
+    device = torch.device(name) if name else None
+    with contextlib.ExitStack() as stack:
+        if backend:
+            stack.enter_context(fastcompress.backend(backend))
+        if device is not None and pytestconfig.getoption("--emulated") is None:
+            os.environ["FASTCOMPRESS_CHECK"] = "1"
+            stack.enter_context(on_device(device))
+        yield device
 
 
 @pytest.fixture(autouse=True)

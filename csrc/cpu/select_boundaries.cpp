@@ -11,11 +11,7 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   const Sequences sequences = read_sequences(d, d.dim(), cu_seqlens, lengths);
   Tensor group_holder;
   const int32_t* group = read_row_group(row_group, sequences.rows, group_holder);
-  // Distances are fp32 or fp64; what else a caller has is widened exactly, and so is the threshold, rounded to its dtype.
-  dispatch_dtype("d", d.scalar_type(), [&](auto rounded) {
-    narrow(accumulate_t<decltype(rounded)>(rule.threshold), rounded);
-    rule.threshold = double(widen(rounded));
-  });
+  round_threshold(rule, d.scalar_type());
   const bool is_double = d.scalar_type() == ScalarType::Double;
   const Tensor scores = torch::stable::contiguous(
       is_double || d.scalar_type() == ScalarType::Float ? d : torch::stable::to(d, ScalarType::Float));

@@ -43,7 +43,6 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
     STD_TORCH_CHECK(!cu_seqlens.has_value(), "cu_seqlens goes with packed input");
     const int64_t batch = like.size(0), padded = like.size(1);
     s.rows = batch * padded;
-    s.frames = 0;
     std::vector<int64_t> sizes = lengths.has_value() ? read_integers("lengths", *lengths)
                                                      : std::vector<int64_t>(batch, padded);
     STD_TORCH_CHECK(int64_t(sizes.size()) == batch, "lengths must have one value a sequence");
@@ -53,12 +52,11 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
       STD_TORCH_CHECK(0 <= sizes[b] && sizes[b] <= padded, "lengths must lie in [0, ", padded, "], got ", sizes[b]);
       s.begin[b] = b * padded;
       s.end[b] = b * padded + sizes[b];
-      s.frames += sizes[b];
     }
     return s;
   }
   STD_TORCH_CHECK(!lengths.has_value(), "lengths goes with padded input");
-  s.rows = s.frames = like.size(0);
+  s.rows = like.size(0);
   if (!cu_seqlens.has_value()) {
     s.begin = {0};
     s.end = {s.rows};

@@ -15,8 +15,7 @@ namespace fastcompress {
 // First row and end row of each sequence, checked: inside `rows`, in order.
 struct Sequences {
   std::vector<int64_t> begin, end;
-  int64_t rows;    // of the tensor, padding included
-  int64_t frames;  // of the sequences
+  int64_t rows;  // of the tensor, padding included
 
   int64_t count() const { return int64_t(begin.size()); }
 };

@@ -7,17 +7,24 @@ from typing import Any
 
 import torch
 
-import fastcompress._library  # noqa: F401  (the implementations)
+from fastcompress import backends
 
 
 def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explain: Callable[[], None]) -> Any:
     """Calls ``op``, below the autograd key when no gradient is needed: the key's Python formula costs microseconds.
 
-    ``explain`` runs when a kernel refuses its input, to raise an error that names the argument and the values.
+    ``args[0]`` is a tensor; if it is the first on CUDA, the backend is chosen. ``explain`` runs when a kernel refuses
+    its input, to raise an error that names the argument and the values.
     """
     if torch.compiler.is_compiling():
+        if args[0].is_cuda:
+            backends.settle()
         return op(*args)
+    if backends.undecided and args[0].is_cuda:
+        backends.settle()
     try:
+        if torch.autograd.forward_ad._current_level >= 0:
+            _refuse_tangents(op, args)
         if needs_grad:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
@@ -25,6 +32,14 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explai
     except RuntimeError:
         explain()
         raise
+
+
+def _refuse_tangents(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    """The ops have no forward-mode derivatives; PyTorch would drop the tangents of their inputs without a word."""
+    for arg in args:
+        if isinstance(arg, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(arg).tangent is not None:
+            name = op.name().removeprefix("fastcompress::")
+            raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd)")
 
 
 def differentiable_once(backward: str) -> None:

@@ -17,6 +17,8 @@ def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths
     """``[B + 1]`` int32: frames before each sequence."""
     if not padded:
         if cu_seqlens is None:
+            if rows.is_cuda:  # a copy from the host waits for the device, and cannot be in a CUDA graph
+                return torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
             return torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=rows.device)
         return cu_seqlens.int()
     if lengths is None:
@@ -65,6 +67,11 @@ def select_boundaries(
     return Segments(starts, segment_lengths, cu_segments, offsets, d.numel(), d.shape[1] if padded else None)
 
 
+def _check_rank(name: str, tensor: Tensor) -> None:
+    if tensor.dim() not in (1, 2):
+        raise ValueError(f"{name} must have shape [N] or [B, T], got {list(tensor.shape)}")
+
+
 def segments_from_mask(
     mask: Tensor,
     *,
@@ -88,6 +95,7 @@ def segments_from_mask(
         raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
     if mask.is_floating_point() or mask.is_complex():
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    _check_rank("mask", mask)
     # A boundary at t belongs to the pair (t - 1, t).
     d = (mask != 0).roll(-1, dims=-1).float()
     return select_boundaries(
@@ -116,6 +124,7 @@ def segments_from_ids(
         raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
     if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
         raise TypeError(f"ids must be integers, got {ids.dtype}")
+    _check_rank("ids", ids)
     changed = ids != ids.roll(1, dims=-1)
     groups = torch.where(ids < 0, -1, 1).int()
     return segments_from_mask(changed, cu_seqlens=cu_seqlens, lengths=lengths, row_group=groups, compact=compact)
@@ -136,6 +145,8 @@ def segments_from_starts(
         raise TypeError(f"starts must be an int32 or int64 tensor, got {got}")
     if starts.dim() != 1:
         raise ValueError(f"starts must have shape [S], got {list(starts.shape)}")
+    if num_rows < 0:
+        raise ValueError(f"num_rows must not be negative, got {num_rows}")
     if cu_seqlens is not None:
         check_same_device("cu_seqlens", cu_seqlens, starts)
     if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():

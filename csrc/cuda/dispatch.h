@@ -1,0 +1,54 @@
+// From a type and an alignment that are known at run time to a kernel.
+#pragma once
+
+#include "../dtype.h"
+#include "device.h"
+#include "params.h"
+
+namespace fastcompress::cuda {
+
+// Calls f with a value of the type.
+template <class F>
+Error with_type(DType dtype, const F& f) {
+  switch (dtype) {
+    case DType::kFloat:
+      return f(float());
+    case DType::kDouble:
+      return f(double());
+    case DType::kBFloat16:
+      return f(BFloat16());
+    case DType::kHalf:
+      return f(Half());
+  }
+  return -1;
+}
+
+inline int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
+
+// Whether every row can be read and written 16 bytes at a time. The data may be null.
+inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
+         rows.width * element_size % 16 == 0;
+}
+inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
+  return is_aligned(RowsIn{data, 0, width, width}, element_size);
+}
+
+inline Error last_error() {
+#ifdef __CUDACC__
+  return int(cudaGetLastError());
+#else
+  return 0;
+#endif
+}
+
+// Launches kernel<T, aligned>.
+#define FASTCOMPRESS_LAUNCH_ALIGNED(kernel, T, aligned, grid, stream, p)           \
+  do {                                                                             \
+    if (aligned)                                                                   \
+      FASTCOMPRESS_LAUNCH((kernel<T, true>), grid, dim3(kThreads), 0, stream, p);  \
+    else                                                                           \
+      FASTCOMPRESS_LAUNCH((kernel<T, false>), grid, dim3(kThreads), 0, stream, p); \
+  } while (false)
+
+}  // namespace fastcompress::cuda

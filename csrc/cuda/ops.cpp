@@ -1,0 +1,421 @@
+// From tensors to kernels. Host code: it allocates, launches on the current stream, and reads from the device only
+// where the caller wants an exact size or a check.
+#include "ops.h"
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+
+#include "launch.h"
+
+namespace fastcompress::cuda {
+namespace {
+
+// Columns of a grid are counted in 16 bits.
+constexpr int64_t kMaxWidth = int64_t(1) << 21;
+
+void check(Error error, const char* what) {
+  STD_TORCH_CHECK(error == 0, "fastcompress: ", what, ": ", error_text(error));
+}
+
+// FASTCOMPRESS_CHECK=1: every call waits and raises what its kernel found wrong.
+bool checks_at_once() {
+  const char* value = std::getenv("FASTCOMPRESS_CHECK");
+  return value != nullptr && std::strcmp(value, "1") == 0;
+}
+
+// The device of a tensor as the current one, and its current stream.
+struct Scope {
+  explicit Scope(const Tensor& like)
+      : guard(enter_device(like.get_device_index())), stream(current_stream(like.get_device_index())) {}
+  std::shared_ptr<void> guard;
+  Stream stream;
+};
+
+Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3] = {1, 1, 1};
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
+  int32_t device_type;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(
+      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
+                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
+                               like.get_device_index(), &handle));
+  return Tensor(handle);
+}
+
+DType dtype_of(const char* name, const Tensor& tensor) {
+  switch (tensor.scalar_type()) {
+    case ScalarType::Float:
+      return DType::kFloat;
+    case ScalarType::Double:
+      return DType::kDouble;
+    case ScalarType::BFloat16:
+      return DType::kBFloat16;
+    case ScalarType::Half:
+      return DType::kHalf;
+    default:
+      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
+  }
+}
+
+RowsIn rows_in(const Rows& rows) {
+  STD_TORCH_CHECK(rows.width <= kMaxWidth, "rows must not be wider than ", kMaxWidth, ", got ", rows.width);
+  return {rows.tensor.const_data_ptr(), rows.count, rows.width, rows.stride};
+}
+
+// ---- sequences ----
+
+// A batch as it was given; `holder` keeps a contiguous copy of its integers alive.
+BatchIn read_batch(const Tensor& like, int64_t rows_dim, const OptionalTensor& cu_seqlens,
+                   const OptionalTensor& lengths, Tensor& holder) {
+  BatchIn batch{nullptr, false, 1, 0, like.size(0), rows_dim == 2};
+  const OptionalTensor& values = batch.padded ? lengths : cu_seqlens;
+  STD_TORCH_CHECK(!(batch.padded ? cu_seqlens : lengths).has_value(),
+                  batch.padded ? "cu_seqlens goes with packed input" : "lengths goes with padded input");
+  if (batch.padded) {
+    batch.count = like.size(0);
+    batch.padded_length = like.size(1);
+    batch.rows = batch.count * batch.padded_length;
+  }
+  if (!values.has_value()) return batch;
+  const char* name = batch.padded ? "lengths" : "cu_seqlens";
+  STD_TORCH_CHECK(values->dim() == 1, name, " must have one dimension");
+  const ScalarType type = values->scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64");
+  STD_TORCH_CHECK(!batch.padded || values->size(0) == batch.count, "lengths must have one value a sequence");
+  STD_TORCH_CHECK(batch.padded || values->size(0) >= 1, "cu_seqlens must start at 0");
+  if (!batch.padded) batch.count = values->size(0) - 1;
+  holder = torch::stable::contiguous(*values);
+  batch.values = holder.const_data_ptr();
+  batch.is_int64 = type == ScalarType::Long;
+  return batch;
+}
+
+// What an op that looks at sequences shares between its kernels: one allocation of State, sequences, tiles.
+class Workspace {
+ public:
+  Workspace(const Tensor& like, int64_t rows_dim, const OptionalTensor& cu_seqlens, const OptionalTensor& lengths)
+      : like_(like), batch_(read_batch(like, rows_dim, cu_seqlens, lengths, holder_)) {}
+
+  const BatchIn& batch() const { return batch_; }
+  const Sequences& sequences() const { return sequences_; }
+  const Scratch& scratch() const { return scratch_; }
+
+  // Allocates, and launches the kernel that clears and checks.
+  void prepare(int64_t num_tiles, Stream stream) {
+    constexpr int64_t kStateWords = sizeof(State) / sizeof(int64_t);
+    memory_ = empty_on(like_, {kStateWords + 2 * batch_.count + num_tiles}, ScalarType::Long);
+    auto* words = static_cast<int64_t*>(memory_.mutable_data_ptr());
+    sequences_ = {words + kStateWords, words + kStateWords + batch_.count, batch_.count};
+    scratch_ = {reinterpret_cast<State*>(words), reinterpret_cast<uint64_t*>(words + kStateWords + 2 * batch_.count),
+                num_tiles};
+    check(launch_prepare(batch_, sequences_, scratch_, stream), "prepare");
+  }
+
+  // The number of segments; raises if the batch was wrong.
+  int64_t read_count(Stream stream) const {
+    State state;
+    check(read_back(&state, scratch_.state, sizeof state, stream), "reading the number of segments");
+    STD_TORCH_CHECK((state.error & kInvalidSequences) == 0, "cu_seqlens or lengths do not fit the input");
+    STD_TORCH_CHECK(state.error == 0, "there are more segments than the rule allows");
+    return int64_t(state.total) - 1;
+  }
+
+ private:
+  Tensor like_, holder_, memory_;
+  BatchIn batch_;
+  Sequences sequences_{};
+  Scratch scratch_{};
+};
+
+// ---- results of an op that finds segments ----
+
+struct Found {
+  Tensor starts, lengths, cu_segments;
+  SegmentsOut out;
+};
+
+Found allocate_segments(const Tensor& like, int64_t num_sequences, int64_t bound, bool compact) {
+  Found found{empty_on(like, {bound}, ScalarType::Long),
+              empty_on(like, {bound}, ScalarType::Long),
+              empty_on(like, {num_sequences + 1}, ScalarType::Int),
+              {}};
+  found.out = {static_cast<int64_t*>(found.starts.mutable_data_ptr()),
+               static_cast<int64_t*>(found.lengths.mutable_data_ptr()),
+               static_cast<int32_t*>(found.cu_segments.mutable_data_ptr()), bound, !compact};
+  return found;
+}
+
+// The first `count` rows. A view as long as it shows at least half of its memory; what hides more is copied and freed.
+Tensor first_rows(const Tensor& tensor, int64_t count) {
+  if (count == tensor.size(0)) return tensor;
+  Tensor rows = tensor;
+  rows = torch::stable::narrow(rows, 0, 0, count);
+  return 2 * count >= tensor.size(0) ? rows : torch::stable::clone(rows);
+}
+
+const int32_t* read_groups(const OptionalTensor& row_group, int64_t rows, Tensor& holder) {
+  if (!row_group.has_value()) return nullptr;
+  STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
+  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have a value for each of ", rows, " rows");
+  holder = torch::stable::contiguous(*row_group);
+  return static_cast<const int32_t*>(holder.const_data_ptr());
+}
+
+// Segments of distances whose sequences are in a prepared workspace; not yet cut to their number.
+Found select(const Tensor& d, const Workspace& workspace, const int32_t* groups, bool has_groups, const Rule& rule,
+             bool compact, Stream stream) {
+  const BatchIn& batch = workspace.batch();
+  Found found = allocate_segments(d, batch.count, max_segments(rule, has_groups, batch.rows, batch.count), compact);
+  const Tensor flags = empty_on(d, {batch.rows}, ScalarType::Byte);
+  const SelectParams p{d.const_data_ptr(),
+                       batch.rows,
+                       workspace.sequences(),
+                       groups,
+                       rule,
+                       static_cast<uint8_t*>(flags.mutable_data_ptr()),
+                       found.out,
+                       workspace.scratch()};
+  check(launch_select(d.scalar_type() == ScalarType::Double, p, stream), "select_boundaries");
+  return found;
+}
+
+// ---- given segments ----
+
+// Segments that were given, and a flag that says whether they were wrong where that is to be checked.
+class GivenSegments {
+ public:
+  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
+    STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
+                    "starts and lengths must be int64");
+    STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
+                    "starts and lengths must have the same shape [M]");
+    starts_ = torch::stable::contiguous(starts);
+    lengths_ = torch::stable::contiguous(lengths);
+    in = {static_cast<const int64_t*>(starts_.const_data_ptr()), static_cast<const int64_t*>(lengths_.const_data_ptr()),
+          starts.size(0), rows, nullptr};
+    if (checks_at_once()) {
+      error_ = torch::stable::fill_(empty_on(starts, {1}, ScalarType::Int), 0);
+      in.error = static_cast<int32_t*>(error_.mutable_data_ptr());
+    }
+  }
+
+  void finish(Stream stream) const {
+    if (in.error == nullptr) return;
+    int32_t error;
+    check(read_back(&error, in.error, sizeof error, stream), "reading the error");
+    STD_TORCH_CHECK(error == 0, "segments must be in order, without overlap and inside ", in.rows, " rows");
+  }
+
+  SegmentsIn in;
+
+ private:
+  Tensor starts_, lengths_, error_;
+};
+
+Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.scalar_type() == dtype, name,
+      " must have shape [", rows, ", ", width, "] and the dtype of x");
+  return read_rows(tensor);
+}
+
+Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
+      "weights must be one value a row, in the accumulation dtype");
+  return torch::stable::contiguous(weights);
+}
+
+}  // namespace
+
+Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag) {
+  STD_TORCH_CHECK(lag >= 1, "lag must be at least 1, got ", lag);
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  workspace.prepare(0, scope.stream);
+  const ScalarType type = accumulate_type(x.scalar_type());
+  Tensor out = x.dim() == 3 ? empty_on(x, {x.size(0), x.size(1)}, type) : empty_on(x, {x.size(0)}, type);
+  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, nullptr, out.mutable_data_ptr()};
+  check(launch_adjacent_distance_fwd(dtype_of("x", x), p, scope.stream), "adjacent_distance");
+  if (checks_at_once()) workspace.read_count(scope.stream);
+  return out;
+}
+
+Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths,
+                                  int64_t lag) {
+  STD_TORCH_CHECK(lag >= 1, "lag must be at least 1, got ", lag);
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  STD_TORCH_CHECK(grad.numel() == rows.count && grad.scalar_type() == accumulate_type(x.scalar_type()),
+                  "grad must have the shape and dtype of the distances");
+  const Tensor grad_rows = torch::stable::contiguous(grad);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  workspace.prepare(0, scope.stream);
+  Tensor out = x.dim() == 3 ? empty_on(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
+                            : empty_on(x, {x.size(0), x.size(1)}, x.scalar_type());
+  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, grad_rows.const_data_ptr(), out.mutable_data_ptr()};
+  check(launch_adjacent_distance_bwd(dtype_of("x", x), p, scope.stream), "adjacent_distance_backward");
+  if (checks_at_once()) workspace.read_count(scope.stream);
+  return out;
+}
+
+std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths,
+                                                     OptionalTensor row_group, std::string rule_name, int64_t size,
+                                                     double threshold, double prominence, int64_t min_len,
+                                                     int64_t max_len, bool keep_tail, bool compact) {
+  Rule rule = make_rule(rule_name, size, threshold, prominence, min_len, max_len, keep_tail);
+  STD_TORCH_CHECK(d.dim() == 1 || d.dim() == 2, "d must have shape [N] or [B, T]");
+  const Scope scope(d);
+  round_threshold(rule, d.scalar_type());
+  const bool is_wide = d.scalar_type() == ScalarType::Double || d.scalar_type() == ScalarType::Float;
+  const Tensor scores = torch::stable::contiguous(is_wide ? d : torch::stable::to(d, ScalarType::Float));
+  Workspace workspace(d, d.dim(), cu_seqlens, lengths);
+  Tensor holder;
+  const int32_t* groups = read_groups(row_group, workspace.batch().rows, holder);
+  workspace.prepare(select_tiles(workspace.batch().rows), scope.stream);
+  Found found = select(scores, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
+  if (compact || checks_at_once()) {
+    const int64_t count = workspace.read_count(scope.stream);
+    if (compact) return {first_rows(found.starts, count), first_rows(found.lengths, count), found.cu_segments};
+  }
+  return {found.starts, found.lengths, found.cu_segments};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor keys, OptionalTensor cu_seqlens,
+                                                        OptionalTensor lengths, OptionalTensor row_group,
+                                                        std::string rule_name, int64_t size, double threshold,
+                                                        double prominence, int64_t min_len, int64_t max_len,
+                                                        bool keep_tail, bool compact) {
+  const Rule rule = make_rule(rule_name, size, threshold, prominence, min_len, max_len, keep_tail);
+  STD_TORCH_CHECK(rule.prominence <= 0, "segment_pool does not compute prominences");
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  Rows key_rows = rows;
+  if (keys.has_value()) {
+    key_rows = read_rows(*keys);
+    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have as many rows as x");
+    STD_TORCH_CHECK(keys->scalar_type() == x.scalar_type(), "keys must have the dtype of x");
+  }
+  const DType dtype = dtype_of("x", x);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  const BatchIn& batch = workspace.batch();
+  Tensor holder;
+  const int32_t* groups = read_groups(row_group, batch.rows, holder);
+
+  Found found;
+  Tensor values;
+  if (is_fused(rule)) {
+    const PoolPlan plan = plan_pool(current_device(), dtype, rows_in(rows), rows_in(key_rows), rule);
+    workspace.prepare(plan.num_tiles, scope.stream);
+    found =
+        allocate_segments(x, batch.count, max_segments(rule, row_group.has_value(), batch.rows, batch.count), compact);
+    values = empty_on(x, {found.out.bound, rows.width}, x.scalar_type());
+    const PoolParams p{rows_in(rows), rows_in(key_rows),         workspace.sequences(), groups,         rule,
+                       found.out,     values.mutable_data_ptr(), workspace.scratch(),   plan.tile_rows, plan.pitch};
+    check(launch_segment_pool_fwd(dtype, p, plan, scope.stream), "segment_pool");
+  } else {
+    workspace.prepare(select_tiles(batch.rows), scope.stream);
+    const Tensor d = empty_on(x, {batch.rows}, accumulate_type(x.scalar_type()));
+    const DistanceParams p{rows_in(key_rows), workspace.sequences(), 1, nullptr, d.mutable_data_ptr()};
+    check(launch_adjacent_distance_fwd(dtype, p, scope.stream), "adjacent_distance");
+    found = select(d, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
+  }
+  int64_t count = found.out.bound;
+  if (compact || checks_at_once()) {
+    const int64_t known = workspace.read_count(scope.stream);
+    if (compact) count = known;
+  }
+  const Tensor starts = first_rows(found.starts, count), segment_lengths = first_rows(found.lengths, count);
+  if (!is_fused(rule))
+    values =
+        segment_reduce(x.dim() == 3 ? torch::stable::view(torch::stable::contiguous(x), {rows.count, rows.width}) : x,
+                       starts, segment_lengths, "mean");
+  return {first_rows(values, count), starts, segment_lengths, found.cu_segments};
+}
+
+Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduce) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  const GivenSegments segments(starts, lengths, rows.count);
+  Tensor out = empty_on(x, {segments.in.count, rows.width}, x.scalar_type());
+  const ReduceParams p{rows_in(rows),          segments.in, read_reduce(reduce), nullptr, {}, {},
+                       out.mutable_data_ptr(), nullptr};
+  check(launch_segment_reduce_fwd(dtype_of("x", x), p, scope.stream), "segment_reduce");
+  segments.finish(scope.stream);
+  return out;
+}
+
+Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  const Tensor w = read_weights(weights, rows, x.scalar_type());
+  const GivenSegments segments(starts, lengths, rows.count);
+  Tensor out = empty_on(x, {segments.in.count, rows.width}, x.scalar_type());
+  const ReduceParams p{rows_in(rows),          segments.in, Reduce::kMean, w.const_data_ptr(), {}, {},
+                       out.mutable_data_ptr(), nullptr};
+  check(launch_segment_weighted_mean_fwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean");
+  segments.finish(scope.stream);
+  return out;
+}
+
+Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows, std::string reduce_name) {
+  STD_TORCH_CHECK(num_rows >= 0, "num_rows must not be negative, got ", num_rows);
+  const Reduce reduce = read_reduce(reduce_name);
+  STD_TORCH_CHECK(reduce != Reduce::kMax, "max has no adjoint");
+  const Scope scope(y);
+  const GivenSegments segments(starts, lengths, num_rows);
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have a row a segment");
+  const Rows rows = read_rows(y);
+  Tensor out = empty_on(y, {num_rows, rows.width}, y.scalar_type());
+  const ReduceParams p{rows_in(rows), segments.in, reduce, nullptr, {}, {}, out.mutable_data_ptr(), nullptr};
+  check(launch_segment_expand_fwd(dtype_of("y", y), p, scope.stream), "segment_expand");
+  segments.finish(scope.stream);
+  return out;
+}
+
+Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tensor lengths) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  const GivenSegments segments(starts, lengths, rows.count);
+  const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
+  const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
+  Tensor out = empty_on(x, {rows.count, rows.width}, x.scalar_type());
+  const ReduceParams p{rows_in(rows),   segments.in,        Reduce::kMax,           nullptr,
+                       rows_in(y_rows), rows_in(grad_rows), out.mutable_data_ptr(), nullptr};
+  check(launch_segment_max_bwd(dtype_of("x", x), p, scope.stream), "segment_max_backward");
+  segments.finish(scope.stream);
+  return out;
+}
+
+std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights,
+                                                          Tensor starts, Tensor lengths) {
+  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  const GivenSegments segments(starts, lengths, rows.count);
+  const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
+  const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
+  const Tensor w = read_weights(weights, rows, x.scalar_type());
+  Tensor grad_x = empty_on(x, {rows.count, rows.width}, x.scalar_type());
+  Tensor grad_weights = empty_on(x, {rows.count}, w.scalar_type());
+  const ReduceParams p{rows_in(rows),
+                       segments.in,
+                       Reduce::kMean,
+                       w.const_data_ptr(),
+                       rows_in(y_rows),
+                       rows_in(grad_rows),
+                       grad_x.mutable_data_ptr(),
+                       grad_weights.mutable_data_ptr()};
+  check(launch_segment_weighted_mean_bwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean_backward");
+  segments.finish(scope.stream);
+  return {grad_x, grad_weights};
+}
+
+}  // namespace fastcompress::cuda

@@ -1,0 +1,9 @@
+#pragma once
+
+#include "../ops.h"
+
+namespace fastcompress::cuda {
+
+FASTCOMPRESS_DECLARE_OPS
+
+}  // namespace fastcompress::cuda

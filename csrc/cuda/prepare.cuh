@@ -1,0 +1,52 @@
+// What comes before an op that finds segments: clearing what its tiles share, and checking the batch.
+#pragma once
+
+#include "device.h"
+#include "params.h"
+#include "tile.cuh"
+
+namespace fastcompress::cuda {
+
+__device__ inline int64_t read_index(const BatchIn& batch, int64_t i) {
+  return batch.is_int64 ? static_cast<const int64_t*>(batch.values)[i] : static_cast<const int32_t*>(batch.values)[i];
+}
+
+// Clears the state and the tiles' words, and checks the batch: block 0 writes the sequences, the others clear. A batch
+// that is wrong becomes one sequence of all rows, the others empty, and the error is noted.
+static __global__ void __launch_bounds__(kThreads) prepare_kernel(BatchIn batch, Sequences sequences, Scratch scratch) {
+  const int thread = int(threadIdx.x);
+  if (blockIdx.x > 0) {
+    const int64_t stride = int64_t(gridDim.x - 1) * kThreads;
+    for (int64_t i = int64_t(blockIdx.x - 1) * kThreads + thread; i < scratch.num_tiles; i += stride)
+      scratch.tiles[i] = 0;
+    return;
+  }
+  bool wrong = false;
+  for (int64_t b = thread; b < sequences.count && batch.values != nullptr; b += kThreads) {
+    const int64_t value = read_index(batch, b);
+    if (batch.padded) {
+      wrong |= value < 0 || value > batch.padded_length;
+    } else {
+      const int64_t next = read_index(batch, b + 1);
+      wrong |= value > next || (b == 0 && value != 0) || (b == sequences.count - 1 && next != batch.rows);
+    }
+  }
+  if (batch.values != nullptr && !batch.padded && sequences.count == 0)
+    wrong |= read_index(batch, 0) != 0 || batch.rows != 0;
+  wrong = __syncthreads_or(wrong) != 0;
+  for (int64_t b = thread; b < sequences.count; b += kThreads) {
+    int64_t begin = b == 0 ? 0 : batch.rows, end = batch.rows;
+    if (!wrong && batch.padded) {
+      begin = b * batch.padded_length;
+      end = begin + (batch.values == nullptr ? batch.padded_length : read_index(batch, b));
+    } else if (!wrong && batch.values != nullptr) {
+      begin = read_index(batch, b);
+      end = read_index(batch, b + 1);
+    }
+    sequences.begin[b] = begin;
+    sequences.end[b] = end;
+  }
+  if (thread == 0) *scratch.state = State{wrong ? int32_t(kInvalidSequences) : 0, 0, 0, 0, 0};
+}
+
+}  // namespace fastcompress::cuda

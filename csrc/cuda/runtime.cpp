@@ -1,0 +1,41 @@
+#include "runtime.h"
+
+#include <cuda_runtime_api.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+
+// In the CUDA builds of torch alone. A weak reference lets the library load without it.
+extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+
+namespace fastcompress::cuda {
+
+Device current_device() {
+  int index = 0;
+  Device device{1, 48 << 10, 48 << 10};
+  if (cudaGetDevice(&index) != cudaSuccess) return device;  // the launch will say what is wrong
+  cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
+  cudaDeviceGetAttribute(&device.shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
+  cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
+  return device;
+}
+
+std::shared_ptr<void> enter_device(int32_t device) {
+  return std::make_shared<torch::stable::accelerator::DeviceGuard>(device);
+}
+
+Stream current_stream(int32_t device) {
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  void* stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
+  return stream;
+}
+
+Error read_back(void* host, const void* device, size_t bytes, Stream stream) {
+  const auto cuda_stream = static_cast<cudaStream_t>(stream);
+  const cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream);
+  return int(error != cudaSuccess ? error : cudaStreamSynchronize(cuda_stream));
+}
+
+const char* error_text(Error error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }
+
+}  // namespace fastcompress::cuda

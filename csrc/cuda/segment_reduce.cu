@@ -1,0 +1,76 @@
+#include "dispatch.h"
+#include "launch.h"
+#include "segment_reduce.cuh"
+
+namespace fastcompress::cuda {
+namespace {
+
+unsigned blocks_of(int64_t segments) { return unsigned((segments + kSegmentsPerBlock - 1) / kSegmentsPerBlock); }
+
+// A warp for each segment and 32 vectors of its columns.
+template <class T>
+dim3 segments_grid(int64_t segments, int64_t width) {
+  constexpr int64_t kColumns = 32 * kVector<T>;
+  return dim3(blocks_of(segments), unsigned((width + kColumns - 1) / kColumns));
+}
+
+bool all_aligned(DType dtype, const ReduceParams& p) {
+  const int64_t size = size_of(dtype);
+  return is_aligned(p.x, size) && is_aligned(p.out, p.x.width, size) && is_aligned(p.y, size) &&
+         is_aligned(p.grad, size);
+}
+
+}  // namespace
+
+Error launch_segment_reduce_fwd(DType dtype, const ReduceParams& p, Stream stream) {
+  if (p.segments.count == 0 || p.x.width == 0) return 0;
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid = segments_grid<T>(p.segments.count, p.x.width);
+    FASTCOMPRESS_LAUNCH_ALIGNED(segment_reduce_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
+    return last_error();
+  });
+}
+
+Error launch_segment_weighted_mean_fwd(DType dtype, const ReduceParams& p, Stream stream) {
+  if (p.segments.count == 0 || p.x.width == 0) return 0;
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid = segments_grid<T>(p.segments.count, p.x.width);
+    FASTCOMPRESS_LAUNCH_ALIGNED(segment_weighted_mean_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
+    return last_error();
+  });
+}
+
+// The adjoints have a warp more than segments: for the rows behind the last.
+Error launch_segment_expand_fwd(DType dtype, const ReduceParams& p, Stream stream) {
+  if (p.segments.rows == 0 || p.x.width == 0) return 0;
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid = segments_grid<T>(p.segments.count + 1, p.x.width);
+    FASTCOMPRESS_LAUNCH_ALIGNED(segment_expand_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
+    return last_error();
+  });
+}
+
+Error launch_segment_max_bwd(DType dtype, const ReduceParams& p, Stream stream) {
+  if (p.segments.rows == 0 || p.x.width == 0) return 0;
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid = segments_grid<T>(p.segments.count + 1, p.x.width);
+    FASTCOMPRESS_LAUNCH_ALIGNED(segment_max_bwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
+    return last_error();
+  });
+}
+
+Error launch_segment_weighted_mean_bwd(DType dtype, const ReduceParams& p, Stream stream) {
+  if (p.segments.rows == 0) return 0;
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const dim3 grid(blocks_of(p.segments.count + 1));
+    FASTCOMPRESS_LAUNCH_ALIGNED(segment_weighted_mean_bwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
+    return last_error();
+  });
+}
+
+}  // namespace fastcompress::cuda

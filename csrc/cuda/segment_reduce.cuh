@@ -1,0 +1,242 @@
+// Reductions over given segments and their adjoints. A warp takes a segment and 32 vectors of its columns, so that
+// every access is of whole rows; each output element is written by one thread, in one order, without atomics.
+//
+// Model, for x [N, D] of E-byte elements and M segments: reduce reads N D E bytes and writes M D E; expand reads M D E
+// and writes N D E, with D divisions a segment for a mean. Picking one row reads M D E alone.
+#pragma once
+
+#include "params.h"
+#include "rows.cuh"
+#include "sum.cuh"
+#include "tile.cuh"
+
+namespace fastcompress::cuda {
+
+struct Segment {
+  int64_t start, length;
+};
+
+// Blocks that should fit in a multiprocessor at once: without a say the compiler spills a register to fit in more.
+constexpr int kResidentBlocks = 6;
+
+// Where segment m says that it ends; whatever it says, without overflow.
+__device__ inline int64_t segment_end(const SegmentsIn& segments, int64_t m) {
+  return int64_t(uint64_t(segments.starts[m]) + uint64_t(segments.lengths[m]));
+}
+
+// Segment m; empty, and the error noted, if it is out of order or leaves the rows.
+__device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m) {
+  const int64_t start = segments.starts[m], length = segments.lengths[m];
+  const int64_t earliest = m == 0 ? 0 : segment_end(segments, m - 1);
+  if (length >= 0 && start >= earliest && start >= 0 && start <= segments.rows && length <= segments.rows - start)
+    return {start, length};
+  if (segments.error != nullptr) atomicOr(segments.error, int32_t(kInvalidSegments));
+  return {0, 0};
+}
+
+// `row` where it is greater than `best`, or NaN where `best` is not: the first maximum stays, NaN wins.
+template <class S>
+struct LaterMax {
+  __device__ S operator()(S best, S row) const { return row > best || (row != row && best == best) ? row : best; }
+};
+
+// What a thread works on.
+struct SegmentThread {
+  int64_t m, vector;
+  __device__ SegmentThread()
+      : m(int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32),
+        vector(int64_t(blockIdx.y) * 32 + threadIdx.x % 32) {}
+  template <class T>
+  __device__ int64_t column() const {
+    return vector * kVector<T>;
+  }
+};
+
+template <class T>
+__device__ __forceinline__ const T* row_of(const RowsIn& rows, int64_t i) {
+  return static_cast<const T*>(rows.data) + i * rows.stride;
+}
+
+template <class T>
+__device__ __forceinline__ Vector<T> zero_vector() {
+  Vector<T> out;
+  memset(&out, 0, sizeof out);
+  return out;
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_reduce_fwd_kernel(ReduceParams p) {
+  using S = accumulate_t<T>;
+  const SegmentThread at;
+  const int64_t column = at.column<T>(), width = p.x.width;
+  if (at.m >= p.segments.count || column >= width) return;
+  const Segment segment = read_segment(p.segments, at.m);
+  T* out = static_cast<T*>(p.out) + at.m * width;
+  if (segment.length == 0) {
+    store_vector<T, kAligned>(out, column, width, zero_vector<T>());
+    return;
+  }
+  if (picks_a_row(p.reduce)) {
+    const T* row = row_of<T>(p.x, picked_row(segment.start, segment.length, p.reduce));
+    store_vector<T, kAligned>(out, column, width, load_vector<T, kAligned>(row, column, width));
+    return;
+  }
+  S total[kVector<T>];
+  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
+    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width), row);
+  };
+  if (p.reduce == Reduce::kMax) {
+    ordered_sum<T>(segment.length, load, LaterMax<S>(), total);
+  } else {
+    ordered_sum<T>(segment.length, load, Add<S>(), total);
+    if (p.reduce == Reduce::kMean)
+#pragma unroll
+      for (int k = 0; k < kVector<T>; ++k) total[k] = total[k] / S(segment.length);
+  }
+  store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_mean_fwd_kernel(ReduceParams p) {
+  using S = accumulate_t<T>;
+  const SegmentThread at;
+  const int64_t column = at.column<T>(), width = p.x.width;
+  if (at.m >= p.segments.count || column >= width) return;
+  const Segment segment = read_segment(p.segments, at.m);
+  T* out = static_cast<T*>(p.out) + at.m * width;
+  const S* weights = static_cast<const S*>(p.weights) + segment.start;
+  const S weight = segment.length == 0 ? S(0) : sum_of_weights(weights, segment.length);
+  if (weight == 0) {
+    store_vector<T, kAligned>(out, column, width, zero_vector<T>());
+    return;
+  }
+  S total[kVector<T>];
+  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
+    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width), row);
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) row[k] = row[k] * weights[i];
+  };
+  ordered_sum<T>(segment.length, load, Add<S>(), total);
+#pragma unroll
+  for (int k = 0; k < kVector<T>; ++k) total[k] = total[k] / weight;
+  store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
+}
+
+// Rows [begin, end) of the output become 0 at one column.
+template <class T, bool kAligned>
+__device__ __forceinline__ void clear_rows(T* out, int64_t begin, int64_t end, int64_t column, int64_t width) {
+  for (int64_t row = begin; row < end; ++row)
+    store_vector<T, kAligned>(out + row * width, column, width, zero_vector<T>());
+}
+
+// The rows before segment m that lie in none become 0; m may be the number of segments.
+template <class T, bool kAligned>
+__device__ __forceinline__ void clear_gap(const SegmentsIn& segments, int64_t m, T* out, int64_t column,
+                                          int64_t width) {
+  auto inside = [&](int64_t row) { return row < 0 ? 0 : row < segments.rows ? row : segments.rows; };
+  const int64_t begin = m == 0 ? 0 : inside(segment_end(segments, m - 1));
+  const int64_t end = m == segments.count ? segments.rows : inside(segments.starts[m]);
+  clear_rows<T, kAligned>(out, begin, end, column, width);
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_expand_fwd_kernel(ReduceParams p) {
+  using S = accumulate_t<T>;
+  const SegmentThread at;
+  const int64_t column = at.column<T>(), width = p.x.width;
+  if (at.m > p.segments.count || column >= width) return;
+  T* out = static_cast<T*>(p.out);
+  clear_gap<T, kAligned>(p.segments, at.m, out, column, width);
+  if (at.m == p.segments.count) return;
+  const Segment segment = read_segment(p.segments, at.m);
+  if (segment.length == 0) return;
+  Vector<T> vector = load_vector<T, kAligned>(row_of<T>(p.x, at.m), column, width);
+  if (picks_a_row(p.reduce)) {
+    clear_rows<T, kAligned>(out, segment.start, segment.start + segment.length, column, width);
+    store_vector<T, kAligned>(out + picked_row(segment.start, segment.length, p.reduce) * width, column, width, vector);
+    return;
+  }
+  if (p.reduce == Reduce::kMean) {
+    S mean[kVector<T>];
+    widen_vector<T>(vector, mean);
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) mean[k] = mean[k] / S(segment.length);
+    vector = narrow_vector<T>(mean);
+  }
+  for (int64_t i = 0; i < segment.length; ++i)
+    store_vector<T, kAligned>(out + (segment.start + i) * width, column, width, vector);
+}
+
+// The gradient goes to the first frame that holds the maximum, or the first NaN if that is it.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_max_bwd_kernel(ReduceParams p) {
+  const SegmentThread at;
+  const int64_t column = at.column<T>(), width = p.x.width;
+  if (at.m > p.segments.count || column >= width) return;
+  T* out = static_cast<T*>(p.out);
+  clear_gap<T, kAligned>(p.segments, at.m, out, column, width);
+  if (at.m == p.segments.count) return;
+  const Segment segment = read_segment(p.segments, at.m);
+  if (segment.length == 0) return;
+  const Vector<T> best = load_vector<T, kAligned>(row_of<T>(p.y, at.m), column, width);
+  const Vector<T> grad = load_vector<T, kAligned>(row_of<T>(p.grad, at.m), column, width);
+  unsigned given = 0;  // a bit an element
+  for (int64_t i = 0; i < segment.length; ++i) {
+    const Vector<T> row = load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width);
+    Vector<T> result = zero_vector<T>();
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) {
+      const auto value = widen(row.v[k]), maximum = widen(best.v[k]);
+      const bool here = value == maximum || (value != value && maximum != maximum);
+      if (here && !(given >> k & 1)) {
+        result.v[k] = grad.v[k];
+        given |= 1u << k;
+      }
+    }
+    store_vector<T, kAligned>(out + (segment.start + i) * width, column, width, result);
+  }
+}
+
+// A warp a segment: grad_x[t] = w[t] / W * grad, grad_weights[t] = (grad . x[t] - grad . y) / W.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_mean_bwd_kernel(ReduceParams p) {
+  using S = accumulate_t<T>;
+  const int lane = int(threadIdx.x % 32);
+  const int64_t m = int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32, width = p.x.width;
+  if (m > p.segments.count) return;
+  T* out = static_cast<T*>(p.out);
+  S* grad_weights = static_cast<S*>(p.grad_weights);
+  const GroupLane<T> at(lane);
+  const int groups = 32 / kGroupLanes<T>;
+  for (int64_t column = int64_t(lane) * kVector<T>; column < width; column += 32 * kVector<T>)
+    clear_gap<T, kAligned>(p.segments, m, out, column, width);
+  const int64_t gap_begin = m == 0 ? 0 : segment_end(p.segments, m - 1);
+  const int64_t gap_end = m == p.segments.count ? p.segments.rows : p.segments.starts[m];
+  for (int64_t t = gap_begin + lane; t < gap_end; t += 32)
+    if (t >= 0 && t < p.segments.rows) grad_weights[t] = 0;
+  if (m == p.segments.count) return;
+  const Segment segment = read_segment(p.segments, m);
+  if (segment.length == 0) return;
+  const S* weights = static_cast<const S*>(p.weights);
+  const S total = sum_of_weights(weights + segment.start, segment.length);
+  const T* grad = row_of<T>(p.grad, m);
+  const double mean_slope = group_dot<T, kAligned>(grad, row_of<T>(p.y, m), width, at.column());
+  for (int64_t base = 0; base < segment.length; base += groups) {
+    const int64_t i = base + at.group;  // lanes without a row repeat the last one
+    const int64_t t = segment.start + (i < segment.length ? i : segment.length - 1);
+    const double slope = group_dot<T, kAligned>(grad, row_of<T>(p.x, t), width, at.column()) - mean_slope;
+    if (i >= segment.length) continue;
+    if (at.lane == 0) grad_weights[t] = total == 0 ? S(0) : S(slope / double(total));
+    const S share = total == 0 ? S(0) : weights[t] / total;
+    for (int64_t column = at.column(); column < width; column += kLanes) {
+      const Vector<T> g = load_vector<T, kAligned>(grad, column, width);
+      Vector<T> result = zero_vector<T>();
+      if (total != 0)
+#pragma unroll
+        for (int k = 0; k < kVector<T>; ++k) narrow(share * widen(g.v[k]), result.v[k]);
+      store_vector<T, kAligned>(out + t * width, column, width, result);
+    }
+  }
+}
+
+}  // namespace fastcompress::cuda

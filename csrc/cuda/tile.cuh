@@ -1,0 +1,148 @@
+// What the kernels that find segments share. A block takes a tile of consecutive rows and a thread a row; whether a row
+// starts or stops a segment is a bit in four words of shared memory; a decoupled look-back over the tiles (Merrill and
+// Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016) tells each how many segments precede it.
+#pragma once
+
+#include "device.h"
+#include "params.h"
+
+namespace fastcompress::cuda {
+
+// A bit a row, of up to kThreads rows.
+struct RowBits {
+  unsigned words[kWarps];
+
+  // All threads of the block take part; a barrier must follow.
+  __device__ void vote(int thread, bool bit) {
+    const unsigned word = __ballot_sync(~0u, bit);
+    if (thread % 32 == 0) words[thread / 32] = word;
+  }
+  // Bits [from, to) of a word.
+  static __device__ unsigned masked(unsigned word, int word_first, int from, int to) {
+    const int low = from - word_first, high = to - word_first;
+    if (high <= 0 || low >= 32) return 0;
+    if (low > 0) word &= ~0u << low;
+    if (high < 32) word &= ~(~0u << high);
+    return word;
+  }
+  __device__ int count(int from, int to) const {
+    int total = 0;
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w) total += __popc(masked(words[w], 32 * w, from, to));
+    return total;
+  }
+  // The first bit that is set in [from, to), or `to`.
+  __device__ int first(int from, int to) const {
+#pragma unroll
+    for (int w = 0; w < kWarps; ++w)
+      if (const unsigned word = masked(words[w], 32 * w, from, to)) return 32 * w + __ffs(int(word)) - 1;
+    return to;
+  }
+  // The last bit that is set in [0, to), or -1.
+  __device__ int last(int to) const {
+#pragma unroll
+    for (int w = kWarps - 1; w >= 0; --w)
+      if (const unsigned word = masked(words[w], 32 * w, 0, to)) return 32 * w + 31 - __clz(int(word));
+    return -1;
+  }
+  __device__ bool at(int i) const { return words[i / 32] >> i % 32 & 1; }
+};
+
+// The first index in [0, count) whose value is greater than `value`, or count; the values do not decrease.
+__device__ inline int64_t upper_bound(const int64_t* values, int64_t count, int64_t value) {
+  int64_t low = 0, high = count;
+  while (low < high) {
+    const int64_t middle = (low + high) / 2;
+    if (values[middle] > value)
+      high = middle;
+    else
+      low = middle + 1;
+  }
+  return low;
+}
+
+// Where a row lies.
+struct RowPlace {
+  bool alive = false;    // in a sequence, and not dropped by its group
+  bool changes = false;  // starts a run, or is in none
+  int32_t group = kKeepRow + 1;
+  int64_t begin = 0, end = 0;  // of its sequence
+};
+
+__device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* groups, int64_t row) {
+  RowPlace place;
+  const int64_t b = upper_bound(sequences.end, sequences.count, row);
+  const bool inside = b < sequences.count && sequences.begin[b] <= row;
+  if (inside) {
+    place.begin = sequences.begin[b];
+    place.end = sequences.end[b];
+    if (groups != nullptr) place.group = groups[row];
+  }
+  place.alive = inside && place.group >= kKeepRow;
+  place.changes = !place.alive || row == place.begin || place.group == kKeepRow ||
+                  (groups != nullptr && groups[row - 1] != place.group);
+  return place;
+}
+
+// Whether the segment of a Uniform rule that starts at `row` has all its frames.
+__device__ inline bool is_whole(const Rule& rule, const RowPlace& place, const int32_t* groups, int64_t row) {
+  if (rule.size > place.end - row) return false;
+  for (int64_t r = row + 1; groups != nullptr && r < row + rule.size; ++r)
+    if (groups[r] != place.group) return false;
+  return true;
+}
+
+// Whether a row on which the rule stops a segment starts one.
+__device__ inline bool starts_segment(const Rule& rule, const RowPlace& place, const int32_t* groups, int64_t row) {
+  if (!place.alive) return false;
+  const bool drops_short = rule.kind == RuleKind::kUniform && !rule.keep_tail && place.group != kKeepRow;
+  return !drops_short || is_whole(rule, place, groups, row);
+}
+
+// ---- look-back ----
+
+// A published word: a count, and what it counts.
+constexpr uint64_t kOwnCount = 1, kCountSoFar = 2;
+
+// Tells the other tiles how many segments start in this one. By one thread, as early as it is known.
+__device__ inline void publish_count(const Scratch& scratch, int64_t tile, int64_t count) {
+  store_release(scratch.tiles + tile, uint64_t(count) << 2 | (tile == 0 ? kCountSoFar : kOwnCount));
+}
+
+// Segments before `tile`, which has published its own `count`. By the lanes of one warp.
+__device__ inline int64_t look_back(const Scratch& scratch, int64_t tile, int64_t count, int lane) {
+  if (tile == 0) return 0;
+  int64_t before = 0;
+  for (int64_t nearest = tile - 1;; nearest -= 32) {  // 32 tiles at a time, lane 0 the nearest
+    uint64_t word = kCountSoFar;                      // before the first tile: nothing
+    if (nearest >= lane) {
+      while ((word = load_acquire(scratch.tiles + (nearest - lane))) == 0) __nanosleep(40);
+    }
+    const unsigned so_far = __ballot_sync(~0u, (word & 3) == kCountSoFar);
+    const int last = so_far == 0 ? 31 : __ffs(int(so_far)) - 1;  // the nearest that knows all before it
+    int64_t sum = lane <= last ? int64_t(word >> 2) : 0;
+#pragma unroll
+    for (int with = 16; with > 0; with /= 2) sum += __shfl_xor_sync(~0u, sum, with);
+    before += sum;
+    if (so_far != 0) break;
+  }
+  if (lane == 0) store_release(scratch.tiles + tile, uint64_t(before + count) << 2 | kCountSoFar);
+  return before;
+}
+
+// cu_segments of the sequences that end in rows (first, last], by all threads; `before` segments precede the tile,
+// whose starts are bits `first_bit` and on. The first tile also writes those that end at row 0, the last one those that
+// remain.
+__device__ inline void write_cu_segments(const SegmentsOut& out, const Sequences& sequences, const RowBits& starts,
+                                         int first_bit, int64_t first, int64_t last, bool is_last, int64_t before,
+                                         int thread) {
+  const int64_t begin = first == 0 ? 0 : upper_bound(sequences.end, sequences.count, first);
+  const int64_t end = is_last ? sequences.count : upper_bound(sequences.end, sequences.count, last);
+  if (first == 0 && thread == 0) out.cu_segments[0] = 0;
+  for (int64_t b = begin + thread; b < end; b += kThreads) {
+    const int64_t rows = (sequences.end[b] < last ? sequences.end[b] : last) - first;
+    out.cu_segments[b + 1] = int32_t(before + starts.count(first_bit, first_bit + int(rows)));
+  }
+}
+
+}  // namespace fastcompress::cuda

@@ -1,0 +1,47 @@
+// The ops of a device, with the signatures of fastcompress/schemas.py: what implements them, and how they are registered.
+#pragma once
+
+#include <optional>
+#include <tuple>
+
+#include "arguments.h"
+
+namespace fastcompress {
+
+using OptionalTensor = std::optional<Tensor>;
+
+}  // namespace fastcompress
+
+// clang-format off
+#define FASTCOMPRESS_DECLARE_OPS                                                                                      \
+Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag);                   \
+Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths,           \
+                                  int64_t lag);                                                                       \
+std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths,     \
+                                                     OptionalTensor row_group, std::string rule, int64_t size,        \
+                                                     double threshold, double prominence, int64_t min_len,            \
+                                                     int64_t max_len, bool keep_tail, bool compact);                  \
+Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduce);                                   \
+Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tensor lengths);                          \
+Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths);                                \
+std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights,            \
+                                                          Tensor starts, Tensor lengths);                             \
+Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows, std::string reduce);                 \
+std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor keys, OptionalTensor cu_seqlens,     \
+                                                        OptionalTensor lengths, OptionalTensor row_group,             \
+                                                        std::string rule, int64_t size, double threshold,             \
+                                                        double prominence, int64_t min_len, int64_t max_len,          \
+                                                        bool keep_tail, bool compact);
+
+// `device`: the namespace that declares them.
+#define FASTCOMPRESS_REGISTER_OPS(m, device)                                                                          \
+  m.impl("adjacent_distance", TORCH_BOX(&fastcompress::device::adjacent_distance));                                   \
+  m.impl("adjacent_distance_backward", TORCH_BOX(&fastcompress::device::adjacent_distance_backward));                 \
+  m.impl("select_boundaries", TORCH_BOX(&fastcompress::device::select_boundaries));                                   \
+  m.impl("segment_reduce", TORCH_BOX(&fastcompress::device::segment_reduce));                                         \
+  m.impl("segment_max_backward", TORCH_BOX(&fastcompress::device::segment_max_backward));                             \
+  m.impl("segment_weighted_mean", TORCH_BOX(&fastcompress::device::segment_weighted_mean));                           \
+  m.impl("segment_weighted_mean_backward", TORCH_BOX(&fastcompress::device::segment_weighted_mean_backward));         \
+  m.impl("segment_expand", TORCH_BOX(&fastcompress::device::segment_expand));                                         \
+  m.impl("segment_pool", TORCH_BOX(&fastcompress::device::segment_pool))
+// clang-format on

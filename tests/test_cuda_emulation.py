@@ -1,0 +1,398 @@
+"""The CUDA kernels, run by an emulator on the CPU: the same bits as the CPU kernels, in every order of threads; hostile
+input; and whether the emulator finds bugs that are put in on purpose.
+
+``make test-emulated`` runs the whole correctness suite on them.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+from fastcompress.reference import OPS
+from tests.sample_inputs import (
+    DTYPES,
+    RULES,
+    assert_same_bits,
+    batches,
+    features,
+    offsets,
+    packed,
+    padded,
+    row_groups,
+    strided,
+)
+
+pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
+from tests.cuda_emulation import DEFAULT_DEVICE, build, emulated, load  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
+    pytest.mark.xdist_group("emulated"),  # one worker compiles
+]
+
+ROOT = Path(__file__).parents[1]
+SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, blocks that are resident at once
+# GPUs that cut the rows of 64 fp32 columns into tiles of many rows, of few, and too little shared memory to stage any.
+DEVICES = ((1, 100 << 10, 99 << 10), (64, 100 << 10, 99 << 10), (4, 1 << 10, 1 << 10))
+
+
+def assert_same(f: Callable[[], Tensor | tuple[Tensor, ...] | fc.Pooled], schedules=SCHEDULES) -> None:
+    """``f`` on the CPU kernels and on the emulated ones."""
+
+    def outputs() -> tuple[Tensor, ...]:
+        result = f()
+        if isinstance(result, fc.Pooled):
+            s = result.segments
+            return result.values, s.starts, s.lengths, s.cu_segments
+        return result if isinstance(result, tuple) else (result,)
+
+    expected = outputs()
+    for seed, os_threads in schedules:
+        with emulated(seed, os_threads):
+            actual = outputs()
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_bits(a, b, f"output {i}, order {seed}, {os_threads} resident blocks")
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segment_pool(rule: fc.Rule, dtype: torch.dtype):
+    for width in (7, 64):
+        for batch in batches(width, dtype):
+            for compact in (True, False):
+                assert_same(
+                    lambda batch=batch, compact=compact: fc.segment_pool(
+                        batch.x, rule=rule, compact=compact, **batch.layout
+                    ),
+                    SCHEDULES[2:] if compact else SCHEDULES[1:2],
+                )
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_segment_pool_in_tiles_of_every_size(device: tuple[int, int, int]):
+    x = packed("smooth", 64, torch.float32, (300, 0, 1, 77, 150)).x
+    layout = {"cu_seqlens": offsets((300, 0, 1, 77, 150))}
+    groups = row_groups(len(x))
+    load().set_device(*device)
+    try:
+        for rule in RULES:
+            for row_group in (None, groups):
+                assert_same(
+                    lambda rule=rule, row_group=row_group: fc.segment_pool(
+                        x, rule=rule, row_group=row_group, compact=False, **layout
+                    ),
+                    ((3, 2),),
+                )
+    finally:
+        load().set_device(*DEFAULT_DEVICE)
+
+
+LONG_RULES = (fc.LocalMax(), fc.Threshold(0.5), fc.Uniform(400), fc.Uniform(1), fc.LocalMax(order=16))
+
+
+@pytest.mark.parametrize("rule", LONG_RULES, ids=str)
+def test_segments_longer_than_tiles(rule: fc.Rule):
+    """One segment over many tiles, with and without one behind it; and a segment for every row."""
+    for length in (1, 63, 64, 65, 129, 400):
+        flat = torch.ones(length, 32)
+        steps = torch.cat([flat, -flat, features("smooth", 5, 32, torch.float32)])
+        for x in (flat, steps):
+            assert_same(lambda x=x: fc.segment_pool(x, rule=rule, compact=False), ((4, 2),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_strides(dtype: torch.dtype):
+    x = features("smooth", 90, 24, dtype)
+    keys = features("smooth", 90, 5, dtype, seed=1)
+    for _, same in strided(x):
+        assert_same(lambda same=same: fc.segment_pool(same), ((5, 1),))
+        assert_same(lambda same=same: fc.segment_pool(same, keys=keys), ((5, 1),))
+        assert_same(lambda same=same: fc.adjacent_distance(same, lag=2), ((5, 1),))
+
+
+def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[], Tensor | tuple[Tensor, ...]]]]:
+    """Every other op on the rows of ``x``."""
+    ops = torch.ops.fastcompress
+    rows = x.reshape(-1, x.shape[-1])
+    cu, lengths = layout.get("cu_seqlens"), layout.get("lengths")
+    starts = torch.tensor([0, 1, 3, 3, 30, 97])
+    sizes = torch.tensor([1, 2, 0, 20, 66, 10])
+    assert int(starts[-1] + sizes[-1]) <= len(rows)
+    y, grad = features("iid", 6, x.shape[-1], x.dtype, seed=3), features("iid", 6, x.shape[-1], x.dtype, seed=4)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = features("zeros", len(rows), 1, wide, seed=5)[:, 0]
+    for lag in (1, 3):
+        yield f"distance {lag}", lambda lag=lag: ops.adjacent_distance(x, cu, lengths, lag)
+        slope = features("iid", len(rows), 1, wide, seed=6)[:, 0].reshape(x.shape[:-1])
+        yield (
+            f"distance backward {lag}",
+            lambda lag=lag, slope=slope: ops.adjacent_distance_backward(slope, x, cu, lengths, lag),
+        )
+    for reduce in ("mean", "sum", "max", "first", "last", "middle"):
+        yield reduce, lambda reduce=reduce: ops.segment_reduce(rows, starts, sizes, reduce)
+        if reduce != "max":
+            yield f"expand {reduce}", lambda reduce=reduce: ops.segment_expand(y, starts, sizes, len(rows), reduce)
+    best = ops.segment_reduce(rows, starts, sizes, "max")
+    yield "max backward", lambda: ops.segment_max_backward(grad, rows, best, starts, sizes)
+    mean = ops.segment_weighted_mean(rows, weights, starts, sizes)
+    yield "weighted mean", lambda: ops.segment_weighted_mean(rows, weights, starts, sizes)
+    yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(
+        grad, rows, mean, weights, starts, sizes
+    )
+
+
+@pytest.mark.parametrize("kind", ["smooth", "nonfinite", "zeros"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_ops(dtype: torch.dtype, kind: str):
+    for width in (1, 33, 64, 320):
+        for batch in (packed(kind, width, dtype), padded(kind, width, dtype)):
+            for _, call in calls(batch.x, batch.layout):
+                assert_same(call, ((6, 1),))
+
+
+def test_gradients():
+    def gradients() -> tuple[Tensor, ...]:
+        x = features("smooth", 60, 16, torch.float32).requires_grad_()
+        weights = features("iid", 60, 1, torch.float32, seed=1)[:, 0].abs().requires_grad_()
+        pooled = fc.segment_pool(x, rule=fc.LocalMax())
+        weighted = fc.segment_pool(x, rule=fc.Uniform(3), weights=weights)
+        loss = pooled.values.square().sum() + weighted.values.square().sum() + fc.adjacent_distance(x)[:-1].sum()
+        return torch.autograd.grad(loss, (x, weights))
+
+    assert_same(gradients)
+
+
+# Hostile input: a clear error where the count is read, never an access out of bounds (make sanitize runs this too)
+
+
+BAD_OFFSETS = (
+    [0, 50, 20, 60],
+    [5, 60],
+    [0, 40],
+    [0, 2**31 - 1],
+    [-7, 60],
+    [0, 70, 60],
+    [60],
+    [0, -5, 60],
+    [0, 60, 60, 61],
+)
+BIG = 2**63 - 1
+BAD_SEGMENTS = (  # starts, lengths
+    ([0, 5], [6, 1]),
+    ([-1], [3]),
+    ([18], [3]),
+    ([BIG], [BIG]),
+    ([-BIG, 3], [BIG, -2]),
+    ([9, 2], [1, 1]),
+)
+
+
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Uniform(3), fc.LocalMax(min_len=3), fc.Threshold(0.1)], ids=str)
+@pytest.mark.parametrize("values", BAD_OFFSETS, ids=str)
+def test_wrong_cu_seqlens(values: list[int], rule: fc.Rule):
+    x = features("smooth", 60, 16, torch.float32)
+    cu = torch.tensor(values, dtype=torch.int32)
+    with emulated(7):
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            fc.segment_pool(x, cu_seqlens=cu, rule=rule)
+        pooled = fc.segment_pool(x, cu_seqlens=cu, rule=rule, compact=False)
+        fc.adjacent_distance(x, cu_seqlens=cu)
+        segments = pooled.segments
+    assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 60)).all()
+    assert ((0 <= segments.cu_segments) & (segments.cu_segments <= len(segments.starts))).all()
+
+
+@pytest.mark.parametrize("values", [[5, 21], [-1, 20], [2**31 - 1, 0], [-(2**31), 2**31 - 1]], ids=str)
+def test_wrong_lengths(values: list[int]):
+    x = features("smooth", 40, 16, torch.float32).view(2, 20, 16)
+    lengths = torch.tensor(values, dtype=torch.int32)
+    with emulated(7):
+        with pytest.raises(ValueError, match=r"lengths must lie in \[0, 20\]"):
+            fc.segment_pool(x, lengths=lengths)
+        segments = fc.segment_pool(x, lengths=lengths, compact=False).segments
+    assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 40)).all()
+
+
+def test_row_groups_of_any_value():
+    x = features("smooth", 60, 16, torch.float32)
+    groups = torch.randint(-(2**31), 2**31 - 1, (60,), dtype=torch.int32)
+    groups[20:50] = 2**31 - 1
+    for rule in RULES:
+        assert_same(lambda rule=rule: fc.segment_pool(x, rule=rule, row_group=groups), ((8, 1),))
+
+
+@pytest.mark.parametrize("name", ["segment_reduce", "segment_expand"])
+def test_wrong_segments(name: str, monkeypatch: pytest.MonkeyPatch):
+    rows = features("iid", 20, 16, torch.float32)
+    for starts, sizes in BAD_SEGMENTS:
+        s, n = torch.tensor(starts), torch.tensor(sizes)
+        segments = fc.Segments(s, n, torch.tensor([0, len(s)]).int(), torch.tensor([0, 20]).int(), 20)
+        call = {
+            "segment_reduce": lambda g=segments: fc.segment_reduce(rows, g),
+            "segment_expand": lambda g=segments, s=s: fc.segment_expand(rows[: len(s)], g),
+        }[name]
+        with emulated(9):
+            call()  # whatever it gives, from memory of its own
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match="segments"):
+                patch.setenv("FASTCOMPRESS_CHECK", "1")
+                call()
+
+
+# Does the emulator find bugs? Each is put into a copy of a source, and the fused op is run in a process of its own.
+
+PROBE = """
+import torch
+import fastcompress as fc
+from tests.cuda_emulation import emulated
+from tests.sample_inputs import assert_same_bits, packed
+
+torch.set_num_threads(1)
+for width, dtype in ((64, torch.float32), (7, torch.float32)):
+    batch = packed("smooth", width, dtype, (90, 3, 40))
+    expected = fc.segment_pool(batch.x, **batch.layout, compact=False).values
+    for seed in range(1, 4):
+        with emulated(seed, 2):
+            actual = fc.segment_pool(batch.x, **batch.layout, compact=False).values
+        assert_same_bits(actual, expected)
+print("no bug found")
+"""
+BUGS = {
+    "a missing barrier": (
+        "segment_pool.cuh",
+        "  __syncthreads();\n  if (thread + 1 < rows)\n",
+        "  if (thread + 1 < rows)\n",
+    ),
+    "a row off by one": (
+        "segment_pool.cuh",
+        "b = a + 1 < rows ? a + 1 : a;",
+        "b = a + 2 < rows ? a + 2 : a;",
+    ),
+    "a copy that is not waited for": (
+        "segment_pool.cuh",
+        "    wait_for_copies();\n",
+        "",
+    ),
+    "a tile that trusts its neighbour's count": (
+        "tile.cuh",
+        "(word & 3) == kCountSoFar",
+        "(word & 3) != 0",
+    ),
+    "a halo row too few": (
+        "params.h",
+        "rule.needs_distance() ? 1 + rule.lookahead() : 0",
+        "rule.needs_distance() ? rule.lookahead() : 0",
+    ),
+}
+RACES = {
+    "a missing barrier": BUGS["a missing barrier"],
+    "a plain store instead of a release": (
+        "device.h",
+        "__atomic_store_n(p, value, __ATOMIC_RELEASE);",
+        "*static_cast<volatile uint64_t*>(p) = value;",
+    ),
+    "no barrier before shared memory is written again": (
+        "segment_pool.cuh",
+        "  while (true) {\n    __syncthreads();\n    if (thread == 0) {\n      const uint64_t total",
+        "  while (true) {\n    if (thread == 0) {\n      const uint64_t total",
+    ),
+}
+OVERRUNS = {
+    "a row behind the last": (
+        "segment_pool.cuh",
+        "length < rows - window.first ? window.first + length : rows",
+        "window.first + length",
+    ),
+}
+
+
+def run(command: list[str], module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python with ``command`` on the kernels of ``module``, which were built for a sanitizer or for none."""
+    environment = {**os.environ, "FASTCOMPRESS_EMULATED": str(module), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *command]
+    if sanitizer is not None:
+        paths = [
+            subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            for name in (f"lib{sanitizer}.so", "libstdc++.so")
+        ]
+        environment |= {
+            "LD_PRELOAD": " ".join(paths),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+            "OMP_NUM_THREADS": "1",  # torch's threads synchronize in ways that ThreadSanitizer does not see
+        }
+        command = ["setarch", "-R", *command]  # ThreadSanitizer wants the usual layout of memory
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+
+
+def probe(module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
+    return run(["-c", PROBE], module, sanitizer)
+
+
+def test_probe_passes_without_a_bug():
+    done = probe(build())
+    assert "no bug found" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("bug", BUGS)
+def test_seeded_bugs_are_found(bug: str):
+    done = probe(build(change=BUGS[bug]))
+    assert done.returncode != 0
+    assert "values differ" in done.stderr or "emulator:" in done.stderr, done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("race", [None, *RACES])
+def test_thread_sanitizer(race: str | None):
+    done = probe(build("thread", RACES[race] if race else None), "tsan")
+    if race is None:
+        assert "no bug found" in done.stdout and "ThreadSanitizer" not in done.stderr, done.stderr
+    else:
+        assert "ThreadSanitizer: data race" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrun", [None, *OVERRUNS])
+def test_address_sanitizer(overrun: str | None):
+    done = probe(build("address", OVERRUNS[overrun] if overrun else None), "asan")
+    if overrun is None:
+        assert "no bug found" in done.stdout, done.stderr
+    else:
+        assert "AddressSanitizer" in done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize(
+    "kind, sanitizer, selection",
+    [
+        ("address", "asan", "not seeded and not probe and not sanitizer and not clean"),
+        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than_tiles"),
+    ],
+    ids=["address", "thread"],
+)
+def test_kernels_are_clean(kind: str, sanitizer: str, selection: str):
+    """The tests above with every kernel under a sanitizer."""
+    command = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", __file__, "-k", selection]
+    done = run(command, build(kind), sanitizer)
+    assert done.returncode == 0 and "Sanitizer" not in done.stderr, (done.stdout[-2000:], done.stderr[-4000:])
+
+
+def test_every_op_has_a_kernel():
+    with emulated():
+        missing = [
+            name
+            for name in OPS
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcompress_emulated::{name}", "CPU")
+        ]
+    assert not missing

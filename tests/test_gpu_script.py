@@ -1,0 +1,92 @@
+"""`make gpu DRY=1`: every step of `make gpu` on a machine without a GPU, so that a typo cannot break it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+from fastcompress.backends import BACKENDS
+from scripts import gpu
+
+ROOT = Path(__file__).parents[1]
+
+pytestmark = [
+    pytest.mark.skipif(shutil.which("make") is None, reason="no make"),
+    pytest.mark.timeout(600),  # it may have to compile first
+    pytest.mark.xdist_group("gpu-script"),
+]
+
+
+def make(*arguments: str) -> subprocess.CompletedProcess:
+    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", "VENV=none", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+
+
+def test_dry_run():
+    benchmark = ROOT / "build" / "gpu-dry" / "benchmark.json"
+    benchmark.unlink(missing_ok=True)
+    done = make("DRY=1")
+    assert done.returncode == 0, done.stdout + done.stderr
+    for step in ("build", "info", "GPU tests", "suite"):
+        assert any(line.startswith(f"{step} ") and line.endswith("passed") for line in done.stdout.splitlines()), step
+    document = json.loads(benchmark.read_text())
+    assert document["wrong"] == document["skipped"] == []
+    assert len(document["summary"]) == 4  # two types, forward and backward
+    assert {"eager", "compile", "max-autotune"} <= set(document["summary"][0]["multiples"])
+    assert done.stdout.rstrip().splitlines()[-1].startswith("2 x 60 x 48")  # the table comes last
+
+
+def test_the_real_steps_name_what_is_there(monkeypatch: pytest.MonkeyPatch):
+    """What a dry run replaces: the files, the options and the sanitizer of the commands for a GPU."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "nvcc", lambda: "13.0")
+    steps = gpu.gpu_steps(None)
+    assert [step.name for step in gpu.gpu_steps(Path("a.whl"))] == [step.name for step in steps[1:]]
+    assert steps[0].env == {"FASTCOMPRESS_CUDA": "13.0", "FASTCOMPRESS_CUDA_ARCHS": "90"}
+    assert {"memcheck", "racecheck"} < {step.name for step in steps}
+    for step in steps:
+        for word in step.command:
+            if word.startswith("tests/"):
+                assert (ROOT / word).exists()
+        if "pytest" in step.command:
+            words = list(step.command)
+            assert words[words.index("--device") + 1] == "cuda" and words[words.index("--backend") + 1] in BACKENDS
+
+
+def test_takes_the_library_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr("fastcompress/_C.so", b"library")
+    (tmp_path / "fastcompress").mkdir()
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    gpu.take_library(tmp_path / "a.whl")
+    assert (tmp_path / "fastcompress" / "_C.so").read_bytes() == b"library"
+
+
+def test_what_fails_or_takes_too_long_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    steps = [
+        gpu.Step("good", [sys.executable, "-c", "print('words')"]),
+        gpu.Step("bad", [sys.executable, "-c", "raise SystemExit(3)"]),
+        gpu.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"]),
+        gpu.Step("absent", ["no-such-tool"], missing="there is no such tool"),
+    ]
+    for step in steps:
+        gpu.run(step, tmp_path, 10.0 if step.name != "slow" else 1.0)
+    assert [step.failed for step in steps] == [False, True, True, False]
+    assert "words" in capsys.readouterr().out
+    text = gpu.summary(steps)
+    for words in ("FAILED with exit code 3", "FAILED: not done after 1 s", "not run: there is no such tool"):
+        assert words in text
+
+
+def test_without_a_gpu_it_says_so():
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU")
+    done = make()
+    assert done.returncode != 0 and "torch sees no CUDA device here; `make gpu DRY=1`" in done.stderr

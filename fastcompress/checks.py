@@ -45,7 +45,7 @@ def check_layout(
     attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
 ) -> Tensor | None:
-    """Checks how a batch is laid out, without reading any value, and returns the row groups as int32.
+    """Checks how a batch is laid out, without reading any value, and returns the row groups.
 
     Args:
         rows: the input, whose first dimensions are ``[N]`` (packed) or ``[B, T]`` (padded).
@@ -78,8 +78,13 @@ def check_layout(
             )
         return torch.where(attention_mask.bool(), 1, -1).int()
     if row_group is not None:
-        _check_index("row_group", row_group, rows, tuple(rows.shape[: dim - rank + 1]))
-        return row_group.int()
+        check_same_device("row_group", row_group, rows)
+        if row_group.dtype != torch.int32:
+            raise TypeError(f"row_group must be int32, got {row_group.dtype}")
+        if row_group.shape != rows.shape[: dim - rank + 1]:
+            wanted = list(rows.shape[: dim - rank + 1])
+            raise ValueError(f"row_group must have shape {wanted}, got {list(row_group.shape)}")
+        return row_group
     return None
 
 

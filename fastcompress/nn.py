@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.ops.segment_pool import segment_pool
+from fastcompress.ops.segment_reduce import REDUCTIONS
 from fastcompress.rules import Rule, as_rule
 from fastcompress.segments import Pooled
 
@@ -23,6 +24,8 @@ class SegmentPool(torch.nn.Module):
 
     def __init__(self, rule: Rule | str, reduce: str = "mean", compact: bool = True) -> None:
         super().__init__()
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
         self.rule = as_rule(rule)
         self.reduce = reduce
         self.compact = compact

@@ -28,12 +28,12 @@ class Rule:
 
     @property
     def fused(self) -> bool:
-        """Whether one kernel scores, selects and reduces (DESIGN: the fused set)."""
+        """Whether one op scores, selects and reduces: all rules but a prominence."""
         return True
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         """The rule as the ops take it: name, size, threshold, prominence, min_len, max_len (0: none), keep_tail."""
-        raise NotImplementedError
+        raise NotImplementedError(f"{type(self).__name__} does not say how the ops take it")
 
     def __str__(self) -> str:
         parts = []
@@ -58,7 +58,7 @@ class Rule:
         """
         fields = dict(data)
         cls = _rule_class(fields.pop("rule", None))
-        known = [f.name for f in dataclasses.fields(cls)]
+        known = _field_names(cls)
         for key in fields:
             if key not in known:
                 raise ValueError(f"rule {cls.name!r} has no field {key!r}; it has {', '.join(known)}")
@@ -80,20 +80,25 @@ class Rule:
             ValueError: an unknown rule or field, or a value that does not fit.
         """
         name, _, rest = text.strip().partition(":")
-        fields = dataclasses.fields(_rule_class(name.strip()))
+        fields = _field_names(_rule_class(name.strip()))
         given: dict[str, Any] = {}
         for position, item in enumerate(rest.split(",") if rest.strip() else []):
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
                 if position:
                     raise ValueError(f"rule {text!r}: {item.strip()!r} is not field=value")
-                key, value = fields[0].name, key
+                key, value = fields[0], key
             if key in given:
                 raise ValueError(f"rule {text!r}: field {key!r} is given twice")
             given[key] = _parse_value(value)
         if "rule" in given:
             raise ValueError(f"rule {text!r} has no field 'rule'")
         return Rule.from_dict({"rule": name.strip(), **given})
+
+
+def _field_names(cls: type[Rule]) -> list[str]:
+    """Those of ``dataclasses.fields``, which ``torch.compile`` cannot trace."""
+    return list(cls.__match_args__)
 
 
 def _parse_value(text: str) -> Any:

@@ -20,7 +20,8 @@ class Segments:
         starts: ``[M]`` int64, first row of each segment.
         lengths: ``[M]`` int64, frames of each segment.
         cu_segments: ``[B + 1]`` int32, segments before each sequence.
-        frame_cu_seqlens: ``[B + 1]`` int32, frames before each sequence, padding not counted.
+        frame_cu_seqlens: ``[B + 1]`` int32, frames before each sequence. Padding that ``lengths`` leaves out is not
+            counted; rows that a mask or a row group drops are.
         num_rows: rows of the input.
         padded_length: ``T`` of a padded input ``[B, T, D]``, ``None`` for a packed one.
     """
@@ -48,12 +49,14 @@ class Segments:
         return torch.where(inside, index, -1)
 
     def seconds(self, frame_rate: float) -> Tensor:
-        """``[M, 2]`` fp64, start and end of each segment in seconds from the start of its sequence.
+        """``[M, 2]`` fp64, start and end of each segment in seconds from the first row of its sequence.
+
+        A row that a mask or a row group drops takes its time.
 
         Args:
             frame_rate: frames a second.
         """
-        if frame_rate <= 0:
+        if not frame_rate > 0:
             raise ValueError(f"frame_rate must be positive, got {frame_rate}")
         num_sequences = self.cu_segments.shape[0] - 1
         if num_sequences == 0:

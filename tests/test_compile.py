@@ -197,6 +197,26 @@ def test_inductor_everywhere(layout: str, rule: fc.Rule):
     assert counter.frame_count == graphs_of_the_first_call(rule)
 
 
+@pytest.mark.parametrize("text", ["uniform:3", "local-max:order=2", "threshold:0.5"])
+def test_text_form_of_a_rule(text: str):
+    x, arguments = inputs("packed", BATCHES[0])
+
+    def pool(x: Tensor) -> fc.Pooled:
+        return fc.segment_pool(x, rule=text, **arguments)
+
+    assert_same_tree(compiled(pool)[0](x), pool(x))
+
+
+@pytest.mark.parametrize("f", [fc.adjacent_distance, lambda x: fc.segment_pool(x).values], ids=["distance", "pool"])
+def test_forward_mode_is_refused(f: Callable[[Tensor], Tensor]):
+    """It is not implemented; without a refusal the tangents would be lost."""
+    x = torch.randn(6, 4)
+    with torch.autograd.forward_ad.dual_level(), pytest.raises((RuntimeError, NotImplementedError)):
+        f(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        torch.func.jacfwd(f)(x)
+
+
 def test_errors_of_shapes_survive_compilation():
     def pool(x: Tensor, cu: Tensor) -> fc.Pooled:
         return fc.segment_pool(x, cu_seqlens=cu)

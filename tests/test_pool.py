@@ -21,6 +21,7 @@ from tests.sample_inputs import (
     Batch,
     assert_same_bits,
     batches,
+    features,
     offsets,
     packed,
     padded,
@@ -330,3 +331,37 @@ def test_what_needs_gradients(fused: bool):
     assert keys.grad is None and x.grad is not None
     with torch.no_grad():
         assert not fc.segment_pool(x, rule=rule, **batch.layout).values.requires_grad
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_padded_batch_cut_from_a_longer_one(dtype: torch.dtype):
+    """Its rows are not evenly spaced in memory."""
+    longer = features("smooth", 3 * 30, 24, dtype).view(3, 30, 24)
+    cut, lengths = longer[:, :20], torch.tensor([20, 3, 17])
+    pooled, expected = (fc.segment_pool(x, lengths=lengths) for x in (cut, cut.contiguous()))
+    assert_same_bits(pooled.values, expected.values)
+    assert_same_bits(pooled.segments.starts, expected.segments.starts)
+
+
+@pytest.mark.parametrize("rule", [fc.LocalMax(prominence=0.1), fc.LocalMax(), fc.Uniform(3)], ids=str)
+def test_padded_batch_without_columns(rule: fc.Rule):
+    x = torch.randn(3, 4, 0)
+    assert fc.segment_pool(x, rule=rule).values.shape[1:] == (0,)
+    assert OPS["segment_pool"](x, None, None, None, None, *rule.op_args(), True)[0].shape[1:] == (0,)
+
+
+@pytest.mark.parametrize("shift", [0, 1, -1])
+def test_threshold_is_rounded_to_the_dtype_of_the_distance(shift: int):
+    """A threshold that is a distance to the last bit of fp32, but not of fp64, is not exceeded by it."""
+    x = features("iid", 12, 8, torch.float32)
+    value = fc.adjacent_distance(x)[3]
+    near = float(value) + shift * 1e-12  # rounds to the same fp32
+    assert torch.tensor(near, dtype=torch.float32) == value
+    assert 4 not in fc.segment_pool(x, rule=fc.Threshold(near)).segments.starts
+
+
+def test_reference_takes_a_prominence_that_is_just_reached():
+    d = torch.tensor([0.0, 0.5, 0.25, 0.75, 0.0, 0.0])
+    rule = fc.LocalMax(prominence=0.25)
+    starts, _, _ = OPS["select_boundaries"](d, None, None, None, *rule.op_args(), True)
+    assert starts.tolist() == fc.select_boundaries(d, rule).starts.tolist() == [0, 2, 4]

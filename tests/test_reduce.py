@@ -374,6 +374,13 @@ def test_gradcheck_of_any_order(reduce: str):
     assert torch.autograd.gradgradcheck(run, (x,))  # by the cotangent
 
 
+def test_gradient_of_weights_alone():
+    segments = fc.segments_from_starts(torch.tensor([0, 2]), 5)
+    weights = torch.rand(5, requires_grad=True)
+    out = fc.segment_reduce(torch.randn(5, 3), segments, weights=weights)
+    assert out.requires_grad and torch.autograd.grad(out.sum(), weights)[0].abs().sum() > 0
+
+
 def test_gradcheck_of_max_and_weights():
     x = torch.randperm(2 * SMALL.num_rows).double().view(-1, 2).requires_grad_()  # 1 apart: no tie within a step
     w = weights_of(SMALL.num_rows, torch.float64).requires_grad_()

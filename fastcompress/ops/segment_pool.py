@@ -65,8 +65,9 @@ def segment_pool(
     if keys is not None:
         check_float("keys", keys)
         check_same_device("keys", keys, x)
-        if keys.shape[:-1] != x.shape[:-1]:
-            raise ValueError(f"keys must have a row for each row of x, {list(x.shape[:-1])}, got {list(keys.shape)}")
+        if keys.dim() != x.dim() or keys.shape[:-1] != x.shape[:-1]:
+            wanted = ", ".join(map(str, x.shape[:-1]))
+            raise ValueError(f"keys must have shape [{wanted}, K], a row for each row of x, got {list(keys.shape)}")
         keys = keys.detach()
     fused = rule.fused and reduce == "mean" and weights is None and (keys is None or keys.dtype == x.dtype)
     if not fused:

@@ -46,7 +46,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     check_float("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
-    rows = x.reshape(-1, x.shape[-1]) if x.dim() == 3 else x
+    rows = x.flatten(0, 1) if x.dim() == 3 else x
     check_segments(segments, rows)
     if segments.num_rows != rows.shape[0]:
         raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")

@@ -21,5 +21,5 @@ def segment_pool(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     d = adjacent_distance(x if keys is None else keys, cu_seqlens, lengths, 1)
     starts, segment_lengths, cu_segments = select_boundaries(d, cu_seqlens, lengths, row_group, *rule_and_compact)
-    values = segment_reduce(x.reshape(-1, x.shape[-1]), starts, segment_lengths, "mean")
+    values = segment_reduce(x.flatten(0, -2), starts, segment_lengths, "mean")
     return values, starts, segment_lengths, cu_segments

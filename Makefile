@@ -14,11 +14,12 @@ WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo test test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
+.PHONY: help demo test test-slow test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
 	@echo "make test       set up, build, and test: a few minutes"
+	@echo "make test-slow  the long forms of the tests alone"
 	@echo "make test-full  the long forms of the tests as well"
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
@@ -56,6 +57,9 @@ demo: build
 
 test: build
 	$(PYTEST) -n 2 --dist loadgroup
+
+test-slow: build
+	$(PYTEST) -n 2 --dist loadgroup --run-slow -m slow
 
 test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow

@@ -9,9 +9,9 @@
 // right.
 //
 // Model, for x [N, D] of E-byte elements, a tile of R rows and M segments: (1 + H / R) N D E bytes are read, most of
-// the H = 1 + 2 order (+ kExtraRows) halo rows from the second-level cache, and M D E written. Each element costs, in a
-// half type, 2 widenings and 2 fused multiply-adds to score, a widening and an addition to average, and 3 reads of
-// shared memory (6 bytes).
+// the H = 1 + 2 order (+ kExtraRows) halo rows from the second-level cache, and M D E written. Each element costs 2
+// widenings of a half type, 2 multiplications and 2 additions to score (fp16: 2 fused), a widening and an addition to
+// average, and 3 reads of shared memory.
 #pragma once
 
 #include "items.cuh"

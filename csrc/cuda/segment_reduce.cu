@@ -22,47 +22,25 @@ bool all_aligned(DType dtype, const ReduceParams& p) {
 
 }  // namespace
 
-Error launch_segment_reduce_fwd(DType dtype, const ReduceParams& p, Stream stream) {
-  if (p.segments.count == 0 || p.x.width == 0) return 0;
-  return with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const dim3 grid = segments_grid<T>(p.segments.count, p.x.width);
-    FASTCOMPRESS_LAUNCH_ALIGNED(segment_reduce_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
-    return last_error();
-  });
-}
+// Defines launch_<op>: <op>_kernel on the warps of `warps` segments, unless the output has no element.
+#define FASTCOMPRESS_DEFINE_LAUNCHER(op, warps, outputs)                                   \
+  Error launch_##op(DType dtype, const ReduceParams& p, Stream stream) {                   \
+    if ((outputs) == 0 || p.x.width == 0) return 0;                                        \
+    return with_type(dtype, [&](auto zero) {                                               \
+      using T = decltype(zero);                                                            \
+      const dim3 grid = segments_grid<T>(warps, p.x.width);                                \
+      FASTCOMPRESS_LAUNCH_ALIGNED(op##_kernel, T, all_aligned(dtype, p), grid, stream, p); \
+      return last_error();                                                                 \
+    });                                                                                    \
+  }
 
-Error launch_segment_weighted_mean_fwd(DType dtype, const ReduceParams& p, Stream stream) {
-  if (p.segments.count == 0 || p.x.width == 0) return 0;
-  return with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const dim3 grid = segments_grid<T>(p.segments.count, p.x.width);
-    FASTCOMPRESS_LAUNCH_ALIGNED(segment_weighted_mean_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
-    return last_error();
-  });
-}
-
+FASTCOMPRESS_DEFINE_LAUNCHER(segment_reduce_fwd, p.segments.count, p.segments.count)
+FASTCOMPRESS_DEFINE_LAUNCHER(segment_weighted_mean_fwd, p.segments.count, p.segments.count)
 // The adjoints have a warp more than segments: for the rows behind the last.
-Error launch_segment_expand_fwd(DType dtype, const ReduceParams& p, Stream stream) {
-  if (p.segments.rows == 0 || p.x.width == 0) return 0;
-  return with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const dim3 grid = segments_grid<T>(p.segments.count + 1, p.x.width);
-    FASTCOMPRESS_LAUNCH_ALIGNED(segment_expand_fwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
-    return last_error();
-  });
-}
+FASTCOMPRESS_DEFINE_LAUNCHER(segment_expand_fwd, p.segments.count + 1, p.segments.rows)
+FASTCOMPRESS_DEFINE_LAUNCHER(segment_max_bwd, p.segments.count + 1, p.segments.rows)
 
-Error launch_segment_max_bwd(DType dtype, const ReduceParams& p, Stream stream) {
-  if (p.segments.rows == 0 || p.x.width == 0) return 0;
-  return with_type(dtype, [&](auto zero) {
-    using T = decltype(zero);
-    const dim3 grid = segments_grid<T>(p.segments.count + 1, p.x.width);
-    FASTCOMPRESS_LAUNCH_ALIGNED(segment_max_bwd_kernel, T, all_aligned(dtype, p), grid, stream, p);
-    return last_error();
-  });
-}
-
+// A warp takes all columns of its segment.
 Error launch_segment_weighted_mean_bwd(DType dtype, const ReduceParams& p, Stream stream) {
   if (p.segments.rows == 0) return 0;
   return with_type(dtype, [&](auto zero) {

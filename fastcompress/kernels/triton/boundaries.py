@@ -93,7 +93,7 @@ def select_boundaries_fwd_kernel(
     another reason is set: the walk adds to bits that it does not read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP)
-    linked = alive & ~changes
+    linked = alive & (changes == 0)
     step = row
     if RULE != "uniform":
         step = tl.load(D + row - 1, mask=linked, other=0).to(ACC)  # [ROWS]

@@ -206,7 +206,7 @@ def upper_bound(VALUES, count, value, steps):
         middle = (low + high) >> 1
         open_ = low < high
         right = open_ & (tl.load(VALUES + middle, mask=open_, other=0) <= value)
-        high = tl.where(open_ & ~right, middle, high)
+        high = tl.where(open_ & (right == 0), middle, high)
         low = tl.where(right, middle + 1, low)
     return low
 
@@ -221,7 +221,7 @@ def place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP: tl.const
     end = tl.load(END + b, mask=inside, other=0)
     inside = inside & (row >= begin)
     alive = inside
-    changes = ~inside | (row == begin)
+    changes = (inside == 0) | (row == begin)
     group = tl.where(inside, 1, -1)
     if HAS_GROUP:
         group = tl.load(GROUP + row, mask=inside, other=-1)

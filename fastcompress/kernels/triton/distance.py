@@ -83,7 +83,7 @@ def pair_factors(A, square_a, B, square_b, pair, grad, width, ROWS: tl.constexpr
     that of b, of each in that of the other; and whether it adds anything."""
     dot = row_dot(A, pair, B, pair, width, ROWS, ACC)
     norm_a, norm_b = clamped_norm(square_a), clamped_norm(square_b)
-    pair = pair & ~((square_a == 0) & (square_b == 0))
+    pair = pair & ((square_a != 0) | (square_b != 0))
     grad = tl.where(pair, grad, 0).to(tl.float64)
     cosine = dot / (norm_a * norm_b)
     eps = tl.full((1,), EPS, tl.float64)

@@ -247,7 +247,7 @@ def segment_max_bwd_kernel(
         x = tl.load(X + (row * stride)[:, None] + column[None, :], mask=here, other=0).to(ACC)
         here = here & ((x == best) | ((x != x) & (best != best)))
         tl.store(OUT + (row * width)[:, None] + column[None, :], grad, mask=here)
-        wanted = wanted & ~here
+        wanted = wanted & (here == 0)
 
 
 @triton.jit

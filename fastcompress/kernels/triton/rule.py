@@ -41,7 +41,7 @@ def frame_in_run(row, begin, alive, changes, group, GROUP, HAS_GROUP: tl.constex
         at_first = w == 0
         first = tl.max(tl.where(at_first, row, -1), 0)
         outer = first
-        if tl.max(tl.where(at_first & alive & ~changes, 1, 0), 0) > 0:
+        if tl.max(tl.where(at_first & alive & (changes == 0), 1, 0), 0) > 0:
             first_begin = tl.max(tl.where(at_first, begin, -1), 0)
             first_group = tl.max(tl.where(at_first, group, -1), 0)
             outer = run_begin(first, first_begin, first_group, GROUP, ROWS)
@@ -73,7 +73,9 @@ def is_peak(
         else:
             before = tl.load(D + row - 1 - shift, mask=left, other=0).to(step.dtype)
             after = tl.load(D + row - 1 + shift, mask=right, other=0).to(step.dtype)
-        wants = wants & (~left | (step > before)) & (~right | (step > after)) & ((left & right) | (shift > 1))
+        wants = wants & ((left == 0) | (step > before)) & ((right == 0) | (step > after))
+        if shift == 1:
+            wants = wants & left & right
         shift += 1
     return wants
 
@@ -127,7 +129,7 @@ def judge_rows(
             may_start = whole | (alive & (group == 0))
     else:
         threshold = threshold_bits.to(tl.int64).to(tl.float64, bitcast=True).to(step.dtype)
-        wants = alive & ~changes & (step > threshold)
+        wants = alive & (changes == 0) & (step > threshold)
         if RULE == "local-max":
             wants = is_peak(row, step, wants, begin, end, group, D, GROUP, size, HAS_GROUP, ROWS)
     return wants, may_start

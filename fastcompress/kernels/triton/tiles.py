@@ -172,7 +172,7 @@ def judge_window(
             own = KEYS + row * key_stride
             # Distance between each row and the one before, whose square is the square of the row before.
             dot, square = row_dot_and_square(
-                own - key_stride, alive & ~changes, own, alive & (group > 0), key_width, ROWS, KEY_ACC
+                own - key_stride, alive & (changes == 0), own, alive & (group > 0), key_width, ROWS, KEY_ACC
             )
             square_before = tl.gather(square, tl.maximum(w - 1, 0), 0)
             step = cosine_distance(dot, square_before, square).to(KEY_ACC)

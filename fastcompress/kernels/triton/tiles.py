@@ -134,7 +134,9 @@ def collect_segments(
     scores = flags is None and boundaries.rule != "uniform"
     dtypes = [tensor.dtype for tensor in (keys, rows) if tensor is not None]
     num_warps = max(warps(dtype, max(1, window.rows // 64) if scores else 1) for dtype in dtypes)
-    registers = 168 if scores and torch.float64 in dtypes else 0  # with less it spills
+    registers = 0
+    if scores:  # with less these spill: fp64, and Threshold in half types on sm_120
+        registers = 168 if torch.float64 in dtypes else 192 if num_warps <= 4 and boundaries.rule == "threshold" else 0
     clearing = 0 if compact else triton.cdiv(bound, window.rows)
     launch(
         segment_pool_fwd_kernel, (tiles + clearing,), starts,

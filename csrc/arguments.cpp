@@ -13,6 +13,40 @@ Rows read_rows(const Tensor& x) {
   return {torch::stable::contiguous(x), count, x.size(last), x.size(last)};
 }
 
+const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder) {
+  if (!row_group.has_value()) return nullptr;
+  STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
+  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have a value for each of ", rows, " rows");
+  holder = torch::stable::contiguous(*row_group);
+  return static_cast<const int32_t*>(holder.const_data_ptr());
+}
+
+Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.scalar_type() == dtype, name,
+      " must have shape [", rows, ", ", width, "] and the dtype of x");
+  return read_rows(tensor);
+}
+
+Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
+  STD_TORCH_CHECK(
+      weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
+      "weights must be one value a row, in the accumulation dtype");
+  return torch::stable::contiguous(weights);
+}
+
+int32_t shim_dtype(ScalarType dtype) { return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)); }
+
+Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType dtype) {
+  int64_t strides[3] = {1, 1, 1};
+  STD_TORCH_CHECK(sizes.size() <= 3, "too many dimensions");
+  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
+  AtenTensorHandle handle;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
+                                                  device_type, device_index, &handle));
+  return Tensor(handle);
+}
+
 Rule make_rule(const std::string& rule, int64_t size, double threshold, double prominence, int64_t min_len,
                int64_t max_len, bool keep_tail) {
   RuleKind kind = RuleKind::kUniform;

@@ -5,6 +5,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <initializer_list>
+#include <optional>
 #include <string>
 
 #include "dtype.h"
@@ -48,6 +50,15 @@ struct Rows {
   }
 };
 Rows read_rows(const Tensor& x);
+
+// Row groups, or null; `holder` keeps a contiguous copy alive.
+const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder);
+Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype);
+Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype);
+
+int32_t shim_dtype(ScalarType dtype);
+// A contiguous tensor. torch::stable::empty looks its operator up by name, which costs a microsecond.
+Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list<int64_t> sizes, ScalarType dtype);
 
 Rule make_rule(const std::string& rule, int64_t size, double threshold, double prominence, int64_t min_len,
                int64_t max_len, bool keep_tail);

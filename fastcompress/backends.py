@@ -17,7 +17,7 @@ import os
 import re
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,7 @@ def _apply() -> None:
     name = _requests[-1].backend if _requests else None
     undecided = name in (None, "cuda")
     if not undecided:
-        _override = _register(name, ("CUDA", "CPU") if _covers_cpu(name) else ("CUDA",))
+        _override = override(_kernels(name), ("CUDA", "CPU") if _covers_cpu(name) else ("CUDA",))
 
 
 def settle() -> bool:
@@ -125,7 +125,7 @@ def settle() -> bool:
         if _requests and choice.backend != "cuda":
             raise RuntimeError(f"{_requests[-1].source}: the backend 'cuda' cannot be used: {_why_not_here()}")
         if choice.backend != "cuda":
-            _override = _register(choice.backend, ("CUDA",))
+            _override = override(_kernels(choice.backend), ("CUDA",))
         undecided = False
     if choice.backend == "reference" and not _warned:
         _warned = True
@@ -256,15 +256,18 @@ def _ops(name: str) -> dict[str, Callable[..., Any]]:
     return importlib.import_module("fastcompress.kernels.triton").OPS if name == "triton" else reference.OPS
 
 
-def _register(name: str, keys: tuple[str, ...]) -> torch.library.Library:
-    """Registers a backend above what there is; destroying the result takes it away."""
-    ops = {**reference.OPS, **_ops(name)}
+def _kernels(name: str) -> dict[str, Callable[..., Any]]:
+    return {**reference.OPS, **_ops(name)}
+
+
+def override(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> torch.library.Library:
+    """Registers kernels of ops above what there is for some dispatch keys; destroying the result takes them away."""
     library = torch.library.Library("fastcompress", "IMPL")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch warns that compiled kernels are overridden, which is the purpose
         for key in keys:
-            for op, function in ops.items():
-                library.impl(op, function, key, allow_override=True)
+            for op, kernel in kernels.items():
+                library.impl(op, kernel, key, allow_override=True)
     return library
 
 

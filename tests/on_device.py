@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.backends import override
 from fastcompress.reference import OPS
 
 _CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
@@ -39,10 +40,8 @@ def _on(device: torch.device, name: str) -> Callable[..., Any]:
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
     """Within this context the ops of CPU tensors run on ``device``."""
-    override = torch.library.Library("fastcompress", "IMPL")
-    for name in OPS:
-        override.impl(name, _on(device, name), "CPU", allow_override=True)
+    library = override({name: _on(device, name) for name in OPS}, ("CPU",))
     try:
         yield
     finally:
-        override._destroy()
+        library._destroy()

@@ -66,18 +66,6 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
   return result;
 }
 
-Tensor checked_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
-  STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
-                  "weights must be one value a row, in the accumulation dtype");
-  return torch::stable::contiguous(weights);
-}
-
-void check_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype) {
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width &&
-                      tensor.scalar_type() == dtype,
-                  name, " must have shape [", rows, ", ", width, "] and the dtype of x");
-}
-
 }  // namespace
 
 Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduce) {
@@ -89,7 +77,7 @@ Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduc
 Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Rows rows = read_rows(x);
-  const Tensor w = checked_weights(weights, rows, x.scalar_type());
+  const Tensor w = read_weights(weights, rows, x.scalar_type());
   return reduce_rows(rows, x.scalar_type(), &w, read_segments(starts, lengths, rows.count), Reduce::kMean);
 }
 
@@ -131,9 +119,8 @@ Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tens
   const Rows rows = read_rows(x);
   const CheckedSegments segments = read_segments(starts, lengths, rows.count);
   const int64_t width = rows.width;
-  check_matrix("grad", grad, segments.list.count, width, x.scalar_type());
-  check_matrix("y", y, segments.list.count, width, x.scalar_type());
-  const Rows grad_rows = read_rows(grad), y_rows = read_rows(y);
+  const Rows grad_rows = read_matrix("grad", grad, segments.list.count, width, x.scalar_type());
+  const Rows y_rows = read_matrix("y", y, segments.list.count, width, x.scalar_type());
   Tensor result;
   dispatch_dtype("x", x.scalar_type(), [&](auto zero) {
     using T = decltype(zero);
@@ -168,10 +155,9 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   const Rows rows = read_rows(x);
   const CheckedSegments segments = read_segments(starts, lengths, rows.count);
   const int64_t width = rows.width;
-  check_matrix("grad", grad, segments.list.count, width, x.scalar_type());
-  check_matrix("y", y, segments.list.count, width, x.scalar_type());
-  const Rows grad_rows = read_rows(grad), y_rows = read_rows(y);
-  const Tensor w = checked_weights(weights, rows, x.scalar_type());
+  const Rows grad_rows = read_matrix("grad", grad, segments.list.count, width, x.scalar_type());
+  const Rows y_rows = read_matrix("y", y, segments.list.count, width, x.scalar_type());
+  const Tensor w = read_weights(weights, rows, x.scalar_type());
   Tensor grad_weights = empty_cpu({rows.count}, w.scalar_type());
   Tensor grad_x;
   dispatch_dtype("x", x.scalar_type(), [&](auto zero) {

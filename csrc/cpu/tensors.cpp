@@ -71,14 +71,6 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
   return s;
 }
 
-const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder) {
-  if (!row_group.has_value()) return nullptr;
-  STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
-  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have a value for each of ", rows, " rows");
-  holder = torch::stable::contiguous(*row_group);
-  return static_cast<const int32_t*>(holder.const_data_ptr());
-}
-
 CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
   STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
                   "starts and lengths must be int64");
@@ -98,10 +90,6 @@ CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64
 }
 
 namespace {
-int32_t shim_dtype(ScalarType dtype) {
-  return torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype));
-}
-
 constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
 // From here on a fresh buffer is worth a system call: writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 in huge
 // ones, 7.1 when they need not be split at the start (AMD EPYC 9004, Linux 6.18, transparent huge pages on `madvise`).
@@ -151,13 +139,7 @@ Tensor OutputRows::finish(int64_t rows) {
 }
 
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3] = {1, 1, 1};
-  STD_TORCH_CHECK(sizes.size() <= 3, "too many dimensions");
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
-  return Tensor(handle);
+  return empty_on(aoti_torch_device_type_cpu(), 0, sizes, dtype);
 }
 
 Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, int64_t padding) {

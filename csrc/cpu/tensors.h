@@ -23,9 +23,6 @@ struct Sequences {
 Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::optional<Tensor>& cu_seqlens,
                          const std::optional<Tensor>& lengths);
 
-// Row groups, or null.
-const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder);
-
 // Segments, checked: in order, without overlap, inside `rows`.
 struct CheckedSegments {
   Tensor starts, lengths;  // contiguous int64
@@ -56,7 +53,6 @@ class OutputRows {
   size_t row_bytes_, bytes_;
 };
 
-// A contiguous tensor. torch::stable::empty looks its operator up by name, which costs a microsecond.
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, int64_t padding);
 Tensor int32_tensor(const std::vector<int64_t>& values);

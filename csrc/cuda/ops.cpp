@@ -32,17 +32,10 @@ struct Scope {
   Stream stream;
 };
 
-Tensor empty_on(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int64_t strides[3] = {1, 1, 1};
-  for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
+Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
   int32_t device_type;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(
-      aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides,
-                               torch::stable::detail::to<int32_t>(torch::stable::detail::from(dtype)), device_type,
-                               like.get_device_index(), &handle));
-  return Tensor(handle);
+  return empty_on(device_type, like.get_device_index(), sizes, dtype);
 }
 
 DType dtype_of(const char* name, const Tensor& tensor) {
@@ -106,7 +99,7 @@ class Workspace {
   // Allocates, and launches the kernel that clears and checks.
   void prepare(int64_t num_tiles, Stream stream) {
     constexpr int64_t kStateWords = sizeof(State) / sizeof(int64_t);
-    memory_ = empty_on(like_, {kStateWords + 2 * batch_.count + num_tiles}, ScalarType::Long);
+    memory_ = empty_like(like_, {kStateWords + 2 * batch_.count + num_tiles}, ScalarType::Long);
     auto* words = static_cast<int64_t*>(memory_.mutable_data_ptr());
     sequences_ = {words + kStateWords, words + kStateWords + batch_.count, batch_.count};
     scratch_ = {reinterpret_cast<State*>(words), reinterpret_cast<uint64_t*>(words + kStateWords + 2 * batch_.count),
@@ -138,9 +131,9 @@ struct Found {
 };
 
 Found allocate_segments(const Tensor& like, int64_t num_sequences, int64_t bound, bool compact) {
-  Found found{empty_on(like, {bound}, ScalarType::Long),
-              empty_on(like, {bound}, ScalarType::Long),
-              empty_on(like, {num_sequences + 1}, ScalarType::Int),
+  Found found{empty_like(like, {bound}, ScalarType::Long),
+              empty_like(like, {bound}, ScalarType::Long),
+              empty_like(like, {num_sequences + 1}, ScalarType::Int),
               {}};
   found.out = {static_cast<int64_t*>(found.starts.mutable_data_ptr()),
                static_cast<int64_t*>(found.lengths.mutable_data_ptr()),
@@ -156,20 +149,12 @@ Tensor first_rows(const Tensor& tensor, int64_t count) {
   return 2 * count >= tensor.size(0) ? rows : torch::stable::clone(rows);
 }
 
-const int32_t* read_groups(const OptionalTensor& row_group, int64_t rows, Tensor& holder) {
-  if (!row_group.has_value()) return nullptr;
-  STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
-  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have a value for each of ", rows, " rows");
-  holder = torch::stable::contiguous(*row_group);
-  return static_cast<const int32_t*>(holder.const_data_ptr());
-}
-
 // Segments of distances whose sequences are in a prepared workspace; not yet cut to their number.
 Found select(const Tensor& d, const Workspace& workspace, const int32_t* groups, bool has_groups, const Rule& rule,
              bool compact, Stream stream) {
   const BatchIn& batch = workspace.batch();
   Found found = allocate_segments(d, batch.count, max_segments(rule, has_groups, batch.rows, batch.count), compact);
-  const Tensor flags = empty_on(d, {batch.rows}, ScalarType::Byte);
+  const Tensor flags = empty_like(d, {batch.rows}, ScalarType::Byte);
   const SelectParams p{d.const_data_ptr(),
                        batch.rows,
                        workspace.sequences(),
@@ -197,7 +182,7 @@ class GivenSegments {
     in = {static_cast<const int64_t*>(starts_.const_data_ptr()), static_cast<const int64_t*>(lengths_.const_data_ptr()),
           starts.size(0), rows, nullptr};
     if (checks_at_once()) {
-      error_ = torch::stable::fill_(empty_on(starts, {1}, ScalarType::Int), 0);
+      error_ = torch::stable::fill_(empty_like(starts, {1}, ScalarType::Int), 0);
       in.error = static_cast<int32_t*>(error_.mutable_data_ptr());
     }
   }
@@ -215,20 +200,6 @@ class GivenSegments {
   Tensor starts_, lengths_, error_;
 };
 
-Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.scalar_type() == dtype, name,
-      " must have shape [", rows, ", ", width, "] and the dtype of x");
-  return read_rows(tensor);
-}
-
-Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
-      "weights must be one value a row, in the accumulation dtype");
-  return torch::stable::contiguous(weights);
-}
-
 }  // namespace
 
 Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag) {
@@ -238,7 +209,7 @@ Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
   Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
   workspace.prepare(0, scope.stream);
   const ScalarType type = accumulate_type(x.scalar_type());
-  Tensor out = x.dim() == 3 ? empty_on(x, {x.size(0), x.size(1)}, type) : empty_on(x, {x.size(0)}, type);
+  Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1)}, type) : empty_like(x, {x.size(0)}, type);
   const DistanceParams p{rows_in(rows), workspace.sequences(), lag, nullptr, out.mutable_data_ptr()};
   check(launch_adjacent_distance_fwd(dtype_of("x", x), p, scope.stream), "adjacent_distance");
   if (checks_at_once()) workspace.read_count(scope.stream);
@@ -255,8 +226,8 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
   const Tensor grad_rows = torch::stable::contiguous(grad);
   Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
   workspace.prepare(0, scope.stream);
-  Tensor out = x.dim() == 3 ? empty_on(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
-                            : empty_on(x, {x.size(0), x.size(1)}, x.scalar_type());
+  Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
+                            : empty_like(x, {x.size(0), x.size(1)}, x.scalar_type());
   const DistanceParams p{rows_in(rows), workspace.sequences(), lag, grad_rows.const_data_ptr(), out.mutable_data_ptr()};
   check(launch_adjacent_distance_bwd(dtype_of("x", x), p, scope.stream), "adjacent_distance_backward");
   if (checks_at_once()) workspace.read_count(scope.stream);
@@ -275,7 +246,7 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   const Tensor scores = torch::stable::contiguous(is_wide ? d : torch::stable::to(d, ScalarType::Float));
   Workspace workspace(d, d.dim(), cu_seqlens, lengths);
   Tensor holder;
-  const int32_t* groups = read_groups(row_group, workspace.batch().rows, holder);
+  const int32_t* groups = read_row_group(row_group, workspace.batch().rows, holder);
   workspace.prepare(select_tiles(workspace.batch().rows), scope.stream);
   Found found = select(scores, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
   if (compact || checks_at_once()) {
@@ -304,7 +275,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
   const BatchIn& batch = workspace.batch();
   Tensor holder;
-  const int32_t* groups = read_groups(row_group, batch.rows, holder);
+  const int32_t* groups = read_row_group(row_group, batch.rows, holder);
 
   Found found;
   Tensor values;
@@ -313,13 +284,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     workspace.prepare(plan.num_tiles, scope.stream);
     found =
         allocate_segments(x, batch.count, max_segments(rule, row_group.has_value(), batch.rows, batch.count), compact);
-    values = empty_on(x, {found.out.bound, rows.width}, x.scalar_type());
+    values = empty_like(x, {found.out.bound, rows.width}, x.scalar_type());
     const PoolParams p{rows_in(rows), rows_in(key_rows),         workspace.sequences(), groups,         rule,
                        found.out,     values.mutable_data_ptr(), workspace.scratch(),   plan.tile_rows, plan.pitch};
     check(launch_segment_pool_fwd(dtype, p, plan, scope.stream), "segment_pool");
   } else {
     workspace.prepare(select_tiles(batch.rows), scope.stream);
-    const Tensor d = empty_on(x, {batch.rows}, accumulate_type(x.scalar_type()));
+    const Tensor d = empty_like(x, {batch.rows}, accumulate_type(x.scalar_type()));
     const DistanceParams p{rows_in(key_rows), workspace.sequences(), 1, nullptr, d.mutable_data_ptr()};
     check(launch_adjacent_distance_fwd(dtype, p, scope.stream), "adjacent_distance");
     found = select(d, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
@@ -342,7 +313,7 @@ Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduc
   const Scope scope(x);
   const Rows rows = read_rows(x);
   const GivenSegments segments(starts, lengths, rows.count);
-  Tensor out = empty_on(x, {segments.in.count, rows.width}, x.scalar_type());
+  Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
   const ReduceParams p{rows_in(rows),          segments.in, read_reduce(reduce), nullptr, {}, {},
                        out.mutable_data_ptr(), nullptr};
   check(launch_segment_reduce_fwd(dtype_of("x", x), p, scope.stream), "segment_reduce");
@@ -356,7 +327,7 @@ Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor len
   const Rows rows = read_rows(x);
   const Tensor w = read_weights(weights, rows, x.scalar_type());
   const GivenSegments segments(starts, lengths, rows.count);
-  Tensor out = empty_on(x, {segments.in.count, rows.width}, x.scalar_type());
+  Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
   const ReduceParams p{rows_in(rows),          segments.in, Reduce::kMean, w.const_data_ptr(), {}, {},
                        out.mutable_data_ptr(), nullptr};
   check(launch_segment_weighted_mean_fwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean");
@@ -372,7 +343,7 @@ Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows,
   const GivenSegments segments(starts, lengths, num_rows);
   STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have a row a segment");
   const Rows rows = read_rows(y);
-  Tensor out = empty_on(y, {num_rows, rows.width}, y.scalar_type());
+  Tensor out = empty_like(y, {num_rows, rows.width}, y.scalar_type());
   const ReduceParams p{rows_in(rows), segments.in, reduce, nullptr, {}, {}, out.mutable_data_ptr(), nullptr};
   check(launch_segment_expand_fwd(dtype_of("y", y), p, scope.stream), "segment_expand");
   segments.finish(scope.stream);
@@ -386,7 +357,7 @@ Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tens
   const GivenSegments segments(starts, lengths, rows.count);
   const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
   const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
-  Tensor out = empty_on(x, {rows.count, rows.width}, x.scalar_type());
+  Tensor out = empty_like(x, {rows.count, rows.width}, x.scalar_type());
   const ReduceParams p{rows_in(rows),   segments.in,        Reduce::kMax,           nullptr,
                        rows_in(y_rows), rows_in(grad_rows), out.mutable_data_ptr(), nullptr};
   check(launch_segment_max_bwd(dtype_of("x", x), p, scope.stream), "segment_max_backward");
@@ -403,8 +374,8 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
   const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
   const Tensor w = read_weights(weights, rows, x.scalar_type());
-  Tensor grad_x = empty_on(x, {rows.count, rows.width}, x.scalar_type());
-  Tensor grad_weights = empty_on(x, {rows.count}, w.scalar_type());
+  Tensor grad_x = empty_like(x, {rows.count, rows.width}, x.scalar_type());
+  Tensor grad_weights = empty_like(x, {rows.count}, w.scalar_type());
   const ReduceParams p{rows_in(rows),
                        segments.in,
                        Reduce::kMean,

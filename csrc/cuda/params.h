@@ -46,7 +46,6 @@ struct State {
   int32_t error;       // what was wrong with the input, an Invalid
   uint32_t next_tile;  // tiles are numbered in the order in which blocks start, so that none waits for one that has not
   uint32_t next_clear;  // of the pieces of the rows behind the last segment
-  uint32_t unused;
   uint64_t total;  // 1 + the number of segments, 0 as long as it is not known
 };
 

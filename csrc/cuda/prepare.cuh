@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(kThreads) prepare_kernel(BatchIn batch,
     sequences.begin[b] = begin;
     sequences.end[b] = end;
   }
-  if (thread == 0) *scratch.state = State{wrong ? int32_t(kInvalidSequences) : 0, 0, 0, 0, 0};
+  if (thread == 0) *scratch.state = State{wrong ? int32_t(kInvalidSequences) : 0, 0, 0, 0};
 }
 
 }  // namespace fastcompress::cuda

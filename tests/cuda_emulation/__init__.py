@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -24,6 +23,7 @@ from types import ModuleType
 import pybind11
 import torch
 
+from fastcompress.backends import override
 from fastcompress.reference import OPS
 from fastcompress.schemas import SCHEMAS
 
@@ -112,12 +112,8 @@ def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
     """Within this context the ops of CPU tensors run the CUDA kernels, with that schedule."""
     module = load()
     module.set_schedule(seed, os_threads)
-    override = torch.library.Library("fastcompress", "IMPL")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that kernels are overridden
-        for name in OPS:
-            override.impl(name, getattr(torch.ops.fastcompress_emulated, name), "CPU", allow_override=True)
+    library = override({name: getattr(torch.ops.fastcompress_emulated, name) for name in OPS}, ("CPU",))
     try:
         yield module
     finally:
-        override._destroy()
+        library._destroy()

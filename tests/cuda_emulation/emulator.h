@@ -6,9 +6,9 @@
 //   with a message;
 // * threads run in another order for every `schedule().seed`, so code that relies on warps in lockstep fails;
 // * an asynchronous copy arrives when it is waited for and not before;
-// * under AddressSanitizer shared memory has red zones; under ThreadSanitizer fibres are threads of their own, ordered
-// by
-//   __syncthreads, __syncwarp and release/acquire pairs alone, so that a missing barrier is a reported race.
+// * under AddressSanitizer shared memory has red zones;
+// * under ThreadSanitizer fibres are threads of their own, ordered by __syncthreads and release/acquire pairs alone (votes
+//   and shuffles order no memory), so that a missing barrier is a reported race.
 // What it does not have: weak memory ordering, timing, tensor cores, clusters.
 #pragma once
 
@@ -77,7 +77,7 @@ inline Schedule& schedule() {
 }
 
 enum class State : uint8_t { kReady, kAtBarrier, kAtWarp, kDone };
-enum class WarpOp : uint8_t { kShuffle, kBallot, kSync };
+enum class WarpOp : uint8_t { kShuffle, kBallot };
 
 struct AsyncCopy {
   void* target;
@@ -126,8 +126,6 @@ struct Fibre {
 #if defined(__SANITIZE_THREAD__)
   void* tsan;
   int barriers;  // passed so far: two sync objects in turn, or neighbouring phases would be ordered too
-  int warp_syncs;
-  char warp_object[2];
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
@@ -249,22 +247,6 @@ EMULATOR_QUIET inline int barrier(int predicate) {
   return int(f->received);
 }
 
-// Votes and shuffles exchange values and order no memory; __syncwarp does.
-EMULATOR_QUIET inline void order_warp(Fibre* warp, Fibre* f, bool arrive) {
-#if defined(__SANITIZE_THREAD__)
-  if (f->op != WarpOp::kSync) return;
-  if (arrive) {
-    __tsan_release(&f->warp_object[f->warp_syncs & 1]);
-    return;
-  }
-  const int lanes = std::min<int>(32, int(block()->fibres.size()) - int(warp - block()->fibres.data()));
-  for (int lane = 0; lane < lanes; ++lane)
-    if (f->mask >> lane & 1) __tsan_acquire(&warp[lane].warp_object[f->warp_syncs & 1]);
-  f->warp_syncs++;
-#endif
-  (void)warp, (void)f, (void)arrive;
-}
-
 EMULATOR_QUIET inline void exchange(Fibre* warp, int lanes, unsigned mask) {
   for (int lane = 0; lane < lanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -294,7 +276,6 @@ EMULATOR_QUIET inline uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t
   f->given = value;
   f->source = source;
   f->state = State::kAtWarp;
-  order_warp(warp, f, true);
   bool complete = true;
   for (int lane = 0; lane < lanes; ++lane) {
     if (!(mask >> lane & 1)) continue;
@@ -308,7 +289,6 @@ EMULATOR_QUIET inline uint64_t warp_operation(WarpOp op, unsigned mask, uint64_t
     exchange(warp, lanes, mask);
   else
     switch_to_scheduler(false);
-  order_warp(warp, f, false);
   return f->received;
 }
 
@@ -328,7 +308,7 @@ EMULATOR_QUIET inline void prepare(Block& b) {
     f.index = {i % b.size.x, i / b.size.x % b.size.y, i / (b.size.x * b.size.y)};
     f.state = State::kReady;
 #if defined(__SANITIZE_THREAD__)
-    f.barriers = f.warp_syncs = 0;
+    f.barriers = 0;
 #endif
     f.stack = b.stacks.get() + kStackBytes * i;
 #if defined(__SANITIZE_ADDRESS__)
@@ -472,9 +452,7 @@ EMULATOR_QUIET inline std::vector<AsyncCopy> take_copies() { return std::exchang
 #define gridDim (emulator::grid_size())
 
 inline void __syncthreads() { emulator::barrier(0); }
-inline int __syncthreads_count(int predicate) { return emulator::barrier(predicate); }
 inline int __syncthreads_or(int predicate) { return emulator::barrier(predicate) > 0; }
-inline void __syncwarp(unsigned mask = ~0u) { emulator::warp_operation(emulator::WarpOp::kSync, mask, 0, 0); }
 inline unsigned __ballot_sync(unsigned mask, int predicate) {
   return unsigned(emulator::warp_operation(emulator::WarpOp::kBallot, mask, predicate != 0, 0));
 }
@@ -487,12 +465,6 @@ template <class T>
 T __shfl_xor_sync(unsigned mask, T value, int with) {
   return __shfl_sync(mask, value, emulator::lane() ^ with);
 }
-template <class T>
-T __shfl_up_sync(unsigned mask, T value, unsigned by) {
-  const int lane = emulator::lane();
-  return __shfl_sync(mask, value, lane < int(by) ? lane : lane - int(by));
-}
-
 inline void __nanosleep(unsigned) { emulator::let_others_run(); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
@@ -505,11 +477,4 @@ T atomicAdd(T* p, T value) {
 template <class T>
 T atomicOr(T* p, T value) {
   return __atomic_fetch_or(p, value, __ATOMIC_RELAXED);
-}
-template <class T>
-T atomicMin(T* p, T value) {
-  T old = __atomic_load_n(p, __ATOMIC_RELAXED);
-  while (value < old && !__atomic_compare_exchange_n(p, &old, value, true, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
-  }
-  return old;
 }

@@ -21,6 +21,13 @@ const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t ro
   return static_cast<const int32_t*>(holder.const_data_ptr());
 }
 
+Tensor read_int64(const char* name, const Tensor& tensor, int64_t count) {
+  const ScalarType type = tensor.scalar_type();
+  STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64");
+  STD_TORCH_CHECK(tensor.numel() == count, name, " must have ", count, " values, got ", tensor.numel());
+  return torch::stable::contiguous(type == ScalarType::Long ? tensor : torch::stable::to(tensor, ScalarType::Long));
+}
+
 Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype) {
   STD_TORCH_CHECK(
       tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == width && tensor.scalar_type() == dtype, name,

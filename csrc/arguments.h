@@ -53,6 +53,11 @@ Rows read_rows(const Tensor& x);
 
 // Row groups, or null; `holder` keeps a contiguous copy alive.
 const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder);
+// `count` integers, int32 widened, contiguous.
+Tensor read_int64(const char* name, const Tensor& tensor, int64_t count);
+inline const int64_t* const_int64_data(const Tensor& tensor) {
+  return static_cast<const int64_t*>(tensor.const_data_ptr());
+}
 Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype);
 Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype);
 

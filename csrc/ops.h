@@ -31,7 +31,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
                                                         OptionalTensor lengths, OptionalTensor row_group,             \
                                                         std::string rule, int64_t size, double threshold,             \
                                                         double prominence, int64_t min_len, int64_t max_len,          \
-                                                        bool keep_tail, bool compact);
+                                                        bool keep_tail, bool compact);                                \
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTensor ids, OptionalTensor cu_seqlens,  \
+                                                    OptionalTensor lengths, Tensor audio_cu_seqlens,                  \
+                                                    int64_t num_embeddings, int64_t num_audio_rows, bool compact);    \
+std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor row_group, OptionalTensor labels);    \
+Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table);
 
 // `device`: the namespace that declares them.
 #define FASTCOMPRESS_REGISTER_OPS(m, device)                                                                          \
@@ -43,5 +48,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   m.impl("segment_weighted_mean", TORCH_BOX(&fastcompress::device::segment_weighted_mean));                           \
   m.impl("segment_weighted_mean_backward", TORCH_BOX(&fastcompress::device::segment_weighted_mean_backward));         \
   m.impl("segment_expand", TORCH_BOX(&fastcompress::device::segment_expand));                                         \
-  m.impl("segment_pool", TORCH_BOX(&fastcompress::device::segment_pool))
+  m.impl("segment_pool", TORCH_BOX(&fastcompress::device::segment_pool));                                             \
+  m.impl("pack_map", TORCH_BOX(&fastcompress::device::pack_map));                                                     \
+  m.impl("pack_labels", TORCH_BOX(&fastcompress::device::pack_labels));                                               \
+  m.impl("pack_rows", TORCH_BOX(&fastcompress::device::pack_rows))
 // clang-format on

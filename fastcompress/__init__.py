@@ -11,12 +11,14 @@ from fastcompress.ops.select_boundaries import (
     segments_from_starts,
     select_boundaries,
 )
+from fastcompress.packing import PackedInputs, pack, row_groups
 from fastcompress.rules import LocalMax, Rule, Threshold, Uniform
 from fastcompress.segments import Pooled, Segments
 from fastcompress.version import __version__
 
 __all__ = [
     "LocalMax",
+    "PackedInputs",
     "Pooled",
     "Rule",
     "Segments",
@@ -26,6 +28,8 @@ __all__ = [
     "adjacent_distance",
     "backend",
     "nn",
+    "pack",
+    "row_groups",
     "segment_expand",
     "segment_pool",
     "segment_reduce",

@@ -13,6 +13,8 @@ from fastcompress.segments import Segments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+#: Label of a row that takes no part in the loss: what ``torch.nn.functional.cross_entropy`` and transformers ignore.
+IGNORED_LABEL = -100
 
 
 def check_float(name: str, x: Tensor) -> None:
@@ -91,14 +93,7 @@ def check_layout(
 def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
     """Checks the values of ``cu_seqlens`` for rows ``[N, ...]``, or of ``lengths`` for rows ``[B, T, ...]``."""
     if cu_seqlens is not None:
-        offsets = cu_seqlens.tolist()
-        if offsets[0] != 0:
-            raise ValueError(f"cu_seqlens must start at 0, got {offsets[0]}")
-        for i, (begin, end) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
-            if begin > end:
-                raise ValueError(f"cu_seqlens must not decrease, got {begin} and then {end} at index {i + 1}")
-        if offsets[-1] != shape[0]:
-            raise ValueError(f"cu_seqlens must end at the number of rows, {shape[0]}, got {offsets[-1]}")
+        check_offsets("cu_seqlens", cu_seqlens, shape[0], "the number of rows")
     if lengths is not None:
         for i, length in enumerate(lengths.tolist()):
             if not 0 <= length <= shape[1]:
@@ -138,3 +133,68 @@ def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None
                 f"got start {start} and length {length} at index {i}"
             )
         end = start + length
+
+
+def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
+    """First row and end row of each sequence, for rows of shape ``[N]`` or ``[B, T]``."""
+    if len(shape) == 2:
+        padded = shape[1]
+        sizes = [padded] * shape[0] if lengths is None else lengths.tolist()
+        return [(b * padded, b * padded + size) for b, size in enumerate(sizes)]
+    offsets = [0, shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
+    return list(zip(offsets[:-1], offsets[1:], strict=True))
+
+
+def check_offsets(name: str, offsets: Tensor, end: int, end_name: str, exact: bool = True) -> None:
+    """Checks the values of offsets ``[A + 1]`` that cut ``end`` rows, or, not ``exact``, at most so many."""
+    values = offsets.tolist()
+    if values[0] != 0:
+        raise ValueError(f"{name} must start at 0, got {values[0]}")
+    for i, (before, after) in enumerate(zip(values[:-1], values[1:], strict=True)):
+        if before > after:
+            raise ValueError(f"{name} must not decrease, got {before} and then {after} at index {i + 1}")
+    if values[-1] != end if exact else values[-1] > end:
+        raise ValueError(f"{name} must end at {'' if exact else 'or before '}{end_name}, {end}, got {values[-1]}")
+
+
+def check_pack_values(
+    row_group: Tensor,
+    ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    audio_cu_seqlens: Tensor,
+    num_embeddings: int,
+    num_audio_rows: int,
+    compact: bool,
+) -> None:
+    """Checks the values that :func:`fastcompress.pack` works on; an error names the sample."""
+    check_layout_values(row_group.shape, cu_seqlens, lengths)
+    check_offsets("audio_cu_seqlens", audio_cu_seqlens, num_audio_rows, "the number of audio rows", exact=compact)
+    groups = row_group.reshape(-1).cpu()
+    flat_ids = None if ids is None else ids.reshape(-1).cpu()
+    num_audios, audios = audio_cu_seqlens.shape[0] - 1, 0
+    ranges = sequence_ranges(row_group.shape, cu_seqlens, lengths)
+    for sample, (begin, end) in enumerate(ranges):
+        group = groups[begin:end]
+        if flat_ids is not None:
+            wrong = (group == 0) & ((flat_ids[begin:end] < 0) | (flat_ids[begin:end] >= num_embeddings))
+            if wrong.any():
+                position = int(wrong.nonzero()[0])
+                raise ValueError(
+                    f"input_ids must lie in [0, {num_embeddings}), the rows of embedding, got "
+                    f"{int(flat_ids[begin + position])} in sample {sample} at position {position}"
+                )
+        starts = group > 0
+        starts[1:] &= group[1:] != group[:-1]
+        here = int(starts.sum())
+        if audios + here > num_audios:
+            raise ValueError(
+                f"sample {sample} has {here} audio places after {audios} in the samples before it, but audio has "
+                f"{num_audios} audios"
+            )
+        audios += here
+    if audios < num_audios:
+        raise ValueError(
+            f"audio has {num_audios} audios, but the samples have only {audios} places for them: audio {audios} has "
+            f"none, after sample {len(ranges) - 1}, the last"
+        )

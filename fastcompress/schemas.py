@@ -23,6 +23,11 @@ SCHEMAS = (
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    # Packing: row_group and audios to the rows of the packed input; see fastcompress/ops/pack.py.
+    f"pack_map(Tensor row_group, Tensor? ids, {LAYOUT}, Tensor audio_cu_seqlens, SymInt num_embeddings,"
+    " SymInt num_audio_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",
+    "pack_labels(Tensor source, Tensor cu_seqlens, Tensor row_group, Tensor? labels) -> (Tensor, Tensor)",
+    "pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table) -> Tensor",
     # Of the compiled library alone: which kernels run on the CPU, which CUDA kernels it has and what built them.
     "cpu_isa() -> str",
     "cuda_archs() -> str",

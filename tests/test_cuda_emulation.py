@@ -7,6 +7,7 @@ input; and whether the emulator finds bugs that are put in on purpose.
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -174,6 +175,75 @@ def test_gradients():
     assert_same(gradients)
 
 
+def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
+    """Arguments of pack_map: samples of a few tiles, audios of any size next to each other."""
+    g = torch.Generator().manual_seed(seed)
+    groups = row_groups(rows, seed)
+    begins = torch.tensor([0, *sorted(torch.randint(0, rows, (3,), generator=g).tolist()), rows])
+    starts = (groups > 0) & ((groups != groups.roll(1)) | torch.zeros(rows).bool().index_fill(0, begins[:-1], True))
+    sizes = torch.randint(0, 40, (int(starts.sum()),), generator=g)
+    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    ids = torch.randint(0, 50, (rows,), generator=g)
+    return {
+        "row_group": groups, "ids": ids, "cu_seqlens": begins.int(), "lengths": None, "audio_cu_seqlens": cu,
+        "num_embeddings": 50, "num_audio_rows": int(cu[-1]), "compact": True, **changes,
+    }  # fmt: skip
+
+
+def test_packing():
+    ops = torch.ops.fastcompress
+    for seed in range(6):
+        for compact in (True, False):
+            arguments = packing(seed, 400 if seed else 1, compact=compact)
+            assert_same(lambda a=arguments: ops.pack_map(*a.values()))
+            index, source, target, cu = ops.pack_map(*arguments.values())
+            labels = torch.arange(len(arguments["row_group"]))
+            for given in (labels, None):
+                assert_same(lambda s=source, cu=cu, a=arguments, g=given: ops.pack_labels(s, cu, a["row_group"], g))
+            for width, dtype in ((64, torch.bfloat16), (7, torch.float32), (700, torch.float64)):
+                table = features("iid", 50, width, dtype)
+                audio = features("nonfinite", arguments["num_audio_rows"], width, dtype)
+                for _, same in strided(audio):
+                    assert_same(lambda t=table, a=same, i=index, to=target: ops.pack_rows(t, a, i, to, True), ((5, 1),))
+    padded_groups = row_groups(60, 3).view(3, 20)
+    lengths = torch.tensor([20, 0, 7])
+    kept_or_audio = fc.select_boundaries(torch.zeros(3, 20), "uniform:99", lengths=lengths, row_group=padded_groups)
+    kept = int(((padded_groups == 0) & (torch.arange(20) < lengths[:, None])).sum())
+    cu = torch.arange(len(kept_or_audio.starts) - kept + 1)
+    assert_same(lambda: ops.pack_map(padded_groups, None, None, lengths, cu, 60, int(cu[-1]), True))
+
+
+BAD_PACKINGS = {
+    "cu_seqlens must": {"cu_seqlens": torch.tensor([0, 500, 20, 400]).int()},
+    "input_ids must lie in [0, 50)": {"ids": torch.full((400,), BIG_ID := 2**62)},
+    "audio_cu_seqlens must start at 0": {"audio_cu_seqlens": torch.tensor([5, 9])},
+    "audio_cu_seqlens must not decrease": {"audio_cu_seqlens": torch.tensor([0, BIG_ID, -BIG_ID, 7, 9])},
+    "audio_cu_seqlens must end": {"num_audio_rows": 3},
+    "places": {"audio_cu_seqlens": torch.tensor([0, 2]), "num_audio_rows": 2},
+    "more": {"audio_cu_seqlens": torch.arange(401), "num_audio_rows": 400},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PACKINGS)
+def test_wrong_packings(message: str, monkeypatch: pytest.MonkeyPatch):
+    arguments = packing(1, **BAD_PACKINGS[message])
+    table = features("iid", 50, 16, torch.float32)
+    audio = features("iid", arguments["num_audio_rows"], 16, torch.float32)
+    text = "places for them" if message == "more" else message
+    with emulated(9):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastcompress.pack_map(*arguments.values())
+        given = {k: arguments[k] for k in ("row_group", "cu_seqlens", "audio_cu_seqlens")}
+        with pytest.raises(ValueError, match=re.escape(text)):
+            fc.pack(arguments["ids"], table, audio, **given)
+        packed = fc.pack(arguments["ids"], table, audio, **given, compact=False)
+        assert ((-1 <= packed.source) & (packed.source < 400 + len(audio))).all()
+        assert ((0 <= packed.cu_seqlens) & (packed.cu_seqlens <= len(packed.source))).all()
+        monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+        with pytest.raises(RuntimeError, match="index must lie"):
+            torch.ops.fastcompress.pack_rows(table, audio, torch.tensor([0, -2, BIG_ID]), packed.source, True)
+
+
 # Hostile input: a clear error where the count is read, never an access out of bounds (make sanitize runs this too)
 
 
@@ -250,7 +320,7 @@ def test_wrong_segments(name: str, monkeypatch: pytest.MonkeyPatch):
                 call()
 
 
-# Does the emulator find bugs? Each is put into a copy of a source, and the fused op is run in a process of its own.
+# Does the emulator find bugs? Each is put into a copy of a source, and the op is run in a process of its own.
 
 PROBE = """
 import torch
@@ -266,6 +336,15 @@ for width, dtype in ((64, torch.float32), (7, torch.float32)):
         with emulated(seed, 2):
             actual = fc.segment_pool(batch.x, **batch.layout, compact=False).values
         assert_same_bits(actual, expected)
+from tests.test_cuda_emulation import packing
+
+packings = [tuple(packing(seed).values()) for seed in (1, 2)]
+expected = [torch.ops.fastcompress.pack_map(*arguments) for arguments in packings]
+for seed in range(1, 4):
+    with emulated(seed, 2):
+        for arguments, outputs in zip(packings, expected):
+            for actual, output in zip(torch.ops.fastcompress.pack_map(*arguments), outputs):
+                assert_same_bits(actual, output)
 print("no bug found")
 """
 BUGS = {
@@ -289,6 +368,16 @@ BUGS = {
         "(word & 3) == kCountSoFar",
         "(word & 3) != 0",
     ),
+    "a missing barrier in packing": (
+        "pack.cuh",
+        "  __syncthreads();\n  const int64_t texts_before",
+        "  const int64_t texts_before",
+    ),
+    "an audio's rows off by one": (
+        "pack.cuh",
+        "k < audio_begin(audio + 1)",
+        "k + 1 < audio_begin(audio + 1)",
+    ),
     "a halo row too few": (
         "params.h",
         "rule.needs_distance() ? 1 + rule.lookahead() : 0",
@@ -297,6 +386,7 @@ BUGS = {
 }
 RACES = {
     "a missing barrier": BUGS["a missing barrier"],
+    "a missing barrier in packing": BUGS["a missing barrier in packing"],
     "a plain store instead of a release": (
         "device.h",
         "__atomic_store_n(p, value, __ATOMIC_RELEASE);",
@@ -377,7 +467,7 @@ def test_address_sanitizer(overrun: str | None):
     "kind, sanitizer, selection",
     [
         ("address", "asan", "not seeded and not probe and not sanitizer and not clean"),
-        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than_tiles"),
+        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than or packing"),
     ],
     ids=["address", "thread"],
 )

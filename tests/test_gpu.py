@@ -140,6 +140,75 @@ def test_every_op(gpu: torch.device, dtype: torch.dtype, width: int):
         every_op(x.to(gpu), gpu, lag, (x,))
 
 
+def packing(seed: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
+    """Arguments of ``pack``: samples with audios in them, some samples without, padded on the right."""
+    g = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 40, (5, 300), generator=g)
+    audio = torch.rand(5, 300, generator=g) < 0.1
+    mask = torch.arange(300) < torch.tensor([[300], [1], [0], [128], [250]])
+    sizes = torch.randint(0, 30, (int((audio & mask).sum()),), generator=g)
+    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    return {
+        "input_ids": torch.where(audio, 99, ids),
+        "embedding": features("iid", 40, width, dtype, seed),
+        "audio": features("iid", int(cu[-1]), width, dtype, seed + 1),
+        "audio_cu_seqlens": cu,
+        "attention_mask": mask.long(),
+        "labels": torch.arange(ids.numel()).view(ids.shape),
+    }
+
+
+def pack(arguments: dict[str, Any], compact: bool) -> dict[str, Tensor]:
+    leaves = {name: arguments[name].detach().requires_grad_() for name in ("embedding", "audio")}
+    packed = fc.pack(**(arguments | leaves), placeholder=99, placeholder_counts=1, compact=compact)
+    loss = packed.inputs_embeds.square().sum()
+    grads = torch.autograd.grad(loss, list(leaves.values()))
+    names = ("inputs_embeds", "cu_seqlens", "position_ids", "labels", "source")
+    return {name: getattr(packed, name).detach() for name in names} | {"audio gradient": grads[1]}
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("width, dtype", [(72, torch.bfloat16), (33, torch.float32), (1280, torch.float64)], ids=str)
+def test_short_packing(gpu: torch.device, width: int, dtype: torch.dtype, compact: bool):
+    for seed in (1, 2):
+        arguments = packing(seed, width, dtype)
+        wanted = expected(lambda a=arguments: pack(a, compact))
+        for name, a in pack(to(arguments, gpu), compact).items():
+            assert_same_bits(a.cpu(), wanted[name], name)
+
+
+def test_packing_is_captured_and_replayed(gpu: torch.device):
+    arguments = packing(1, 64, torch.bfloat16)
+    on_gpu = to(arguments, gpu)
+    replay, result = capture(lambda: pack(on_gpu, False), gpu)
+    fresh = packing(1, 64, torch.bfloat16)
+    fresh["input_ids"] = torch.where(fresh["input_ids"] == 99, 99, (fresh["input_ids"] + 7) % 40)
+    fresh["audio"] = features("iid", len(fresh["audio"]), 64, torch.bfloat16, 9)
+    for name in ("input_ids", "audio"):
+        on_gpu[name].copy_(fresh[name])
+    replay()
+    synchronize(gpu)
+    for name, a in expected(lambda: pack(fresh, False)).items():
+        assert_same_bits(result[name].cpu(), a, name)
+
+
+def test_short_hostile_packing(gpu: torch.device):
+    for wrong in (
+        {"input_ids": torch.full((5, 300), 2**62)},
+        {"audio_cu_seqlens": torch.tensor([0, 2**62, -(2**62), 5])},
+        {"audio_cu_seqlens": torch.tensor([0, 1])},
+    ):
+        arguments = to(packing(1, 64, torch.float32) | wrong, gpu)
+        for compact in (True, False):
+            try:
+                fc.pack(**arguments, placeholder=99, placeholder_counts=1, compact=compact)
+                synchronize(gpu)
+            except (ValueError, RuntimeError) as error:
+                assert "audio" in str(error) or "input_ids" in str(error)
+            else:
+                assert not compact, "not refused"
+
+
 @pytest.mark.parametrize("number", range(10))
 def test_fresh_random_input(gpu: torch.device, number: int):
     seed = random.SystemRandom().randrange(1 << 30)

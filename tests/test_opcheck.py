@@ -69,6 +69,20 @@ def samples() -> Iterator[Any]:
         yield sample("segment_weighted_mean_backward", short, y, x, mean, weights, starts, sizes)
 
 
+    groups = torch.tensor([[0, 1, 1, 0, 2, -1], [2, 0, 0, 3, -1, -1]]).int()
+    cu, labels = torch.tensor([0, 2, 2, 3, 5]), torch.arange(12).view(2, 6)
+    for compact in (True, False):
+        for ids in (labels, None):
+            arguments = (groups, ids, None, None, cu, 12, 5, compact)
+            yield sample("pack_map", f"ids={ids is not None}-compact={compact}", *arguments)
+        index, source, target, packed_cu = OPS.pack_map(*arguments)
+        for given in (labels, None):
+            yield sample("pack_labels", f"labels={given is not None}-{compact}", source, packed_cu, groups, given)
+        for is_table in (True, False):
+            text, audio = torch.randn(12, 5, requires_grad=True), torch.randn(5, 5, requires_grad=True)
+            yield sample("pack_rows", f"table={is_table}-{compact}", text, audio, index, target, is_table)
+
+
 SAMPLES = list(samples())
 
 

@@ -64,7 +64,8 @@ def test_triton_is_imported_by_the_kernels_alone():
     script = (
         "import sys, fastcompress, fastcompress.kernels; assert 'triton.language' not in sys.modules;"
         "from fastcompress.kernels.triton import OPS; from fastcompress.reference import OPS as DEFINITION;"
-        "assert 'triton.language' in sys.modules and list(OPS) == list(DEFINITION)"
+        "assert 'triton.language' in sys.modules;"
+        "assert [op for op in DEFINITION if op not in OPS] == ['pack_map', 'pack_labels']"  # scalars alone
     )
     run = in_process(["-c", script])
     assert run.returncode == 0, run.stderr

@@ -30,7 +30,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcompress.kernels.triton import OPS, boundaries, common, distance, reduce, tiles
+from fastcompress.kernels.triton import OPS, boundaries, common, distance, pack, reduce, tiles
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
@@ -97,7 +97,7 @@ def record(monkeypatch) -> Callable[..., list[Launch]]:
         def launch(kernel, grid, like, *args, num_warps=4, registers=0, **constants):
             launches[describe(kernel, args, constants, num_warps, registers)] = None
 
-        for module in (boundaries, common, distance, reduce, tiles):
+        for module in (boundaries, common, distance, pack, reduce, tiles):
             monkeypatch.setattr(module, "launch", launch)
         for f in calls:
             f()
@@ -137,6 +137,7 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
     yield call("segment_weighted_mean", x, d, *given)
     yield call("segment_weighted_mean_backward", y, x, y, d, *given)
     yield call("segment_max_backward", y, x, y, *given)
+    yield call("pack_rows", x, y, torch.zeros(rows, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), True)
     limited = fc.LocalMax(prominence=0.1, min_len=2)
     rules = [(fc.Uniform(3, tail="drop"), group), (fc.LocalMax(), None), (limited, group)]
     if thorough:
@@ -176,7 +177,7 @@ def test_every_kernel_compiles_without_spills(record, target: str):
     kernels = {launch.name for launch in launches}
     defined = {
         name
-        for module in (boundaries, common, distance, reduce, tiles)
+        for module in (boundaries, common, distance, pack, reduce, tiles)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }
@@ -235,6 +236,12 @@ def test_the_gate_finds_fused_sums(record):
     assert INEXACT.findall(compiled(launch, "sm_90", fused=True).asm["ptx"])
 
 
+def packing(width: int) -> tuple[Any, ...]:
+    table, audio = torch.zeros(512, width).bfloat16(), torch.zeros(64, width).bfloat16()
+    index = torch.zeros(4096, dtype=torch.int64)
+    return table, audio, index, index[:0], True
+
+
 @pytest.mark.parametrize("target", TARGETS)
 def test_rows_are_read_16_bytes_at_a_time(record, target: str):
     aligned, odd = scoring(record, torch.bfloat16), scoring(record, torch.bfloat16, 1279)
@@ -245,5 +252,7 @@ def test_rows_are_read_16_bytes_at_a_time(record, target: str):
     for launch in aligned:
         assert re.findall(wide, compiled(launch, target).asm[kind]), launch.name
     assert re.findall(store, compiled(aligned[1], target).asm[kind])
+    (copy,) = record(lambda: OPS["pack_rows"](*packing(1280)))
+    assert re.findall(wide, compiled(copy, target).asm[kind]) and re.findall(store, compiled(copy, target).asm[kind])
     # A width that allows none: the gate sees the difference.
     assert target != "sm_90" or not re.findall(wide, compiled(odd[0], target).asm[kind])

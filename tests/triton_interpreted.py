@@ -222,6 +222,27 @@ def test_segment_pool(dtype: torch.dtype):
         check("segment_pool", batch.x, None, *layout(batch), *fc.LocalMax().op_args(), True, what=str(batch))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_pack_rows(dtype: torch.dtype):
+    index = torch.tensor([3, 0, -1, 9, 12, 10, 10, *range(13), -1] * 2)
+    for width in (1, 24, 700):
+        table, audio = features("iid", 10, width, dtype), features("nonfinite", 3, width, dtype)
+        for rows, more in ((table, audio), (table, audio[:0]), (table[:0], audio)):
+            inside = index[index < len(rows) + len(more)]
+            for _, same in strided(rows) if len(rows) else [("", rows)]:
+                check("pack_rows", same, more, inside, inside[:0], True, what=str(width))
+        check("pack_rows", table, audio, index[:0], index[:0], False)
+
+
+def test_pack_rows_of_wrong_numbers(monkeypatch):
+    table, audio = torch.ones(4, 5), torch.ones(2, 5)
+    index = torch.tensor([0, 6, -2, 2**62, -(2**63), 5])
+    assert OPS["pack_rows"](table, audio, index, index, False)[:, 0].tolist() == [1, 0, 0, 0, 0, 1]
+    monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+    with pytest.raises(RuntimeError, match="index must lie"):
+        OPS["pack_rows"](table, audio, index, index, False)
+
+
 def run_lengths(kind: str) -> Tensor:
     """Frames of runs of equal rows: tiles whose last segment goes on, and on past whole tiles and blocks of a sum."""
     if kind == "long":

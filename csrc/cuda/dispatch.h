@@ -23,8 +23,6 @@ Error with_type(DType dtype, const F& f) {
   return -1;
 }
 
-inline int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
-
 // Whether every row can be read and written 16 bytes at a time. The data may be null.
 inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <cstring>
 
+#include "../pack.h"
 #include "launch.h"
 
 namespace fastcompress::cuda {
@@ -107,11 +108,13 @@ class Workspace {
     check(launch_prepare(batch_, sequences_, scratch_, stream), "prepare");
   }
 
-  // The number of segments; raises if the batch was wrong.
+  // The number of segments, or of packed rows; raises if the input was wrong.
   int64_t read_count(Stream stream) const {
     State state;
-    check(read_back(&state, scratch_.state, sizeof state, stream), "reading the number of segments");
+    check(read_back(&state, scratch_.state, sizeof state, stream), "reading the number of segments or rows");
     STD_TORCH_CHECK((state.error & kInvalidSequences) == 0, "cu_seqlens or lengths do not fit the input");
+    STD_TORCH_CHECK((state.error & kInvalidIds) == 0, "ids are out of range");
+    STD_TORCH_CHECK((state.error & kInvalidAudios) == 0, "audios do not fit the places for them");
     STD_TORCH_CHECK(state.error == 0, "there are more segments than the rule allows");
     return int64_t(state.total) - 1;
   }
@@ -167,12 +170,37 @@ Found select(const Tensor& d, const Workspace& workspace, const int32_t* groups,
   return found;
 }
 
+// ---- errors that are checked at once alone ----
+
+// A flag that a kernel sets when an index is wrong, where that is to be checked.
+class ErrorFlag {
+ public:
+  explicit ErrorFlag(const Tensor& like) {
+    if (!checks_at_once()) return;
+    flag_ = torch::stable::fill_(empty_like(like, {1}, ScalarType::Int), 0);
+    data = static_cast<int32_t*>(flag_.mutable_data_ptr());
+  }
+
+  // Whether it was set.
+  bool read(Stream stream) const {
+    if (data == nullptr) return false;
+    int32_t error;
+    check(read_back(&error, data, sizeof error, stream), "reading the error");
+    return error != 0;
+  }
+
+  int32_t* data = nullptr;
+
+ private:
+  Tensor flag_;
+};
+
 // ---- given segments ----
 
 // Segments that were given, and a flag that says whether they were wrong where that is to be checked.
 class GivenSegments {
  public:
-  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
+  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) : error_(starts) {
     STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
                     "starts and lengths must be int64");
     STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
@@ -180,24 +208,18 @@ class GivenSegments {
     starts_ = torch::stable::contiguous(starts);
     lengths_ = torch::stable::contiguous(lengths);
     in = {static_cast<const int64_t*>(starts_.const_data_ptr()), static_cast<const int64_t*>(lengths_.const_data_ptr()),
-          starts.size(0), rows, nullptr};
-    if (checks_at_once()) {
-      error_ = torch::stable::fill_(empty_like(starts, {1}, ScalarType::Int), 0);
-      in.error = static_cast<int32_t*>(error_.mutable_data_ptr());
-    }
+          starts.size(0), rows, error_.data};
   }
 
   void finish(Stream stream) const {
-    if (in.error == nullptr) return;
-    int32_t error;
-    check(read_back(&error, in.error, sizeof error, stream), "reading the error");
-    STD_TORCH_CHECK(error == 0, "segments must be in order, without overlap and inside ", in.rows, " rows");
+    STD_TORCH_CHECK(!error_.read(stream), "segments must be in order, without overlap and inside ", in.rows, " rows");
   }
 
   SegmentsIn in;
 
  private:
-  Tensor starts_, lengths_, error_;
+  ErrorFlag error_;
+  Tensor starts_, lengths_;
 };
 
 }  // namespace
@@ -387,6 +409,97 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   check(launch_segment_weighted_mean_bwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean_backward");
   segments.finish(scope.stream);
   return {grad_x, grad_weights};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTensor ids, OptionalTensor cu_seqlens,
+                                                    OptionalTensor lengths, Tensor audio_cu_seqlens,
+                                                    int64_t num_embeddings, int64_t num_audio_rows, bool compact) {
+  const Scope scope(row_group);
+  Workspace workspace(row_group, row_group.dim(), cu_seqlens, lengths);
+  const BatchIn& batch = workspace.batch();
+  const int64_t num_audios = audio_cu_seqlens.numel() - 1, bound = pack_bound(batch.rows, num_audios, num_audio_rows);
+  STD_TORCH_CHECK(num_audios >= 0, "audio_cu_seqlens must start at 0");
+  STD_TORCH_CHECK(batch.rows + num_audio_rows < int64_t(1) << 31, "there are more rows than int32 counts");
+  Tensor group_holder, id_holder;
+  const int32_t* groups = read_row_group(row_group, batch.rows, group_holder);
+  if (ids.has_value()) id_holder = read_int64("ids", *ids, batch.rows);
+  const Tensor offsets = read_int64("audio_cu_seqlens", audio_cu_seqlens, num_audios + 1);
+  workspace.prepare(select_tiles(batch.rows), scope.stream);
+  Tensor index = empty_like(row_group, {bound}, ScalarType::Long);
+  Tensor source = empty_like(row_group, {bound}, ScalarType::Long);
+  Tensor target = empty_like(row_group, {batch.rows + num_audio_rows}, ScalarType::Long);
+  Tensor packed_cu_seqlens = empty_like(row_group, {batch.count + 1}, ScalarType::Int);
+  const PackMapParams p{workspace.sequences(),
+                        batch.rows,
+                        groups,
+                        ids.has_value() ? const_int64_data(id_holder) : nullptr,
+                        const_int64_data(offsets),
+                        num_audios,
+                        num_audio_rows,
+                        num_embeddings,
+                        compact,
+                        static_cast<int64_t*>(index.mutable_data_ptr()),
+                        static_cast<int64_t*>(source.mutable_data_ptr()),
+                        static_cast<int64_t*>(target.mutable_data_ptr()),
+                        static_cast<int32_t*>(packed_cu_seqlens.mutable_data_ptr()),
+                        bound,
+                        workspace.scratch()};
+  check(launch_pack_map(p, scope.stream), "pack_map");
+  if (compact || checks_at_once()) {
+    const int64_t count = workspace.read_count(scope.stream);
+    if (compact) return {first_rows(index, count), first_rows(source, count), target, packed_cu_seqlens};
+  }
+  return {index, source, target, packed_cu_seqlens};
+}
+
+std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor row_group, OptionalTensor labels) {
+  const Scope scope(source);
+  const int64_t count = source.numel(), num_rows = row_group.numel();
+  STD_TORCH_CHECK(cu_seqlens.scalar_type() == ScalarType::Int && cu_seqlens.numel() >= 1,
+                  "cu_seqlens must be int32 and start at 0");
+  const Tensor sources = read_int64("source", source, count), ends = torch::stable::contiguous(cu_seqlens);
+  Tensor group_holder, label_holder;
+  const int32_t* groups = read_row_group(row_group, num_rows, group_holder);
+  if (labels.has_value()) label_holder = read_int64("labels", *labels, num_rows);
+  Tensor position_ids = empty_like(source, {count}, ScalarType::Long);
+  Tensor packed_labels = empty_like(source, {labels.has_value() ? count : 0}, ScalarType::Long);
+  const PackLabelsParams p{const_int64_data(sources),
+                           count,
+                           static_cast<const int32_t*>(ends.const_data_ptr()),
+                           ends.numel() - 1,
+                           groups,
+                           num_rows,
+                           labels.has_value() ? const_int64_data(label_holder) : nullptr,
+                           static_cast<int64_t*>(position_ids.mutable_data_ptr()),
+                           static_cast<int64_t*>(packed_labels.mutable_data_ptr())};
+  check(launch_pack_labels(p, scope.stream), "pack_labels");
+  return {position_ids, packed_labels};
+}
+
+// `target` and `is_table` are for the gradient alone.
+Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table) {
+  STD_TORCH_CHECK(rows.dim() == 2 && audio.dim() == 2, "rows and audio must have two dimensions");
+  const Scope scope(rows);
+  const Rows text_rows = read_rows(rows);
+  const Rows audio_rows = read_matrix("audio", audio, audio.size(0), text_rows.width, rows.scalar_type());
+  const int64_t count = index.numel();
+  const Tensor from = read_int64("index", index, count);
+  Tensor out = empty_like(rows, {count, text_rows.width}, rows.scalar_type());
+  const ErrorFlag error(rows);
+  const DType dtype = dtype_of("rows", rows);
+  const int64_t size = size_of(dtype);
+  const PackRowsParams p{rows_in(text_rows),
+                         rows_in(audio_rows),
+                         text_rows.stride * size,
+                         audio_rows.stride * size,
+                         text_rows.width * size,
+                         const_int64_data(from),
+                         count,
+                         out.mutable_data_ptr(),
+                         error.data};
+  check(launch_pack_rows(dtype, p, scope.stream), "pack_rows");
+  STD_TORCH_CHECK(!error.read(scope.stream), "index must lie in [-1, ", text_rows.count + audio_rows.count, ")");
+  return out;
 }
 
 }  // namespace fastcompress::cuda

@@ -18,6 +18,7 @@ using Error = int;
 using Stream = void*;
 
 enum class DType : int32_t { kFloat, kDouble, kBFloat16, kHalf };
+inline int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
 // Rows of x.reshape(-1, D); `stride` counts elements.
 struct RowsIn {
@@ -49,7 +50,13 @@ struct State {
   uint64_t total;  // 1 + the number of segments, 0 as long as it is not known
 };
 
-enum Invalid : int32_t { kInvalidSequences = 1, kInvalidSegments = 2, kTooManySegments = 4 };
+enum Invalid : int32_t {
+  kInvalidSequences = 1,
+  kInvalidSegments = 2,
+  kTooManySegments = 4,
+  kInvalidIds = 8,
+  kInvalidAudios = 16,  // offsets that do not fit, or more or fewer audios than places for them
+};
 
 // Segments that an op finds, and where they go.
 struct SegmentsOut {
@@ -115,6 +122,43 @@ struct PoolParams {
   Scratch scratch;
   int tile_rows;
   int pitch;  // bytes between staged rows
+};
+
+struct PackMapParams {
+  Sequences sequences;
+  int64_t rows;
+  const int32_t* groups;
+  const int64_t* ids;          // may be null
+  const int64_t* audio_begin;  // [num_audios + 1]
+  int64_t num_audios, num_audio_rows, num_embeddings;
+  bool compact;
+  int64_t* index;   // [bound]
+  int64_t* source;  // [bound]
+  int64_t* target;  // [rows + num_audio_rows]
+  int32_t* cu_seqlens;
+  int64_t bound;
+  Scratch scratch;
+};
+
+struct PackLabelsParams {
+  const int64_t* source;
+  int64_t count;
+  const int32_t* cu_seqlens;
+  int64_t num_sequences;
+  const int32_t* groups;
+  int64_t rows;
+  const int64_t* labels;  // may be null
+  int64_t* position_ids;
+  int64_t* packed_labels;
+};
+
+struct PackRowsParams {
+  RowsIn rows, audio;
+  int64_t rows_stride_bytes, audio_stride_bytes, row_bytes;
+  const int64_t* index;
+  int64_t count;
+  void* out;
+  int32_t* error;  // may be null
 };
 
 // ---- what host and device both ask of a rule ----

@@ -10,20 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_layout_values
+from fastcompress.checks import check_layout_values, sequence_ranges
 from fastcompress.rules import max_segments
 
 KEEP = 0  # row group of a row that is a segment of its own; negative: dropped; positive: pooled with its neighbours
-
-
-def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """First row and end row of each sequence, for rows of shape ``[N]`` or ``[B, T]``."""
-    if len(shape) == 2:
-        padded = shape[1]
-        sizes = [padded] * shape[0] if lengths is None else lengths.tolist()
-        return [(b * padded, b * padded + size) for b, size in enumerate(sizes)]
-    offsets = [0, shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
 
 
 def is_peak(d: list[float], t: int, order: int) -> bool:

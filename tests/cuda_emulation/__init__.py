@@ -47,8 +47,8 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
 
     Args:
         kind: a key of ``KINDS``.
-        change: a file of ``csrc/cuda``, text that occurs in it once, and what to write instead: a seeded bug. Only the
-            fused op is compiled with it.
+        change: a file of ``csrc/cuda``, text that occurs in it once, and what to write instead: a seeded bug. Only
+            packing, if the file is its own, or the fused op is compiled with it.
     """
     csrc = ROOT / "csrc"
     folder = ROOT / "build" / f"emulated-{kind}"
@@ -65,8 +65,9 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
         text = (csrc / "cuda" / name).read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         (seeded / "csrc" / "cuda" / name).write_text(text.replace(old, new))
-        objects = [seeded / "segment_pool.o" if path.stem == "segment_pool" else path for path in objects]
-        builds = {seeded / "segment_pool.o": seeded / "csrc" / "cuda" / "segment_pool.cu"}
+        unit = "pack" if name.startswith("pack") else "segment_pool"
+        objects = [seeded / f"{unit}.o" if path.stem == unit else path for path in objects]
+        builds = {seeded / f"{unit}.o": seeded / "csrc" / "cuda" / f"{unit}.cu"}
         csrc, folder = seeded / "csrc", seeded
     includes = [csrc, HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
     flags = f"{FLAGS} {KINDS[kind]} -isystem {TORCH / 'include'} " + " ".join(f"-I{path}" for path in includes)

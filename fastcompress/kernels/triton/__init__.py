@@ -1,4 +1,5 @@
 """Triton kernels: the ops of ``fastcompress.reference.OPS``, for devices for which there are no compiled kernels.
+Those with no row wider than a number, of packing, are left to the reference.
 
 Importing this package imports triton. The ops take and return what those of the reference do, with the same bits, on
 any device that Triton runs on (under ``TRITON_INTERPRET=1`` the CPU). Each takes its tile sizes from the row width and
@@ -7,6 +8,7 @@ the dtype by a fixed rule; nothing is tuned at run time.
 
 from fastcompress.kernels.triton.boundaries import select_boundaries
 from fastcompress.kernels.triton.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.kernels.triton.pack import pack_rows
 from fastcompress.kernels.triton.pool import segment_pool
 from fastcompress.kernels.triton.reduce import (
     segment_expand,
@@ -28,5 +30,6 @@ OPS = {
         segment_weighted_mean_backward,
         segment_expand,
         segment_pool,
+        pack_rows,
     )
 }

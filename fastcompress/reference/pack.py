@@ -1,0 +1,153 @@
+"""Definition of packing: which row goes where, and what becomes of labels and positions.
+
+A packed row is *text*, a row of the input whose group is 0, or *audio*: each run of neighbouring rows of one positive
+group stands for the next audio and becomes its rows. Rows are numbered through the N rows of the input and then the M
+rows of audio. All of it is arithmetic on whole tensors, which on a GPU reads nothing on the host unless
+``compact``: this is also what runs beside the Triton kernels.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import IGNORED_LABEL, check_pack_values
+from fastcompress.reference.boundaries import KEEP
+
+
+def pack_bound(num_rows: int, num_audios: int, num_audio_rows: int) -> int:
+    """Most rows that can be packed: each audio takes the place of at least one row."""
+    return max(num_rows - num_audios, 0) + num_audio_rows
+
+
+def _sequence_rows(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, row: Tensor):
+    """Whether each row is in a sequence, and is its first; and the rows before each sequence, [B + 1]."""
+    if len(shape) == 2:
+        position = row % max(shape[1], 1)
+        inside = torch.ones_like(row, dtype=torch.bool)
+        if lengths is not None:
+            inside = (torch.arange(shape[1], device=row.device) < lengths[:, None]).reshape(-1)
+        return inside, position == 0, torch.arange(shape[0] + 1, device=row.device) * shape[1]
+    if cu_seqlens is None:
+        return row >= 0, row == 0, torch.arange(2, device=row.device) * shape[0]
+    bounds = cu_seqlens.long().clamp(0, shape[0])
+    first = torch.zeros(shape[0] + 1, dtype=torch.bool, device=row.device).index_fill(0, bounds, True)[:-1]
+    return (row >= bounds[0]) & (row < bounds[-1]), first, bounds
+
+
+def _wrong_sequences(
+    shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, device: torch.device
+) -> Tensor:
+    """Whether ``cu_seqlens`` or ``lengths`` do not fit, a bool on their device."""
+    if lengths is not None:
+        return ((lengths < 0) | (lengths > shape[1])).any()
+    if cu_seqlens is None:
+        return torch.zeros((), dtype=torch.bool, device=device)
+    return (cu_seqlens.diff() < 0).any() | (cu_seqlens[0] != 0) | (cu_seqlens[-1] != shape[0])
+
+
+def _before(count: Tensor) -> Tensor:
+    """``[n]`` -> ``[n + 1]``: sums of what comes before."""
+    return torch.nn.functional.pad(count.cumsum(0), (1, 0))
+
+
+def pack_map(
+    row_group: Tensor,
+    ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    audio_cu_seqlens: Tensor,
+    num_embeddings: int,
+    num_audio_rows: int,
+    compact: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``index``, ``source`` [T], ``target`` [N + M], all int64, and ``cu_seqlens`` [B + 1] int32.
+
+    ``source`` is the row that each packed row is, ``index`` the same with ids in place of rows of text, counted on
+    through ``num_embeddings``; ``target`` is where each row went. -1: none. T is exact if ``compact``, else
+    :func:`pack_bound`.
+    """
+    device, num_audios = row_group.device, audio_cu_seqlens.shape[0] - 1
+    group = row_group.reshape(-1)
+    num_rows = group.shape[0]
+    row = torch.arange(num_rows, device=device)
+    inside, first, bounds = _sequence_rows(row_group.shape, cu_seqlens, lengths, row)
+    text = inside & (group == KEEP)
+    run = inside & (group > KEEP) & (first | (group != group.roll(1)))
+    texts_before, runs_before = _before(text), _before(run).clamp_max(num_audios)
+    # What is wrong here is an error that was, or is to be, raised elsewhere: no index may leave its tensor.
+    audio_begin = audio_cu_seqlens.long().clamp(0, num_audio_rows).cummax(0).values
+    before = texts_before + audio_begin[runs_before]  # [N + 1], packed rows before each row
+    # Texts before each audio; the last place is for what is no audio.
+    place = torch.where(run, runs_before[:-1], num_audios)
+    texts_before_audio = torch.zeros(num_audios + 1, dtype=torch.int64, device=device)
+    texts_before_audio = texts_before_audio.scatter(0, place, texts_before[:-1])
+    audio_row = torch.arange(num_audio_rows, device=device)
+    audio = torch.searchsorted(audio_begin[1:], audio_row, right=True)
+    used = audio < runs_before[-1]
+    target = torch.cat(
+        [
+            torch.where(text, before[:-1], -1),
+            torch.where(used, audio_row + texts_before_audio[audio.clamp_max(num_audios)], -1),
+        ]
+    )
+    size = pack_bound(num_rows, num_audios, num_audio_rows)
+    if compact or not row_group.is_cuda or os.environ.get("FASTCOMPRESS_CHECK") == "1":
+        last = audio_cu_seqlens[-1]
+        wrong = _wrong_sequences(row_group.shape, cu_seqlens, lengths, device) | (audio_begin != audio_cu_seqlens).any()
+        wrong = wrong | (audio_cu_seqlens[0] != 0) | ((last != num_audio_rows) if compact else (last > num_audio_rows))
+        wrong = wrong | (run.sum() != num_audios)
+        if ids is not None:
+            wrong = wrong | (text & ((ids.reshape(-1) < 0) | (ids.reshape(-1) >= num_embeddings))).any()
+        count, is_wrong = torch.stack([before[-1], wrong.long()]).tolist()  # the only read
+        if is_wrong:
+            check_pack_values(
+                row_group, ids, cu_seqlens, lengths, audio_cu_seqlens, num_embeddings, num_audio_rows, compact
+            )
+            raise RuntimeError("fastcompress: what was to be packed was wrong when it was read")
+        size = count if compact else size
+    target = torch.where(target < size, target, -1)
+    source = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
+    source = source.scatter(0, torch.where(target < 0, size, target), torch.arange(len(target), device=device))[:-1]
+    index = source.clone()
+    if ids is not None:
+        rows_of_table = ids.reshape(-1).long()
+        rows_of_table = torch.where((rows_of_table >= 0) & (rows_of_table < num_embeddings), rows_of_table, -1)
+        rows_of_table = torch.cat([rows_of_table, num_embeddings + audio_row, rows_of_table.new_full((1,), -1)])
+        index = rows_of_table[source]  # -1 is the last
+    return index, source, target, before[bounds].clamp_max(size).int()
+
+
+def pack_labels(
+    source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """``position_ids`` [T] int64, 0 behind the last sequence, and the packed labels [T] int64 ([0] without any).
+
+    A label is kept for text that is not the first row of its sequence: that one has nothing to be predicted from.
+    """
+    packed = torch.arange(source.shape[0], device=source.device)
+    begins = cu_seqlens[:-1].long()
+    sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), packed.int(), right=True)
+    in_sequence = sequence < begins.shape[0]
+    begins = torch.nn.functional.pad(begins, (0, 1))
+    position = torch.where(in_sequence, packed - begins[sequence], 0)
+    if labels is None:
+        return position, source.new_empty(0)
+    row = torch.where((source >= 0) & (source < row_group.numel()), source, row_group.numel())
+    text = torch.nn.functional.pad(row_group.reshape(-1), (0, 1), value=KEEP - 1)[row] == KEEP
+    flat = torch.nn.functional.pad(labels.reshape(-1).long(), (0, 1), value=IGNORED_LABEL)
+    return position, torch.where(in_sequence & text & (position > 0), flat[row], IGNORED_LABEL)
+
+
+def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_table: bool) -> Tensor:
+    """``out[t]`` is the row ``index[t]`` of ``rows`` [V, D] followed by ``audio`` [M, D], 0 for -1.
+
+    ``target`` and ``is_table`` are for the gradient alone.
+    """
+    everything = torch.cat([rows, audio, rows.new_zeros((1, rows.shape[1]))])
+    inside = (index >= -1) & (index < rows.shape[0] + audio.shape[0])
+    if not index.is_cuda and not bool(inside.all()):
+        raise RuntimeError("index must lie in [-1, the number of rows)")
+    return everything[torch.where(inside, index, -1)]

@@ -93,7 +93,7 @@ def check_layout(
 def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
     """Checks the values of ``cu_seqlens`` for rows ``[N, ...]``, or of ``lengths`` for rows ``[B, T, ...]``."""
     if cu_seqlens is not None:
-        check_offsets("cu_seqlens", cu_seqlens, shape[0], "the number of rows")
+        check_offsets("cu_seqlens", cu_seqlens.tolist(), shape[0], "the number of rows")
     if lengths is not None:
         for i, length in enumerate(lengths.tolist()):
             if not 0 <= length <= shape[1]:
@@ -145,9 +145,8 @@ def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tenso
     return list(zip(offsets[:-1], offsets[1:], strict=True))
 
 
-def check_offsets(name: str, offsets: Tensor, end: int, end_name: str, exact: bool = True) -> None:
+def check_offsets(name: str, values: list[int], end: int, end_name: str, exact: bool = True) -> None:
     """Checks the values of offsets ``[A + 1]`` that cut ``end`` rows, or, not ``exact``, at most so many."""
-    values = offsets.tolist()
     if values[0] != 0:
         raise ValueError(f"{name} must start at 0, got {values[0]}")
     for i, (before, after) in enumerate(zip(values[:-1], values[1:], strict=True)):
@@ -169,7 +168,9 @@ def check_pack_values(
 ) -> None:
     """Checks the values that :func:`fastcompress.pack` works on; an error names the sample."""
     check_layout_values(row_group.shape, cu_seqlens, lengths)
-    check_offsets("audio_cu_seqlens", audio_cu_seqlens, num_audio_rows, "the number of audio rows", exact=compact)
+    check_offsets(
+        "audio_cu_seqlens", audio_cu_seqlens.tolist(), num_audio_rows, "the number of audio rows", exact=compact
+    )
     groups = row_group.reshape(-1).cpu()
     flat_ids = None if ids is None else ids.reshape(-1).cpu()
     num_audios, audios = audio_cu_seqlens.shape[0] - 1, 0

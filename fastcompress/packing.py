@@ -45,6 +45,7 @@ class PackedInputs:
             or, from ``N`` on, of audio. Audio that was pooled here has the first row of its segment.
         max_seqlen: an upper bound of the rows of a sample; the largest number of them if that was asked for.
         segments: of the rows of ``inputs_embeds``, where they were pooled here; else ``None``.
+        compact: whether the tensors end where the last sequence does.
     """
 
     inputs_embeds: Tensor
@@ -54,6 +55,7 @@ class PackedInputs:
     source: Tensor
     max_seqlen: int
     segments: Segments | None = None
+    compact: bool = True
 
     def unpack(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Packed rows as a padded batch, zeros behind each sample: the inverse of packing.
@@ -93,14 +95,19 @@ class PackedInputs:
         hands such a mask on as it is, where it would build one of T x T. No cache is kept: packed rows are not a prompt
         that can be continued.
         """
+        cu_seqlens, max_seqlen = self.cu_seqlens, self.max_seqlen
+        if not self.compact:  # what is behind the last sequence is one more: attention leaves no row out
+            count = self.inputs_embeds.shape[0]
+            cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=count)
+            max_seqlen = count
         kwargs: dict[str, Any] = {
             "inputs_embeds": self.inputs_embeds[None],
             "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=self.inputs_embeds.device),
             "position_ids": self.position_ids[None],
-            "cu_seq_lens_q": self.cu_seqlens,
-            "cu_seq_lens_k": self.cu_seqlens,
-            "max_length_q": self.max_seqlen,
-            "max_length_k": self.max_seqlen,
+            "cu_seq_lens_q": cu_seqlens,
+            "cu_seq_lens_k": cu_seqlens,
+            "max_length_q": max_seqlen,
+            "max_length_k": max_seqlen,
             "use_cache": False,
         }
         if self.labels is not None:
@@ -332,6 +339,7 @@ def pack(
         source,
         max_seqlen,
         segments,
+        compact,
     )
 
 

@@ -44,6 +44,12 @@ def run():
         weighted = fc.segment_reduce(x, pooled.segments, weights=torch.linspace(0, 1, 97).to(dtype))
         d = fc.adjacent_distance(x, cu_seqlens=cu)
         results += [weighted, d, *torch.autograd.grad(weighted.sum() + d.nansum(), x)]
+    ids = torch.tensor([[1, 9, 2], [9, 3, 9]])
+    table = torch.randn(10, 48, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    audio, cu = pooled.values[:6].float().detach().requires_grad_(), torch.tensor([0, 3, 3, 6])
+    packed = fc.pack(ids, table, audio, audio_cu_seqlens=cu, placeholder=9, placeholder_counts=1, labels=ids)
+    results += [packed.inputs_embeds, packed.cu_seqlens, packed.source, packed.labels, packed.unpack()[0]]
+    results += torch.autograd.grad(packed.inputs_embeds.sum(), (table, audio))
     return results
 
 compiled = run()

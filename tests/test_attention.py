@@ -1,0 +1,439 @@
+"""Packed decoders against the same decoders sample by sample: equal, and no sample sees another."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+
+transformers = pytest.importorskip("transformers", reason="the attention is registered with transformers")
+
+from fastcompress import attention  # noqa: E402
+from fastcompress.attention import check_decoder, packed_attention  # noqa: E402
+from tests.sample_inputs import offsets  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "pad_token_id": 0,
+}  # fmt: skip
+WINDOW = 9
+#: Model type: what its configuration has beside SIZES.
+DECODERS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma": {},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+    "granite": {"attention_multiplier": 0.3},
+    "phi3": {"sliding_window": WINDOW},
+    "olmo2": {},
+    "smollm3": {},
+}
+LENGTHS = (37, 5, 300, 1, 23)
+
+
+def decoder(kind: str, implementation: str = "fastcompress") -> Any:
+    """A tiny random one, the same each time."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    for p in model.parameters():
+        if p.dim() > 1:  # scores that differ, so that a wrong mask shows
+            torch.nn.init.normal_(p, std=1.5 / p.shape[1] ** 0.5)
+    return model.eval()
+
+
+def samples(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Embeddings and labels of each."""
+    g = torch.Generator().manual_seed(seed)
+    embeds = [torch.randn(1, n, model.config.hidden_size, generator=g) for n in lengths]
+    return embeds, [torch.randint(0, 60, (1, n), generator=g) for n in lengths]
+
+
+def packed_batch(embeds: list[Tensor], labels: list[Tensor] | None = None, compact: bool = True) -> fc.PackedInputs:
+    """From a padded batch, as it comes from a collator."""
+    longest = max(e.shape[1] for e in embeds)
+    rows = [torch.nn.functional.pad(e[0], (0, 0, 0, longest - e.shape[1])) for e in embeds]
+    mask = torch.tensor([[1] * e.shape[1] + [0] * (longest - e.shape[1]) for e in embeds])
+    given = None
+    if labels is not None:
+        given = torch.stack([torch.nn.functional.pad(t[0], (0, longest - t.shape[1]), value=-100) for t in labels])
+    return fc.pack(inputs_embeds=torch.stack(rows), attention_mask=mask, labels=given, compact=compact)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_packed_equals_sample_by_sample(kind: str):
+    model, stock = decoder(kind), decoder(kind, "eager")
+    embeds, labels = samples(model)
+    alone = [e.clone().requires_grad_() for e in embeds]
+    expected = [stock(inputs_embeds=e).logits[0] for e in alone]
+    losses = [
+        torch.nn.functional.cross_entropy(logits[:-1], target[0, 1:], reduction="sum")
+        for logits, target in zip(expected, labels, strict=True)
+    ]
+    expected_loss = sum(losses) / sum(n - 1 for n in LENGTHS)
+    together = [e.clone().requires_grad_() for e in embeds]
+    packed = packed_batch(together, labels)
+    for extra in ({}, {"use_cache": True}):
+        out = model(**(packed.model_inputs() | extra))
+        torch.testing.assert_close(out.logits[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(out.loss, expected_loss, rtol=1e-5, atol=1e-5)
+    grads = torch.autograd.grad(out.loss, [*together, *model.parameters()], allow_unused=True)
+    expected_grads = torch.autograd.grad(expected_loss, [*alone, *stock.parameters()], allow_unused=True)
+    compared = 0
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            compared += bool(b.abs().max() > 1e-3)
+    assert compared > 10
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "mistral"])
+def test_an_upper_bound_changes_nothing(kind: str):
+    model = decoder(kind)
+    embeds, labels = samples(model)
+    exact, loose = (packed_batch(embeds, labels, compact) for compact in (True, False))
+    assert len(loose.source) > len(exact.source)
+    a, b = model(**exact.model_inputs()), model(**loose.model_inputs())
+    torch.testing.assert_close(b.logits[0, : len(exact.source)], a.logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-6)
+    assert b.logits.isfinite().all()
+    padded, mask = exact.unpack(a.logits)
+    assert padded.shape == (len(LENGTHS), max(LENGTHS), 60) and mask.sum() == sum(LENGTHS)
+
+
+# Leaks
+
+
+class PackingModel(torch.nn.Module):
+    """A model as users write one: a padded batch in, packed inside."""
+
+    def __init__(self, decoder: Any):
+        super().__init__()
+        self.decoder = decoder
+        self.logits: list[Tensor] = []
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.decoder.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        packed = fc.pack(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels)
+        kwargs = packed.model_inputs()
+        del kwargs["use_cache"]  # at its default
+        out = self.decoder(**kwargs)
+        self.logits.append(packed.unpack(out.logits)[0].detach())
+        return out
+
+
+@contextlib.contextmanager
+def never_a_full_mask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of T x T is built by the masks of transformers."""
+    from transformers import masking_utils
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a mask was built")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(transformers.AttentionMaskInterface._global_mapping, "fastcompress", refuse)
+        patch.setattr(masking_utils, "sdpa_mask", refuse)
+        yield
+
+
+def batches(other_length: bool) -> Iterator[dict[str, Tensor]]:
+    """Two batches: the second has another first sample."""
+    g = torch.Generator().manual_seed(3)
+    rows, labels = torch.randn(3, 40, 64, generator=g), torch.randint(0, 60, (3, 40), generator=g)
+    lengths = torch.tensor([[31], [40], [12]])
+    for changed in (False, True):
+        if changed:
+            rows = torch.cat([torch.randn(1, 40, 64, generator=g), rows[1:]])
+            lengths = torch.tensor([[17 if other_length else 31], [40], [12]])
+        mask = torch.arange(40) < lengths
+        yield {"inputs_embeds": rows, "attention_mask": mask.long(), "labels": labels.masked_fill(~mask, -100)}
+
+
+def check_no_leak(before: Tensor, after: Tensor, other_length: bool) -> None:
+    assert not torch.equal(before[0, :12], after[0, :12])
+    for sample, length in ((1, 40), (2, 12)):
+        a, b = before[sample, :length], after[sample, :length]
+        if other_length:
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
+@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
+def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkeypatch: pytest.MonkeyPatch):
+    model = PackingModel(decoder(kind)).train(mode != "eval")
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable()
+    with never_a_full_mask(monkeypatch):
+        for batch in batches(other_length):
+            batch["inputs_embeds"].requires_grad_()
+            out = model(**batch)
+            # What sample 1 says has nothing to do with the others.
+            first = int(batch["attention_mask"][0].sum())
+            (grad,) = torch.autograd.grad(out.logits[0, first + 30 : first + 40].square().sum(), batch["inputs_embeds"])
+            assert grad[1].abs().sum() > 0 and not grad[[0, 2]].any()
+    check_no_leak(*model.logits, other_length)
+
+
+@pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
+def test_no_sample_sees_another_under_trainer(other_length: bool, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    logits = []
+    for batch in batches(other_length):
+        model = PackingModel(decoder("qwen2"))
+        data = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1, learning_rate=0.0, report_to=[],
+            save_strategy="no", remove_unused_columns=False, gradient_checkpointing=True, use_cpu=True,
+            data_seed=0, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        sampler = torch.utils.data.SequentialSampler(data)
+        monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_, sampler=sampler: sampler)
+        with never_a_full_mask(monkeypatch):
+            trainer.train()
+        logits.append(model.logits[0])
+    check_no_leak(*logits, other_length)
+
+
+def test_the_leak_test_finds_leaks():
+    """Stock SDPA with its default cache attends across packed samples."""
+    model = decoder("qwen2", "sdpa")
+    logits = []
+    for batch in batches(False):
+        packed = fc.pack(inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"])
+        out = model(inputs_embeds=packed.inputs_embeds[None], position_ids=packed.position_ids[None])
+        logits.append(packed.unpack(out.logits)[0].detach())
+    with pytest.raises(AssertionError):
+        check_no_leak(*logits, False)
+
+
+# What is not packed
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_padded_batches_and_generation_are_stock(kind: str):
+    model, stock = decoder(kind), decoder(kind, "eager")
+    ids = torch.randint(1, 60, (3, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :11] = mask[1, :4] = 0
+    a, b = (m(input_ids=ids, attention_mask=mask).logits for m in (model, stock))
+    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    tokens = [m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*tokens)
+
+
+# The function
+
+
+def reference(query: Tensor, key: Tensor, value: Tensor, cu: list[int], **options: Any) -> Tensor:
+    """Attention written out, with one mask over everything."""
+    rows, groups = query.shape[0], query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scale = options.get("scale") or query.shape[2] ** -0.5
+    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
+    if cap := options.get("softcap"):
+        scores = cap * (scores / cap).tanh()
+    row = torch.arange(rows)
+    sequence = torch.searchsorted(torch.tensor(cu[1:]), row, right=True)
+    seen = sequence[:, None] == sequence
+    if options.get("causal", True):
+        seen = seen & (row[:, None] >= row)
+    if window := options.get("window"):
+        seen = seen & (row[:, None] - row < window)
+    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
+
+
+OPTIONS: tuple[dict[str, Any], ...] = (
+    {},
+    {"scale": 0.7},
+    {"window": 1},
+    {"window": 7},
+    {"window": 300},
+    {"softcap": 2.0},
+    {"softcap": 2.0, "window": 100, "scale": 0.5},
+    {"causal": False},
+    {"causal": False, "softcap": 1.0},
+)
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
+def test_packed_attention(options: dict[str, Any], heads: tuple[int, int]):
+    lengths = (0, 5, 1, 600, 0, 257)
+    cu = offsets(lengths)
+    shapes = [(sum(lengths), h, 8) for h in (heads[0], heads[1], heads[1])]
+    query, key, value = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    out = packed_attention(query, key, value, cu, **options)
+    expected = reference(query, key, value, cu.tolist(), **options)
+    torch.testing.assert_close(out, expected)
+    grad = torch.randn_like(out)
+    for a, b in zip(*(torch.autograd.grad(o, [query, key, value], grad) for o in (out, expected)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_nothing_to_attend_to():
+    empty = torch.zeros(0, 2, 8, requires_grad=True)
+    assert packed_attention(empty, empty, empty, torch.tensor([0, 0])).shape == (0, 2, 8)
+    assert packed_attention(empty, empty, empty, torch.tensor([0])).shape == (0, 2, 8)
+
+
+def test_dropout_drops():
+    q = torch.randn(40, 2, 8)
+    for softcap in (None, 5.0):
+        kept, dropped = (packed_attention(q, q, q, torch.tensor([0, 40]), softcap=softcap, dropout=p) for p in (0.0, 0.5))
+        assert not torch.equal(kept, dropped)
+
+
+Q = torch.randn(6, 4, 8)
+CU = torch.tensor([0, 6])
+
+
+@pytest.mark.parametrize(
+    "call, error, message",
+    [
+        (lambda: packed_attention(Q.int(), Q, Q, CU), TypeError, "query must be float32"),
+        (lambda: packed_attention(Q, Q[:, 0], Q, CU), ValueError, "query and key must have shapes [T, Hq, D] and [T, Hkv, D], got [6, 4, 8] and [6, 8]"),
+        (lambda: packed_attention(Q, Q, Q[:3], CU), ValueError, "query and value must have shapes"),
+        (lambda: packed_attention(Q, Q[:, :3], Q[:, :3], CU), ValueError, "must be a multiple of those of key, got 4 and 3"),
+        (lambda: packed_attention(Q, Q, Q, CU.float()), ValueError, "cu_seqlens must be [B + 1] int32 or int64"),
+        (lambda: packed_attention(Q, Q, Q, torch.tensor([0, 5])), ValueError, "cu_seqlens must end at the number of rows, 6, got 5"),
+        (lambda: packed_attention(Q, Q, Q, torch.tensor([0, 9, 6])), ValueError, "cu_seqlens must not decrease, got 9 and then 6"),
+        (lambda: packed_attention(Q, Q, Q, CU, window=0), ValueError, "window must be at least 1 and goes with causal attention, got 0"),
+        (lambda: packed_attention(Q, Q, Q, CU, window=2, causal=False), ValueError, "got 2, causal=False"),
+        (lambda: packed_attention(Q, Q, Q, CU, softcap=-1.0), ValueError, "softcap must be positive, got -1.0"),
+    ],
+)  # fmt: skip
+def test_errors(call: Any, error: type[Exception], message: str):
+    with pytest.raises(error, match=re.escape(message)):
+        call()
+
+
+def test_what_transformers_must_not_do():
+    model = decoder("llama")
+    packed = packed_batch(samples(model)[0])
+    inputs = packed.model_inputs()
+    with pytest.raises(ValueError, match="packed rows take no attention mask"):
+        model(**(inputs | {"attention_mask": torch.ones(1, 1, 366, 366, dtype=torch.bool)}))
+    with pytest.raises(ValueError, match="one batch row"):
+        model(**(inputs | {"inputs_embeds": inputs["inputs_embeds"].expand(2, -1, -1)}))
+    cache = model(**(inputs | {"use_cache": True})).past_key_values
+    with pytest.raises(ValueError, match="packed rows cannot follow rows in a cache"):
+        model(**(inputs | {"past_key_values": cache, "use_cache": True}))
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
+        model(**(inputs | {"cu_seq_lens_k": torch.tensor([0, 366])}))
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"model_type": "qwen3_next"}, "'linear_attention' layers"),
+        ({"model_type": "llama4_text"}, "'chunked_attention' layers"),
+        ({"model_type": "bamba"}, "cannot run packed"),
+        ({"model_type": "jamba"}, "cannot run packed"),
+        ({"model_type": "falcon_h1"}, "cannot run packed"),
+        ({"model_type": "lfm2"}, "cannot run packed"),
+        ({"model_type": "zamba2"}, "cannot run packed"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}, "cannot run packed"),
+        ({"model_type": "nemotron_h"}, "cannot run packed"),
+        ({"model_type": "mamba"}, "cannot run packed"),
+        ({"model_type": "recurrent_gemma"}, "cannot run packed"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_decoders_that_mix_rows_are_refused(config: dict[str, Any], reason: str):
+    kind = config.pop("model_type")
+    config = transformers.AutoConfig.for_model(kind, **config)
+    with pytest.raises(NotImplementedError, match=reason):
+        check_decoder(config)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_other_decoders_are_not(kind: str):
+    check_decoder(transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind]))
+    check_decoder(transformers.AutoConfig.for_model(kind))
+
+
+def test_a_hybrid_is_refused_where_it_runs():
+    layers = {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2}
+    config = transformers.AutoConfig.for_model("qwen3_next", **(SIZES | layers), num_experts=2, num_experts_per_tok=1)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
+    embeds = torch.randn(1, 6, 64)
+    with pytest.raises(NotImplementedError, match="qwen3_next cannot run packed"):
+        model(**packed_batch([embeds]).model_inputs())
+
+
+def test_sinks_are_refused():
+    config = transformers.AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config._attn_implementation = "fastcompress"
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+# The kernels of a GPU, whose arguments are others in every torch
+
+
+def varlen_of(version: str) -> Any:
+    """A function with the arguments of that version of torch, which computes what they say."""
+
+    def compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, window, scale, gqa):
+        assert gqa or query.shape[1] == key.shape[1]
+        lengths = cu_seq_q.diff()
+        assert cu_seq_q.dtype == torch.int32 and max_q == max_k >= int(lengths.max())
+        options = {"causal": causal, "scale": scale, "window": window}
+        return reference(query, key, value, cu_seq_q.tolist(), **options)
+
+    def v2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
+        return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, None, None, False)
+
+    def v2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+        return v2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
+
+    def v2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+        window = None if window_size[0] == -1 else window_size[0] + 1
+        causal = window_size[1] == 0
+        return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, window, scale, enable_gqa)
+
+    return {"2.10": v2_10, "2.11": v2_11, "2.12": v2_12}[version]
+
+
+@pytest.mark.parametrize("version", ["2.10", "2.11", "2.12"])
+@pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
+def test_varlen_of_every_torch(version: str, heads: tuple[int, int]):
+    varlen = attention._Varlen(varlen_of(version))
+    query, key, value = (torch.randn(40, h, 8) for h in (heads[0], heads[1], heads[1]))
+    cu = torch.tensor([0, 30, 40], dtype=torch.int32)
+    for scale in (None, 0.3):
+        for causal, window in ((True, None), (True, 5), (False, None)):
+            if window is not None and not varlen.has_windows:
+                continue
+            out = varlen(query, key, value, cu, 30, scale, causal, window)
+            expected = packed_attention(query, key, value, cu, scale=scale, causal=causal, window=window)
+            torch.testing.assert_close(out, expected)
+    assert varlen.has_windows == (version != "2.10")
+
+
+def test_the_installed_varlen_is_one_that_is_known():
+    varlen = attention._varlen()
+    assert varlen is not None and {"cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= varlen.parameters
+    assert {"window_size", "is_causal"} & varlen.parameters, inspect.signature(varlen.function)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import machine, report
+from benchmarks import decoder, machine, packing, report
 from benchmarks.checks import WrongResult
 from benchmarks.floor import Floor, FloorUnavailable
 from benchmarks.measure import Table, measure
@@ -21,6 +21,7 @@ from benchmarks.targets import outcomes
 from benchmarks.timing import TRIES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+_PARTS = ("pool", "packing", "decoder")
 _RESULTS = Path(__file__).with_name("results")
 
 
@@ -30,6 +31,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         description="Times fastcompress against the same job in PyTorch and against the memory floor, on the CPU. "
         "A contender is timed only after its result was found right.",
     )
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=list(_PARTS), help="default: all of them")
     parser.add_argument("--quick", action="store_true", help="one small case, few rounds: under a minute, for CI")
     parser.add_argument("--cases", nargs="+", choices=[c.name for c in CASES], help="default: all but the optional")
     parser.add_argument("--dtypes", nargs="+", choices=_DTYPES, default=["fp32", "bf16"])
@@ -58,6 +60,32 @@ def _floor(options: argparse.Namespace) -> Floor | None:
         return None
 
 
+def _packing(options: argparse.Namespace, cache: int) -> list[packing.PackTable]:
+    tables: list[packing.PackTable] = []
+    tries = 1 if options.quick else TRIES
+    for pack_case in (packing.QUICK,) if options.quick else packing.CASES:
+        for dtype in options.dtypes:
+            for threads in options.threads:
+                new = packing.measure(pack_case, _DTYPES[dtype], threads, options.reps, cache, tries)
+                tables += new
+                for table in new:
+                    print(report.packing_text(table), end="\n\n", flush=True)
+    return tables
+
+
+def _decoder(options: argparse.Namespace) -> list[decoder.DecoderTable]:
+    if not decoder.available():
+        print("no decoder: transformers is not installed")
+        return []
+    tables: list[decoder.DecoderTable] = []
+    for threads in options.threads:
+        new = decoder.measure(threads, min(options.reps, 7), options.quick, 1 if options.quick else TRIES)
+        tables += new
+        for table in new:
+            print(report.decoder_text(table), end="\n\n", flush=True)
+    return tables
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks; 1 when the library is wrong."""
     options = _arguments(argv)
@@ -68,7 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wanted = [one for one in CONTENDERS if one.name == OURS or any(text in one.name for text in texts)]
     floor, cache = _floor(options), machine.last_level_cache()
     tables: list[Table] = []
-    for name in options.cases:
+    for name in options.cases if "pool" in options.parts else ():
         for dtype in options.dtypes:
             for threads in options.threads:
                 try:
@@ -90,12 +118,20 @@ def main(argv: Sequence[str] | None = None) -> int:
                 for table in new:
                     print(report.table_text(table), end="\n\n", flush=True)
     memory = []
-    if not options.no_memory:
+    if not options.no_memory and "pool" in options.parts:
         for dtype in options.dtypes:
             memory.append(measure_memory(_DTYPES[dtype], options.threads[-1], 15_000 if options.quick else FRAMES))
         print(report.memory_text(memory), end="\n\n")
-    print(report.targets_text(outcomes(tables)))
-    document = report.document(tables, memory, settings)
+    try:
+        packed = _packing(options, cache) if "packing" in options.parts else []
+        decoders = _decoder(options) if "decoder" in options.parts else []
+    except WrongResult as error:
+        print(f"nothing is timed: {error}", file=sys.stderr)
+        return 1
+    if "pool" in options.parts:
+        print(report.targets_text(outcomes(tables)), end="\n\n")
+    print(report.packing_targets_text(packed))
+    document = report.document(tables, memory, settings, packed, decoders)
     paths = [options.json] if options.json else []
     if options.save:
         paths.append(_RESULTS / f"{machine.slug()}-cpu.json")

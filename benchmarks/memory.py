@@ -11,6 +11,7 @@ import json
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,21 @@ def _status(key: str) -> int:
     return int(match[1]) << 10
 
 
-def _high_water(frames: int, dim: int, dtype: torch.dtype, threads: int) -> dict[str, Any]:
+def high_water(call: Callable[[], Any]) -> int:
+    """Bytes by which the resident memory of this process grows at most during a call.
+
+    Raises:
+        OSError: the system does not tell.
+    """
+    with contextlib.suppress(AttributeError):  # glibc: memory it holds back would hide as much of the peak
+        ctypes.CDLL(None).malloc_trim(0)
+    _CLEAR.write_text("5")  # the high-water mark starts again from here
+    before = _status("VmRSS")
+    call()
+    return _status("VmHWM") - before
+
+
+def _pool_memory(frames: int, dim: int, dtype: torch.dtype, threads: int) -> dict[str, Any]:
     import fastcompress as fc
 
     torch.set_num_threads(threads)
@@ -40,12 +55,9 @@ def _high_water(frames: int, dim: int, dtype: torch.dtype, threads: int) -> dict
     x, cu = features(frames, dim, dtype), cu_seqlens([1500] * (frames // 1500) + [frames % 1500] * (frames % 1500 > 0))
     with torch.no_grad():
         fc.segment_pool(x[:3000].clone(), cu_seqlens=cu_seqlens([1500, 1500]), rule=rule)  # code, threads, allocator
-        with contextlib.suppress(AttributeError):  # glibc: memory it holds back would hide as much of the peak
-            ctypes.CDLL(None).malloc_trim(0)
-        _CLEAR.write_text("5")  # the high-water mark starts again from here
-        before = _status("VmRSS")
-        pooled = fc.segment_pool(x, cu_seqlens=cu, rule=rule)
-        peak = _status("VmHWM")
+        results = []
+        peak = high_water(lambda: results.append(fc.segment_pool(x, cu_seqlens=cu, rule=rule)))
+    pooled = results[0]
     segments = pooled.segments
     outputs = sum(tensor.nbytes for tensor in (pooled.values, segments.starts, segments.lengths, segments.cu_segments))
     return {
@@ -57,9 +69,9 @@ def _high_water(frames: int, dim: int, dtype: torch.dtype, threads: int) -> dict
         "input_bytes": x.nbytes,
         "output_bytes": outputs,
         "reserved_bytes": pooled.values.untyped_storage().nbytes(),
-        "peak_bytes": peak - before,
-        "extra_bytes": peak - before - outputs,
-        "extra_bytes_per_frame": (peak - before - outputs) / frames,
+        "peak_bytes": peak,
+        "extra_bytes": peak - outputs,
+        "extra_bytes_per_frame": (peak - outputs) / frames,
     }
 
 
@@ -76,4 +88,4 @@ def measure_memory(dtype: torch.dtype, threads: int, frames: int = FRAMES, dim: 
 
 if __name__ == "__main__":
     _frames, _dim, _dtype, _threads = sys.argv[1:]
-    print(json.dumps(_high_water(int(_frames), int(_dim), getattr(torch, _dtype), int(_threads))))
+    print(json.dumps(_pool_memory(int(_frames), int(_dim), getattr(torch, _dtype), int(_threads))))

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import machine
+from benchmarks import decoder, machine, packing
 from benchmarks.floor import KINDS
 from benchmarks.measure import Row, Table
 from benchmarks.registry import OURS
 from benchmarks.targets import TARGETS, Outcome, outcomes
+from benchmarks.timing import Disturbance, Samples
 
 SCHEMA = 1
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
-def _align(lines: Sequence[Sequence[str]]) -> str:
+def align(lines: Sequence[Sequence[str]]) -> str:
     """Columns: the first to the left, the others to the right."""
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     rows = []
@@ -45,21 +46,18 @@ def table_text(table: Table) -> str:
         times = [f"{seconds * scale:.2f}" for seconds in (row.median, row.p10, row.p90)]
         ratios = [_multiple(row, floor), _multiple(row, ours)]
         lines.append([row.contender, *times, str(row.reps), speed, *ratios, differing])
-    case, disturbance = table.case, table.disturbance
+    case = table.case
     text = [
         f"{case.name}, {_DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
         f"{len(case.lengths)} sequences, {case.frames} x {case.dim} to {table.tokens} tokens, "
         f"{table.moved / 1e6:.1f} MB moved, {table.buffers} input buffers in turn",
-        _align(lines),
+        align(lines),
     ]
     if ours is not None and floor is not None:
         kinds = ", ".join(f"{_multiple(ours, table.row(f'floor, {kind}'))} {kind}" for kind in KINDS)
         text.append(f"{OURS} in multiples of the floor by output memory: {kinds}")
     text += [f"not timed: {name}: {reason}" for name, reason in table.skipped.items()]
-    text.append(
-        f"{disturbance.samples} samples, {disturbance.retried} taken again because of other load, "
-        f"{disturbance.kept} kept although disturbed; other work took {disturbance.foreign:.2f} cores meanwhile"
-    )
+    text.append(_disturbance_text(table.disturbance))
     return "\n".join(text)
 
 
@@ -79,7 +77,53 @@ def targets_text(found: Sequence[Outcome]) -> str:
             one = cells.get((target.name, case, threads))
             line.append("" if one is None else f"{one.figure:.2f} {'reached' if one.reached else 'missed'}")
         lines.append(line)
-    return _align(lines)
+    return align(lines)
+
+
+def packing_text(table: packing.PackTable) -> str:
+    """One table of packing."""
+    case = table.case
+    title = (
+        f"pack, {case.name}, {_DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
+        f"{len(case.text)} samples, {sum(case.audio)} rows of audio and {sum(case.text)} of text x {case.width}"
+    )
+    return "\n".join([title, align(packing.rows(table)), _disturbance_text(table.disturbance)])
+
+
+def packing_targets_text(tables: Sequence[packing.PackTable]) -> str:
+    """A line a target, a column a setting."""
+    found = [table for table in tables if table.direction == "forward" and len(table.case.text) > 1]
+    if not found:
+        return ""
+    lines = [["pack", "target", *(f"{t.case.name}, {_DTYPES.get(t.dtype, t.dtype)}, {t.threads} thr" for t in found)]]
+    for name, goal, others in packing.TARGETS:
+        cells = [f"{t.ratio(*others):.2f} {'reached' if t.ratio(*others) >= goal else 'missed'}" for t in found]
+        lines.append([name, f">= {goal:g}", *cells])
+    return align(lines)
+
+
+def decoder_text(table: decoder.DecoderTable) -> str:
+    """One table of the decoder."""
+    share = decoder.padding(table.sizes)
+    title = (
+        f"decoder, {_threads(table.threads)}, {table.direction}: {len(table.sizes)} samples of {min(table.sizes)} to "
+        f"{max(table.sizes)} rows, {share:.0%} of the padded batch is padding ({1 / (1 - share):.2f}x the rows)"
+    )
+    return "\n".join([title, align(decoder.rows(table)), _disturbance_text(table.disturbance)])
+
+
+def _disturbance_text(disturbance: Disturbance) -> str:
+    return (
+        f"{disturbance.samples} samples, {disturbance.retried} taken again because of other load, "
+        f"{disturbance.kept} kept although disturbed; other work took {disturbance.foreign:.2f} cores meanwhile"
+    )
+
+
+def _samples_json(samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
+    return [
+        {"form": name, "seconds": {"median": s.median, "p10": s.p10, "p90": s.p90}, "reps": len(s.seconds)}
+        for name, s in sorted(samples.items(), key=lambda item: item[1].median)
+    ]
 
 
 def memory_text(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -129,7 +173,11 @@ def _row_json(row: Row, table: Table) -> dict[str, Any]:
 
 
 def document(
-    tables: Sequence[Table], memory: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+    tables: Sequence[Table],
+    memory: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    packed: Sequence[packing.PackTable] = (),
+    decoders: Sequence[decoder.DecoderTable] = (),
 ) -> dict[str, Any]:
     """Everything, for a JSON file."""
     return {
@@ -158,6 +206,30 @@ def document(
             for table in tables
         ],
         "memory": [dict(entry) for entry in memory],
+        "packing": [
+            {
+                "case": vars(table.case),
+                "dtype": table.dtype,
+                "threads": table.threads,
+                "direction": table.direction,
+                "bytes_moved": table.moved,
+                "samples": vars(table.disturbance),
+                "rows": _samples_json(table.samples),
+            }
+            for table in packed
+        ],
+        "decoder": [
+            {
+                "direction": table.direction,
+                "threads": table.threads,
+                "lengths": table.sizes,
+                "padding": decoder.padding(table.sizes),
+                "peak_bytes": table.peaks,
+                "samples": vars(table.disturbance),
+                "rows": _samples_json(table.samples),
+            }
+            for table in decoders
+        ],
         "targets": [
             {
                 "name": one.target.name,

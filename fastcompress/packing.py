@@ -163,10 +163,11 @@ def row_groups(
     _check_ids("input_ids", input_ids)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
-    dropped = check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
+    check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
+    kept = None if attention_mask is None else attention_mask.bool()
     is_audio = input_ids == placeholder
-    if dropped is not None:
-        is_audio = is_audio & (dropped > 0)
+    if kept is not None:
+        is_audio &= kept
     flat = is_audio.reshape(-1)
     if isinstance(placeholder_counts, Tensor):
         _check_ids("placeholder_counts", placeholder_counts)
@@ -179,15 +180,15 @@ def row_groups(
     elif placeholder_counts == 1 and not isinstance(placeholder_counts, bool):
         audio = flat.cumsum(0)
     elif placeholder_counts is None:
-        previous = torch.nn.functional.pad(is_audio[..., :-1], (1, 0)).reshape(-1)
+        previous = torch.nn.functional.pad(is_audio[..., :-1], (1, 0))
         if cu_seqlens is not None:
             first = torch.zeros(flat.shape[0] + 1, dtype=torch.bool, device=flat.device)
-            previous = previous & ~first.index_fill(0, cu_seqlens.long().clamp(0, flat.shape[0]), True)[:-1]
-        audio = (flat & ~previous).cumsum(0)
+            previous &= ~first.index_fill(0, cu_seqlens.long().clamp(0, flat.shape[0]), True)[:-1]
+        audio = (is_audio > previous).reshape(-1).cumsum(0)
     else:
         raise ValueError(f"placeholder_counts must be None, 1 or a tensor, got {placeholder_counts!r}")
-    group = torch.where(flat, audio, 0).int().view(input_ids.shape)
-    return group if dropped is None else torch.where(dropped > 0, group, -1)
+    group = audio.mul_(flat).int().view(input_ids.shape)
+    return group if kept is None else group.masked_fill_(~kept, -1)
 
 
 def _check_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> None:
@@ -399,7 +400,8 @@ def _groups(
             mask = torch.arange(shape[-1], device=device) < lengths[:, None]
         else:
             mask = attention_mask
-            check_layout(input_ids, 1, cu_seqlens, lengths, attention_mask)
+            if lengths is not None:
+                raise ValueError("attention_mask excludes lengths: they say the same thing")
         return row_groups(
             input_ids, placeholder, attention_mask=mask, cu_seqlens=cu_seqlens, placeholder_counts=placeholder_counts
         )

@@ -253,7 +253,8 @@ def test_json(tmp_path: Path):
     path.write_text(json.dumps(report.document(tables, [{"error": "none"}], {"reps": 2})))
     document = json.loads(path.read_text())
     assert set(document) == {
-        "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "targets",
+        "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "packing",
+        "decoder", "targets",
     }  # fmt: skip
     assert {"cpu", "cores", "caches", "memory", "transparent_hugepages"} <= set(document["machine"])
     assert document["versions"]["torch"] == torch.__version__

@@ -1,0 +1,77 @@
+"""The benchmarks of packing and of a packed decoder: checked first, then timed, and written down."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
+
+from benchmarks import __main__ as command
+from benchmarks import decoder, packing, report
+from benchmarks.checks import WrongResult
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_of_packing_gives_the_same_rows(dtype: torch.dtype):
+    tables = packing.measure(packing.QUICK, dtype, 1, 2, 1 << 10, 1)
+    assert [table.direction for table in tables] == ["forward", "forward+backward"]
+    assert set(tables[0].samples) == {*packing.FORMS, packing.CLONE} and set(tables[1].samples) == set(packing.FORMS)
+    assert "x ours" in report.packing_text(tables[0])
+    assert "against a clone" in report.packing_targets_text(tables)
+
+
+def test_a_wrong_form_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setitem(packing.FORMS, "one flat cat", lambda batch: packing.flat_cat(batch).flip(0))
+    with pytest.raises(WrongResult, match="one flat cat: other rows"):
+        packing.measure(packing.QUICK, torch.float32, 1, 1, 1 << 10, 1)
+
+
+def test_gradients_of_the_forms_agree():
+    (batch, *_) = packing.batches(packing.QUICK, torch.float32, 1 << 10)
+    grads = []
+    for form in packing.FORMS.values():
+        audio = batch.audio.detach().requires_grad_()
+        out = form(packing.Batch(**(vars(batch) | {"audio": audio})))
+        grads.append(torch.autograd.grad(out.square().sum(), audio)[0])
+    for grad in grads[1:]:
+        torch.testing.assert_close(grad, grads[0])
+
+
+def test_the_decoder_is_checked_timed_and_its_memory_read(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    for table in decoder.measure(1, 1, True, 1):
+        assert set(table.samples) == set(decoder.FORMS)
+        assert all(peak is None or peak > 0 for peak in table.peaks.values())
+        assert "padding" in report.decoder_text(table)
+    assert 0.2 < decoder.padding(decoder.lengths(False)) < 0.8
+
+    def build(form: str, quick: bool, right=decoder.build):
+        call = right(form, quick)
+        return call if form != decoder.OURS else lambda backward: (call(backward)[0] + 1, call(backward)[1])
+
+    monkeypatch.setattr(decoder, "build", build)
+    with pytest.raises(WrongResult, match="packed, fastcompress: logits are off by 1"):
+        decoder.measure(1, 1, True, 1)
+
+
+def test_the_command_writes_them_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    path = tmp_path / "out.json"
+    arguments = ["--quick", "--parts", "packing", "--dtypes", "bf16", "--reps", "1", "--json", str(path)]
+    assert command.main(arguments) == 0
+    document = json.loads(path.read_text())
+    assert document["tables"] == document["decoder"] == []
+    assert [table["direction"] for table in document["packing"]] == ["forward", "forward+backward"]
+    assert {row["form"] for row in document["packing"][1]["rows"]} == set(packing.FORMS)
+    assert "against masked_scatter" in capsys.readouterr().out

@@ -79,7 +79,7 @@ def _decoder(options: argparse.Namespace) -> list[decoder.DecoderTable]:
         return []
     tables: list[decoder.DecoderTable] = []
     for threads in options.threads:
-        new = decoder.measure(threads, min(options.reps, 7), options.quick, 1 if options.quick else TRIES)
+        new = decoder.measure(threads, min(options.reps, 7), *(("quick", 1) if options.quick else ("cpu", TRIES)))
         tables += new
         for table in new:
             print(report.decoder_text(table), end="\n\n", flush=True)

@@ -1,6 +1,6 @@
 """A decoder on a packed batch against the same batch padded: time, and peak memory in a process of its own.
 
-``python -m benchmarks.decoder FORM DIRECTION THREADS QUICK`` prints the peak of one form as JSON.
+``python -m benchmarks.decoder FORM DIRECTION THREADS SIZE`` prints the peak of one form as JSON.
 """
 
 from __future__ import annotations
@@ -35,10 +35,23 @@ def available() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def lengths(quick: bool) -> tuple[int, ...]:
+@dataclass(frozen=True)
+class Size:
+    """Width and layers of the decoder, samples and the most rows of one."""
+
+    width: int
+    layers: int
+    count: int
+    longest: int
+
+
+SIZES = {"quick": Size(64, 2, 4, 60), "cpu": Size(256, 4, 16, 700), "gpu": Size(2048, 8, 16, 2000)}
+
+
+def lengths(size: Size) -> tuple[int, ...]:
     """Rows of each sample: short commands and long answers in one batch, log-normal as utterances are."""
     g = random.Random(3)
-    count, longest = (4, 60) if quick else (16, 700)
+    count, longest = size.count, size.longest
     return tuple(max(8, min(longest, round(longest / 3.5 * g.lognormvariate(0, 0.6)))) for _ in range(count))
 
 
@@ -47,24 +60,27 @@ def padding(sizes: Sequence[int]) -> float:
     return 1 - sum(sizes) / (len(sizes) * max(sizes))
 
 
-def build(form: str, quick: bool) -> Callable[[bool], tuple[Tensor, Any]]:
+def build(
+    form: str, size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> Callable[[bool], tuple[Tensor, Any]]:
     """A call of the decoder, with or without gradients: logits of all rows that are no padding, and the loss."""
     import transformers
 
     import fastcompress.attention  # noqa: F401  (registers the implementation)
 
     implementation, is_packed = FORMS[form]
-    width = 64 if quick else 256
+    heads = max(4, size.width // 128)
     config = transformers.Qwen2Config(
-        vocab_size=2000, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=4, num_attention_heads=4,
-        num_key_value_heads=2,
+        vocab_size=2000, hidden_size=size.width, intermediate_size=4 * size.width, num_hidden_layers=size.layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2,
     )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    sizes = lengths(quick)
-    embeds = torch.randn(len(sizes), max(sizes), width)
-    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long()
-    labels = torch.randint(0, 2000, mask.shape).masked_fill(mask == 0, -100)
+    model.to(device, dtype)
+    sizes = lengths(size)
+    embeds = torch.randn(len(sizes), max(sizes), size.width).to(device, dtype)
+    mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long().to(device)
+    labels = torch.randint(0, 2000, mask.shape).to(device).masked_fill(mask == 0, -100)
 
     def call(backward: bool) -> tuple[Tensor, Any]:
         with torch.set_grad_enabled(backward):
@@ -98,14 +114,14 @@ class DecoderTable:
     disturbance: Disturbance
 
 
-def measure(threads: int, reps: int, quick: bool, tries: int) -> list[DecoderTable]:
+def measure(threads: int, reps: int, size: str, tries: int) -> list[DecoderTable]:
     """Both directions.
 
     Raises:
         WrongResult: a form gives other logits than the padded batch.
     """
     torch.set_num_threads(threads)
-    calls = {form: build(form, quick) for form in FORMS}
+    calls = {form: build(form, SIZES[size]) for form in FORMS}
     expected, loss = calls[PADDED](False)
     for form, call in calls.items():
         logits, its_loss = call(False)
@@ -116,14 +132,14 @@ def measure(threads: int, reps: int, quick: bool, tries: int) -> list[DecoderTab
     for direction in DIRECTIONS:
         functions = {form: lambda i, call=call: call(direction != "forward")[1] for form, call in calls.items()}  # noqa: B023
         samples, disturbance = interleave(functions, reps, max_seconds=60, tries=tries)
-        peaks = {form: peak(form, direction, threads, quick) for form in FORMS}
-        tables.append(DecoderTable(direction, threads, lengths(quick), samples, peaks, disturbance))
+        peaks = {form: peak(form, direction, threads, size) for form in FORMS}
+        tables.append(DecoderTable(direction, threads, lengths(SIZES[size]), samples, peaks, disturbance))
     return tables
 
 
-def peak(form: str, direction: str, threads: int, quick: bool) -> int | None:
+def peak(form: str, direction: str, threads: int, size: str) -> int | None:
     """Bytes that a call needs at its peak, in a fresh process; ``None`` where the system does not tell."""
-    command = [sys.executable, "-m", "benchmarks.decoder", form, direction, str(threads), str(int(quick))]
+    command = [sys.executable, "-m", "benchmarks.decoder", form, direction, str(threads), size]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
@@ -141,7 +157,7 @@ def rows(table: DecoderTable) -> list[Sequence[str]]:
 
 
 if __name__ == "__main__":
-    _form, _direction, _threads, _quick = sys.argv[1:]
+    _form, _direction, _threads, _size = sys.argv[1:]
     torch.set_num_threads(int(_threads))
-    _call = build(_form, bool(int(_quick)))
+    _call = build(_form, SIZES[_size])
     print(json.dumps(high_water(lambda: _call(_direction != "forward"))))

@@ -1,10 +1,10 @@
 """The GPU benchmark: ``python -m benchmarks.gpu``.
 
-``segment_pool`` with local maxima, forward and backward, against the same job in PyTorch and against the rate at which
-the device copies memory. Correctness first. Device times are medians of replays of a CUDA graph, each with a cold
-second-level cache; a contender that reads sizes from the device cannot be in a graph and is timed between events. Bytes
-are the input read once and the output written once. ``--dry`` runs every line on the CPU, on tiny shapes, and times
-nothing that means anything.
+``segment_pool`` with local maxima, forward and backward, ``pack`` and a packed decoder, against the same job in PyTorch
+and against the rate at which the device copies memory. Correctness first. Device times are medians of replays of a CUDA
+graph, each with a cold second-level cache; a contender that reads sizes from the device cannot be in a graph and is
+timed between events. Bytes are the input read once and the output written once. ``--dry`` runs every line on the CPU,
+on tiny shapes, and times nothing that means anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,16 +28,15 @@ import torch._functorch.config
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import compiled, contenders, gpu_report
+from benchmarks import compiled, contenders, gpu_packing, gpu_report
 from benchmarks.cases import Inputs, cu_seqlens, features
 from benchmarks.checks import Expected, exact_starts
 from benchmarks.contenders import Call, Tokens
-from benchmarks.device import Flush, capture, elapsed, side_stream, synchronize, wall
+from benchmarks.device import Flush, elapsed, side_stream, synchronize, wall
+from benchmarks.gpu_run import BACKWARD, FORWARD, Run, timed
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = 1 << 30
-
-FORWARD, BACKWARD = "forward", "backward"
 
 
 @dataclass(frozen=True)
@@ -89,37 +88,6 @@ class GpuContender:
     backend: str | None = None
 
 
-@dataclass
-class Measured:
-    """Seconds, and what was moved. ``how``: ``graph`` or ``events``."""
-
-    case: str
-    dtype: str
-    direction: str
-    contender: str
-    group: str
-    how: str
-    median: float
-    p10: float
-    p90: float
-    moved: int
-    call: float | None  # end to end, launching and waiting included
-
-
-@dataclass
-class Run:
-    """What is measured with, and what was found."""
-
-    device: torch.device
-    reps: int
-    deadline: float
-    flush: Flush
-    copy_rate: float = 0.0
-    rows: list[Measured] = field(default_factory=list)
-    skipped: list[str] = field(default_factory=list)
-    wrong: list[str] = field(default_factory=list)
-
-
 def padded_pool(inputs: Inputs) -> Tokens:
     """The library, without reading the number of segments."""
     pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=fc.LocalMax(), compact=False)
@@ -162,31 +130,6 @@ def measure_copy(run: Run, size: int) -> float:
     return 2 * size / statistics.median(elapsed(lambda: target.copy_(source), run.flush, run.device, run.reps))
 
 
-def _timed(run: Run, call: Callable[[], Any], graph: Callable[[], Any] | None) -> tuple[str, list[float]]:
-    how, timed = "events", call
-    if graph is not None:
-        try:
-            timed, _ = capture(graph, run.device)
-            how = "graph" if run.device.type == "cuda" else "no graph"
-        except RuntimeError as error:
-            run.skipped.append(f"a graph could not be captured: {error}")
-    for _ in range(3):
-        timed()
-    return how, sorted(elapsed(timed, run.flush, run.device, run.reps))
-
-
-def _row(
-    run: Run, case: GpuCase, dtype: torch.dtype, direction: str, contender: GpuContender,
-    timed: tuple[str, list[float]], moved: int, call: float | None,
-) -> None:  # fmt: skip
-    how, seconds = timed
-    low, high = seconds[len(seconds) // 10], seconds[min(len(seconds) - 1, 9 * len(seconds) // 10)]
-    name, middle = str(dtype).removeprefix("torch."), statistics.median(seconds)
-    run.rows.append(
-        Measured(str(case), name, direction, contender.name, contender.group, how, middle, low, high, moved, call)
-    )
-
-
 def measure(
     run: Run, case: GpuCase, dtype: torch.dtype, contender: GpuContender, inputs: Inputs, wanted: Expected
 ) -> None:
@@ -204,9 +147,9 @@ def measure(
         forward_graph = contender.graph and (lambda: contender.graph(inputs))
         size = (forward_graph() if forward_graph else tokens).values.nbytes
         with torch.no_grad():
-            timed = _timed(run, lambda: call(inputs), forward_graph)
+            found = timed(run, lambda: call(inputs), forward_graph)
             seconds = statistics.median(wall(lambda: call(inputs), run.flush, run.device) for _ in range(run.reps))
-        _row(run, case, dtype, FORWARD, contender, timed, inputs.x.nbytes + size, seconds)
+        run.add(case, dtype, FORWARD, contender.name, contender.group, found, inputs.x.nbytes + size, seconds)
 
         with side_stream(run.device):  # where the forward runs the backward will, so it can be captured there
             tokens = (contender.graph or call)(leaf)
@@ -217,8 +160,8 @@ def measure(
                 return torch.autograd.grad(tokens.values, leaf.x, grad, retain_graph=True)
 
             backward()
-            timed = _timed(run, backward, backward if contender.graph else None)
-        _row(run, case, dtype, BACKWARD, contender, timed, inputs.x.nbytes + grad.nbytes, None)
+            found = timed(run, backward, backward if contender.graph else None)
+        run.add(case, dtype, BACKWARD, contender.name, contender.group, found, inputs.x.nbytes + grad.nbytes)
 
 
 def batches(cases: Sequence[GpuCase], device: torch.device) -> Iterator[tuple[GpuCase, torch.dtype, Inputs]]:
@@ -275,7 +218,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     run = Run(device, reps, time.monotonic() + options.budget, Flush(device))
     run.copy_rate = measure_copy(run, 1 << 20 if options.dry else COPY_BYTES)
     print(gpu_report.heading(run.copy_rate, options.dry), flush=True)
+    gpu_packing.measure_packing(run, options.dry)
     measure_all(run, DRY_CASES if options.dry else CASES, options.dry)
+    gpu_packing.measure_decoder(run, options.dry)
     rows = [asdict(row) for row in run.rows]
     document = gpu_report.document(rows, run.copy_rate, run.skipped, run.wrong, {"reps": reps, "dry": options.dry})
     path = options.json or ROOT / "benchmarks" / "results" / f"{gpu_report.slug()}-cuda.json"

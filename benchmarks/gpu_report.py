@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from benchmarks import machine
-from benchmarks.report import _align
+from benchmarks.report import align
 from fastcompress import info
 
 SCHEMA = 1
@@ -106,11 +106,16 @@ def text(document: dict[str, Any]) -> str:
     for row in document["summary"]:
         multiples = [f"{row['multiples'][name]:.2f}" if name in row["multiples"] else "" for name in _GROUPS]
         call = "" if row["call"] is None else f"{row['call'] * 1e6:.1f}"
-        rate = f"{row['bytes_per_second'] / 1e9:.0f}"
-        share = f"{100 * row['share_of_copy']:.0f} %"
+        moves = row["bytes_per_second"] > 0  # what computes is not measured by its bytes
+        rate = f"{row['bytes_per_second'] / 1e9:.0f}" if moves else ""
+        share = f"{100 * row['share_of_copy']:.0f} %" if moves else ""
         name = f"{row['case']}, {row['dtype']}, {row['direction']}"
         lines.append([name, f"{row['seconds'] * 1e6:.1f}", row["how"], rate, share, *multiples, call])
     notes = [f"WRONG: {text}" for text in document["wrong"]]
     notes += [f"not measured: {text}" for text in document["skipped"]]
+    for row in document["rows"]:
+        if row.get("peak") is not None:
+            name = f"{row['case']}, {row['direction']}: {row['contender']}"
+            notes.append(f"{name}: {row['peak'] / 1e6:.0f} MB at most, {row['median'] * 1e3:.1f} ms")
     notes.append("x: the best of a group, in multiples of our time; call: end to end, with launching and waiting")
-    return "\n".join([*notes, "", _align(lines)])
+    return "\n".join([*notes, "", align(lines)])

@@ -85,7 +85,7 @@ def dry_steps() -> list[Step]:
     """The same for a machine without a GPU."""
     interpreter = {"TRITON_INTERPRET": "1"}
     no_triton = "" if importlib.util.find_spec("triton") else "triton is not installed"
-    some = "short_parts or hostile_segments or stream or 32_bits or compiled or (graph and float32-uniform)"
+    some = "short_parts or packing or hostile_segments or stream or 32_bits or compiled or (graph and float32-uniform)"
     triton = tests(["gpu"], "cpu", "triton", "-k", "short_parts")
     return [
         build_step({"FASTCOMPRESS_CUDA": "none"}, ROOT / "build" / "gpu-dry"),

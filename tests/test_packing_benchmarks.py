@@ -51,19 +51,19 @@ def test_gradients_of_the_forms_agree():
 
 def test_the_decoder_is_checked_timed_and_its_memory_read(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
-    for table in decoder.measure(1, 1, True, 1):
+    for table in decoder.measure(1, 1, "quick", 1):
         assert set(table.samples) == set(decoder.FORMS)
         assert all(peak is None or peak > 0 for peak in table.peaks.values())
         assert "padding" in report.decoder_text(table)
-    assert 0.2 < decoder.padding(decoder.lengths(False)) < 0.8
+    assert 0.2 < decoder.padding(decoder.lengths(decoder.SIZES["cpu"])) < 0.8
 
-    def build(form: str, quick: bool, right=decoder.build):
-        call = right(form, quick)
+    def build(form: str, size: decoder.Size, right=decoder.build):
+        call = right(form, size)
         return call if form != decoder.OURS else lambda backward: (call(backward)[0] + 1, call(backward)[1])
 
     monkeypatch.setattr(decoder, "build", build)
     with pytest.raises(WrongResult, match="packed, fastcompress: logits are off by 1"):
-        decoder.measure(1, 1, True, 1)
+        decoder.measure(1, 1, "quick", 1)
 
 
 def test_the_command_writes_them_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

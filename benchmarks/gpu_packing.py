@@ -1,0 +1,113 @@
+"""Packing, and a packed decoder against a padded one, on a GPU: for ``python -m benchmarks.gpu``."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+from benchmarks import decoder, packing
+from benchmarks.device import elapsed, side_stream, synchronize, wall
+from benchmarks.gpu_run import BACKWARD, FORWARD, Run, timed
+from benchmarks.packing import Batch, PackCase
+
+
+def _bound(batch: Batch) -> Tensor:
+    return packing.fastcompress_pack(batch, compact=False)
+
+
+def _copy(batch: Batch) -> Tensor:
+    return packing.fastcompress_pack(batch).clone()
+
+
+def measure_packing(run: Run, dry: bool) -> None:
+    """``pack`` on the backends, and what people write; bytes are each packed row read once and written once."""
+    dtype = torch.bfloat16
+    forms: list[tuple[str, str, Callable[[Batch], Tensor], Callable[[Batch], Tensor] | None, str | None]] = [
+        ("fastcompress, cuda", "cuda", packing.fastcompress_pack, _bound, None if dry else "cuda")
+    ]
+    if importlib.util.find_spec("triton") and (not dry or os.environ.get("TRITON_INTERPRET") == "1"):
+        forms.append(("fastcompress, triton", "triton", packing.fastcompress_pack, _bound, "triton"))
+    forms += [(name, "eager", form, None, None) for name, form in packing.FORMS.items() if name != packing.OURS]
+    for case in (packing.QUICK,) if dry else packing.CASES:
+        batch = packing.batch(case, dtype, run.device)
+        for name, group, form, graph, backend in forms:
+            if time.monotonic() > run.deadline:
+                run.skipped.append(f"{name}, pack {case.name}: out of time")
+                continue
+            try:
+                with fc.backend(backend) if backend else contextlib.nullcontext():
+                    _measure_form(run, case, batch, dtype, (name, group), form, graph)
+            except Exception as error:  # our own failing is an error, another's must not stop us
+                text = f"{name}, pack {case.name}: {type(error).__name__}: {error}".splitlines()[0]
+                (run.wrong if name.startswith("fastcompress") else run.skipped).append(text)
+        print(f"measured: pack, {case.name}", flush=True)
+
+
+def _measure_form(
+    run: Run, case: PackCase, batch: Batch, dtype: torch.dtype, who: tuple[str, str], form: Callable[[Batch], Tensor],
+    graph: Callable[[Batch], Tensor] | None,
+) -> None:  # fmt: skip
+    name = f"pack {case.name} x {case.width}"
+    moved = 2 * case.tokens * case.width * dtype.itemsize
+    packing.check(who[0], batch, form(batch))
+    if graph is not None:
+        packing.check(who[0], batch, graph(batch))
+    with torch.no_grad():
+        found = timed(run, lambda: form(batch), graph and (lambda: graph(batch)))
+        call = statistics.median(wall(lambda: form(batch), run.flush, run.device) for _ in range(run.reps))
+    run.add(name, dtype, FORWARD, *who, found, moved, call)
+    with side_stream(run.device):
+        leaf = Batch(**(vars(batch) | {"audio": batch.audio.detach().requires_grad_()}))
+        out = (graph or form)(leaf)
+        grad = torch.randn_like(out)
+        synchronize(run.device)
+
+        def backward() -> tuple[Tensor, ...]:
+            return torch.autograd.grad(out, leaf.audio, grad, retain_graph=True)
+
+        backward()
+        found = timed(run, backward, backward if graph else None)
+    run.add(name, dtype, BACKWARD, *who, found, 2 * batch.audio.nbytes)
+
+
+def measure_decoder(run: Run, dry: bool) -> None:
+    """A decoder on a packed batch and padded, in bf16: time, and what it allocates at most."""
+    if not decoder.available():
+        run.skipped.append("decoder: transformers is not installed")
+        return
+    size, dtype = decoder.SIZES["quick" if dry else "gpu"], torch.bfloat16
+    name = f"decoder, {size.layers} layers x {size.width}, {decoder.padding(decoder.lengths(size)):.0%} padding"
+    for form in decoder.FORMS:
+        if time.monotonic() > run.deadline:
+            run.skipped.append(f"{form}, {name}: out of time")
+            continue
+        try:
+            call = decoder.build(form, size, run.device, dtype)
+            for direction in decoder.DIRECTIONS:
+                _time_decoder(run, name, direction, form, call)
+        except Exception as error:  # such as one that the memory does not hold
+            run.skipped.append(f"{form}, {name}: {type(error).__name__}: {error}".splitlines()[0])
+    print(f"measured: {name}", flush=True)
+
+
+def _time_decoder(run: Run, name: str, direction: str, form: str, call: Callable[[bool], Any]) -> None:
+    backward = direction != "forward"
+    call(backward)
+    peak = None
+    if run.device.type == "cuda":
+        before = torch.cuda.memory_allocated(run.device)
+        torch.cuda.reset_peak_memory_stats(run.device)
+        call(backward)
+        peak = torch.cuda.max_memory_allocated(run.device) - before
+    seconds = sorted(elapsed(lambda: call(backward), run.flush, run.device, min(run.reps, 10)))
+    group = "cuda" if form == decoder.OURS else "eager"
+    run.add(name, torch.bfloat16, direction, form, group, ("events", seconds), 0, None, peak)

@@ -42,7 +42,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--no-floor", action="store_true", help="leave out the memory floor")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
-    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/<machine>-cpu.json")
+    parser.add_argument("--save", action="store_true", help="write it to benchmarks/results/<machine>-[parts-]cpu.json")
     options = parser.parse_args(argv)
     options.cases = options.cases or (["quick", "tiny"] if options.quick else [c.name for c in CASES if c.default])
     options.threads = options.threads or ([1] if options.quick else [n for n in (1, 2) if n <= machine.cores()])
@@ -134,7 +134,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     document = report.document(tables, memory, settings, packed, decoders)
     paths = [options.json] if options.json else []
     if options.save:
-        paths.append(_RESULTS / f"{machine.slug()}-cpu.json")
+        some = "" if set(options.parts) == set(_PARTS) else "-".join(options.parts) + "-"
+        paths.append(_RESULTS / f"{machine.slug()}-{some}cpu.json")
     for path in paths:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(document, indent=1) + "\n")

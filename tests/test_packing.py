@@ -280,6 +280,10 @@ def test_row_groups():
     assert fc.row_groups(ids, AUDIO, placeholder_counts=counts).tolist() == [[0, 1, 1, 0, 2], [3, 4, 0, 0, 5]]
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
     assert fc.row_groups(ids, AUDIO, attention_mask=mask).tolist() == [[-1, 1, 1, 0, 2], [3, 3, 0, 0, -1]]
+    masked = fc.row_groups(ids, AUDIO, attention_mask=mask, placeholder_counts=torch.tensor([2, 1, 1, 1]))
+    assert masked.tolist() == [[-1, 1, 1, 0, 2], [3, 4, 0, 0, -1]]
+    held = fc.row_groups(torch.full((1, 4), AUDIO), AUDIO, attention_mask=mask[:1, :4], placeholder_counts=torch.tensor([1, 2]))
+    assert held.tolist() == [[-1, 1, 2, 2]]  # a placeholder under the mask is none
     flat = fc.row_groups(ids.view(-1), AUDIO, cu_seqlens=torch.tensor([0, 5, 10]))
     assert flat.tolist() == [0, 1, 1, 0, 2, 3, 3, 0, 0, 4] and flat.dtype == torch.int32
     assert fc.row_groups(ids.view(-1), AUDIO).tolist() == [0, 1, 1, 0, 2, 2, 2, 0, 0, 3]
@@ -291,6 +295,18 @@ def test_audios_side_by_side_stay_apart():
     for counts, expected in ((None, 1), (torch.tensor([3, 5]), 2), (1, 8)):
         packed = fc.pack(ids, inputs_embeds=x, rule=fc.LocalMax(), placeholder=AUDIO, placeholder_counts=counts)
         assert len(packed.source) == expected
+
+
+@pytest.mark.parametrize("backend", (None, "reference"))
+def test_an_audio_ends_with_its_sample(backend: str | None):
+    """Also where the next sample starts with a group of the same number."""
+    table, audio = torch.arange(5.0)[:, None], torch.arange(10.0, 15.0)[:, None]
+    group, cu = torch.tensor([[0, 1], [1, 0]]).int(), torch.tensor([0, 3, 5])
+    with contextlib.nullcontext() if backend is None else fc.backend(backend):
+        for ids, layout in ((torch.tensor([[1, 0], [0, 2]]), {}), (torch.tensor([1, 0, 0, 2]), {"cu_seqlens": torch.tensor([0, 2, 4])})):
+            packed = fc.pack(ids, table, audio, audio_cu_seqlens=cu, row_group=group.view(ids.shape), **layout)
+            assert packed.inputs_embeds[:, 0].tolist() == [1, 10, 11, 12, 13, 14, 2]
+            assert packed.cu_seqlens.tolist() == [0, 4, 7]
 
 
 # Unpacking

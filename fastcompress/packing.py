@@ -142,15 +142,16 @@ def row_groups(
     cu_seqlens: Tensor | None = None,
     placeholder_counts: Tensor | int | None = None,
 ) -> Tensor:
-    """Row groups of token ids: -1 where the mask is 0, ``k`` for the k-th audio of the batch, 0 for text.
+    """Row groups of token ids: -1 where the mask is 0, 0 for text, positive for audio, where neighbouring rows of one
+    number are one audio.
 
     Args:
         input_ids: ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
         placeholder: the id that stands for audio.
         attention_mask: ``[B, L]``, 0 for padding on either side.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input: two audios never share a run across samples.
-        placeholder_counts: how placeholders are audios. ``None``: each run of them is one. 1: each is one. ``[A]``
-            int32 or int64: audio ``i`` has so many, so that audios next to each other stay apart.
+        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sample.
+        placeholder_counts: how placeholders are audios. ``None``: each run of them in a sample is one. 1: each is one.
+            ``[A]`` int32 or int64: audio ``i`` has so many, so that audios next to each other stay apart.
 
     Returns:
         int32 of the shape of ``input_ids``.
@@ -166,28 +167,25 @@ def row_groups(
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
     kept = None if attention_mask is None else attention_mask.bool()
     is_audio = input_ids == placeholder
-    if kept is not None:
-        is_audio &= kept
-    flat = is_audio.reshape(-1)
-    if isinstance(placeholder_counts, Tensor):
+    if placeholder_counts is None:
+        group = is_audio.int()
+    elif isinstance(placeholder_counts, Tensor):
         _check_ids("placeholder_counts", placeholder_counts)
         check_same_device("placeholder_counts", placeholder_counts, input_ids)
         if placeholder_counts.dim() != 1:
             raise ValueError(f"placeholder_counts must have shape [A], got {list(placeholder_counts.shape)}")
+        if kept is not None:
+            is_audio &= kept
+        flat = is_audio.reshape(-1)
         if _reads_values(input_ids):
             _check_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
-        audio = torch.searchsorted(placeholder_counts.cumsum(0), flat.cumsum(0) - 1, right=True) + 1
+        audio = torch.searchsorted(placeholder_counts.cumsum(0), flat.cumsum(0) - 1, right=True, out_int32=True) + 1
+        group = (audio * flat).view(input_ids.shape)
     elif placeholder_counts == 1 and not isinstance(placeholder_counts, bool):
-        audio = flat.cumsum(0)
-    elif placeholder_counts is None:
-        previous = torch.nn.functional.pad(is_audio[..., :-1], (1, 0))
-        if cu_seqlens is not None:
-            first = torch.zeros(flat.shape[0] + 1, dtype=torch.bool, device=flat.device)
-            previous &= ~first.index_fill(0, cu_seqlens.long().clamp(0, flat.shape[0]), True)[:-1]
-        audio = (is_audio > previous).reshape(-1).cumsum(0)
+        number = torch.arange(1, input_ids.numel() + 1, dtype=torch.int32, device=input_ids.device)
+        group = number.view(input_ids.shape) * is_audio
     else:
         raise ValueError(f"placeholder_counts must be None, 1 or a tensor, got {placeholder_counts!r}")
-    group = audio.mul_(flat).int().view(input_ids.shape)
     return group if kept is None else group.masked_fill_(~kept, -1)
 
 

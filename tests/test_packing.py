@@ -272,21 +272,39 @@ def test_large_rows_use_every_thread():
 # Row groups
 
 
+def runs(group: Tensor) -> list[list[Any]]:
+    """What row groups say of each sample: rows dropped, rows of text, and how long each audio is."""
+    said = []
+    for sample in group.tolist():
+        items: list[Any] = []
+        for i, k in enumerate(sample):
+            if k <= 0:
+                items.append({0: "text", -1: "dropped"}[k])
+            elif i and sample[i - 1] == k:
+                items[-1] += 1
+            else:
+                items.append(1)
+        said.append(items)
+    return said
+
+
 def test_row_groups():
     ids = torch.tensor([[5, AUDIO, AUDIO, 6, AUDIO], [AUDIO, AUDIO, 7, 8, AUDIO]])
-    assert fc.row_groups(ids, AUDIO).tolist() == [[0, 1, 1, 0, 2], [3, 3, 0, 0, 4]]
-    assert fc.row_groups(ids, AUDIO, placeholder_counts=1).tolist() == [[0, 1, 2, 0, 3], [4, 5, 0, 0, 6]]
-    counts = torch.tensor([2, 1, 1, 1, 1])
-    assert fc.row_groups(ids, AUDIO, placeholder_counts=counts).tolist() == [[0, 1, 1, 0, 2], [3, 4, 0, 0, 5]]
     mask = torch.tensor([[0, 1, 1, 1, 1], [1, 1, 1, 1, 0]])
-    assert fc.row_groups(ids, AUDIO, attention_mask=mask).tolist() == [[-1, 1, 1, 0, 2], [3, 3, 0, 0, -1]]
-    masked = fc.row_groups(ids, AUDIO, attention_mask=mask, placeholder_counts=torch.tensor([2, 1, 1, 1]))
-    assert masked.tolist() == [[-1, 1, 1, 0, 2], [3, 4, 0, 0, -1]]
+    counts = torch.tensor([2, 1, 1, 1, 1])
+    assert runs(fc.row_groups(ids, AUDIO)) == [["text", 2, "text", 1], [2, "text", "text", 1]]
+    assert runs(fc.row_groups(ids, AUDIO, placeholder_counts=1)) == [["text", 1, 1, "text", 1], [1, 1, "text", "text", 1]]
+    grouped = fc.row_groups(ids, AUDIO, placeholder_counts=counts)
+    assert runs(grouped) == [["text", 2, "text", 1], [1, 1, "text", "text", 1]] and grouped.dtype == torch.int32
+    dropped = [["dropped", 2, "text", 1], [2, "text", "text", "dropped"]]
+    assert runs(fc.row_groups(ids, AUDIO, attention_mask=mask)) == dropped
+    dropped[1][:1] = [1, 1]
+    assert runs(fc.row_groups(ids, AUDIO, attention_mask=mask, placeholder_counts=counts[:4])) == dropped
     held = fc.row_groups(torch.full((1, 4), AUDIO), AUDIO, attention_mask=mask[:1, :4], placeholder_counts=torch.tensor([1, 2]))
-    assert held.tolist() == [[-1, 1, 2, 2]]  # a placeholder under the mask is none
-    flat = fc.row_groups(ids.view(-1), AUDIO, cu_seqlens=torch.tensor([0, 5, 10]))
-    assert flat.tolist() == [0, 1, 1, 0, 2, 3, 3, 0, 0, 4] and flat.dtype == torch.int32
-    assert fc.row_groups(ids.view(-1), AUDIO).tolist() == [0, 1, 1, 0, 2, 2, 2, 0, 0, 3]
+    assert runs(held) == [["dropped", 1, 2]]  # a placeholder under the mask is none
+    for how in (None, 1, counts):
+        flat = fc.row_groups(ids.view(-1).int(), AUDIO, cu_seqlens=torch.tensor([0, 5, 10]), placeholder_counts=how)
+        assert torch.equal(flat.view(2, 5) > 0, ids == AUDIO) and flat.dtype == torch.int32
 
 
 def test_audios_side_by_side_stay_apart():

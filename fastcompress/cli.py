@@ -7,6 +7,7 @@ returns the exit code. What only one subcommand needs is imported inside it, so 
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import sys
@@ -106,6 +107,10 @@ def _run_inspect(options: argparse.Namespace) -> int:
     pictures = _picture_paths(options.files, options.png)
     if pictures:
         from fastcompress import plotting
+    for picture in pictures:
+        _check_writable(f"--png {options.png}", picture)
+    if options.json:
+        _check_writable(f"--json {options.json}", options.json)
     source = _load_encoder(options.encoder) if options.encoder else inspection.LogMel()
     failed: list[str] = []
     tables: list[dict[str, Any]] = []
@@ -125,7 +130,6 @@ def _run_inspect(options: argparse.Namespace) -> int:
         tables.append(inspection.to_dict(inspected))
         if pictures:
             try:
-                pictures[number].parent.mkdir(parents=True, exist_ok=True)
                 plotting.draw(inspected, pictures[number], options.start, options.seconds)
                 print(f"picture: {pictures[number]}", flush=True)
             except (ValueError, OSError) as error:
@@ -133,7 +137,6 @@ def _run_inspect(options: argparse.Namespace) -> int:
                 _print_error(f"{file}: {error}")
     if options.json:
         try:
-            options.json.parent.mkdir(parents=True, exist_ok=True)
             options.json.write_text(json.dumps(tables), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
@@ -174,6 +177,20 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
             raise UserError(f"--png {png}: {pictures[picture]} and {file} would both be drawn to {picture}")
         pictures[picture] = file
     return list(pictures)
+
+
+def _check_writable(option: str, path: Path) -> None:
+    """Makes the folder of a file that is to be written, and says now, before the work, if the file cannot be."""
+    try:
+        if path.parent.exists() and not path.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(f"{option}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _add_info(commands: Any) -> None:

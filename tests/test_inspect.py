@@ -202,13 +202,16 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
     (["a.wav", "--png", SPEECH], "neither a folder nor a .png file"),
     (["missing.wav"], "missing.wav: no such file or directory"),
     ([SPEECH, "--json", REPOSITORY], "is a directory"),
+    ([SPEECH, "--json", SPEECH / "a.json"], "a.json: not a directory"),
+    ([SPEECH, "--png", SPEECH / "a.png"], "a.png: not a directory"),
     ([SPEECH, "--encoder", "nowhere"], "nowhere: no such folder"),
     ([SPEECH, "--start", "5", "--png", "x.png"], "the picture starts at 5 s, but the audio is from 0 to 4.42 s"),
 ])  # fmt: skip
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
-    code, _, err = run(capsys, *arguments)
+    code, out, err = run(capsys, *arguments)
     assert code == 2
+    assert "--json" not in arguments or out == ""  # said before the work
     assert err.startswith("fastcompress: error: ") and err.endswith("\n") and err.count("\n") == 1
     assert message in err
 

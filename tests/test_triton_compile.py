@@ -10,6 +10,7 @@ import importlib.util
 import os
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ from triton.compiler import ASTSource
 
 from fastcompress.kernels.triton import OPS, boundaries, common, distance, pack, reduce, tiles
 
+ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -199,6 +201,28 @@ def test_sizes_of_one_compile(record, target: str):
     """Triton takes an argument of 1 for a constant."""
     for launch in record(*calls(torch.float32, 1, 1, 1, 1, thorough=True)):
         compiled(launch, target)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_with_the_oldest_triton(tmp_path: Path):
+    """Of those that pyproject.toml allows; beside the one that is installed, as it is not the oldest."""
+    oldest = re.search(r'"triton>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1] + ".0"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"triton=={oldest}"]
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"pip has not installed triton {oldest} in 300 s")
+    if done.returncode:
+        pytest.skip(f"pip cannot install triton {oldest}: {' '.join(done.stderr.split())[-300:]}")
+    names = ("test_every_kernel_compiles_without_spills", "test_rows_are_read_16_bytes_at_a_time")
+    nodes = [f"{__file__}::{name}[{target}]" for name in names for target in ("sm_90", "gfx942")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
+    check = f"import sys, pytest, triton; assert triton.__version__ == {oldest!r}; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", check, "-q", "-x", "-p", "no:cacheprovider", *nodes]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0 and "4 passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
 def scoring(record, dtype: torch.dtype, width: int = 1280) -> list[Launch]:

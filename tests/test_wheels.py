@@ -85,3 +85,10 @@ def test_a_wheel_that_is_not_what_its_name_says():
     for label, version, right in cases:
         problem = wheel_test.wrong_library(Path(name.format(label)), {"cuda_version": version})
         assert (problem is None) is right
+
+
+def test_no_extra_pins_a_triton():
+    """In an environment that sees the packages of another, a pinned one would hide the one that torch brings."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '"triton>=' in project and '"triton==' not in project
+    assert "triton==" in (ROOT / "requirements-triton.txt").read_text()

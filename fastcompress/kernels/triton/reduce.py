@@ -151,7 +151,7 @@ def sum_rows(
     """Sums of segments, [SEGMENTS, COLUMNS] in ACC; -0 for an empty one."""
     nothing = minus_zeros((1, 1), ACC)
     inside = column[None, :] < width
-    unroll: tl.constexpr = steps_in_flight(X)
+    unroll: tl.constexpr = steps_in_flight(X.dtype)
     longest = tl.max(length, 0)
     total = minus_zeros((SEGMENTS, COLUMNS), ACC)  # [SEGMENTS, COLUMNS]
     for first in range(0, longest, BLOCK):
@@ -215,7 +215,7 @@ def segment_reduce_fwd_kernel(
     elif REDUCE == "max":
         pointers = (X + start * stride)[:, None] + column[None, :]
         out = tl.load(pointers, mask=filled & inside, other=0).to(ACC)  # [SEGMENTS, COLUMNS]
-        for p in tl.range(1, tl.max(length, 0), loop_unroll_factor=steps_in_flight(X)):
+        for p in tl.range(1, tl.max(length, 0), loop_unroll_factor=steps_in_flight(X.dtype)):
             here = (p < length)[:, None]
             pointers = (X + (start + p) * stride)[:, None] + column[None, :]
             row = tl.load(pointers, mask=here & inside, other=0).to(ACC)  # [SEGMENTS, COLUMNS]

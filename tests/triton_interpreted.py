@@ -409,3 +409,19 @@ def test_launches(monkeypatch):
     starts, lengths, rows = given_segments()
     assert launches("segment_reduce", features("iid", rows, 8, torch.float32), starts, lengths, "mean") == 1
     assert launches("segment_expand", torch.ones(len(starts), 8), starts, lengths, rows, "mean") == 1
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.LocalMax(min_len=2), fc.Uniform(1)], ids=str)
+def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
+    """No aliases, and the strides and offsets of fresh tensors; with an odd upper bound of the segments too."""
+    x = packed("iid", 5, torch.float32, (4, 0, 10)).x
+    cu, d = offsets((4, 0, 10)), x[:, 0].contiguous()
+    with fc.backend("triton"):
+        for name, args in (("segment_pool", (x, None)), ("select_boundaries", (d,))):
+            op = getattr(torch.ops.fastcompress, name).default
+            args = *args, cu, None, None, *rule.op_args(), compact
+            if not compact:
+                starts, lengths = op(*args)[-3:-1]
+                assert starts.storage_offset() == lengths.storage_offset() == 0
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))

@@ -134,7 +134,7 @@ def prepare_sequences(rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths
 
     if checks_at_once():
         explain()
-    begin, end = torch.empty((2, count), dtype=torch.int64, device=rows.device)
+    begin, end = (torch.empty(count, dtype=torch.int64, device=rows.device) for _ in range(2))
     state = torch.empty(TILES.value + num_tiles, dtype=torch.int64, device=rows.device)
     sequences = Sequences(begin, end, state, count, shape.numel(), explain)
     grid = (1 + triton.cdiv(num_tiles, CLEARED.value),)

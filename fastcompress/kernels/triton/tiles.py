@@ -116,7 +116,8 @@ def collect_segments(
     *rule_args, has_group = bound_args
     bound = sequences.rows if has_group else max_segments(*rule_args, sequences.rows, sequences.count)
     device = sequences.state.device
-    starts, lengths = torch.empty((2, bound), dtype=torch.int64, device=device)
+    # Not two halves of one allocation: results that share a storage break compiled graphs.
+    starts, lengths = (torch.empty(bound, dtype=torch.int64, device=device) for _ in range(2))
     cu_segments = torch.empty(sequences.count + 1, dtype=torch.int32, device=device)
     values = None
     tile = {"SEGMENTS": 16, "COLUMNS": 16}

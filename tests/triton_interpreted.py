@@ -425,3 +425,22 @@ def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
                 starts, lengths = op(*args)[-3:-1]
                 assert starts.storage_offset() == lengths.storage_offset() == 0
             torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_default_device_does_not_matter():
+    """Neither for the numbers that are passed as bits, which a tensor on that device would wait for."""
+    x = features("iid", 20, 5, torch.float32)
+    for rule in (fc.Threshold(0.7312), fc.LocalMax(prominence=0.1)):
+        expected = DEFINITION["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
+        with torch.device("meta"):
+            actual = OPS["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b, str(rule))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-320, torch.inf, -torch.inf, 0.9999999999])
+def test_bits_of_numbers(value: float):
+    for dtype in (torch.float32, torch.float64):
+        wanted = torch.tensor(value, dtype=dtype).double().view(torch.int64).item()
+        assert tiles.rounded_threshold(value, dtype) == wanted
+    assert common.double_bits(value) == torch.tensor(value, dtype=torch.float64).view(torch.int64).item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -83,7 +84,7 @@ def checks_at_once() -> bool:
 
 def double_bits(value: float) -> int:
     """The bits of a double as an integer: Triton would pass the number itself in fp32."""
-    return torch.tensor(value, dtype=torch.float64).view(torch.int64).item()
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @dataclass

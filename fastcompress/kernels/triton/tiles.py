@@ -12,6 +12,7 @@ one sum to average. Not run on a GPU yet: the sizes below are from this count, n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -79,9 +80,11 @@ def bounded_size(size: int, rows: int) -> int:
     return min(size, rows + 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> int:
-    """Bits of the threshold, rounded to the dtype of the distances, as torch compares."""
-    return double_bits(torch.tensor(threshold, dtype=dtype).item())
+    """Bits of the threshold, rounded to the dtype of the distances, as torch compares. On the CPU whatever the default
+    device is: a tensor elsewhere would wait for it."""
+    return double_bits(torch.tensor(threshold, dtype=dtype, device="cpu").item())
 
 
 @dataclass(frozen=True)

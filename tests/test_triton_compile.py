@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import random
 import re
 import subprocess
 import sys
@@ -280,3 +281,23 @@ def test_rows_are_read_16_bytes_at_a_time(record, target: str):
     assert re.findall(wide, compiled(copy, target).asm[kind]) and re.findall(store, compiled(copy, target).asm[kind])
     # A width that allows none: the gate sees the difference.
     assert target != "sm_90" or not re.findall(wide, compiled(odd[0], target).asm[kind])
+
+
+def test_ragged_batches_share_their_kernels(record):
+    """Triton compiles a kernel again for an argument of 1 and for a multiple of 16, a second each time: not so for what
+    differs from batch to batch."""
+    rng = random.Random(0)
+
+    def ops(lengths: list[int]) -> Iterator[Callable[[], Any]]:
+        rows, segments = sum(lengths), sum(lengths) // rng.randint(2, 9)
+        yield from calls(torch.bfloat16, rows, 72, len(lengths), segments, thorough=False)
+        x, kept = torch.zeros(len(lengths), max(lengths), 72), torch.zeros(len(lengths), dtype=torch.int64)
+        yield lambda: OPS["segment_pool"](x, None, None, kept, None, *fc.LocalMax().op_args(), False)
+
+    batches = [[rng.randint(0, 60) for _ in range(rng.randint(2, 150))] for _ in range(200)]
+    batches += [[1, 15], [16] * 16, [17], [64] * 128]
+    first = record(*ops([3, 70, 20]))
+    every = record(*(call for lengths in batches for call in ops(lengths)))
+    extra = sorted(launch.name for launch in every if launch not in first)
+    # One, of one word or eight a thread, for each layout.
+    assert extra == ["prepare_sequences_kernel"] * 2

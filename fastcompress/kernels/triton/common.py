@@ -25,6 +25,13 @@ TILES = tl.constexpr(3)
 OWN_COUNT = tl.constexpr(1)  # of the tile alone
 COUNT_SO_FAR = tl.constexpr(2)  # of the tile and all before it
 
+#: Arguments that differ from batch to batch. Triton would compile a kernel for each of 1, multiples of 16 and others, a
+#: second each time, for nothing: wide loads hang on widths and strides alone.
+BATCH_SIZES = [
+    "num_rows", "num_sequences", "steps", "padded_length", "num_segments", "num_tiles", "bound", "count",
+    "num_texts", "num_audio_rows",
+]  # fmt: skip
+
 #: Words that the preparing kernel clears a program.
 CLEARED = tl.constexpr(1024)
 
@@ -142,12 +149,12 @@ def prepare_sequences(rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths
     launch(
         prepare_sequences_kernel, grid, rows,
         values, begin, end, state, count, padded_length, sequences.rows, num_tiles, PADDED=dim == 2,
-        BLOCK=min(1024, max(16, triton.next_power_of_2(count))),
+        BLOCK=128 if count <= 128 else 1024,
     )  # fmt: skip
     return sequences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def prepare_sequences_kernel(
     VALUES, BEGIN, END, STATE, num_sequences, padded_length, num_rows, num_tiles,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,

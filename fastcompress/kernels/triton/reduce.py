@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_segment_values
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     accumulate,
     as_rows,
     checks_at_once,
@@ -193,7 +194,7 @@ def picked_row(start, length, REDUCE: tl.constexpr):
         return start + (length - 1) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_reduce_fwd_kernel(
     X, stride, width, num_rows, WEIGHTS, STARTS, LENGTHS, num_segments, OUT,
     REDUCE: tl.constexpr, ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -227,7 +228,7 @@ def segment_reduce_fwd_kernel(
     tl.store(target, out.to(OUT.dtype.element_ty), mask=(m < num_segments)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_max_bwd_kernel(
     GRAD, grad_stride, Y, y_stride, X, stride, width, num_rows, STARTS, LENGTHS, num_segments, OUT,
     ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -250,7 +251,7 @@ def segment_max_bwd_kernel(
         wanted = wanted & (here == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_weighted_mean_bwd_kernel(
     GRAD, grad_stride, Y, y_stride, X, stride, width, num_rows, WEIGHTS, STARTS, LENGTHS, num_segments, OUT,
     GRAD_WEIGHTS, ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -275,7 +276,7 @@ def segment_weighted_mean_bwd_kernel(
             tl.store(target, (share[:, None] * grad).to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_expand_fwd_kernel(
     Y, stride, width, STARTS, LENGTHS, num_segments, steps, OUT, num_rows,
     REDUCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

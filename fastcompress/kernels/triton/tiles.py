@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     NEXT_TILE,
     TOTAL,
     Sequences,
@@ -231,7 +232,7 @@ def write_cu_segments(CU_SEGMENTS, END, num_sequences, steps, row, starts, first
         tl.store(CU_SEGMENTS, 0)
 
 
-@triton.jit(do_not_specialize=["threshold_bits"])
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits"])
 def segment_pool_fwd_kernel(
     X, stride, width, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, STATE, num_tiles,
     STARTS, LENGTHS, CU_SEGMENTS, VALUES, bound, size, threshold_bits: tl.int64, halo, judged, owned,

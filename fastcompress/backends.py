@@ -78,8 +78,11 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no such backend.
         RuntimeError: it cannot be used here; the message says why. What depends on the GPU shows at the first call with
-            a CUDA tensor, if there has been none yet.
+            a CUDA tensor, if there has been none yet. Or a function with the block inside is being compiled or
+            exported.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("fastcompress.backend has no effect inside a compiled function: put it around the calls")
     request = _push(name, "fastcompress.backend")
     try:
         yield
@@ -272,7 +275,12 @@ def _default() -> Choice:
 
 def _covers_cpu(name: str) -> bool:
     """Whether a backend takes CPU tensors."""
-    return name == "reference" or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    return name == "reference" or (name == "triton" and _interpreted())
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets kernels: in the words that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _asked_for(request: _Request) -> Choice:

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from fastcompress import backends
+
 numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,3 +90,9 @@ def test_what_the_interpreter_does_not_run_with():
     assert no_interpreter("3.6.0", "2.4.6") == "the interpreter of triton 3.6.0 does not run with numpy 2.4.6"
     assert not no_interpreter("3.6.0", "2.3.5") and not no_interpreter("3.7.1", "2.4.6")
     assert not no_interpreter("3.10.0+git1", "2.10.0")
+
+
+@pytest.mark.parametrize("word", ["1", "TRUE", "on", "Yes", "y", "0", "false", "", "2"])
+def test_the_words_that_start_the_interpreter(word: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert backends._covers_cpu("triton") == triton.knobs.runtime.interpret

@@ -25,10 +25,12 @@ from tests.sample_inputs import DTYPES
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 

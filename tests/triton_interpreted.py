@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 
 import fastcompress as fc
 from fastcompress.kernels.triton import OPS, common, tiles
+from fastcompress.kernels.triton.reduce import segment_grid, segment_tile
 from fastcompress.reference import OPS as DEFINITION
 from fastcompress.rules import max_segments
 from tests.sample_inputs import (
@@ -444,3 +445,13 @@ def test_bits_of_numbers(value: float):
         wanted = torch.tensor(value, dtype=dtype).double().view(torch.int64).item()
         assert tiles.rounded_threshold(value, dtype) == wanted
     assert common.double_bits(value) == torch.tensor(value, dtype=torch.float64).view(torch.int64).item()
+
+
+def test_rows_that_are_too_wide():
+    """As many programs side by side as they need cannot be launched."""
+    x, starts = torch.zeros(1, 2**21 + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
+        OPS["segment_reduce"](x, starts, starts + 1, "mean")
+    with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
+        OPS["segment_max_backward"](x, x, x, starts, starts + 1)
+    assert segment_grid(1, 2**21, segment_tile(2**21, torch.float64))[1] <= 65_535

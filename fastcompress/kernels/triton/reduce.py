@@ -33,6 +33,8 @@ from fastcompress.kernels.triton.dot import row_dot, steps_in_flight
 BLOCK = tl.constexpr(64)
 #: Elements of a tile [segments, columns]: 16 a thread (8 in fp64), so that a sum and a block's sum stay in registers.
 TILE = 2048
+#: Columns of a row, as of the CUDA ops: programs lie side by side along them, up to 65,535.
+MAX_WIDTH = 1 << 21
 #: Rows a program of the adjoint.
 EXPAND_ROWS = 16
 
@@ -41,6 +43,12 @@ def segment_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Segments and columns a program: rows in pieces of up to 512 bytes, as many segments as make ``TILE`` elements."""
     columns = column_block(width, dtype, 256)
     return {"SEGMENTS": min(16 if dtype == torch.float64 else 64, TILE // columns), "COLUMNS": columns}
+
+
+def segment_grid(segments: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
+    if width > MAX_WIDTH:
+        raise RuntimeError(f"rows must not be wider than {MAX_WIDTH}, got {width}")
+    return triton.cdiv(segments, tile["SEGMENTS"]), triton.cdiv(width, tile["COLUMNS"])
 
 
 def check_at_once(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
@@ -63,7 +71,7 @@ def _reduce(x: Tensor, weights: Tensor | None, starts: Tensor, lengths: Tensor, 
     out = torch.empty((starts.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     tile = segment_tile(x.shape[1], x.dtype)
-    grid = (triton.cdiv(starts.shape[0], tile["SEGMENTS"]), triton.cdiv(x.shape[1], tile["COLUMNS"]))
+    grid = segment_grid(starts.shape[0], x.shape[1], tile)
     launch(
         segment_reduce_fwd_kernel, grid, x, rows, rows.stride(0), rows.shape[1], rows.shape[0], weights, flat(starts),
         flat(lengths), starts.shape[0], out, num_warps=warps(x.dtype),
@@ -78,7 +86,7 @@ def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, len
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     rows, grad_rows, y_rows = as_rows(x), as_rows(grad), as_rows(y)
     tile = segment_tile(x.shape[1], x.dtype)
-    grid = (triton.cdiv(starts.shape[0], tile["SEGMENTS"]), triton.cdiv(x.shape[1], tile["COLUMNS"]))
+    grid = segment_grid(starts.shape[0], x.shape[1], tile)
     launch(
         segment_max_bwd_kernel, grid, x,
         grad_rows, grad_rows.stride(0), y_rows, y_rows.stride(0), rows, rows.stride(0), rows.shape[1], rows.shape[0],

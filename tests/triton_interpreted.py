@@ -455,3 +455,15 @@ def test_rows_that_are_too_wide():
     with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
         OPS["segment_max_backward"](x, x, x, starts, starts + 1)
     assert segment_grid(1, 2**21, segment_tile(2**21, torch.float64))[1] <= 65_535
+
+
+@pytest.mark.parametrize("runs, kept", [(3, 3), (30, 41)])
+def test_few_segments_do_not_hold_the_memory_of_many(runs: int, kept: int):
+    """Of 41 segments at most, less than half are few."""
+    x = features("iid", runs, 4, torch.float32)[torch.arange(40) * runs // 40]
+    args = None, None, None, *fc.Threshold(1e-4).op_args(), True
+    d = DEFINITION["adjacent_distance"](x, None, None, 1)
+    for results in (OPS["segment_pool"](x, None, *args), OPS["select_boundaries"](d, *args)):
+        for tensor in results[:-1]:
+            rows = tensor.untyped_storage().nbytes() // (tensor.element_size() * tensor[0].numel())
+            assert (len(tensor), rows) == (runs, kept)

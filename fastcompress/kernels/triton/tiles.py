@@ -155,9 +155,15 @@ def collect_segments(
     )  # fmt: skip
     if compact:
         total = sequences.read_total()
-        starts, lengths = starts[:total], lengths[:total]
-        values = None if values is None else values[:total]
+        starts, lengths = first_rows(starts, total), first_rows(lengths, total)
+        values = None if values is None else first_rows(values, total)
     return values, starts, lengths, cu_segments
+
+
+def first_rows(tensor: Tensor, count: int) -> Tensor:
+    """A copy where less than half is kept, so that the memory of the upper bound is not held for long."""
+    rows = tensor[:count]
+    return rows if 2 * count >= tensor.shape[0] else rows.clone()
 
 
 @triton.jit

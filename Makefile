@@ -29,8 +29,8 @@ help:
 	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
 	@echo "make wheel-test the newest wheel in dist/ in empty environments; downloads gigabytes of torch"
 
-# A torch that is there already is used, from 2.10 on; else the pinned one is fetched.
-$(READY): pyproject.toml requirements-torch.txt
+# A torch that is there already is used, from 2.10 on; else the pinned one is fetched. Likewise triton, of any version.
+$(READY): pyproject.toml requirements-torch.txt requirements-triton.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "fastcompress needs Python 3.10 or later; $(PYTHON) is older (make PYTHON=...)"; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
@@ -44,6 +44,7 @@ $(READY): pyproject.toml requirements-torch.txt
 	@echo "installing the development requirements into $(VENV)"
 	$(BIN)/python -m pip install -q 'setuptools>=77' wheel ninja
 	$(BIN)/python -m pip install -q --no-build-isolation -e '.[audio,encoders,dev]'
+	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q -r requirements-triton.txt
 	@touch $@
 
 $(LIBRARY): $(READY) setup.py $(SOURCES)

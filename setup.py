@@ -24,6 +24,7 @@ import torch
 from setuptools import Extension, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
+from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
@@ -216,11 +217,20 @@ class AnyPythonWheel(bdist_wheel):
         return "py3", "none", super().get_tag()[2]
 
 
+class SourceDistribution(sdist):
+    """Its name must not end in the label of a CUDA build."""
+
+    def run(self) -> None:
+        if cuda():
+            sys.exit("fastcompress: a source distribution is for any CUDA, or none: unset FASTCOMPRESS_CUDA")
+        super().run()
+
+
 # The version of a CUDA build ends in a local label, such as +cu130.
 LABEL = f"+cu{cuda().version.replace('.', '')}" if cuda() else ""
 
 setup(
     ext_modules=[Extension("fastcompress._C", sources())],
-    cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": AnyPythonWheel},
+    cmdclass={"build_ext": NinjaBuildExt, "bdist_wheel": AnyPythonWheel, "sdist": SourceDistribution},
     options={"egg_info": {"tag_build": LABEL}},
 )

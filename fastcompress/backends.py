@@ -4,8 +4,8 @@ The ops are ordinary dispatcher ops. The compiled library registers its own kern
 on the alias key of every device. Any other choice is a set of Python kernels that is registered above the compiled ones
 for as long as it holds: the default costs nothing at a call, and compiled graphs and exported programs follow.
 
-The choice for CUDA tensors is made at the first call with one. Until then nothing here initialises CUDA, so that a
-process may fork after ``import fastcompress``.
+The choice for CUDA tensors is made at the first call with one, and from then on at once when a block opens or closes.
+Until then nothing here initialises CUDA, so that a process may fork after ``import fastcompress``.
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class _Request:
 #: Whether the first CUDA tensor still has to come. Read by ``ops/dispatch.py`` at every call.
 undecided = True
 
+_settled = False  # whether there has been one
 _lock = threading.RLock()
 _requests: list[_Request] = []  # the last one holds
 _override: torch.library.Library | None = None
@@ -77,8 +78,11 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: no such backend.
         RuntimeError: it cannot be used here; the message says why. What depends on the GPU shows at the first call with
-            a CUDA tensor.
+            a CUDA tensor, if there has been none yet. Or a function with the block inside is being compiled or
+            exported.
     """
+    if torch.compiler.is_compiling():
+        raise RuntimeError("fastcompress.backend has no effect inside a compiled function: put it around the calls")
     request = _push(name, "fastcompress.backend")
     try:
         yield
@@ -97,25 +101,53 @@ def _push(name: str, source: str) -> _Request:
     request = _Request(name, source)
     with _lock:
         _requests.append(request)
-        _apply()
+        try:
+            _apply()
+        except RuntimeError:  # the process knows its GPUs already, and it is none for them
+            _requests.remove(request)
+            _apply()
+            raise
     return request
 
 
 def _apply() -> None:
     """Makes the last request hold."""
-    global _override, undecided
-    if _override is not None:
-        _override._destroy()
-        _override = None
+    global undecided
     name = _requests[-1].backend if _requests else None
     undecided = name in (None, "cuda")
     if not undecided:
-        _override = override(_kernels(name), ("CUDA", "CPU") if _covers_cpu(name) else ("CUDA",))
+        _replace(_kernels(name), ("CUDA", "CPU") if _covers_cpu(name) else ("CUDA",))
+    elif _settled:
+        settle()
+    elif _why_no_cuda() is None:
+        _replace({name: _settle_first(name) for name in reference.OPS}, ("CUDA",))
+    else:
+        _replace({}, ())
+
+
+def _replace(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> None:
+    """Registers these kernels instead of those that were chosen before; none: the compiled ones show again."""
+    global _override
+    if _override is not None:
+        _override._destroy()
+    _override = override(kernels, keys) if kernels else None
+
+
+def _settle_first(name: str) -> Callable[..., Any]:
+    """Lies above a compiled kernel, which may not fit the GPU, until the choice is made: for the first call if it does
+    not pass through ops/dispatch.py, such as that of an exported program."""
+    op = getattr(torch.ops.fastcompress, name).default
+
+    def run(*args: Any) -> Any:
+        settle()
+        return op(*args)
+
+    return run
 
 
 def settle() -> bool:
     """Chooses for CUDA tensors, now that there is one. Returns False when torch sees no CUDA device (a traced one)."""
-    global _override, _warned, undecided
+    global _settled, _warned, undecided
     with _lock:
         if not undecided:
             return True
@@ -124,9 +156,8 @@ def settle() -> bool:
         choice = _default()
         if _requests and choice.backend != "cuda":
             raise RuntimeError(f"{_requests[-1].source}: the backend 'cuda' cannot be used: {_why_not_here()}")
-        if choice.backend != "cuda":
-            _override = override(_kernels(choice.backend), ("CUDA",))
-        undecided = False
+        _replace({} if choice.backend == "cuda" else _kernels(choice.backend), ("CUDA",))
+        undecided, _settled = False, True
     if choice.backend == "reference" and not _warned:
         _warned = True
         warnings.warn(
@@ -244,7 +275,12 @@ def _default() -> Choice:
 
 def _covers_cpu(name: str) -> bool:
     """Whether a backend takes CPU tensors."""
-    return name == "reference" or (name == "triton" and os.environ.get("TRITON_INTERPRET") == "1")
+    return name == "reference" or (name == "triton" and _interpreted())
+
+
+def _interpreted() -> bool:
+    """Whether Triton interprets kernels: in the words that it takes for yes."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _asked_for(request: _Request) -> Choice:
@@ -276,7 +312,7 @@ def _fallback(name: str) -> Callable[..., Any]:
     definition, op = reference.OPS[name], getattr(torch.ops.fastcompress, name).default
 
     def run(*args: Any) -> Any:
-        # Not settled yet: a call that did not pass through ops/dispatch.py, such as that of an exported program.
+        # Not settled yet: see _settle_first, which lies above compiled kernels alone.
         if undecided and args[0].is_cuda and settle():
             return op(*args)
         return definition(*args)
@@ -289,3 +325,5 @@ for _name in reference.OPS:
 
 if _value := os.environ.get(VARIABLE):
     _push(_value, VARIABLE)
+else:
+    _apply()

@@ -2,19 +2,22 @@
 
 usage: python scripts/gpu.py [--wheel WHEEL] [--dry]
 
-It runs in the Python that starts it, which needs torch with CUDA, triton, pytest and, to build, nvcc, setuptools and
-ninja. ``_C.so`` is built into the checkout for the GPU at hand, or taken from a wheel. ``--dry`` takes every step on
-a machine without a GPU, on small pieces: on the reference, in Triton's interpreter, without compute-sanitizer.
+It runs in the Python that starts it, which needs torch with CUDA, triton, what the tests import (``PACKAGES``) and, to
+build, nvcc, setuptools and ninja; pytest-xdist, if it is there, saves time. ``_C.so`` is built into the checkout for
+the GPU at hand, or taken from a wheel. ``--dry`` takes every step on a machine without a GPU, on small pieces: on the
+reference, in Triton's interpreter, without compute-sanitizer.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import os
 import re
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,11 +25,14 @@ import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO
 
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 470.0  # for everything
 BENCHMARK_SECONDS = 170.0  # of these, kept for the benchmark
-SUITE = ["distance", "boundaries", "reduce", "pool", "properties", "errors"]
+SUITE = ["distance", "boundaries", "reduce", "pool", "packing", "properties", "errors", "opcheck", "compile"]
+PACKAGES = ("pytest", "numpy", "scipy", "hypothesis")
+SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
 
@@ -38,6 +44,7 @@ class Step:
     command: Sequence[str]
     env: dict[str, str] = field(default_factory=dict)
     limit: float = 100.0
+    reserve: float = 10.0  # seconds that the steps before it leave to it
     missing: str = ""  # why it cannot run
     result: str = ""
     seconds: float = 0.0
@@ -69,10 +76,12 @@ def gpu_steps(wheel: Path | None) -> list[Step]:
     steps += [
         Step("info", [sys.executable, "-m", "fastcompress", "info"]),
         Step("GPU tests, cuda", tests(["gpu"], "cuda", "cuda")),
-        Step("GPU tests, triton", tests(["gpu"], "cuda", "triton"), missing=no_triton),
         Step("suite, cuda", tests(SUITE, "cuda", "cuda", *parallel)),
-        Step("suite, triton", tests(SUITE, "cuda", "triton", *checked, *parallel), missing=no_triton),
     ]
+    # Triton compiles first, a second for each of some hundred variants; the suite finds most of them done.
+    jobs = {"GPU tests, triton": tests(["gpu"], "cuda", "triton", *parallel)}
+    jobs["suite, triton"] = tests(SUITE, "cuda", "triton", *checked, *parallel)
+    steps += [Step(name, job, limit=150.0, reserve=45.0, missing=no_triton) for name, job in jobs.items()]
     sanitizer = shutil.which("compute-sanitizer")
     for tool in ("memcheck", "racecheck"):
         command = [sanitizer or "", "--tool", tool, "--report-api-errors", "no", "--error-exitcode", "99", *short]
@@ -101,6 +110,17 @@ def build_step(env: dict[str, str], target: Path | None = None) -> Step:
     return Step("build", [sys.executable, "setup.py", "-q", "build_ext", *where], env, limit=180.0)
 
 
+def what_is_missing(build: bool) -> str:
+    """What to install before anything can run."""
+    packages = [*PACKAGES, *(["ninja"] if build else [])]
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if build:
+        version = importlib.metadata.version("setuptools") if importlib.util.find_spec("setuptools") else "0"
+        if int(version.split(".")[0]) < SETUPTOOLS:
+            missing.append(f"'setuptools>={SETUPTOOLS}'")
+    return f"{sys.executable} -m pip install {' '.join(missing)}" if missing else ""
+
+
 def nvcc() -> str:
     """The version of the toolkit."""
     path = f"{os.environ['CUDA_HOME']}/bin/nvcc" if os.environ.get("CUDA_HOME") else shutil.which("nvcc")
@@ -117,6 +137,22 @@ def take_library(wheel: Path) -> None:
     print(f"fastcompress/_C.so is from {wheel.name}")
 
 
+def execute(command: Sequence[str], env: dict[str, str], seconds: float, output: IO[str] | None = None) -> int | None:
+    """The exit code of a command; ``None``: it took too long. Whatever it started ends with it then, so that nothing
+    shares the GPU with the next step."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    errors = None if output is None else subprocess.STDOUT
+    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=output, stderr=errors, start_new_session=True)
+    try:
+        return process.wait(seconds)
+    except BaseException as error:  # Ctrl-C too, which does not reach another session
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        if isinstance(error, subprocess.TimeoutExpired):
+            return None
+        raise
+
+
 def run(step: Step, logs: Path, seconds: float) -> None:
     """Runs a step, its output in a log file; prints the end of it."""
     print(f"\n== {step.name}: {step.missing or shlex.join(step.command)}", flush=True)
@@ -125,15 +161,11 @@ def run(step: Step, logs: Path, seconds: float) -> None:
         return
     log = logs / f"{re.sub('[^a-z0-9]+', '-', step.name.lower())}.log"
     start = time.monotonic()
-    env = {**os.environ, "PYTHONPATH": str(ROOT), **step.env}
     with open(log, "w") as output:
-        try:
-            done = subprocess.run(
-                step.command, cwd=ROOT, env=env, stdout=output, stderr=subprocess.STDOUT, timeout=max(1.0, seconds)
-            )
-            step.result = "passed" if done.returncode == 0 else f"FAILED with exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            step.result = f"FAILED: not done after {seconds:.0f} s"
+        code = execute(step.command, step.env, max(1.0, seconds), output)
+    step.result = "passed" if code == 0 else f"FAILED with exit code {code}"
+    if code is None:
+        step.result = f"FAILED: not done after {seconds:.0f} s"
     step.seconds = time.monotonic() - start
     lines = log.read_text(errors="replace").splitlines()
     print("\n".join(lines[-60 if step.failed else -3 if step.name != "info" else -40 :]), flush=True)
@@ -150,6 +182,8 @@ def main() -> int:
     options = parser.parse_args()
     begin = time.monotonic()
     left: Callable[[], float] = lambda: SECONDS - (time.monotonic() - begin)  # noqa: E731
+    if missing := what_is_missing(build=not options.wheel):
+        sys.exit(f"something is missing here: {missing}")
     import torch
 
     if options.dry:
@@ -163,17 +197,15 @@ def main() -> int:
         sys.exit("torch sees no CUDA device here; `make gpu DRY=1` takes every step without one")
     logs = ROOT / "build" / ("gpu-dry" if options.dry else "gpu")
     logs.mkdir(parents=True, exist_ok=True)
-    for step in steps:
-        run(step, logs, min(step.limit, left() - BENCHMARK_SECONDS))
+    for i, step in enumerate(steps):
+        later = sum(other.reserve for other in steps[i + 1 :] if not other.missing)
+        run(step, logs, min(step.limit, left() - BENCHMARK_SECONDS - later))
         if step.name == "build" and step.failed:
             return 1
     print(f"\n{summary(steps)}\n\n== benchmark", flush=True)
     command = [sys.executable, "-m", "benchmarks.gpu", *benchmark]
-    try:
-        code = subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, timeout=max(30.0, left())).returncode
-    except subprocess.TimeoutExpired:
-        code = 124
-    return 1 if code or any(step.failed for step in steps) else 0
+    code = execute(command, env, max(30.0, left()))
+    return 1 if code != 0 or any(step.failed for step in steps) else 0
 
 
 if __name__ == "__main__":

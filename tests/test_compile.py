@@ -224,8 +224,30 @@ def test_errors_of_shapes_survive_compilation():
     f, _ = compiled(pool)
     with pytest.raises(Exception, match="cu_seqlens must have shape"):
         f(torch.randn(5, 3), torch.zeros(2, 2, dtype=torch.int32))
-    with pytest.raises(RuntimeError, match="cu_seqlens"):
+    with pytest.raises((RuntimeError, ValueError), match="cu_seqlens"):
         f(torch.randn(5, 3), torch.tensor([0, 3, 9]))  # a value: the kernel's error
+
+
+def on_the_reference(x: Tensor) -> Tensor:
+    with fc.backend("reference"):
+        return fc.adjacent_distance(x)
+
+
+def test_a_backend_is_not_chosen_inside_a_graph():
+    """There it would hold while the graph is made, not while it runs."""
+    x = torch.randn(5, 3)
+    with pytest.raises(Exception, match="fastcompress.backend has no effect inside a compiled function"):
+        compiled(on_the_reference)[0](x)
+
+    class Module(torch.nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return on_the_reference(x)
+
+    with pytest.raises(Exception, match="fastcompress.backend has no effect inside a compiled function"):
+        torch.export.export(Module(), (x,), strict=False)
+    # With breaks in the graph the block runs outside it.
+    assert_same_bits(torch.compile(on_the_reference, backend="eager")(x), on_the_reference(x))
+    assert not fc.backends._requests
 
 
 # torch.export

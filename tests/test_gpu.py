@@ -278,6 +278,22 @@ def test_compiled(gpu: torch.device):
     assert_same_bits(compiled(x).cpu(), run(x).cpu())
 
 
+@pytest.mark.parametrize("rows", [141, 142])
+def test_compiled_results_are_used_in_the_graph(gpu: torch.device, rows: int):
+    """By Inductor's own kernels, which count on fresh and aligned tensors; ``rows`` segments at most, odd and even."""
+    x = features("smooth", rows, 64, torch.float32).to(gpu)
+
+    def run(x: Tensor) -> tuple[Tensor, ...]:
+        pooled = fc.segment_pool(x, rule=fc.Threshold(0.01), compact=False)
+        s = pooled.segments
+        return pooled.values * 2, s.starts + 1, s.lengths * 3, s.lengths.cumsum(0)
+
+    torch._dynamo.reset()
+    compiled = torch.compile(run, fullgraph=True, backend="inductor" if gpu.type == "cuda" else "aot_eager")
+    for a, b in zip(compiled(x), run(x), strict=True):
+        assert_same_bits(a.cpu(), b.cpu())
+
+
 @pytest.mark.parametrize("lengths", [(100_000,), (1,) * 20_000, (3, 60_000, 1, 0, 5)], ids=["one", "ones", "mixed"])
 def test_extreme_segments(gpu: torch.device, lengths: tuple[int, ...]):
     """A segment that is longer than every tile, and segments of one frame."""

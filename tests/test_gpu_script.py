@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import shutil
 import subprocess
 import sys
+import time
 import zipfile
 from pathlib import Path
 
@@ -53,6 +55,8 @@ def test_the_real_steps_name_what_is_there(monkeypatch: pytest.MonkeyPatch):
     assert [step.name for step in gpu.gpu_steps(Path("a.whl"))] == [step.name for step in steps[1:]]
     assert steps[0].env == {"FASTCOMPRESS_CUDA": "13.0", "FASTCOMPRESS_CUDA_ARCHS": "90"}
     assert {"memcheck", "racecheck"} < {step.name for step in steps}
+    suite = " ".join(next(step.command for step in steps if step.name == "suite, cuda"))
+    assert all(f"tests/test_{name}.py" in suite for name in ("pool", "packing", "opcheck", "compile"))
     for step in steps:
         for word in step.command:
             if word.startswith("tests/"):
@@ -85,6 +89,40 @@ def test_what_fails_or_takes_too_long_is_told(tmp_path: Path, capsys: pytest.Cap
     text = gpu.summary(steps)
     for words in ("FAILED with exit code 3", "FAILED: not done after 1 s", "not run: there is no such tool"):
         assert words in text
+
+
+def test_what_a_step_started_ends_with_it(tmp_path: Path):
+    beats = tmp_path / "beats"
+    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
+    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
+    step = gpu.Step("slow", [sys.executable, "-c", parent])
+    gpu.run(step, tmp_path, 3.0)
+    assert step.failed and beats.exists()
+    size = beats.stat().st_size
+    time.sleep(0.5)
+    assert beats.stat().st_size == size
+
+
+def test_every_step_leaves_time_to_the_later_ones(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
+    monkeypatch.setattr(gpu, "nvcc", lambda: "13.0")
+    steps = gpu.gpu_steps(None)
+    assert gpu.SECONDS - gpu.BENCHMARK_SECONDS - sum(step.reserve for step in steps[1:]) > 120  # to build
+    for step in steps:
+        if "triton" in step.name:
+            assert step.reserve >= 40 and step.limit >= 120
+
+
+def test_what_is_missing_is_named_first(monkeypatch: pytest.MonkeyPatch):
+    assert gpu.what_is_missing(build=True) == ""
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "70.3.0")
+    assert gpu.what_is_missing(build=True).endswith(" -m pip install 'setuptools>=77'")
+    find, gone = importlib.util.find_spec, ("scipy", "ninja")
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    assert gpu.what_is_missing(build=False).endswith(" -m pip install scipy")
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry"])
+    with pytest.raises(SystemExit, match="pip install scipy ninja 'setuptools>=77'"):
+        gpu.main()
 
 
 def test_without_a_gpu_it_says_so():

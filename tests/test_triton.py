@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import os
 import subprocess
 import sys
@@ -11,10 +10,26 @@ from pathlib import Path
 
 import pytest
 
+from fastcompress import backends
+
+numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
+
 ROOT = Path(__file__).resolve().parent.parent
 FILE = ROOT / "tests" / "triton_interpreted.py"
 
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+
+def no_interpreter(triton: str, numpy: str) -> str:
+    """Up to 3.6 the interpreter takes arrays of one element for numbers, which NumPy refuses from 2.4 on."""
+
+    def minor(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")[:2]))
+
+    broken = minor(triton) < (3, 7) and minor(numpy) >= (2, 4)
+    return f"the interpreter of triton {triton} does not run with numpy {numpy}" if broken else ""
+
+
+WHY_NOT = no_interpreter(triton.__version__, numpy.__version__)
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 def read_tests() -> tuple[list[str], list[str]]:
@@ -69,3 +84,15 @@ def test_triton_is_imported_by_the_kernels_alone():
     )
     run = in_process(["-c", script])
     assert run.returncode == 0, run.stderr
+
+
+def test_what_the_interpreter_does_not_run_with():
+    assert no_interpreter("3.6.0", "2.4.6") == "the interpreter of triton 3.6.0 does not run with numpy 2.4.6"
+    assert not no_interpreter("3.6.0", "2.3.5") and not no_interpreter("3.7.1", "2.4.6")
+    assert not no_interpreter("3.10.0+git1", "2.10.0")
+
+
+@pytest.mark.parametrize("word", ["1", "TRUE", "on", "Yes", "y", "0", "false", "", "2"])
+def test_the_words_that_start_the_interpreter(word: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert backends._covers_cpu("triton") == triton.knobs.runtime.interpret

@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+import random
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,15 +25,18 @@ from tests.sample_inputs import DTYPES
 
 if importlib.util.find_spec("triton") is None:
     pytest.skip("triton is not installed", allow_module_level=True)
-if os.environ.get("TRITON_INTERPRET") == "1":
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 import triton
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fastcompress.kernels.triton import OPS, boundaries, common, distance, pack, reduce, tiles
 
+ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -201,6 +206,28 @@ def test_sizes_of_one_compile(record, target: str):
         compiled(launch, target)
 
 
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_every_kernel_compiles_with_the_oldest_triton(tmp_path: Path):
+    """Of those that pyproject.toml allows; beside the one that is installed, as it is not the oldest."""
+    oldest = re.search(r'"triton>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1] + ".0"
+    pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"triton=={oldest}"]
+    try:
+        done = subprocess.run(pip, capture_output=True, text=True, timeout=300)
+    except subprocess.TimeoutExpired:
+        pytest.skip(f"pip has not installed triton {oldest} in 300 s")
+    if done.returncode:
+        pytest.skip(f"pip cannot install triton {oldest}: {' '.join(done.stderr.split())[-300:]}")
+    names = ("test_every_kernel_compiles_without_spills", "test_rows_are_read_16_bytes_at_a_time")
+    nodes = [f"{__file__}::{name}[{target}]" for name in names for target in ("sm_90", "gfx942")]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    environment["PYTHONPATH"] = f"{tmp_path}{os.pathsep}{ROOT}"
+    check = f"import sys, pytest, triton; assert triton.__version__ == {oldest!r}; sys.exit(pytest.main(sys.argv[1:]))"
+    command = [sys.executable, "-c", check, "-q", "-x", "-p", "no:cacheprovider", *nodes]
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500)
+    assert run.returncode == 0 and "4 passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
 def scoring(record, dtype: torch.dtype, width: int = 1280) -> list[Launch]:
     """The launches of the scoring path."""
     x, cu = torch.zeros(4096, width, dtype=dtype), torch.zeros(9, dtype=torch.int32)
@@ -256,3 +283,23 @@ def test_rows_are_read_16_bytes_at_a_time(record, target: str):
     assert re.findall(wide, compiled(copy, target).asm[kind]) and re.findall(store, compiled(copy, target).asm[kind])
     # A width that allows none: the gate sees the difference.
     assert target != "sm_90" or not re.findall(wide, compiled(odd[0], target).asm[kind])
+
+
+def test_ragged_batches_share_their_kernels(record):
+    """Triton compiles a kernel again for an argument of 1 and for a multiple of 16, a second each time: not so for what
+    differs from batch to batch."""
+    rng = random.Random(0)
+
+    def ops(lengths: list[int]) -> Iterator[Callable[[], Any]]:
+        rows, segments = sum(lengths), sum(lengths) // rng.randint(2, 9)
+        yield from calls(torch.bfloat16, rows, 72, len(lengths), segments, thorough=False)
+        x, kept = torch.zeros(len(lengths), max(lengths), 72), torch.zeros(len(lengths), dtype=torch.int64)
+        yield lambda: OPS["segment_pool"](x, None, None, kept, None, *fc.LocalMax().op_args(), False)
+
+    batches = [[rng.randint(0, 60) for _ in range(rng.randint(2, 150))] for _ in range(200)]
+    batches += [[1, 15], [16] * 16, [17], [64] * 128]
+    first = record(*ops([3, 70, 20]))
+    every = record(*(call for lengths in batches for call in ops(lengths)))
+    extra = sorted(launch.name for launch in every if launch not in first)
+    # One, of one word or eight a thread, for each layout.
+    assert extra == ["prepare_sequences_kernel"] * 2

@@ -59,6 +59,19 @@ def test_the_version_ends_in_the_toolkit(cuda: str, label: str, toolkit: Path, t
     assert f"Version: {fc.__version__}{label}" in lines
 
 
+def test_a_source_distribution_has_no_cuda(toolkit: Path, tmp_path: Path):
+    """Its name would say which toolkit it was built with, and it was built with none."""
+    env = {"CUDA_HOME": str(toolkit)}
+    arguments = "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path / "dist")
+    done = setup(*arguments, FASTCOMPRESS_CUDA="13.0", **env)
+    assert done.returncode == 1 and not (tmp_path / "dist").exists()
+    message = "fastcompress: a source distribution is for any CUDA, or none: unset FASTCOMPRESS_CUDA"
+    assert done.stderr.splitlines()[-1] == message
+    done = setup(*arguments, FASTCOMPRESS_CUDA="none", **env)
+    assert done.returncode == 0, done.stderr
+    assert [file.name for file in (tmp_path / "dist").iterdir()] == [f"fastcompress-{fc.__version__}.tar.gz"]
+
+
 def script(*arguments: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "scripts/wheel_test.py", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
@@ -85,3 +98,10 @@ def test_a_wheel_that_is_not_what_its_name_says():
     for label, version, right in cases:
         problem = wheel_test.wrong_library(Path(name.format(label)), {"cuda_version": version})
         assert (problem is None) is right
+
+
+def test_no_extra_pins_a_triton():
+    """In an environment that sees the packages of another, a pinned one would hide the one that torch brings."""
+    project = (ROOT / "pyproject.toml").read_text()
+    assert '"triton>=' in project and '"triton==' not in project
+    assert "triton==" in (ROOT / "requirements-triton.txt").read_text()

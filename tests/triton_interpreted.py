@@ -20,6 +20,7 @@ from triton.runtime import interpreter
 
 import fastcompress as fc
 from fastcompress.kernels.triton import OPS, common, tiles
+from fastcompress.kernels.triton.reduce import segment_grid, segment_tile
 from fastcompress.reference import OPS as DEFINITION
 from fastcompress.rules import max_segments
 from tests.sample_inputs import (
@@ -409,3 +410,60 @@ def test_launches(monkeypatch):
     starts, lengths, rows = given_segments()
     assert launches("segment_reduce", features("iid", rows, 8, torch.float32), starts, lengths, "mean") == 1
     assert launches("segment_expand", torch.ones(len(starts), 8), starts, lengths, rows, "mean") == 1
+
+
+@pytest.mark.parametrize("compact", [True, False])
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.LocalMax(min_len=2), fc.Uniform(1)], ids=str)
+def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
+    """No aliases, and the strides and offsets of fresh tensors; with an odd upper bound of the segments too."""
+    x = packed("iid", 5, torch.float32, (4, 0, 10)).x
+    cu, d = offsets((4, 0, 10)), x[:, 0].contiguous()
+    with fc.backend("triton"):
+        for name, args in (("segment_pool", (x, None)), ("select_boundaries", (d,))):
+            op = getattr(torch.ops.fastcompress, name).default
+            args = *args, cu, None, None, *rule.op_args(), compact
+            if not compact:
+                starts, lengths = op(*args)[-3:-1]
+                assert starts.storage_offset() == lengths.storage_offset() == 0
+            torch.library.opcheck(op, args, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_the_default_device_does_not_matter():
+    """Neither for the numbers that are passed as bits, which a tensor on that device would wait for."""
+    x = features("iid", 20, 5, torch.float32)
+    for rule in (fc.Threshold(0.7312), fc.LocalMax(prominence=0.1)):
+        expected = DEFINITION["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
+        with torch.device("meta"):
+            actual = OPS["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
+        for a, b in zip(actual, expected, strict=True):
+            assert_same_bits(a, b, str(rule))
+
+
+@pytest.mark.parametrize("value", [0.1, 1e-320, torch.inf, -torch.inf, 0.9999999999])
+def test_bits_of_numbers(value: float):
+    for dtype in (torch.float32, torch.float64):
+        wanted = torch.tensor(value, dtype=dtype).double().view(torch.int64).item()
+        assert tiles.rounded_threshold(value, dtype) == wanted
+    assert common.double_bits(value) == torch.tensor(value, dtype=torch.float64).view(torch.int64).item()
+
+
+def test_rows_that_are_too_wide():
+    """As many programs side by side as they need cannot be launched."""
+    x, starts = torch.zeros(1, 2**21 + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
+    with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
+        OPS["segment_reduce"](x, starts, starts + 1, "mean")
+    with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
+        OPS["segment_max_backward"](x, x, x, starts, starts + 1)
+    assert segment_grid(1, 2**21, segment_tile(2**21, torch.float64))[1] <= 65_535
+
+
+@pytest.mark.parametrize("runs, kept", [(3, 3), (30, 41)])
+def test_few_segments_do_not_hold_the_memory_of_many(runs: int, kept: int):
+    """Of 41 segments at most, less than half are few."""
+    x = features("iid", runs, 4, torch.float32)[torch.arange(40) * runs // 40]
+    args = None, None, None, *fc.Threshold(1e-4).op_args(), True
+    d = DEFINITION["adjacent_distance"](x, None, None, 1)
+    for results in (OPS["segment_pool"](x, None, *args), OPS["select_boundaries"](d, *args)):
+        for tensor in results[:-1]:
+            rows = tensor.untyped_storage().nbytes() // (tensor.element_size() * tensor[0].numel())
+            assert (len(tensor), rows) == (runs, kept)

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     Sequences,
     accumulate,
     double_bits,
@@ -83,7 +84,7 @@ def select_boundaries(
     return tuple(segments)
 
 
-@triton.jit(do_not_specialize=["threshold_bits", "prominence_bits"])
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits", "prominence_bits"])
 def select_boundaries_fwd_kernel(
     D, GROUP, BEGIN, END, num_sequences, steps, FLAGS, WANTED_FLAGS, num_rows, size, threshold_bits: tl.int64,
     prominence_bits: tl.int64, RULE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PROMINENCE: tl.constexpr,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +24,13 @@ TILES = tl.constexpr(3)
 #: What the word of a tile says in its lowest two bits; above them is a number of segments. 0: nothing yet.
 OWN_COUNT = tl.constexpr(1)  # of the tile alone
 COUNT_SO_FAR = tl.constexpr(2)  # of the tile and all before it
+
+#: Arguments that differ from batch to batch. Triton would compile a kernel for each of 1, multiples of 16 and others, a
+#: second each time, for nothing: wide loads hang on widths and strides alone.
+BATCH_SIZES = [
+    "num_rows", "num_sequences", "steps", "padded_length", "num_segments", "num_tiles", "bound", "count",
+    "num_texts", "num_audio_rows",
+]  # fmt: skip
 
 #: Words that the preparing kernel clears a program.
 CLEARED = tl.constexpr(1024)
@@ -83,7 +91,7 @@ def checks_at_once() -> bool:
 
 def double_bits(value: float) -> int:
     """The bits of a double as an integer: Triton would pass the number itself in fp32."""
-    return torch.tensor(value, dtype=torch.float64).view(torch.int64).item()
+    return struct.unpack("<q", struct.pack("<d", value))[0]
 
 
 @dataclass
@@ -134,19 +142,19 @@ def prepare_sequences(rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths
 
     if checks_at_once():
         explain()
-    begin, end = torch.empty((2, count), dtype=torch.int64, device=rows.device)
+    begin, end = (torch.empty(count, dtype=torch.int64, device=rows.device) for _ in range(2))
     state = torch.empty(TILES.value + num_tiles, dtype=torch.int64, device=rows.device)
     sequences = Sequences(begin, end, state, count, shape.numel(), explain)
     grid = (1 + triton.cdiv(num_tiles, CLEARED.value),)
     launch(
         prepare_sequences_kernel, grid, rows,
         values, begin, end, state, count, padded_length, sequences.rows, num_tiles, PADDED=dim == 2,
-        BLOCK=min(1024, max(16, triton.next_power_of_2(count))),
+        BLOCK=128 if count <= 128 else 1024,
     )  # fmt: skip
     return sequences
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def prepare_sequences_kernel(
     VALUES, BEGIN, END, STATE, num_sequences, padded_length, num_rows, num_tiles,
     PADDED: tl.constexpr, BLOCK: tl.constexpr,

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     accumulate,
     as_rows,
     column_block,
@@ -60,7 +61,7 @@ def adjacent_distance_backward(
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def adjacent_distance_fwd_kernel(
     X, stride, width, BEGIN, END, num_sequences, steps, OUT, num_rows, lag,
     ACC: tl.constexpr, ROWS: tl.constexpr,
@@ -92,7 +93,7 @@ def pair_factors(A, square_a, B, square_b, pair, grad, width, ROWS: tl.constexpr
     return own_a, own_b, (-grad / (norm_a * norm_b)).to(ACC), pair
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def adjacent_distance_bwd_kernel(
     GRAD, X, stride, width, BEGIN, END, num_sequences, steps, OUT, num_rows, lag,
     ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -11,11 +11,12 @@ LANES = tl.constexpr(32)
 EPS = tl.constexpr(1e-8)
 
 
-@triton.jit
-def steps_in_flight(POINTERS):
-    """How often loops are unrolled: with tiles of 2048 elements a program has 8 KB on the way, of each operand."""
-    unroll: tl.constexpr = 2 if POINTERS.dtype.element_ty.primitive_bitwidth == 16 else 1
-    return unroll
+@triton.constexpr_function
+def steps_in_flight(pointer_type):
+    """How often loops are unrolled: with tiles of 2048 elements a program has 8 KB on the way, of each operand.
+
+    Not a ``triton.jit`` helper, whose result is no constant in Triton 3.6."""
+    return 2 if pointer_type.element_ty.primitive_bitwidth == 16 else 1
 
 
 @triton.jit
@@ -35,7 +36,7 @@ def row_dot(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
     """``a . b`` of the rows that start at ``A`` and ``B`` [ROWS]; a row that is masked is zero. [ROWS] fp64."""
     lane = tl.arange(0, LANES)
     sums = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
-    for k in tl.range(0, width, LANES, loop_unroll_factor=steps_in_flight(A)):
+    for k in tl.range(0, width, LANES, loop_unroll_factor=steps_in_flight(A.dtype)):
         column = (k + lane)[None, :]
         a = tl.load(A[:, None] + column, mask=a_mask[:, None] & (column < width), other=0).to(ACC)
         b = tl.load(B[:, None] + column, mask=b_mask[:, None] & (column < width), other=0).to(ACC)
@@ -49,7 +50,7 @@ def row_dot_and_square(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.
     lane = tl.arange(0, LANES)
     dots = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
     squares = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
-    for k in tl.range(0, width, LANES, loop_unroll_factor=steps_in_flight(A)):
+    for k in tl.range(0, width, LANES, loop_unroll_factor=steps_in_flight(A.dtype)):
         column = (k + lane)[None, :]
         a = tl.load(A[:, None] + column, mask=a_mask[:, None] & (column < width), other=0).to(ACC)
         b = tl.load(B[:, None] + column, mask=b_mask[:, None] & (column < width), other=0).to(ACC)

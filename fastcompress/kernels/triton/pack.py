@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcompress.kernels.triton.common import as_rows, checks_at_once, column_block, flat, launch
+from fastcompress.kernels.triton.common import BATCH_SIZES, as_rows, checks_at_once, column_block, flat, launch
 
 #: Rows a program: with 512 bytes of each a step, 16 bytes a thread of 4 warps and 4 loads in flight.
 ROWS = 16
@@ -31,7 +31,7 @@ def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_tab
     return out
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def pack_rows_kernel(
     TEXT, text_stride, num_texts, AUDIO, audio_stride, num_audio_rows, INDEX, count, width, OUT,
     ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -32,8 +32,8 @@ def segment_pool(
     Two launches for the fused set (Uniform, Threshold, LocalMax up to order 16 without prominence, all without
     ``min_len`` and ``max_len``): a small one that checks the sequences and clears the state, and the one that does the
     work. Else five: sequences twice, distances, boundaries, means; six with ``min_len`` or ``max_len``. ``compact``
-    reads the count from the device once, and returns the head of buffers of the upper bound; without it nothing is
-    read.
+    reads the count from the device once, and returns the head of buffers of the upper bound, a copy of it where that is
+    less than half; without it nothing is read.
     """
     rows = as_rows(x)
     groups = flat(row_group)

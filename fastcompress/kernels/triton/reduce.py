@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_segment_values
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     accumulate,
     as_rows,
     checks_at_once,
@@ -32,6 +33,8 @@ from fastcompress.kernels.triton.dot import row_dot, steps_in_flight
 BLOCK = tl.constexpr(64)
 #: Elements of a tile [segments, columns]: 16 a thread (8 in fp64), so that a sum and a block's sum stay in registers.
 TILE = 2048
+#: Columns of a row, as of the CUDA ops: programs lie side by side along them, up to 65,535.
+MAX_WIDTH = 1 << 21
 #: Rows a program of the adjoint.
 EXPAND_ROWS = 16
 
@@ -40,6 +43,12 @@ def segment_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
     """Segments and columns a program: rows in pieces of up to 512 bytes, as many segments as make ``TILE`` elements."""
     columns = column_block(width, dtype, 256)
     return {"SEGMENTS": min(16 if dtype == torch.float64 else 64, TILE // columns), "COLUMNS": columns}
+
+
+def segment_grid(segments: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
+    if width > MAX_WIDTH:
+        raise RuntimeError(f"rows must not be wider than {MAX_WIDTH}, got {width}")
+    return triton.cdiv(segments, tile["SEGMENTS"]), triton.cdiv(width, tile["COLUMNS"])
 
 
 def check_at_once(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
@@ -62,7 +71,7 @@ def _reduce(x: Tensor, weights: Tensor | None, starts: Tensor, lengths: Tensor, 
     out = torch.empty((starts.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     tile = segment_tile(x.shape[1], x.dtype)
-    grid = (triton.cdiv(starts.shape[0], tile["SEGMENTS"]), triton.cdiv(x.shape[1], tile["COLUMNS"]))
+    grid = segment_grid(starts.shape[0], x.shape[1], tile)
     launch(
         segment_reduce_fwd_kernel, grid, x, rows, rows.stride(0), rows.shape[1], rows.shape[0], weights, flat(starts),
         flat(lengths), starts.shape[0], out, num_warps=warps(x.dtype),
@@ -77,7 +86,7 @@ def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, len
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     rows, grad_rows, y_rows = as_rows(x), as_rows(grad), as_rows(y)
     tile = segment_tile(x.shape[1], x.dtype)
-    grid = (triton.cdiv(starts.shape[0], tile["SEGMENTS"]), triton.cdiv(x.shape[1], tile["COLUMNS"]))
+    grid = segment_grid(starts.shape[0], x.shape[1], tile)
     launch(
         segment_max_bwd_kernel, grid, x,
         grad_rows, grad_rows.stride(0), y_rows, y_rows.stride(0), rows, rows.stride(0), rows.shape[1], rows.shape[0],
@@ -151,7 +160,7 @@ def sum_rows(
     """Sums of segments, [SEGMENTS, COLUMNS] in ACC; -0 for an empty one."""
     nothing = minus_zeros((1, 1), ACC)
     inside = column[None, :] < width
-    unroll: tl.constexpr = steps_in_flight(X)
+    unroll: tl.constexpr = steps_in_flight(X.dtype)
     longest = tl.max(length, 0)
     total = minus_zeros((SEGMENTS, COLUMNS), ACC)  # [SEGMENTS, COLUMNS]
     for first in range(0, longest, BLOCK):
@@ -193,7 +202,7 @@ def picked_row(start, length, REDUCE: tl.constexpr):
         return start + (length - 1) // 2
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_reduce_fwd_kernel(
     X, stride, width, num_rows, WEIGHTS, STARTS, LENGTHS, num_segments, OUT,
     REDUCE: tl.constexpr, ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -215,7 +224,7 @@ def segment_reduce_fwd_kernel(
     elif REDUCE == "max":
         pointers = (X + start * stride)[:, None] + column[None, :]
         out = tl.load(pointers, mask=filled & inside, other=0).to(ACC)  # [SEGMENTS, COLUMNS]
-        for p in tl.range(1, tl.max(length, 0), loop_unroll_factor=steps_in_flight(X)):
+        for p in tl.range(1, tl.max(length, 0), loop_unroll_factor=steps_in_flight(X.dtype)):
             here = (p < length)[:, None]
             pointers = (X + (start + p) * stride)[:, None] + column[None, :]
             row = tl.load(pointers, mask=here & inside, other=0).to(ACC)  # [SEGMENTS, COLUMNS]
@@ -227,7 +236,7 @@ def segment_reduce_fwd_kernel(
     tl.store(target, out.to(OUT.dtype.element_ty), mask=(m < num_segments)[:, None] & inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_max_bwd_kernel(
     GRAD, grad_stride, Y, y_stride, X, stride, width, num_rows, STARTS, LENGTHS, num_segments, OUT,
     ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -250,7 +259,7 @@ def segment_max_bwd_kernel(
         wanted = wanted & (here == 0)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_weighted_mean_bwd_kernel(
     GRAD, grad_stride, Y, y_stride, X, stride, width, num_rows, WEIGHTS, STARTS, LENGTHS, num_segments, OUT,
     GRAD_WEIGHTS, ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
@@ -275,7 +284,7 @@ def segment_weighted_mean_bwd_kernel(
             tl.store(target, (share[:, None] * grad).to(OUT.dtype.element_ty), mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=BATCH_SIZES)
 def segment_expand_fwd_kernel(
     Y, stride, width, STARTS, LENGTHS, num_segments, steps, OUT, num_rows,
     REDUCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,

@@ -12,6 +12,7 @@ one sum to average. Not run on a GPU yet: the sizes below are from this count, n
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastcompress.kernels.triton.common import (
+    BATCH_SIZES,
     NEXT_TILE,
     TOTAL,
     Sequences,
@@ -79,9 +81,11 @@ def bounded_size(size: int, rows: int) -> int:
     return min(size, rows + 1)
 
 
+@functools.lru_cache(maxsize=1024)
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> int:
-    """Bits of the threshold, rounded to the dtype of the distances, as torch compares."""
-    return double_bits(torch.tensor(threshold, dtype=dtype).item())
+    """Bits of the threshold, rounded to the dtype of the distances, as torch compares. On the CPU whatever the default
+    device is: a tensor elsewhere would wait for it."""
+    return double_bits(torch.tensor(threshold, dtype=dtype, device="cpu").item())
 
 
 @dataclass(frozen=True)
@@ -116,7 +120,8 @@ def collect_segments(
     *rule_args, has_group = bound_args
     bound = sequences.rows if has_group else max_segments(*rule_args, sequences.rows, sequences.count)
     device = sequences.state.device
-    starts, lengths = torch.empty((2, bound), dtype=torch.int64, device=device)
+    # Not two halves of one allocation: results that share a storage break compiled graphs.
+    starts, lengths = (torch.empty(bound, dtype=torch.int64, device=device) for _ in range(2))
     cu_segments = torch.empty(sequences.count + 1, dtype=torch.int32, device=device)
     values = None
     tile = {"SEGMENTS": 16, "COLUMNS": 16}
@@ -150,9 +155,15 @@ def collect_segments(
     )  # fmt: skip
     if compact:
         total = sequences.read_total()
-        starts, lengths = starts[:total], lengths[:total]
-        values = None if values is None else values[:total]
+        starts, lengths = first_rows(starts, total), first_rows(lengths, total)
+        values = None if values is None else first_rows(values, total)
     return values, starts, lengths, cu_segments
+
+
+def first_rows(tensor: Tensor, count: int) -> Tensor:
+    """A copy where less than half is kept, so that the memory of the upper bound is not held for long."""
+    rows = tensor[:count]
+    return rows if 2 * count >= tensor.shape[0] else rows.clone()
 
 
 @triton.jit
@@ -227,7 +238,7 @@ def write_cu_segments(CU_SEGMENTS, END, num_sequences, steps, row, starts, first
         tl.store(CU_SEGMENTS, 0)
 
 
-@triton.jit(do_not_specialize=["threshold_bits"])
+@triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits"])
 def segment_pool_fwd_kernel(
     X, stride, width, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, STATE, num_tiles,
     STARTS, LENGTHS, CU_SEGMENTS, VALUES, bound, size, threshold_bits: tl.int64, halo, judged, owned,

@@ -1,7 +1,7 @@
 """Causal attention over packed sequences, and its registration with transformers as ``"fastcompress"``.
 
-Importing this module registers the implementation, so ``attn_implementation="fastcompress"`` and
-``model.set_attn_implementation("fastcompress")`` work from then on. A decoder then takes
+Importing this module registers the implementation, so ``attn_implementation="fastcompress"`` works from then on;
+:func:`prepare` sets it on a model and says at once if the model cannot run packed. A decoder then takes
 :meth:`fastcompress.PackedInputs.model_inputs`: each sequence attends to itself alone, and no mask of T x T is built.
 Without ``cu_seq_lens_q`` (padded batches, decoding) the implementation is stock SDPA.
 
@@ -94,8 +94,8 @@ def packed_attention(
         raise ValueError(f"window must be at least 1 and goes with causal attention, got {window}, causal={causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.is_cuda and half and softcap is None and dropout == 0 and query.shape[2] <= 256:
+    half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] == value.shape[2] <= 256
+    if query.is_cuda and half and softcap is None and dropout == 0:
         varlen = _varlen()
         if varlen is not None and (window is None or varlen.has_windows):
             longest = query.shape[0] if max_seqlen is None else max_seqlen
@@ -242,6 +242,47 @@ def check_decoder(config: Any) -> None:
             )
 
 
+def prepare(decoder: Any) -> Any:
+    """Gives a decoder of transformers the attention of this module, and returns it.
+
+    The implementation refuses by itself what it meets in an attention layer; this refuses before anything runs, also
+    models that have no such layer.
+
+    Args:
+        decoder: a ``PreTrainedModel``, also one with an audio encoder beside its decoder.
+
+    Raises:
+        NotImplementedError: packing would leak through its layers, with the reason.
+    """
+    config = decoder.config.get_text_config(decoder=True)
+    check_decoder(config)
+    layers = decoder.get_decoder()
+    reason = ""
+    if not getattr(layers, "_supports_attention_backend", False):
+        reason = "its layers do not take their attention from AttentionInterface"
+    elif any(getattr(module, "is_causal", True) is False for module in layers.modules()):
+        reason = "its attention is not causal"
+    if reason:
+        raise NotImplementedError(f"{config.model_type} cannot run packed: {reason}")
+    decoder.set_attn_implementation(NAME)
+    return decoder
+
+
+def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> int | None:
+    """The window of a layer, which some decoders say in their masks alone."""
+    if given is not None or config is None or getattr(config, "sliding_window", None) is None:
+        return given
+    types = getattr(config, "layer_types", None)
+    if types and hasattr(module, "layer_idx"):
+        return config.sliding_window if types[module.layer_idx] == "sliding_attention" else None
+    if getattr(config, "use_sliding_window", True) is False:
+        return None
+    raise NotImplementedError(
+        f"{config.model_type} cannot run packed: its configuration has a sliding_window of {config.sliding_window}, "
+        f"but {type(module).__name__} does not say whether its layer has one"
+    )
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -306,7 +347,7 @@ def attention_forward(
         max_seqlen=max_length_q,
         scale=scaling,
         causal=causal,
-        window=sliding_window,
+        window=_layer_window(module, config, sliding_window),
         softcap=softcap,
         dropout=dropout,
     )

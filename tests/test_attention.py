@@ -38,6 +38,11 @@ DECODERS: dict[str, dict[str, Any]] = {
     "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
     "granite": {"attention_multiplier": 0.3},
     "phi3": {"sliding_window": WINDOW},
+    # A window that the layer's mask alone has.
+    "qwen2_moe": {
+        "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
     "olmo2": {},
     "smollm3": {},
 }
@@ -380,6 +385,36 @@ def test_a_hybrid_is_refused_where_it_runs():
     embeds = torch.randn(1, 6, 64)
     with pytest.raises(NotImplementedError, match="qwen3_next cannot run packed"):
         model(**packed_batch([embeds]).model_inputs())
+
+
+def test_prepare():
+    model = attention.prepare(decoder("qwen2", "eager"))
+    assert model.config._attn_implementation == "fastcompress"
+    embeds = samples(model)[0]
+    expected = torch.cat([decoder("qwen2", "eager")(inputs_embeds=e).logits[0] for e in embeds])
+    torch.testing.assert_close(model(**packed_batch(embeds).model_inputs()).logits[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("rwkv", "its layers do not take"), ("bart", "its layers do not take"), ("mamba", "'linear_attention' layers"),
+        ("jamba", "'linear_attention' layers"), ("xlstm", "its layers do not take"), ("roberta", "not causal"),
+    ],
+)  # fmt: skip
+def test_prepare_refuses(kind: str, reason: str):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=60, hidden_size=48, num_hidden_layers=2, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(NotImplementedError, match=f"{kind} cannot run packed: .*{reason}"):
+        attention.prepare(model)
+
+
+def test_a_window_that_no_layer_speaks_of_is_refused():
+    config = transformers.AutoConfig.for_model("phimoe", **SIZES, sliding_window=WINDOW, num_local_experts=2)
+    model = attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not say"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
 
 
 def test_sinks_are_refused():

@@ -71,7 +71,8 @@ class PackedInputs:
         check_float("values", values)
         check_same_device("values", values, self.source)
         count = self.source.shape[0]
-        if values.dim() >= 2 and values.shape[0] == 1 and values.shape[1] == count and count != 1:
+        # Of one packed row, [1, 1] is taken for [T, 1], like `inputs_embeds`, and [1, 1, V] for what a decoder gives.
+        if values.shape[:2] == (1, count) and (count != 1 or values.dim() > 2):
             values = values[0]
         if values.dim() < 1 or values.shape[0] != count:
             raise ValueError(f"values must have shape [{count}, ...], one a packed row, got {list(values.shape)}")
@@ -83,7 +84,7 @@ class PackedInputs:
         packed = torch.arange(count, device=values.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), packed.int(), right=True)
         target = torch.where(sequence < lengths.shape[0], sequence * longest + self.position_ids, -1)
-        flat = values.reshape(count, -1)
+        flat = values.reshape(count, values.shape[1:].numel())
         needs_grad = torch.is_grad_enabled() and flat.requires_grad
         rows = call(pack_rows, (flat, flat[:0], index, target, False), needs_grad, lambda: None)
         return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()

@@ -350,6 +350,11 @@ def test_unpack_is_the_inverse():
         torch.autograd.gradcheck(lambda v, packed=packed: packed.unpack(v)[0], values)
         again = fc.pack(inputs_embeds=padded, attention_mask=mask)
         assert_same_bits(again.inputs_embeds, packed.inputs_embeds[: len(again.source)])
+    one = fc.pack(torch.tensor([3]), table)
+    for shape, unpacked in (((1, 7), (1, 1, 7)), ((1, 1), (1, 1, 1)), ((1, 1, 7), (1, 1, 7)), ((1,), (1, 1))):
+        assert one.unpack(torch.randn(shape))[0].shape == unpacked
+    nothing = fc.pack(torch.tensor([[3]]), table, attention_mask=torch.zeros(1, 1))
+    assert nothing.unpack()[0].shape == (1, 0, 6) and nothing.unpack(torch.randn(1, 0, 9))[1].shape == (1, 0)
     with pytest.raises(ValueError, match=re.escape(f"values must have shape [{len(packed.source)}, ...]")):
         packed.unpack(torch.randn(3, 2))
 

@@ -310,7 +310,8 @@ def attention_forward(
     """
     if cu_seq_lens_q is None:
         if softcap is not None:  # which stock SDPA refuses
-            if attention_mask is None and query.shape[2] > 1:
+            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+            if attention_mask is None and causal and query.shape[2] > 1:
                 attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
             return _attend_block(query, key, value, attention_mask, scale, softcap, dropout).transpose(1, 2), None

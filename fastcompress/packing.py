@@ -292,6 +292,10 @@ def pack(
         _check_ids("labels", labels, shape)
         check_same_device("labels", labels, like)
     segments = None
+    if audio is None and audio_cu_seqlens is not None:
+        raise ValueError("audio_cu_seqlens goes with audio, which is missing")
+    if (rule is not None or keys is not None) and placeholder is None and row_group is None:
+        raise ValueError("rule and keys need placeholder or row_group, which say where the audio is")
     if audio is None and inputs_embeds is not None:
         pooled = segment_pool(
             inputs_embeds,
@@ -366,7 +370,7 @@ def _check_text(input_ids: Tensor | None, embedding: Tensor | None, inputs_embed
         shape, name, like = input_ids.shape, "input_ids", embedding
     if input_ids is not None:
         check_same_device("input_ids", input_ids, like)
-    if shape.numel() == 0:
+    if 0 in shape:
         raise ValueError(f"{name} must hold at least one sample and one row, got shape {list(shape)}")
     return shape
 

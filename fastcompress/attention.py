@@ -12,14 +12,15 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -38,6 +39,10 @@ RECURRENT_SETTINGS = (
     "mamba_d_state", "mamba_state_dim", "mamba_d_conv", "ssm_cfg", "ssm_state_size", "state_size", "conv_L_cache",
     "conv_kernel", "linear_conv_kernel_dim", "lru_width", "hybrid_override_pattern", "attn_layer_period",
 )  # fmt: skip
+#: What a layer can pass that changes its scores, and that is not computed here.
+UNKNOWN_ARGUMENTS = ("s_aux", "sinks", "position_bias", "attention_bias", "block_table", "indices", "block_indices")
+#: Kinds of rotary embeddings whose frequencies for the whole batch depend on its longest sample.
+BATCH_WIDE_ROPE = ("dynamic", "longrope")
 
 _host_offsets = WeakTensorKeyDictionary()
 
@@ -55,12 +60,15 @@ def packed_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each sequence to itself.
+    """Attention of each sequence to itself. Under autocast it runs in autocast's dtype, as SDPA does.
 
     Args:
         query: ``[T, Hq, D]``; fp32, fp16, bf16 or fp64.
-        key, value: ``[T, Hkv, D]``; ``Hq`` is a multiple of ``Hkv``, whose heads are shared by neighbouring queries'.
-        cu_seqlens: ``[B + 1]`` int32 or int64, rows before each sequence; ends at ``T``.
+        key: ``[T, Hkv, D]`` in the dtype of ``query``; ``Hq`` is a multiple of ``Hkv``, whose heads are shared by
+            neighbouring queries'.
+        value: ``[T, Hkv, Dv]`` likewise.
+        cu_seqlens: ``[B + 1]`` int32 or int64, rows before each sequence; ends at ``T``. Where a GPU's kernel takes
+            them their values are not read, so not checked, unless ``FASTCOMPRESS_CHECK=1``.
         max_seqlen: at least the rows of the longest sequence; ``None``: ``T``. A close bound saves a GPU empty blocks.
         scale: of the scores; ``None``: ``1 / sqrt(D)``.
         causal: whether a row sees only those before it and itself.
@@ -69,24 +77,32 @@ def packed_attention(
         dropout: probability that a weight becomes 0.
 
     Returns:
-        ``[T, Hq, D]``, differentiable.
+        ``[T, Hq, Dv]``, differentiable.
 
     Raises:
         TypeError: a tensor of another type.
         ValueError: a shape, device or value that does not fit, named in the message.
     """
-    check_float("query", query)
-    for name, tensor in (("key", key), ("value", value)):
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_float(name, tensor)
         check_same_device(name, tensor, query)
+    query, key, value = _autocast(query, key, value)
+    for name, tensor in (("key", key), ("value", value)):
         if tensor.dim() != 3 or query.dim() != 3 or tensor.shape[0] != query.shape[0]:
             raise ValueError(
                 f"query and {name} must have shapes [T, Hq, D] and [T, Hkv, D], got {list(query.shape)} and "
                 f"{list(tensor.shape)}"
             )
-        if query.shape[1] % max(tensor.shape[1], 1):
-            heads = f"{query.shape[1]} and {tensor.shape[1]}"
-            raise ValueError(f"the heads of query must be a multiple of those of {name}, got {heads}")
+        if tensor.dtype != query.dtype:
+            raise TypeError(f"query and {name} must have one dtype, got {query.dtype} and {tensor.dtype}")
+    if query.shape[1] % max(key.shape[1], 1):
+        heads = f"{query.shape[1]} and {key.shape[1]}"
+        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads}")
+    if key.shape[1] != value.shape[1] or key.shape[2] != query.shape[2]:
+        raise ValueError(
+            "key must have as many heads as value and the width of query, got query, key and value of shapes "
+            f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
+        )
     check_same_device("cu_seqlens", cu_seqlens, query)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
@@ -94,17 +110,18 @@ def packed_attention(
         raise ValueError(f"window must be at least 1 and goes with causal attention, got {window}, causal={causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
-    half = query.dtype in (torch.float16, torch.bfloat16) and query.shape[2] == value.shape[2] <= 256
-    if query.is_cuda and half and softcap is None and dropout == 0:
+    if query.is_cuda and softcap is None and dropout == 0 and _has_kernel(query, value):
         varlen = _varlen()
         if varlen is not None and (window is None or varlen.has_windows):
             longest = query.shape[0] if max_seqlen is None else max_seqlen
+            if os.environ.get("FASTCOMPRESS_CHECK") == "1":
+                _read_offsets(cu_seqlens, query.shape[0], longest)
             return varlen(query, key, value, cu_seqlens.int(), longest, scale, causal, window)
     scale = query.shape[2] ** -0.5 if scale is None else scale
     heads = [t.transpose(0, 1)[None] for t in (query, key, value)]  # [1, H, T, D]
-    offsets = _read_offsets(cu_seqlens, query.shape[0])
+    offsets = _read_offsets(cu_seqlens, query.shape[0], max_seqlen)
     outputs = [
-        _attend(*(t[:, :, begin:end] for t in heads), scale, causal, window, softcap, dropout)
+        _attend(*(t[:, :, begin:end] for t in heads), scale, causal, window, softcap, dropout)[0].transpose(0, 1)
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
         if begin < end
     ]
@@ -113,44 +130,68 @@ def packed_attention(
     return torch.cat(outputs)
 
 
-def _read_offsets(cu_seqlens: Tensor, rows: int) -> list[int]:
+def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
+    """The tensors as SDPA would take them. Rotary embeddings leave queries and keys in fp32 beside values in bf16."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return iter(tensors)
+    dtype = torch.get_autocast_dtype(kind)
+    return (t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+
+
+def _has_kernel(query: Tensor, value: Tensor) -> bool:
+    """Whether the GPU's kernel takes tensors like these (flash attention's conditions)."""
+    width = query.shape[2]
+    return (
+        query.dtype in (torch.float16, torch.bfloat16)
+        and width == value.shape[2]
+        and width <= 256
+        and width % 8 == 0
+        and torch.cuda.get_device_capability(query.device) >= (8, 0)
+    )
+
+
+def _read_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> list[int]:
     """Offsets on the host. Those of a GPU are read once for all the layers of a model."""
-    known = _host_offsets.get(cu_seqlens) if cu_seqlens.is_cuda else None
-    if known is not None and known[0] == cu_seqlens._version:
-        offsets = known[1]
-    else:
+    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():  # which have no version
         offsets = cu_seqlens.tolist()
-        if cu_seqlens.is_cuda:
-            _host_offsets[cu_seqlens] = (cu_seqlens._version, offsets)
+    else:
+        known = _host_offsets.get(cu_seqlens)
+        if known is None or known[0] != cu_seqlens._version:
+            known = _host_offsets[cu_seqlens] = (cu_seqlens._version, cu_seqlens.tolist())
+        offsets = known[1]
     check_offsets("cu_seqlens", offsets, rows, "the number of rows")
+    longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
+    if max_seqlen is not None and longest > max_seqlen:
+        raise ValueError(f"max_seqlen must be at least the rows of the longest sequence, {longest}, got {max_seqlen}")
     return offsets
 
 
 def _attend(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None,
-    dropout: float,
+    dropout: float, mask: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """One sequence, ``[1, H, S, D]`` -> ``[S, H, D]``."""
-    rows = query.shape[2]
-    if softcap is None and (window is None or window >= rows):
+    """Sequences of one length, ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``; ``mask`` ``[B, 1 or H, Q, K]`` goes without
+    ``causal``."""
+    rows, columns = query.shape[2], key.shape[2]
+    if softcap is None and mask is None and (window is None or window >= rows):
         gqa = query.shape[1] != key.shape[1]
-        out = F.scaled_dot_product_attention(
+        return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=causal and rows > 1, scale=scale, enable_gqa=gqa
         )
-        return out[0].transpose(0, 1)
     window = rows if window is None else window
     outputs = []
     for begin in range(0, rows, BLOCK):
         end = min(begin + BLOCK, rows)
-        first, last = (max(0, begin - window + 1), end) if causal else (0, rows)
-        mask = None
+        first, last = (max(0, begin - window + 1), end) if causal else (0, columns)
+        seen = None if mask is None else mask[:, :, begin:end]
         if causal:
             q = torch.arange(begin, end, device=query.device)[:, None]
             k = torch.arange(first, last, device=query.device)
-            mask = (k <= q) & (k > q - window)  # [block, keys]
+            seen = (k <= q) & (k > q - window)  # [block, keys]
         part = query[:, :, begin:end], key[:, :, first:last], value[:, :, first:last]
-        outputs.append(_attend_block(*part, mask, scale, softcap, dropout)[0].transpose(0, 1))
-    return torch.cat(outputs)
+        outputs.append(_attend_block(*part, seen, scale, softcap, dropout))
+    return torch.cat(outputs, 2)
 
 
 def _attend_block(
@@ -240,6 +281,8 @@ def check_decoder(config: Any) -> None:
                 f"{kind} cannot run packed: it has recurrent or convolutional layers ({setting} in its configuration), "
                 "whose state would pass from one sequence to the next"
             )
+    if getattr(config, "keep_window_size", None) is not None:
+        raise NotImplementedError(f"{kind} cannot run packed: its layers choose what a row sees (keep_window_size)")
 
 
 def prepare(decoder: Any) -> Any:
@@ -257,9 +300,10 @@ def prepare(decoder: Any) -> Any:
     config = decoder.config.get_text_config(decoder=True)
     check_decoder(config)
     layers = decoder.get_decoder()
+    layers = layers if isinstance(layers, PreTrainedModel) else decoder.base_model
     reason = ""
     if not getattr(layers, "_supports_attention_backend", False):
-        reason = "its layers do not take their attention from AttentionInterface"
+        reason = "its layers do not take their attention from AttentionInterface, or are not marked as doing so"
     elif any(getattr(module, "is_causal", True) is False for module in layers.modules()):
         reason = "its attention is not causal"
     if reason:
@@ -283,6 +327,27 @@ def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> in
     )
 
 
+def _check_rope(config: Any, longest: int) -> None:
+    """Refuses frequencies that one sample would choose for all the others."""
+    parameters = getattr(config, "rope_parameters", None) or {}
+    nested = [p for p in parameters.values() if isinstance(p, dict)]  # one a kind of layer
+    for rope in nested or [parameters]:
+        kind = rope.get("rope_type")
+        if kind not in BATCH_WIDE_ROPE:
+            continue
+        limit = config.max_position_embeddings if kind == "dynamic" else rope["original_max_position_embeddings"]
+        if longest > limit:
+            raise NotImplementedError(
+                f"{config.model_type} cannot run samples of {longest} rows packed: from {limit} rows on the {kind!r} "
+                "rotary embedding of the longest sample would be that of all the others. If none is so long, "
+                "pack(..., exact_max_seqlen=True) says so"
+            )
+
+
+def _shown(tensor: Tensor) -> str:
+    return str(tensor.tolist()) if tensor.numel() <= 16 else f"shape {list(tensor.shape)}"
+
+
 def attention_forward(
     module: torch.nn.Module,
     query: Tensor,
@@ -302,28 +367,43 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """What transformers calls in each layer: ``[B, H, L, D]`` -> ``[B, L, H, D]`` and no weights.
 
-    With ``cu_seq_lens_q`` it is :func:`packed_attention` of ``B`` = 1 packed row, else stock SDPA.
+    With ``cu_seq_lens_q`` it is :func:`packed_attention` of ``B`` = 1 packed row, else stock SDPA. ``cu_seq_lens_k``
+    must be ``cu_seq_lens_q``, whose values are compared where reading them costs nothing.
 
     Raises:
         ValueError: packed rows with a mask, with a cache of earlier rows, or in several batch rows.
         NotImplementedError: a decoder, or an argument of its attention, that packing does not know.
     """
+    config = getattr(module, "config", None)
     if cu_seq_lens_q is None:
+        if attention_mask is not None and attention_mask.numel() == 0 and query.numel() > 0:
+            raise NotImplementedError(
+                f"{getattr(config, 'model_type', type(module).__name__)} cannot run packed: it got the empty mask of "
+                "PackedInputs.model_inputs(), but hands no cu_seq_lens_q on to its attention"
+            )
         if softcap is not None:  # which stock SDPA refuses
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-            if attention_mask is None and causal and query.shape[2] > 1:
-                attention_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device).tril()
+            causal = causal and attention_mask is None and 1 < query.shape[2] == key.shape[2]
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
-            return _attend_block(query, key, value, attention_mask, scale, softcap, dropout).transpose(1, 2), None
+            out = _attend(query, key, value, scale, causal, None, softcap, dropout, attention_mask)
+            return out.transpose(1, 2), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
         )
-    config = getattr(module, "config", None)
+    longest = query.shape[2] if max_length_q is None else max_length_q
     if config is not None:
         check_decoder(config)
-    for name in ("s_aux", "position_bias", "block_table"):
+        _check_rope(config, longest)
+    for name in UNKNOWN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"packed attention does not know {name}, which {type(module).__name__} passes")
+    if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
+        raise NotImplementedError("packed attention has no weights to return: output_attentions must be False")
+    if getattr(config, "output_router_logits", False) or kwargs.get("output_router_logits"):
+        raise NotImplementedError(
+            "the auxiliary loss of the router weighs rows by a mask of [B, L], which packed rows do not have: "
+            "output_router_logits must be False"
+        )
     if query.shape[0] != 1:
         raise ValueError(f"packed rows must be one batch row, [1, T, ...], got a batch of {query.shape[0]}")
     if attention_mask is not None and attention_mask.numel() > 0:
@@ -334,18 +414,18 @@ def attention_forward(
     if key.shape[2] != query.shape[2]:
         raise ValueError(
             f"packed rows cannot follow rows in a cache, got {query.shape[2]} queries and {key.shape[2]} keys; "
-            "pass use_cache=False"
+            "pass use_cache=False, and to generate give PackedInputs.unpack() instead"
         )
-    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q and cu_seq_lens_k.shape != cu_seq_lens_q.shape:
-        raise ValueError(
-            f"cu_seq_lens_q and cu_seq_lens_k must be equal, got shapes {list(cu_seq_lens_q.shape)} and "
-            f"{list(cu_seq_lens_k.shape)}"
-        )
+    if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
+        q, k = cu_seq_lens_q, cu_seq_lens_k
+        free = q.device.type == k.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
+        if q.shape != k.shape or (free and q.tolist() != k.tolist()):
+            raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be equal, got {_shown(q)} and {_shown(k)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     out = packed_attention(
         *(t[0].transpose(0, 1) for t in (query, key, value)),
         cu_seq_lens_q,
-        max_seqlen=max_length_q,
+        max_seqlen=longest,
         scale=scaling,
         causal=causal,
         window=_layer_window(module, config, sliding_window),

@@ -247,6 +247,39 @@ def test_padded_batches_and_generation_are_stock(kind: str):
     assert torch.equal(*tokens)
 
 
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatch):
+    """Which stock SDPA does not know: in blocks, so that nothing of T x T appears."""
+    monkeypatch.setattr(attention, "BLOCK", 16)
+    query, key, value = (torch.randn(2, h, 50, 8, dtype=torch.float64) for h in (4, 2, 2))
+    module = torch.nn.Module()
+    module.is_causal = causal
+    out, _ = attention.attention_forward(module, query, key, value, None, softcap=2.0)
+    flat = [t.transpose(1, 2).reshape(100, t.shape[1], 8) for t in (query, key, value)]
+    expected = reference(*flat, [0, 50, 100], softcap=2.0, causal=causal)
+    torch.testing.assert_close(out.reshape(100, 4, 8), expected)
+    mask = torch.ones(50, 50, dtype=torch.bool).tril() if causal else torch.ones(50, 50, dtype=torch.bool)
+    masked, _ = attention.attention_forward(module, query, key, value, mask[None, None].expand(2, 1, 50, 50), softcap=2.0)
+    torch.testing.assert_close(masked, out)
+    # One decoded row sees all of the cache, and so do rows of another sequence.
+    for rows in (1, 20):
+        part, _ = attention.attention_forward(module, query[:, :, -rows:], key, value, None, softcap=2.0, is_causal=rows == 1)
+        whole = reference(*flat, [0, 50, 100], softcap=2.0, causal=False).reshape(2, 50, 4, 8)
+        torch.testing.assert_close(part, whole[:, -rows:])
+
+
+def test_an_encoder_with_a_soft_cap_is_not_causal():
+    sizes = SIZES | {"num_hidden_layers": 2, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "sliding_window": 64}
+    config = transformers.AutoConfig.for_model("t5gemma", encoder=dict(sizes), decoder=dict(sizes), vocab_size=60)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(1, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits
+        model.set_attn_implementation("fastcompress")
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
 # The function
 
 
@@ -302,6 +335,30 @@ def test_nothing_to_attend_to():
     assert packed_attention(empty, empty, empty, torch.tensor([0])).shape == (0, 2, 8)
 
 
+def test_autocast():
+    """Rotary embeddings leave queries and keys in fp32: every tensor is cast, as SDPA would."""
+    q = torch.randn(40, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = packed_attention(q, q, q.bfloat16(), torch.tensor([0, 30, 40]))
+        model = decoder("qwen2")
+        packed = packed_batch(samples(model)[0])
+        logits = model(**packed.model_inputs()).logits
+    assert out.dtype == torch.bfloat16
+    bf16 = q.bfloat16()
+    torch.testing.assert_close(out, packed_attention(bf16, bf16, bf16, torch.tensor([0, 30, 40])))
+    torch.testing.assert_close(logits.float(), model(**packed.model_inputs()).logits, rtol=0.1, atol=0.5)
+    double = q.double()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert packed_attention(double, double, double, torch.tensor([0, 40])).dtype == torch.float64
+
+
+def test_inference_tensors():
+    with torch.inference_mode():
+        cu = torch.tensor([0, 30, 40])
+    q = torch.randn(40, 2, 8)
+    assert torch.equal(packed_attention(q, q, q, cu), packed_attention(q, q, q, torch.tensor([0, 30, 40])))
+
+
 def test_dropout_drops():
     q = torch.randn(40, 2, 8)
     for softcap in (None, 5.0):
@@ -319,6 +376,11 @@ CU = torch.tensor([0, 6])
         (lambda: packed_attention(Q.int(), Q, Q, CU), TypeError, "query must be float32"),
         (lambda: packed_attention(Q, Q[:, 0], Q, CU), ValueError, "query and key must have shapes [T, Hq, D] and [T, Hkv, D], got [6, 4, 8] and [6, 8]"),
         (lambda: packed_attention(Q, Q, Q[:3], CU), ValueError, "query and value must have shapes"),
+        (lambda: packed_attention(Q, Q.half(), Q, CU), TypeError, "query and key must have one dtype, got torch.float32 and torch.float16"),
+        (lambda: packed_attention(Q, Q[:, :2], Q, CU), ValueError, "key must have as many heads as value and the width of query, got query, key and value of shapes [6, 4, 8], [6, 2, 8] and [6, 4, 8]"),
+        (lambda: packed_attention(Q, Q[:, :2], Q, CU, softcap=1.0), ValueError, "key must have as many heads as value"),
+        (lambda: packed_attention(Q, Q[..., :4], Q, CU), ValueError, "the width of query"),
+        (lambda: packed_attention(Q, Q, Q, CU, max_seqlen=5), ValueError, "max_seqlen must be at least the rows of the longest sequence, 6, got 5"),
         (lambda: packed_attention(Q, Q[:, :3], Q[:, :3], CU), ValueError, "must be a multiple of those of key, got 4 and 3"),
         (lambda: packed_attention(Q, Q, Q, CU.float()), ValueError, "cu_seqlens must be [B + 1] int32 or int64"),
         (lambda: packed_attention(Q, Q, Q, torch.tensor([0, 5])), ValueError, "cu_seqlens must end at the number of rows, 6, got 5"),
@@ -346,6 +408,72 @@ def test_what_transformers_must_not_do():
         model(**(inputs | {"past_key_values": cache, "use_cache": True}))
     with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
         model(**(inputs | {"cu_seq_lens_k": torch.tensor([0, 366])}))
+    moved = packed.cu_seqlens + torch.tensor([0, 0, 1, 0, 0, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match=re.escape("got [0, 37, 42, 342, 343, 366] and [0, 37, 43, 342, 343, 366]")):
+        model(**(inputs | {"cu_seq_lens_k": moved}))
+    model(**(inputs | {"cu_seq_lens_k": packed.cu_seqlens.clone()}))
+    with pytest.raises(ValueError, match="max_seqlen must be at least the rows of the longest sequence, 300, got 299"):
+        model(**(inputs | {"max_length_q": 299}))
+    with pytest.raises(NotImplementedError, match="output_attentions must be False"):
+        model(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match=re.escape("to generate give PackedInputs.unpack() instead")):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["sinks", "indices", "position_bias"])
+def test_arguments_of_attention_that_are_not_known_are_refused(name: str):
+    model = decoder("llama")
+    with pytest.raises(NotImplementedError, match=f"does not know {name}, which LlamaAttention passes"):
+        model(**packed_batch(samples(model)[0]).model_inputs(), **{name: torch.zeros(4)})
+
+
+def test_the_routers_loss_is_refused():
+    model = decoder("qwen2_moe")
+    packed = packed_batch(*samples(model))
+    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
+        model(**packed.model_inputs(), output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
+        model(**packed.model_inputs())
+
+
+# Rotary embeddings whose frequencies are chosen by the longest sample of a batch
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)], ids=["longrope", "dynamic"])
+def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str, Any]):
+    sizes = SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
+    config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # which it changes
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress").eval()
+    long, short = torch.randn(1, 33, 64), torch.randn(1, 20, 64)
+    alone = model(inputs_embeds=short).logits[0]
+    packed = packed_batch([long[:, :32], short])
+    torch.testing.assert_close(model(**packed.model_inputs()).logits[0, 32:], alone, rtol=1e-5, atol=1e-5)
+    packed = packed_batch([long, short])
+    message = f"cannot run samples of 33 rows packed: from 32 rows on the '{rope['rope_type']}'"
+    with pytest.raises(NotImplementedError, match=message):
+        model(**packed.model_inputs())
+    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # not known: the rows of the batch
+        model(**(packed.model_inputs() | {"max_length_q": None}))
+
+
+def test_frequencies_of_one_kind_of_layer():
+    config = transformers.AutoConfig.for_model("gemma3_text", **SIZES)
+    config.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(LONGROPE),
+    }  # fmt: skip
+    with pytest.raises(NotImplementedError, match="'longrope'"):
+        attention._check_rope(config, 33)
+    attention._check_rope(config, 32)
+    attention._check_rope(transformers.AutoConfig.for_model("llama", **SIZES), 10**9)
 
 
 @pytest.mark.parametrize(
@@ -408,6 +536,30 @@ def test_prepare_refuses(kind: str, reason: str):
         model = transformers.AutoModelForCausalLM.from_config(config)
     with pytest.raises(NotImplementedError, match=f"{kind} cannot run packed: .*{reason}"):
         attention.prepare(model)
+
+
+def test_decoders_that_choose_what_a_row_sees_are_refused():
+    config = transformers.AutoConfig.for_model("doge", **SIZES)
+    with pytest.raises(NotImplementedError, match="doge cannot run packed: .*keep_window_size"):
+        attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_a_decoder_that_drops_cu_seqlens_is_refused():
+    config = transformers.AutoConfig.for_model("nemotron", **SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
+    with pytest.raises(NotImplementedError, match="nemotron cannot run packed: .* hands no cu_seq_lens_q on"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+def test_a_model_whose_decoder_is_its_head_is_prepared_or_refused():
+    config = transformers.AutoConfig.for_model("modernbert-decoder", **(SIZES | {"num_hidden_layers": 2}))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    attention.prepare(model)
+    embeds = samples(model)[0]
+    with torch.no_grad():
+        expected = torch.cat([model(inputs_embeds=e).logits[0] for e in embeds])
+        got = model(**packed_batch(embeds).model_inputs()).logits[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_window_that_no_layer_speaks_of_is_refused():

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -20,6 +20,7 @@ from fastcompress.checks import (
     check_layout_values,
     check_pack_values,
     check_same_device,
+    sequence_ranges,
 )
 from fastcompress.ops.dispatch import call
 from fastcompress.ops.pack import pack_labels, pack_map, pack_rows
@@ -77,7 +78,8 @@ class PackedInputs:
         if values.dim() < 1 or values.shape[0] != count:
             raise ValueError(f"values must have shape [{count}, ...], one a packed row, got {list(values.shape)}")
         lengths = self.cu_seqlens.diff()
-        longest = int(lengths.max()) if lengths.numel() else 0
+        longest = lengths.max().item() if lengths.shape[0] else 0
+        torch._check(longest >= 0)  # which torch.export cannot know
         column = torch.arange(longest, device=values.device)
         mask = column < lengths[:, None]
         index = torch.where(mask, self.cu_seqlens[:-1, None] + column, -1).reshape(-1)
@@ -152,7 +154,9 @@ def row_groups(
         attention_mask: ``[B, L]``, 0 for padding on either side.
         cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sample.
         placeholder_counts: how placeholders are audios. ``None``: each run of them in a sample is one. 1: each is one.
-            ``[A]`` int32 or int64: audio ``i`` has so many, so that audios next to each other stay apart.
+            ``[A]`` int32 or int64: audio ``i`` has so many, one after the other, so that audios next to each other stay
+            apart. Counts that do not match are an error, but on a GPU (unless ``FASTCOMPRESS_CHECK=1``) they make all
+            audio -1, since reading them would wait for it; :func:`pack` with ``compact`` reads them.
 
     Returns:
         int32 of the shape of ``input_ids``.
@@ -162,6 +166,15 @@ def row_groups(
         ValueError: a shape, device or value that does not fit; counts that do not match the placeholders name the
             sample and both numbers.
     """
+    return _row_groups(
+        input_ids, placeholder, attention_mask, cu_seqlens, placeholder_counts, _reads_values(input_ids)
+    )
+
+
+def _row_groups(
+    input_ids: Tensor, placeholder: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
+    placeholder_counts: Tensor | int | None, reads_values: bool,
+) -> Tensor:  # fmt: skip
     _check_ids("input_ids", input_ids)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
@@ -178,10 +191,19 @@ def row_groups(
         if kept is not None:
             is_audio &= kept
         flat = is_audio.reshape(-1)
-        if _reads_values(input_ids):
-            _check_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
+        if reads_values and cu_seqlens is not None:
+            check_layout_values(input_ids.shape, cu_seqlens, None)
         audio = torch.searchsorted(placeholder_counts.cumsum(0), flat.cumsum(0) - 1, right=True, out_int32=True) + 1
-        group = (audio * flat).view(input_ids.shape)
+        group = audio * flat
+        matches = _counts_match(group, placeholder_counts, input_ids.shape, cu_seqlens)
+        if reads_values:
+            if not matches:
+                _explain_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
+        elif group.is_cuda:
+            group = torch.where(matches | ~flat, group, -1)  # so that places and audios differ in number
+        else:
+            torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
+        group = group.view(input_ids.shape)
     elif placeholder_counts == 1 and not isinstance(placeholder_counts, bool):
         number = torch.arange(1, input_ids.numel() + 1, dtype=torch.int32, device=input_ids.device)
         group = number.view(input_ids.shape) * is_audio
@@ -190,37 +212,57 @@ def row_groups(
     return group if kept is None else group.masked_fill_(~kept, -1)
 
 
-def _check_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> None:
-    """Whether the placeholders of each sample are those of whole audios."""
+def _counts_match(group: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
+    """Whether each audio has its placeholders next to each other in one sample, a bool on their device."""
+    row = torch.arange(group.shape[0], device=group.device)
     if len(shape) == 2:
-        found = is_audio.view(shape).sum(1).tolist()
+        first = row % max(shape[1], 1) == 0
     else:
-        bounds = [0, shape[0]] if cu_seqlens is None else cu_seqlens.tolist()
-        found = [int(is_audio[a:b].sum()) for a, b in zip(bounds[:-1], bounds[1:], strict=True)]
+        first = row == 0
+        if cu_seqlens is not None:
+            bounds = torch.nn.functional.pad(torch.zeros_like(first), (0, 1))
+            first |= bounds.index_fill(0, cu_seqlens.long().clamp(0, group.shape[0]), True)[:-1]
+    runs = (group > 0) & (first | (group != group.roll(1)))
+    # With these, every audio has a placeholder, and so many runs as audios means one for each.
+    same = (counts >= 1).all() & ((group > 0).sum() == counts.sum())
+    return same & (runs.sum() == counts.shape[0])
+
+
+def _explain_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> NoReturn:
+    """Says which sample's placeholders are not those of whole audios."""
     wanted, audio = counts.tolist(), 0
     for i, count in enumerate(wanted):
         if count < 1:
             raise ValueError(f"placeholder_counts must be at least 1, got {count} at index {i}")
-    for sample, here in enumerate(found):
-        left = here
-        while left > 0:
+    ranges = sequence_ranges(shape, cu_seqlens, None)
+    is_audio = is_audio.cpu()
+    for sample, (begin, end) in enumerate(ranges):
+        places = is_audio[begin:end].nonzero()[:, 0].tolist()
+        done = 0
+        while done < len(places):
+            left = len(places) - done
             if audio == len(wanted):
                 raise ValueError(
-                    f"sample {sample} has {here} placeholders, {left} more than the {len(wanted)} audios of "
+                    f"sample {sample} has {len(places)} placeholders, {left} more than the {len(wanted)} audios of "
                     "placeholder_counts account for"
                 )
-            if wanted[audio] > left:
+            count = wanted[audio]
+            if count > left:
                 raise ValueError(
-                    f"sample {sample} has {here} placeholders and {left} left for audio {audio}, but "
-                    f"placeholder_counts has {wanted[audio]} for it"
+                    f"sample {sample} has {len(places)} placeholders and {left} left for audio {audio}, but "
+                    f"placeholder_counts has {count} for it"
                 )
-            left -= wanted[audio]
+            if places[done + count - 1] - places[done] != count - 1:
+                raise ValueError(
+                    f"the {count} placeholders of audio {audio} must be next to each other, but sample {sample} has "
+                    f"others between its positions {places[done]} and {places[done + count - 1]}"
+                )
+            done += count
             audio += 1
-    if audio < len(wanted):
-        raise ValueError(
-            f"placeholder_counts has {len(wanted)} audios, but the samples have placeholders for only {audio}: none is "
-            f"left after sample {len(found) - 1}, the last"
-        )
+    raise ValueError(
+        f"placeholder_counts has {len(wanted)} audios, but the samples have placeholders for only {audio}: none is "
+        f"left after sample {len(ranges) - 1}, the last"
+    )
 
 
 def pack(
@@ -255,7 +297,8 @@ def pack(
 
     Args:
         input_ids: ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
-        embedding: ``[V, H]``, the table of the ids. For a model that scales what it looks up give ``inputs_embeds``.
+        embedding: ``[V, H]``, the table of the ids. A ``padding_idx`` of its module is not known here: that row gets a
+            gradient if it is kept. For a model that scales what it looks up give ``inputs_embeds``.
         audio: :class:`Pooled`, one sequence an audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the dtype
             of the text.
         inputs_embeds: ``[B, L, H]`` or ``[N, H]``.
@@ -280,14 +323,15 @@ def pack(
     Raises:
         TypeError: an argument of the wrong type or dtype.
         ValueError: a shape, device or value that does not fit; ids out of range and more or fewer audios than places
-            name the sample and both numbers.
+            name the sample and both numbers; no row is kept (with ``compact``).
     """
     shape = _check_text(input_ids, embedding, inputs_embeds)
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None
     groups = _groups(
-        shape, input_ids, like.device, placeholder, placeholder_counts, row_group, attention_mask, lengths, cu_seqlens
-    )
+        shape, input_ids, like.device, placeholder, placeholder_counts, row_group, attention_mask, lengths, cu_seqlens,
+        compact,
+    )  # fmt: skip
     if labels is not None:
         _check_ids("labels", labels, shape)
         check_same_device("labels", labels, like)
@@ -330,6 +374,10 @@ def pack(
         values = call(
             pack_rows, (rows, audio_values, index, target, inputs_embeds is None), needs_grad, lambda: None
         )
+    # Under compile the count has no value yet.
+    if compact and not torch.compiler.is_compiling() and values.shape[0] == 0:
+        samples = packed_cu_seqlens.shape[0] - 1
+        raise ValueError(f"nothing is left to pack: every row of the {samples} samples is dropped")
     positions, packed_labels = call(pack_labels, (source, packed_cu_seqlens, groups, labels), False, lambda: None)
     if exact_max_seqlen:
         max_seqlen = int(packed_cu_seqlens.diff().max())
@@ -385,6 +433,7 @@ def _groups(
     attention_mask: Tensor | None,
     lengths: Tensor | None,
     cu_seqlens: Tensor | None,
+    compact: bool,
 ) -> Tensor:
     """int32 row groups of the leading shape."""
     if placeholder_counts is not None and placeholder is None:
@@ -405,9 +454,8 @@ def _groups(
             mask = attention_mask
             if lengths is not None:
                 raise ValueError("attention_mask excludes lengths: they say the same thing")
-        return row_groups(
-            input_ids, placeholder, attention_mask=mask, cu_seqlens=cu_seqlens, placeholder_counts=placeholder_counts
-        )
+        reads_values = _reads_values(input_ids) or (compact and not torch.compiler.is_compiling())
+        return _row_groups(input_ids, placeholder, mask, cu_seqlens, placeholder_counts, reads_values)
     rows = torch.empty(shape, device=device) if input_ids is None else input_ids
     groups = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if groups is None:

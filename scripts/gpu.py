@@ -76,6 +76,7 @@ def gpu_steps(wheel: Path | None) -> list[Step]:
     steps += [
         Step("info", [sys.executable, "-m", "fastcompress", "info"]),
         Step("GPU tests, cuda", tests(["gpu"], "cuda", "cuda")),
+        Step("attention", tests(["gpu_attention"], "cuda", "cuda")),
         Step("suite, cuda", tests(SUITE, "cuda", "cuda", *parallel)),
     ]
     # Triton compiles first, a second for each of some hundred variants; the suite finds most of them done.
@@ -100,6 +101,7 @@ def dry_steps() -> list[Step]:
         build_step({"FASTCOMPRESS_CUDA": "none"}, ROOT / "build" / "gpu-dry"),
         Step("info", [sys.executable, "-m", "fastcompress", "info"]),
         Step("GPU tests", tests(["gpu"], "cpu", "reference", "-k", some)),
+        Step("attention", tests(["gpu_attention"], "cpu", "reference", "-k", "on_request or qwen2")),
         Step("GPU tests, triton", triton, interpreter, missing=no_triton),
         Step("suite", tests(["pool"], "cpu", "reference", "-k", "test_module")),
     ]

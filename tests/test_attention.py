@@ -16,7 +16,7 @@ import fastcompress as fc
 
 transformers = pytest.importorskip("transformers", reason="the attention is registered with transformers")
 
-from fastcompress import attention  # noqa: E402
+from fastcompress import attention, sequence_attention  # noqa: E402
 from fastcompress.attention import check_decoder, packed_attention  # noqa: E402
 from tests.sample_inputs import offsets  # noqa: E402
 
@@ -250,7 +250,7 @@ def test_padded_batches_and_generation_are_stock(kind: str):
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatch):
     """Which stock SDPA does not know: in blocks, so that nothing of T x T appears."""
-    monkeypatch.setattr(attention, "BLOCK", 16)
+    monkeypatch.setattr(sequence_attention, "BLOCK", 16)
     query, key, value = (torch.randn(2, h, 50, 8, dtype=torch.float64) for h in (4, 2, 2))
     module = torch.nn.Module()
     module.is_causal = causal
@@ -607,7 +607,7 @@ def varlen_of(version: str) -> Any:
 @pytest.mark.parametrize("version", ["2.10", "2.11", "2.12"])
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 def test_varlen_of_every_torch(version: str, heads: tuple[int, int]):
-    varlen = attention._Varlen(varlen_of(version))
+    varlen = sequence_attention._Varlen(varlen_of(version))
     query, key, value = (torch.randn(40, h, 8) for h in (heads[0], heads[1], heads[1]))
     cu = torch.tensor([0, 30, 40], dtype=torch.int32)
     for scale in (None, 0.3):
@@ -621,6 +621,6 @@ def test_varlen_of_every_torch(version: str, heads: tuple[int, int]):
 
 
 def test_the_installed_varlen_is_one_that_is_known():
-    varlen = attention._varlen()
+    varlen = sequence_attention._varlen()
     assert varlen is not None and {"cu_seq_q", "cu_seq_k", "max_q", "max_k"} <= varlen.parameters
     assert {"window_size", "is_causal"} & varlen.parameters, inspect.signature(varlen.function)

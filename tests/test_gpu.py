@@ -167,6 +167,25 @@ def pack(arguments: dict[str, Any], compact: bool) -> dict[str, Tensor]:
     return {name: getattr(packed, name).detach() for name in names} | {"audio gradient": grads[1]}
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_short_gradient_of_the_table(gpu: torch.device, dtype: torch.dtype):
+    """PyTorch's own, whose order of addition is another on each device, but the same each time."""
+    arguments = to(packing(3, 72, dtype), gpu)
+    table = arguments["embedding"].requires_grad_()
+    packed = fc.pack(**arguments, placeholder=99, placeholder_counts=1)
+    grad = features("iid", len(packed.source), 72, dtype, 8).to(gpu)
+    found = [torch.autograd.grad(packed.inputs_embeds, table, grad, retain_graph=True)[0] for _ in range(3)]
+    assert_same_bits(found[0], found[1])
+    assert_same_bits(found[0], found[2])
+    ids = torch.cat([arguments["input_ids"].reshape(-1), torch.full((len(arguments["audio"]),), 99, device=gpu)])
+    ids = ids[packed.source]
+    exact = torch.zeros(100, 72, dtype=torch.float64, device=gpu)
+    exact = exact.index_add(0, ids, grad.double())[:40]
+    scale = torch.zeros_like(exact).index_add(0, ids.clamp_max(39), grad.double().abs()).max()
+    assert float((found[0].double() - exact).abs().max()) <= 4 * torch.finfo(dtype).eps * float(scale)
+    assert float(exact.abs().max()) > 1
+
+
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("width, dtype", [(72, torch.bfloat16), (33, torch.float32), (1280, torch.float64)], ids=str)
 def test_short_packing(gpu: torch.device, width: int, dtype: torch.dtype, compact: bool):

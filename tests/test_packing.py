@@ -353,8 +353,8 @@ def test_unpack_is_the_inverse():
     one = fc.pack(torch.tensor([3]), table)
     for shape, unpacked in (((1, 7), (1, 1, 7)), ((1, 1), (1, 1, 1)), ((1, 1, 7), (1, 1, 7)), ((1,), (1, 1))):
         assert one.unpack(torch.randn(shape))[0].shape == unpacked
-    nothing = fc.pack(torch.tensor([[3]]), table, attention_mask=torch.zeros(1, 1))
-    assert nothing.unpack()[0].shape == (1, 0, 6) and nothing.unpack(torch.randn(1, 0, 9))[1].shape == (1, 0)
+    nothing = fc.pack(torch.tensor([[3]]), table, attention_mask=torch.zeros(1, 1), compact=False)
+    assert nothing.unpack()[0].shape == (1, 0, 6) and nothing.unpack(torch.randn(1, 1, 9))[1].shape == (1, 0)
     with pytest.raises(ValueError, match=re.escape(f"values must have shape [{len(packed.source)}, ...]")):
         packed.unpack(torch.randn(3, 2))
 
@@ -391,6 +391,50 @@ def test_compiles_and_exports():
     assert_same_bits(program.module()(ids, audio.detach()).inputs_embeds, eager.inputs_embeds.detach())
 
 
+def test_exports_with_dynamic_shapes():
+    table, dim = torch.randn(VOCABULARY, 16), torch.export.Dim
+
+    class Model(torch.nn.Module):
+        def forward(self, ids: Tensor, audio: Tensor, cu: Tensor) -> tuple[Tensor, Tensor]:
+            packed = fc.pack(ids, table, audio, audio_cu_seqlens=cu, placeholder=AUDIO, compact=False)
+            return packed.inputs_embeds, packed.unpack(packed.inputs_embeds * 2)[1].sum(1)
+
+    def inputs(samples: int, rows: int) -> tuple[Tensor, Tensor, Tensor]:
+        ids = torch.arange(samples * 4).view(samples, 4) % 50
+        ids[:, 1:3] = AUDIO
+        return ids, torch.randn(samples * rows, 16), torch.arange(samples + 1) * rows
+
+    shapes = ({0: dim("b", min=2, max=64)}, {0: dim("m", min=2, max=512)}, {0: dim("a", min=3, max=65)})
+    program = torch.export.export(Model(), inputs(2, 3), dynamic_shapes=shapes, strict=False)
+    for size in ((2, 3), (5, 4)):
+        arguments = inputs(*size)
+        expected = Model()(*arguments)
+        for a, b in zip(program.module()(*arguments), expected, strict=True):
+            assert_same_bits(a, b)
+        assert expected[1].tolist() == [2 + size[1]] * size[0]
+
+
+def test_counts_are_checked_where_values_cannot_be_read():
+    ids, counts = torch.tensor([[AUDIO, AUDIO, 5, AUDIO]]), torch.tensor([2, 1])
+
+    def run(counts: Tensor) -> Tensor:
+        return fc.row_groups(ids, AUDIO, placeholder_counts=counts)
+
+    compiled = torch.compile(run, backend="aot_eager", fullgraph=True)
+    assert compiled(counts).tolist() == run(counts).tolist() == [[1, 1, 0, 2]]
+    with pytest.raises(RuntimeError, match="placeholder_counts does not match the placeholders of input_ids"):
+        compiled(torch.tensor([1, 2]))
+
+
+def test_function_transforms_are_refused():
+    for f in (
+        lambda x: fc.pack(inputs_embeds=x).inputs_embeds.sum(),
+        lambda x: fc.pack(torch.tensor([1, 2]), x).inputs_embeds.sum(),
+    ):
+        with pytest.raises(NotImplementedError, match="does not run under torch.func.grad; torch.autograd.grad does"):
+            torch.func.grad(f)(torch.randn(3, 4))
+
+
 # Errors
 
 TABLE, IDS, ROWS = torch.randn(VOCABULARY, 4), torch.tensor([[1, 2, AUDIO], [AUDIO, AUDIO, 3]]), torch.randn(5, 4)
@@ -407,6 +451,8 @@ EMBEDS = torch.randn(2, 3, 4)
         ({"input_ids": IDS[None], "embedding": TABLE}, ValueError, "input_ids must have shape [B, L] or [N], got [1, 2, 3]"),
         ({"input_ids": IDS[:0], "embedding": TABLE}, ValueError, "input_ids must hold at least one sample and one row, got shape [0, 3]"),
         ({"inputs_embeds": EMBEDS[:, :0]}, ValueError, "inputs_embeds must hold at least one sample and one row, got shape [2, 0]"),
+        ({"inputs_embeds": EMBEDS, "attention_mask": torch.zeros(2, 3)}, ValueError, "nothing is left to pack: every row of the 2 samples is dropped"),
+        ({"input_ids": IDS, "embedding": TABLE, "row_group": torch.full((2, 3), -1).int()}, ValueError, "nothing is left to pack: every row of the 2 samples"),
         ({"input_ids": IDS, "embedding": TABLE[None]}, ValueError, "embedding must have shape [V, H], got [1, 100, 4]"),
         ({"input_ids": IDS, "embedding": TABLE.int()}, TypeError, "embedding must be float32, float16, bfloat16 or float64"),
         ({"input_ids": IDS + 50, "embedding": TABLE}, ValueError, "input_ids must lie in [0, 100), the rows of embedding, got 149 in sample 0 at position 2"),
@@ -442,6 +488,9 @@ EMBEDS = torch.randn(2, 3, 4)
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 3])}, ValueError, "sample 1 has 2 placeholders and 2 left for audio 1, but placeholder_counts has 3 for it"),
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 1])}, ValueError, "sample 1 has 2 placeholders, 1 more than the 2 audios of placeholder_counts account for"),
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 2, 1])}, ValueError, "placeholder_counts has 3 audios, but the samples have placeholders for only 2"),
+        ({"inputs_embeds": EMBEDS, "input_ids": torch.tensor([[AUDIO, 3, AUDIO], [1, 2, AUDIO]]), "placeholder": AUDIO, "placeholder_counts": torch.tensor([2, 1])}, ValueError, "the 2 placeholders of audio 0 must be next to each other, but sample 0 has others between its positions 0 and 2"),
+        # As many runs of placeholders as audios, and as many placeholders as counted.
+        ({"input_ids": torch.tensor([[AUDIO, 3, AUDIO], [AUDIO, 2, 2]]), "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": torch.tensor([0, 1, 5]), "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 2])}, ValueError, "sample 0 has 2 placeholders and 1 left for audio 1, but placeholder_counts has 2 for it"),
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 0, 2])}, ValueError, "placeholder_counts must be at least 1, got 0 at index 1"),
     ],
 )  # fmt: skip

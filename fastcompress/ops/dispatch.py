@@ -29,7 +29,10 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explai
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
-    except RuntimeError:
+    except RuntimeError as error:
+        if torch._C._functorch.peek_interpreter_stack() is not None:
+            name = op.name().removeprefix("fastcompress::")
+            raise NotImplementedError(f"{name} does not run under torch.func.grad; torch.autograd.grad does") from error
         explain()
         raise
 

@@ -146,8 +146,12 @@ def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_tab
 
     ``target`` and ``is_table`` are for the gradient alone.
     """
-    everything = torch.cat([rows, audio, rows.new_zeros((1, rows.shape[1]))])
     inside = (index >= -1) & (index < rows.shape[0] + audio.shape[0])
     if not index.is_cuda and not bool(inside.all()):
         raise RuntimeError("index must lie in [-1, the number of rows)")
-    return everything[torch.where(inside, index, -1)]
+    # Two gathers, so that a large table is not copied; a row of zeros stands in for an empty one.
+    is_text, is_audio = (index >= 0) & (index < rows.shape[0]), inside & (index >= rows.shape[0])
+    zero = rows.new_zeros((1, rows.shape[1]))
+    text = (rows if rows.shape[0] else zero)[torch.where(is_text, index, 0)]
+    heard = (audio if audio.shape[0] else zero)[torch.where(is_audio, index - rows.shape[0], 0)]
+    return torch.where(is_text[:, None], text, torch.where(is_audio[:, None], heard, zero))

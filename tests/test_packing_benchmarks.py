@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
 
+import fastcompress as fc
 from benchmarks import __main__ as command
 from benchmarks import decoder, packing, report
 from benchmarks.checks import WrongResult
+from benchmarks.gpu_packing import HALF_ERROR
 
 
 @pytest.fixture(autouse=True)
@@ -62,8 +65,25 @@ def test_the_decoder_is_checked_timed_and_its_memory_read(monkeypatch: pytest.Mo
         return call if form != decoder.OURS else lambda backward: (call(backward)[0] + 1, call(backward)[1])
 
     monkeypatch.setattr(decoder, "build", build)
-    with pytest.raises(WrongResult, match="packed, fastcompress: logits are off by 1"):
+    with pytest.raises(WrongResult, match="packed, fastcompress: logits are off by 6.* of their norm"):
         decoder.measure(1, 1, "quick", 1)
+
+
+def test_logits_of_samples_that_see_each_other_are_found(monkeypatch: pytest.MonkeyPatch):
+    """Also by what is allowed to bf16 on a GPU."""
+    pytest.importorskip("transformers")
+    expected = decoder.build(decoder.PADDED, decoder.SIZES["quick"])(False)[0]
+
+    def as_one_sequence(self: fc.PackedInputs, right=fc.PackedInputs.model_inputs) -> dict[str, Any]:
+        count = len(self.source)
+        cu = torch.tensor([0, count], dtype=torch.int32)
+        return right(self) | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": count}
+
+    call = decoder.build(decoder.OURS, decoder.SIZES["quick"])
+    decoder.check(decoder.OURS, call(False)[0], expected, HALF_ERROR)
+    monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)
+    with pytest.raises(WrongResult, match="logits are off"):
+        decoder.check(decoder.OURS, call(False)[0], expected, HALF_ERROR)
 
 
 def test_the_command_writes_them_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

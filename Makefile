@@ -14,10 +14,11 @@ WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo test test-slow test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
+	@echo "make experiment train and score with and without compression: hours; QUICK=1: minutes"
 	@echo "make test       set up, build, and test: a few minutes"
 	@echo "make test-slow  the long forms of the tests alone"
 	@echo "make test-full  the long forms of the tests as well"
@@ -43,7 +44,7 @@ $(READY): pyproject.toml requirements-torch.txt requirements-triton.txt
 	fi
 	@echo "installing the development requirements into $(VENV)"
 	$(BIN)/python -m pip install -q 'setuptools>=77' wheel ninja
-	$(BIN)/python -m pip install -q --no-build-isolation -e '.[audio,encoders,dev]'
+	$(BIN)/python -m pip install -q --no-build-isolation -e '.[lalm,dev]'
 	@$(BIN)/python -c 'import triton' 2>/dev/null || $(BIN)/python -m pip install -q -r requirements-triton.txt
 	@touch $@
 
@@ -55,6 +56,13 @@ build: $(LIBRARY)
 
 demo: build
 	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo
+	@echo
+	$(BIN)/python scripts/demo.py
+
+# `make experiment QUICK=1`: LoRA on the shipped model alone.
+QUICK ?=
+experiment: build
+	$(BIN)/python -m experiments $(if $(QUICK),--quick)
 
 test: build
 	$(PYTEST) -n 2 --dist loadgroup

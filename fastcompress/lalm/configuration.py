@@ -1,0 +1,102 @@
+"""Configuration of the reference audio LLM."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+
+from fastcompress.ops.segment_reduce import REDUCTIONS
+from fastcompress.rules import Rule
+
+#: How audio that is shorter than a window of its encoder is padded.
+PADDINGS = ("window", "longest")
+#: Between what a rule takes distances.
+KEYS = ("frames", "ctc")
+
+
+class FastCompressConfig(PreTrainedConfig):
+    """Configuration of :class:`FastCompressForConditionalGeneration`.
+
+    Args:
+        audio_config: of the speech encoder, a configuration of transformers or its dict; ``None``: Whisper's.
+        text_config: of the decoder likewise; ``None``: Qwen2's.
+        rule: text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame of the encoder is kept.
+        reduce: what a segment becomes, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
+        keys: between what the rule takes distances: ``"frames"`` of the encoder, or ``"ctc"``, the CTC head's
+            probabilities of them.
+        audio_token_id: the id that stands for an audio in ``input_ids``, one for each.
+        projector_hidden_size: width of the hidden layer between encoder and decoder; ``None``: one linear layer.
+        train_encoder: whether the encoder is trained; else it is frozen and never in training mode.
+        normalize_features: whether the mean of each audio's features is removed and what is left doubled: level and
+            recording then matter less. Not for encoders that were trained without.
+        audio_padding: ``"window"``: to the window of the encoder, as Whisper was trained; ``"longest"``: to the longest
+            of the batch, padding masked, for encoders that were trained here on short audio.
+        ctc_tokens: units, such as phones, of an auxiliary CTC loss on the encoder, 1 to their number beside the blank
+            0; ``None``: no such loss.
+        ctc_weight: of that loss.
+    """
+
+    model_type = "fastcompress"
+    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}
+
+    def __init__(
+        self,
+        audio_config: PreTrainedConfig | dict[str, Any] | None = None,
+        text_config: PreTrainedConfig | dict[str, Any] | None = None,
+        rule: str | None = None,
+        reduce: str = "mean",
+        keys: str = "frames",
+        audio_token_id: int = 0,
+        projector_hidden_size: int | None = None,
+        train_encoder: bool = False,
+        normalize_features: bool = False,
+        audio_padding: str = "window",
+        ctc_tokens: list[str] | None = None,
+        ctc_weight: float = 1.0,
+        **kwargs: Any,
+    ) -> None:
+        self.audio_config = _as_config("audio_config", audio_config, "whisper")
+        self.text_config = _as_config("text_config", text_config, "qwen2")
+        if rule is not None:
+            rule = str(rule if isinstance(rule, Rule) else Rule.from_string(rule))
+        for name, value, known in (
+            ("audio_padding", audio_padding, PADDINGS),
+            ("reduce", reduce, REDUCTIONS),
+            ("keys", keys, KEYS),
+        ):
+            if value not in known:
+                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+        if ctc_tokens is not None and not ctc_tokens:
+            raise ValueError("ctc_tokens must hold at least one unit, got none")
+        if keys == "ctc" and not ctc_tokens:
+            raise ValueError("keys 'ctc' need ctc_tokens")
+        self.rule = rule
+        self.reduce = reduce
+        self.keys = keys
+        self.audio_token_id = audio_token_id
+        self.projector_hidden_size = projector_hidden_size
+        self.train_encoder = train_encoder
+        self.normalize_features = normalize_features
+        self.audio_padding = audio_padding
+        self.ctc_tokens = ctc_tokens
+        self.ctc_weight = ctc_weight
+        kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
+        super().__init__(**kwargs)
+
+
+def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, default: str) -> PreTrainedConfig:
+    if config is None:
+        return CONFIG_MAPPING[default]()
+    if isinstance(config, PreTrainedConfig):
+        return config
+    if not isinstance(config, dict):
+        raise TypeError(f"{name} must be a configuration of transformers or a dict, got {type(config).__name__}")
+    values = dict(config)
+    kind = values.pop("model_type", default)
+    if kind not in CONFIG_MAPPING:
+        raise ValueError(f"{name} has model_type {kind!r}, which this transformers does not know")
+    return CONFIG_MAPPING[kind](**values)
+
+
+AutoConfig.register(FastCompressConfig.model_type, FastCompressConfig, exist_ok=True)

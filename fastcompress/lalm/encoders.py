@@ -1,0 +1,155 @@
+"""Speech encoders of transformers: audio in, frames out, whatever the encoder's own habits.
+
+Three families: Whisper's, which take log-mel features in windows of one length; those that take samples; those that
+take features and a mask. Audio longer than a window is cut into windows, each encoded alone; nothing is dropped.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+#: Log-mel features ``[A, bins, T]`` in windows of twice ``max_source_positions``.
+WHISPER = frozenset({"whisper", "voxtral_encoder"})
+#: Samples ``[A, S]``.
+WAVEFORM = frozenset({"data2vec-audio", "hubert", "sew", "unispeech", "unispeech-sat", "wav2vec2", "wavlm"})
+#: Features ``[A, T, bins]`` and a mask.
+MASKED = frozenset({"parakeet_encoder", "wav2vec2-bert"})
+
+#: Whisper's features are cut off at 8 below the loudest, in units of a quarter: what silence is.
+_SILENCE = 2.0
+
+
+def check_encoder(config: Any) -> None:
+    """Raises if an encoder is none that is known here.
+
+    Raises:
+        NotImplementedError: with those that are.
+    """
+    known = WHISPER | WAVEFORM | MASKED
+    if config.model_type not in known:
+        raise NotImplementedError(
+            f"audio_config has model_type {config.model_type!r}; encoders that are known: {', '.join(sorted(known))}"
+        )
+
+
+def build_encoder(config: Any) -> nn.Module:
+    """An encoder with random weights."""
+    from transformers import AutoModel
+    from transformers.models.whisper.modeling_whisper import WhisperEncoder
+
+    check_encoder(config)
+    if config.model_type == "whisper":  # AutoModel would build its decoder, too
+        return WhisperEncoder(config)
+    return AutoModel.from_config(config)
+
+
+def load_encoder(path: str) -> nn.Module:
+    """A pretrained encoder, without what else was trained with it."""
+    from transformers import AutoConfig, AutoModel
+
+    config = AutoConfig.from_pretrained(path)
+    check_encoder(config)
+    model = AutoModel.from_pretrained(path)
+    return model.get_encoder() if config.model_type == "whisper" else model
+
+
+def takes_samples(config: Any) -> bool:
+    """Whether an encoder takes samples and not log-mel features."""
+    return config.model_type in WAVEFORM
+
+
+def encode(
+    encoder: Any, features: Tensor, mask: Tensor | None, padding: str = "window", normalize: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Frames of each audio.
+
+    Args:
+        encoder: of :func:`build_encoder`.
+        features: ``[A, bins, T]`` or ``[A, S]``, floating.
+        mask: ``[A, T]`` or ``[A, S]``, 0 behind the end of each audio; ``None``: all of one length.
+        padding, normalize: ``audio_padding`` and ``normalize_features`` of :class:`FastCompressConfig`.
+
+    Returns:
+        frames ``[A, F, D]`` and how many each audio has, ``[A]`` int64.
+
+    Raises:
+        ValueError: features of another shape, or an audio without a frame.
+    """
+    kind = encoder.config.model_type
+    wanted = 2 if kind in WAVEFORM else 3
+    if features.dim() != wanted:
+        shape = "[A, S], samples" if wanted == 2 else "[A, bins, T], log-mel features"
+        raise ValueError(f"{kind} takes input features of shape {shape}, got {list(features.shape)}")
+    features = features.to(encoder.dtype)
+    if mask is None:
+        mask = torch.ones(features.shape[0], features.shape[-1], dtype=torch.int64, device=features.device)
+    if mask.shape != (features.shape[0], features.shape[-1]):
+        raise ValueError(
+            f"feature_attention_mask must have shape {[features.shape[0], features.shape[-1]]}, got {list(mask.shape)}"
+        )
+    lengths = mask.sum(1).long()
+    if lengths.device.type == "cpu" and bool((lengths < 1).any()):
+        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} has no frame: its mask is 0 everywhere")
+    if kind in WHISPER:
+        return _encode_windows(encoder, features, lengths, padding, normalize), (lengths - 1) // 2 + 1
+    if normalize:
+        raise ValueError(f"normalize_features is for log-mel features in windows, not for those of {kind}")
+    if kind in WAVEFORM:
+        frames = encoder(features, attention_mask=mask).last_hidden_state
+        return frames, _checked(encoder._get_feat_extract_output_lengths(lengths), frames)
+    frames = encoder(features.transpose(1, 2), attention_mask=mask).last_hidden_state
+    if kind == "parakeet_encoder":
+        lengths = encoder._get_subsampling_output_length(lengths)
+    return frames, _checked(lengths, frames)
+
+
+def _checked(lengths: Tensor, frames: Tensor) -> Tensor:
+    if lengths.device.type == "cpu" and bool((lengths < 1).any()):
+        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is shorter than one frame of the encoder")
+    return lengths.clamp(max=frames.shape[1])
+
+
+def _encode_windows(encoder: Any, features: Tensor, lengths: Tensor, padding: str, normalize: bool) -> Tensor:
+    """Whisper's encoder, of any length of audio: ``[A, bins, T]`` -> ``[A, F, D]``."""
+    audios, bins, longest = features.shape
+    window = 2 * encoder.config.max_source_positions
+    count = -(-longest // window)
+    width = window
+    if padding == "longest" and count == 1:  # two more, so that the last frame sees silence in any batch
+        width = min(window, longest + 2 + longest % 2)
+    inside = (torch.arange(count * width, device=features.device) < lengths[:, None])[:, None]
+    features = nn.functional.pad(features, (0, count * width - longest))
+    silence = features.masked_fill(~inside, -torch.inf).amax((1, 2), keepdim=True) - _SILENCE
+    if normalize:
+        count_inside = inside.sum((1, 2), keepdim=True) * bins
+        mean = torch.where(inside, features, 0.0).sum((1, 2), keepdim=True) / count_inside
+        features, silence = 2 * (features - mean), 2 * (silence - mean)
+    features = torch.where(inside, features, silence)
+    if count == 1:
+        return _run(encoder, features, lengths, padding)
+    windows = features.view(audios, bins, count, width).transpose(1, 2).reshape(audios * count, bins, width)
+    left = (lengths[:, None] - torch.arange(count, device=lengths.device) * width).clamp(0, width).view(-1)
+    used = left.nonzero()[:, 0]  # those that are silence alone are not computed
+    frames = _run(encoder, windows[used], left[used], padding)
+    every = frames.new_zeros(audios * count, *frames.shape[1:]).index_copy(0, used, frames)
+    return every.view(audios, count * frames.shape[1], frames.shape[2])
+
+
+def _run(encoder: Any, features: Tensor, lengths: Tensor, padding: str) -> Tensor:
+    """One window each, ``[W, bins, T]`` -> ``[W, T / 2, D]``."""
+    if padding == "window":
+        return encoder(features).last_hidden_state
+    # The encoder's own forward insists on whole windows, whose padding it attends to; its parts do not.
+    hidden = nn.functional.gelu(encoder.conv1(features))
+    hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
+    rows = hidden.shape[1]
+    hidden = hidden + encoder.embed_positions.weight[:rows]
+    hidden = nn.functional.dropout(hidden, encoder.dropout, encoder.training)
+    seen = torch.arange(rows, device=hidden.device) < ((lengths + 1) // 2)[:, None]
+    mask = seen[:, None, None].expand(-1, 1, rows, -1)
+    for layer in encoder.layers:
+        hidden = layer(hidden, mask)
+    return encoder.layer_norm(hidden)

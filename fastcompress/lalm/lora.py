@@ -1,0 +1,48 @@
+"""LoRA on the decoder of the reference audio LLM; what connects it to the encoder is trained in full."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from torch import nn
+
+
+def lora_targets(model: Any) -> str:
+    """A pattern of the decoder's linear layers, attention and MLP, and of none of the encoder's of the same names."""
+    head = model.language_model.get_output_embeddings()
+    names = {
+        name.rpartition(".")[2]
+        for name, module in model.language_model.named_modules()
+        if isinstance(module, nn.Linear) and module is not head
+    }
+    return rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(re.escape(name) for name in sorted(names))})"
+
+
+def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **kwargs: Any) -> Any:
+    """Freezes a :class:`FastCompressForConditionalGeneration` but for LoRA on its decoder, its projector and, if
+    ``train_encoder`` says so, its encoder.
+
+    Args:
+        model: which is changed.
+        rank, alpha, dropout: of LoRA (Hu et al., 2021).
+        kwargs: more of ``peft.LoraConfig``.
+
+    Returns:
+        a ``PeftModel``: ``save_pretrained`` writes LoRA and projector, ``PeftModel.from_pretrained`` loads them.
+    """
+    from peft import LoraConfig, get_peft_model
+
+    saved = ["projector"]
+    if model.config.train_encoder:
+        saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
+    config = LoraConfig(
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model), modules_to_save=saved,
+        **kwargs,
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def unwrap(model: Any) -> Any:
+    """The model itself, of one with LoRA or without."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,0 +1,350 @@
+"""The reference audio LLM: encoder, compression, projector, packing, decoder."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationMixin, PreTrainedModel
+from transformers.utils import ModelOutput
+
+import fastcompress as fc
+from fastcompress import attention
+from fastcompress.lalm.configuration import FastCompressConfig
+from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
+from fastcompress.rules import Rule, Uniform, as_rule
+
+
+@dataclass
+class FastCompressOutput(ModelOutput):
+    """What the model returns.
+
+    Attributes:
+        loss: ``lm_loss`` and, weighted, ``ctc_loss``.
+        logits: ``[1, T, V]`` of the packed rows; with labels ``[1, K, V]``, of those rows alone that a label is
+            predicted from.
+        lm_loss: cross-entropy of the labels.
+        ctc_loss: of the encoder's frames.
+        packed: the decoder's input.
+        num_audio_tokens: rows of audio in it, after the compression; 0-dim int64, like
+        num_frames: those before.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    lm_loss: Tensor | None = None
+    ctc_loss: Tensor | None = None
+    packed: fc.PackedInputs | None = None
+    num_audio_tokens: Tensor | None = None
+    num_frames: Tensor | None = None
+
+
+class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A speech encoder, a compression rule, a projector and a causal decoder.
+
+    Decoders that cannot run packed (:func:`fastcompress.attention.prepare`) run padded.
+    """
+
+    config_class = FastCompressConfig
+    base_model_prefix = ""
+    main_input_name = "input_ids"
+    input_modalities = ("audio", "text")
+    supports_gradient_checkpointing = True
+    _supports_sdpa = True
+    _supports_flash_attn = False
+    _supports_attention_backend = True
+    _no_split_modules = None
+
+    def __init__(
+        self, config: FastCompressConfig, audio_tower: nn.Module | None = None, language_model: Any = None
+    ) -> None:
+        super().__init__(config)
+        self.audio_tower = build_encoder(config.audio_config) if audio_tower is None else audio_tower
+        if language_model is None:
+            language_model = AutoModelForCausalLM.from_config(config.text_config)
+        self.language_model = language_model
+        width, target = config.audio_config.hidden_size, config.text_config.hidden_size
+        if config.projector_hidden_size is None:
+            self.projector: nn.Module = nn.Linear(width, target)
+        else:
+            hidden = config.projector_hidden_size
+            self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
+        self.ctc_head = None if config.ctc_tokens is None else nn.Linear(width, len(config.ctc_tokens) + 1)
+        self.rule = config.rule
+        self.post_init()
+        self._runs_packed = self._prepare_decoder()
+        self.train_encoder(config.train_encoder)
+
+    @classmethod
+    def from_parts(
+        cls, audio_model: str | nn.Module, text_model: str | nn.Module, *, audio_token_id: int,
+        rule: Rule | str | None = None, **kwargs: Any,
+    ) -> FastCompressForConditionalGeneration:  # fmt: skip
+        """From a pretrained encoder and decoder, with a new projector.
+
+        Args:
+            audio_model, text_model: local folders, names, or models.
+            audio_token_id: of the processor's audio token. It is never looked up: no row of the table is needed for it.
+            rule: of the compression.
+            kwargs: more of :class:`FastCompressConfig`.
+        """
+        encoder = load_encoder(audio_model) if isinstance(audio_model, str) else audio_model
+        if isinstance(text_model, str):
+            text_model = AutoModelForCausalLM.from_pretrained(text_model)
+        config = FastCompressConfig(
+            encoder.config,
+            text_model.config,
+            None if rule is None else str(as_rule(rule)),
+            audio_token_id=audio_token_id,
+            **kwargs,
+        )
+        model = cls(config, encoder, text_model)
+        model.projector.to(text_model.dtype)
+        model.generation_config = text_model.generation_config
+        return model
+
+    def _prepare_decoder(self) -> bool:
+        try:
+            attention.prepare(self.language_model)
+        except NotImplementedError as error:
+            warnings.warn(f"the decoder runs padded: {error}", stacklevel=3)
+            return False
+        return True
+
+    @property
+    def rule(self) -> str | None:
+        """Text form of the compression rule; ``None``: every frame is kept. Setting it changes ``config``."""
+        return self.config.rule
+
+    @rule.setter
+    def rule(self, rule: Rule | str | None) -> None:
+        self._rule = Uniform(1) if rule is None else as_rule(rule)
+        self.config.rule = None if rule is None else str(self._rule)
+
+    def train_encoder(self, mode: bool = True) -> None:
+        """Whether the encoder, and its CTC head, are trained; else they are frozen and never in training mode."""
+        self.config.train_encoder = mode
+        self.audio_tower.requires_grad_(mode)
+        if self.ctc_head is not None:
+            self.ctc_head.requires_grad_(mode)
+        if hasattr(self.audio_tower, "embed_positions") and self.audio_tower.config.model_type == "whisper":
+            self.audio_tower.embed_positions.requires_grad_(False)  # sinusoids
+        self.train(self.training)
+
+    def train(self, mode: bool = True) -> FastCompressForConditionalGeneration:
+        super().train(mode)
+        if not self.config.train_encoder:
+            self.audio_tower.eval()
+        return self
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.language_model.get_input_embeddings()
+
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        self.language_model.set_input_embeddings(value)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.language_model.get_output_embeddings()
+
+    def get_decoder(self) -> nn.Module:
+        return self.language_model.get_decoder()
+
+    def encode(self, features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Frames of each audio before the compression.
+
+        Args:
+            features: ``[A, bins, T]`` or ``[A, S]`` of the processor.
+            mask: ``[A, T]`` or ``[A, S]``, 0 behind the end of each audio.
+
+        Returns:
+            ``[A, F, D]`` and how many frames each has, ``[A]`` int64.
+        """
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_encoder):
+            config = self.config
+            return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
+
+    def compress(self, frames: Tensor, lengths: Tensor) -> fc.Pooled:
+        """``[A, F, D]`` and ``[A]`` -> what becomes of the rule's segments, not yet projected."""
+        keys = None
+        if self.config.keys == "ctc":
+            if self.ctc_head is None:
+                raise ValueError("keys 'ctc' need ctc_tokens in the configuration, which is None")
+            with torch.no_grad():
+                keys = self.ctc_head(frames).softmax(-1)
+        return fc.segment_pool(frames, lengths=lengths, rule=self._rule, keys=keys, reduce=self.config.reduce)
+
+    def pack(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_lengths: Tensor | None = None,
+        labels: Tensor | None = None,
+    ) -> fc.PackedInputs:
+        """The decoder's input: text looked up, frames compressed, projected and put in place.
+
+        Args:
+            input_ids: ``[B, L]`` int64, one ``audio_token_id`` for each audio.
+            attention_mask: ``[B, L]``, 0 for padding on either side.
+            frames, frame_lengths: of :meth:`encode`; ``None``: no audio in the batch.
+            labels: ``[B, L]``, -100 where nothing is predicted.
+        """
+        audio = offsets = None
+        if frames is not None:
+            pooled = self.compress(frames, frame_lengths)
+            dtype = next(self.projector.parameters()).dtype  # pretrained parts may differ
+            audio, offsets = self.projector(pooled.values.to(dtype)), pooled.cu_seqlens
+        table = self.get_input_embeddings()
+        rest: dict[str, Any] = {
+            "audio_cu_seqlens": offsets, "placeholder": self.config.audio_token_id, "placeholder_counts": 1,
+            "attention_mask": attention_mask, "labels": labels,
+        }  # fmt: skip
+        if type(table) is nn.Embedding:
+            return fc.pack(input_ids, table.weight, None if audio is None else audio.to(table.weight.dtype), **rest)
+        # A table that scales what it looks up, or that is wrapped.
+        embeds = table(input_ids.masked_fill(input_ids == self.config.audio_token_id, 0))
+        if audio is None:  # no audio given: `pack` takes merged embeddings for it, so say that there are none
+            audio, rest["audio_cu_seqlens"] = embeds.new_empty(0, embeds.shape[-1]), input_ids.new_zeros(1)
+        return fc.pack(input_ids, inputs_embeds=embeds, audio=audio.to(embeds.dtype), **rest)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        labels: Tensor | None = None,
+        ctc_labels: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_lengths: Tensor | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> FastCompressOutput:
+        """One pass over a batch.
+
+        Args:
+            input_ids: ``[B, L]`` int64, one ``audio_token_id`` for each audio.
+            attention_mask: ``[B, L]``, 0 for padding on either side.
+            input_features: ``[A, bins, T]`` or ``[A, S]``, audios in the order of their places; ``None``: none.
+            feature_attention_mask: ``[A, T]`` or ``[A, S]``.
+            labels: ``[B, L]`` int64, -100 where nothing is predicted.
+            ctc_labels: ``[A, U]`` int64 from 1 on, -100 behind the last.
+            frames, frame_lengths: of :meth:`encode`, in place of features.
+            num_items_in_batch: what the sum of the labels' losses is divided by; ``None``: their number.
+            kwargs: of the decoder.
+        """
+        if input_features is not None:
+            if frames is not None:
+                raise ValueError("frames excludes input_features: they are what the encoder makes of them")
+            frames, frame_lengths = self.encode(input_features, feature_attention_mask)
+        packed = self.pack(input_ids, attention_mask, frames, frame_lengths, labels)
+        ctc_loss = None
+        if ctc_labels is not None:
+            ctc_loss = self._ctc_loss(frames, frame_lengths, ctc_labels)
+        logits, lm_loss = self._decode(packed, num_items_in_batch, kwargs)
+        loss = lm_loss
+        if lm_loss is not None:
+            if ctc_loss is not None:
+                loss = lm_loss + self.config.ctc_weight * ctc_loss
+            unused = self._unused(frames is not None, ctc_loss is not None)
+            loss, lm_loss = loss + unused, lm_loss + unused
+        count = packed.source >= input_ids.numel()
+        frame_count = torch.zeros((), dtype=torch.int64) if frame_lengths is None else frame_lengths.sum()
+        return FastCompressOutput(loss, logits, lm_loss, ctc_loss, packed, count.sum(), frame_count)
+
+    def prefill(self, packed: fc.PackedInputs) -> Tensor:
+        """Logits ``[1, B, V]`` of the last row of each sample: what the decoder does before it writes."""
+        last = packed.cu_seqlens[1:].long() - 1
+        if not self._runs_packed:
+            return self._decode(replace(packed, labels=None), None, {})[0][:, last]
+        return self.language_model(**packed.model_inputs(), logits_to_keep=last).logits
+
+    def _decode(
+        self, packed: fc.PackedInputs, num_items: Tensor | int | None, kwargs: dict[str, Any]
+    ) -> tuple[Tensor, Tensor | None]:
+        """Logits ``[1, T, V]``, or with labels ``[1, K, V]`` and the loss."""
+        labels = packed.labels
+        if self._runs_packed:
+            inputs = packed.model_inputs() | kwargs
+            inputs.pop("labels", None)
+            if labels is None:
+                return self.language_model(**inputs).logits, None
+            rows = (labels[1:] != -100).nonzero()[:, 0]  # row t says label t + 1
+            logits = self.language_model(**inputs, logits_to_keep=rows).logits
+            if logits.shape[1] != len(rows):  # a decoder that does not know tensors there
+                logits = logits[:, rows]
+        else:
+            embeds, mask = packed.unpack()
+            out = self.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **kwargs)
+            logits = out.logits[mask.bool()][None]
+            if labels is None:
+                return logits, None
+            rows = (labels[1:] != -100).nonzero()[:, 0]
+            logits = logits[:, rows]
+        total = nn.functional.cross_entropy(logits[0].float(), labels[rows + 1], reduction="sum")
+        return logits, total / (max(1, len(rows)) if num_items is None else num_items)
+
+    def _ctc_loss(self, frames: Tensor | None, lengths: Tensor | None, labels: Tensor) -> Tensor:
+        """Mean of the audios' losses, each a unit."""
+        if self.ctc_head is None:
+            raise ValueError("ctc_labels need ctc_tokens in the configuration, which is None")
+        if frames is None or labels.shape[0] != frames.shape[0]:
+            audios = 0 if frames is None else frames.shape[0]
+            raise ValueError(f"ctc_labels must have a row for each of the {audios} audios, got {list(labels.shape)}")
+        log_probs = self.ctc_head(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
+        counts = (labels != -100).sum(1)
+        return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
+
+    def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
+        """0, in whose graph is what this batch did not use: processes that average gradients wait for all of them."""
+        unused = [] if has_audio else [self.audio_tower, self.projector]
+        if self.ctc_head is not None and not has_ctc:
+            unused.append(self.ctc_head)
+        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
+        return sum((p.flatten()[:0].sum() for p in parameters), torch.zeros((), device=self.device))
+
+    @torch.no_grad()
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        input_features: Tensor | None = None,
+        feature_attention_mask: Tensor | None = None,
+        frames: Tensor | None = None,
+        frame_lengths: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Writes on from a prompt.
+
+        Args:
+            input_ids, attention_mask, input_features, feature_attention_mask, frames, frame_lengths: as in
+                :meth:`forward`, padding on either side.
+            kwargs: of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...
+
+        Returns:
+            ``[B, L + N]`` int64, the prompt first, as ``input_ids`` has it; or, with ``return_dict_in_generate``, the
+            decoder's output with such ``sequences``.
+        """
+        if input_features is not None:
+            frames, frame_lengths = self.encode(input_features, feature_attention_mask)
+        packed = self.pack(input_ids, attention_mask, frames, frame_lengths)
+        embeds, mask = packed.unpack()
+        # Padding goes to the left: what is written next must follow the last row.
+        shift = embeds.shape[1] - mask.sum(1)
+        column = (torch.arange(embeds.shape[1], device=embeds.device) - shift[:, None]) % embeds.shape[1]
+        embeds = embeds.gather(1, column[..., None].expand_as(embeds))
+        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask.gather(1, column), **kwargs)
+        tokens = out if isinstance(out, Tensor) else out.sequences
+        prompt = input_ids.repeat_interleave(tokens.shape[0] // input_ids.shape[0], 0).to(tokens.device)
+        tokens = torch.cat([prompt, tokens], 1)
+        if isinstance(out, Tensor):
+            return tokens
+        out.sequences = tokens
+        return out
+
+
+AutoModel.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)
+AutoModelForMultimodalLM.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)

@@ -1,0 +1,101 @@
+"""A process of espeak-ng's own, started by ``espeak.py`` as a script: it imports nothing but the library.
+
+The library keeps state from one utterance to the next (phases, flutter, random numbers) that nothing resets, so that
+the same words would never sound the same twice. Here each request is answered by a fork of a process that has only
+started the library, and a crash of the library is one failed request.
+
+A request is a line of JSON; an answer is 8 bytes of length, little-endian, a byte that is 1 if the request failed, and
+the answer: samples, int16 at the rate that the first answer names, or text.
+"""
+
+import ctypes
+import json
+import os
+import sys
+
+SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback before espeak_Synth returns, without threads
+UTF8 = 1
+RATE, PITCH, RANGE = 1, 3, 4  # espeak_PARAMETER
+
+Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+
+
+def answer(payload, failed=False):
+    data = (len(payload) + 1).to_bytes(8, "little") + bytes([failed]) + payload
+    while data:
+        data = data[os.write(1, data) :]
+
+
+def set_voice(library, voice):
+    if library.espeak_SetVoiceByName(voice.encode()) != 0:
+        raise ValueError(f"espeak-ng has no voice {voice!r}")
+
+
+def speak(library, text, voice, rate, pitch, pitch_range):
+    blocks = []
+
+    @Callback
+    def receive(samples, count, events):
+        if samples and count > 0:
+            blocks.append(ctypes.string_at(samples, 2 * count))
+        return 0
+
+    library.espeak_SetSynthCallback(receive)
+    set_voice(library, voice)
+    for parameter, value in ((RATE, rate), (PITCH, pitch), (RANGE, pitch_range)):
+        library.espeak_SetParameter(parameter, int(value), 0)
+    data = text.encode()
+    status = library.espeak_Synth(data, len(data) + 1, 0, 1, 0, UTF8, None, None)
+    library.espeak_Synchronize()
+    if status != 0 or not blocks:
+        raise ValueError(f"espeak-ng made no sound of {text!r} with the voice {voice!r}")
+    return b"".join(blocks)
+
+
+def phonemes(library, text, voice, separator):
+    set_voice(library, voice)
+    data = ctypes.create_string_buffer(text.encode())
+    position = ctypes.c_void_p(ctypes.addressof(data))
+    parts = []
+    while position.value:  # a clause at a time
+        found = library.espeak_TextToPhonemes(ctypes.byref(position), UTF8, ord(separator) << 8)
+        parts.append(found or b"")
+    return b" ".join(parts)
+
+
+def main():
+    try:
+        import espeakng_loader
+
+        library = ctypes.CDLL(espeakng_loader.get_library_path())
+        library.espeak_TextToPhonemes.restype = ctypes.c_char_p
+        sample_rate = library.espeak_Initialize(SYNCHRONOUS, 0, os.fsencode(espeakng_loader.get_data_path()), 0)
+        if sample_rate <= 0:
+            raise RuntimeError("espeak-ng does not start with its voices")
+    except ImportError:
+        return answer(b"speech synthesis needs espeakng-loader: pip install 'fastcompress[synthesis]'", True)
+    except (OSError, RuntimeError) as error:
+        return answer(str(error).encode(), True)
+    answer(str(sample_rate).encode())
+    for line in sys.stdin.buffer:
+        child = os.fork()
+        if child == 0:
+            try:
+                request = json.loads(line)
+                function = {"speak": speak, "phonemes": phonemes}[request.pop("function")]
+                answer(function(library, **request))
+            except BrokenPipeError:  # whoever asked is gone
+                pass
+            except Exception as error:
+                answer(str(error).encode(), True)
+            os._exit(0)
+        _, status = os.waitpid(child, 0)
+        if status != 0:
+            answer(b"espeak-ng crashed", True)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except BrokenPipeError:
+        os._exit(0)

@@ -1,4 +1,4 @@
-"""The command line: ``fastcompress inspect`` and ``fastcompress info``.
+"""The command line: ``fastcompress inspect`` and ``fastcompress info``; more commands in ``cli_lalm.py``.
 
 Each subcommand is a pair of functions: ``_add_<name>`` declares its arguments, ``_run_<name>`` does the work and
 returns the exit code. What only one subcommand needs is imported inside it, so that the others run without it.
@@ -14,18 +14,14 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastcompress import Rule, __version__
-
-EXIT_OK, EXIT_SOME_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
+from fastcompress import Rule, __version__, cli_lalm
+from fastcompress.cli_errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
 
 # Which extra of the package brings a module that is missing.
 _EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tqdm")} | {"transformers": "encoders"}
+_EXTRA |= {name: "lalm" for name in ("accelerate", "jiwer", "peft", "sacrebleu", "scipy", "tokenizers", "yaml")}
 
 _BAR_FROM_SECONDS = 60.0  # of audio: without a terminal, shorter work shows no bar
-
-
-class UserError(Exception):
-    """A mistake of the user's; its message is the line that they read."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -40,27 +36,24 @@ def main(arguments: list[str] | None = None) -> int:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     _add_inspect(commands)
     _add_info(commands)
+    cli_lalm.add_commands(commands)
     try:
         options = parser.parse_args(arguments)
         return options.run(options)
     except UserError as error:
-        _print_error(error)
+        print_error(error)
         return EXIT_ERROR
     except ModuleNotFoundError as error:
         module = (error.name or "").partition(".")[0]
         if module not in _EXTRA:
             raise
-        _print_error(f"this needs {module}: pip install 'fastcompress[{_EXTRA[module]}]'")
+        print_error(f"this needs {module}: pip install 'fastcompress[{_EXTRA[module]}]'")
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
     except BrokenPipeError:  # the reader (`head`, `less`) has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return EXIT_ERROR
-
-
-def _print_error(error: object) -> None:
-    print(f"fastcompress: error: {error}", file=sys.stderr)
 
 
 def _add_inspect(commands: Any) -> None:
@@ -121,7 +114,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
         except (AudioError, inspection.EncoderError) as error:
             progress.close()  # before the line, not through it
             failed.append(file)
-            _print_error(error)
+            print_error(error)
             continue
         progress.close()
         if tables:
@@ -134,14 +127,14 @@ def _run_inspect(options: argparse.Namespace) -> int:
                 print(f"picture: {pictures[number]}", flush=True)
             except (ValueError, OSError) as error:
                 failed.append(file)
-                _print_error(f"{file}: {error}")
+                print_error(f"{file}: {error}")
     if options.json:
         try:
             options.json.write_text(json.dumps(tables), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
     if failed and len(options.files) > 1:
-        _print_error(f"{len(failed)} of {len(options.files)} files failed: {', '.join(failed)}")
+        print_error(f"{len(failed)} of {len(options.files)} files failed: {', '.join(failed)}")
     if not failed:
         return EXIT_OK
     return EXIT_ERROR if len(failed) == len(options.files) else EXIT_SOME_FAILED

@@ -1,0 +1,361 @@
+"""A training run: a folder that says all that is needed to repeat it, and holds what came of it.
+
+``run.yaml`` (settings), ``environment.json`` (versions, machine, hashes of the manifests), ``skipped.txt``,
+``log.csv``, ``checkpoints/`` and ``final/``, which :func:`load_model` loads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+
+from fastcompress.lalm.checkpoints import clean, write_file, write_folder
+from fastcompress.lalm.configuration import FastCompressConfig
+from fastcompress.lalm.examples import EncodedExamples, Examples
+from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
+from fastcompress.lalm.modeling import FastCompressForConditionalGeneration
+from fastcompress.lalm.processing import FastCompressProcessor
+from fastcompress.lalm.training import Training, TrainingArguments
+from fastcompress.rules import Rule
+
+_BASE = "base.json"
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "soundfile", "soxr")
+
+
+class RunError(ValueError):
+    """A run that cannot start or go on as asked; the message is one line."""
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """What is trained, on what, and how.
+
+    Attributes:
+        train, dev: manifests.
+        model: folder of a model to go on from; or
+        audio_model, text_model: folders or names of a pretrained encoder and decoder; or none of them: a small model
+            with random weights, for the data.
+        rule: of the compression; ``"none"``: every frame; ``None``: the model's.
+        reduce, keys: of the compression, as in :class:`FastCompressConfig`; ``None``: the model's.
+        lora_rank: of LoRA on the decoder, whose own weights, and the encoder's, are then frozen; 0: no LoRA.
+        lora_alpha, lora_dropout: of LoRA.
+        train_encoder: whether the encoder is trained; ``None``: only without LoRA and pretrained parts.
+        merge: write ``final/`` with LoRA merged into the decoder.
+        max_seconds: longer audio is skipped.
+        cache: keep features in memory.
+        encode_once: run the encoder, which must be frozen, once an utterance and keep its frames; without augmentation.
+        training: how.
+    """
+
+    train: str
+    dev: str | None = None
+    model: str | None = None
+    audio_model: str | None = None
+    text_model: str | None = None
+    rule: str | None = None
+    reduce: str | None = None
+    keys: str | None = None
+    lora_rank: int = 0
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    train_encoder: bool | None = None
+    merge: bool = False
+    max_seconds: float = 60.0
+    cache: bool = True
+    encode_once: bool = False
+    training: TrainingArguments = field(default_factory=TrainingArguments)
+
+    def __post_init__(self) -> None:
+        if (self.audio_model is None) != (self.text_model is None):
+            raise RunError("audio_model and text_model go together")
+        if self.model is not None and self.audio_model is not None:
+            raise RunError("model excludes audio_model and text_model: it has both")
+        if self.encode_once and self.training.augment:
+            raise RunError("encode_once excludes augment: what is encoded once is the same each time")
+        if self.lora_rank < 0:
+            raise RunError(f"lora_rank must not be negative, got {self.lora_rank}")
+        if self.rule not in (None, "none"):
+            try:
+                Rule.from_string(self.rule)
+            except ValueError as error:
+                raise RunError(f"rule: {error}") from error
+
+    @classmethod
+    def from_flat(cls, values: dict[str, Any]) -> RunSettings:
+        """From one level of names, those of training among the others, as a YAML file or flags have them."""
+        own = {f.name for f in dataclasses.fields(cls)} - {"training"}
+        of_training = {f.name for f in dataclasses.fields(TrainingArguments)}
+        unknown = sorted(values.keys() - own - of_training)
+        if unknown:
+            raise RunError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(own | of_training))}")
+        if not values.get("train"):
+            raise RunError("train is missing: the manifest to train on")
+        training = {name: values[name] for name in values.keys() & of_training}
+        if "betas" in training:
+            training["betas"] = tuple(training["betas"])
+        try:
+            return cls(**{name: values[name] for name in values.keys() & own}, training=TrainingArguments(**training))
+        except (TypeError, ValueError) as error:
+            raise RunError(str(error)) from error
+
+    def to_flat(self) -> dict[str, Any]:
+        """The reverse."""
+        values = dataclasses.asdict(self)
+        training = values.pop("training")
+        return values | training | {"betas": list(training["betas"])}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The settings in a YAML file, one level of names.
+
+    Raises:
+        RunError: it cannot be read or is none.
+    """
+    try:
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: {' '.join(str(error).split())}") from error
+    if not isinstance(values, dict):
+        raise RunError(f"{path}: must hold names and values, got {type(values).__name__}")
+    return values
+
+
+def build_model(
+    settings: RunSettings, utterances: list[Utterance]
+) -> tuple[Any, FastCompressProcessor, dict[str, Any]]:
+    """The model to train, its processor, and what LoRA will be put on again (:func:`load_model`)."""
+    from fastcompress.lalm.recipes import build_small
+
+    base: dict[str, Any]
+    if settings.model is not None:
+        model, processor = load_model(settings.model)
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+        base = {"model": os.path.abspath(settings.model)}
+    elif settings.audio_model is not None and settings.text_model is not None:
+        model, processor = _from_parts(settings.audio_model, settings.text_model)
+        base = {"audio_model": settings.audio_model, "text_model": settings.text_model}
+    else:
+        model, processor = build_small(utterances, seed=settings.training.seed)
+        base = {}
+    set_compression(model, settings.rule, settings.reduce, settings.keys)
+    encoder = settings.train_encoder
+    if encoder is None:
+        encoder = model.config.train_encoder and not settings.lora_rank
+    model.train_encoder(encoder)
+    if settings.lora_rank:
+        if not base:
+            raise RunError("LoRA needs a trained model: give model, or audio_model and text_model")
+        torch.manual_seed(settings.training.seed)  # of LoRA's own weights
+        model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+    return model, processor, base
+
+
+def _from_parts(
+    audio_model: str, text_model: str
+) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
+    from transformers import AutoFeatureExtractor, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(text_model)
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    processor = FastCompressProcessor(AutoFeatureExtractor.from_pretrained(audio_model), tokenizer)
+    torch.manual_seed(0)  # of the projector: LoRA that was trained must find it again before its own is loaded
+    model = FastCompressForConditionalGeneration.from_parts(
+        audio_model, text_model, audio_token_id=processor.audio_token_id
+    )
+    return model, processor
+
+
+def set_compression(model: Any, rule: str | None, reduce: str | None = None, keys: str | None = None) -> None:
+    """Changes what is given of the compression of a model, with LoRA or without; the rule ``"none"`` keeps every frame.
+
+    Raises:
+        RunError: a value that is none.
+    """
+    config = unwrap(model).config
+    try:
+        checked = FastCompressConfig(
+            reduce=reduce or config.reduce, keys=keys or config.keys, ctc_tokens=config.ctc_tokens
+        )
+        if rule is not None:
+            unwrap(model).rule = None if rule == "none" else rule
+    except ValueError as error:
+        raise RunError(str(error)) from error
+    config.reduce, config.keys = checked.reduce, checked.keys
+
+
+def load_model(
+    path: str | Path, rule: str | None = None, device: torch.device | str = "cpu"
+) -> tuple[Any, FastCompressProcessor]:
+    """A model that a run, or ``save_pretrained``, has left, and its processor.
+
+    Args:
+        path: of the folder: of a model, of LoRA, or of a run, whose ``final/`` is meant.
+        rule: in place of the model's; ``"none"``: every frame.
+        device: where to. On the CPU fp16 becomes fp32, which is faster there.
+
+    Raises:
+        RunError: the folder holds no such model.
+    """
+    path = Path(path)
+    if (path / "final").is_dir():
+        path = path / "final"
+    if not (path / "config.json").is_file():
+        raise RunError(f"{path}: no model here (no config.json)")
+    try:
+        processor = FastCompressProcessor.from_pretrained(path)
+        if (path / "adapter_config.json").is_file():
+            model = _load_adapter(path)
+        else:
+            config = FastCompressConfig.from_pretrained(path)
+            model = FastCompressForConditionalGeneration.from_pretrained(path, config=config)
+    except RunError:
+        raise
+    except Exception as error:
+        raise RunError(f"{path}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())})") from error
+    set_compression(model, rule)
+    device = torch.device(device)
+    if device.type == "cpu" and model.dtype == torch.float16:
+        model.float()
+    return model.to(device).eval(), processor
+
+
+def _load_adapter(path: Path) -> Any:
+    from peft import PeftModel
+
+    base = json.loads((path / _BASE).read_text(encoding="utf-8"))
+    if "model" in base:
+        model, _ = load_model(base["model"])
+        if hasattr(model, "merge_and_unload"):
+            model = model.merge_and_unload()
+    else:
+        model, _ = _from_parts(base["audio_model"], base["text_model"])
+    config = FastCompressConfig.from_pretrained(path)
+    set_compression(model, config.rule or "none", config.reduce, config.keys)
+    model.train_encoder(config.train_encoder)
+    return PeftModel.from_pretrained(model, str(path))
+
+
+class Run:
+    """A run in ``folder``: start it, or go on with it, and :meth:`train`.
+
+    Raises:
+        RunError: the folder holds a run already and ``resume`` is not said; ``resume`` with other settings.
+    """
+
+    def __init__(
+        self, folder: Path, settings: RunSettings | None, resume: bool = False, say: Callable[[str], None] = print
+    ) -> None:
+        from accelerate import Accelerator
+
+        record = folder / "run.yaml"
+        if resume:
+            if not record.is_file():
+                raise RunError(f"{folder}: no run to go on with (no run.yaml)")
+            known = RunSettings.from_flat(read_settings(record))
+            if settings is not None and settings != known:
+                old, new = known.to_flat(), settings.to_flat()
+                name = next(name for name in new if new[name] != old[name])
+                raise RunError(f"{folder}: its {name} is {old[name]!r}, not {new[name]!r}; a run goes on as it began")
+            settings = known
+        elif record.exists():
+            raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
+        if settings is None:
+            raise RunError("settings are missing")
+        self.folder, self.settings, self.say = folder, settings, say
+        mixed = "bf16" if settings.training.precision == "bf16" else "no"
+        self.accelerator = Accelerator(mixed_precision=mixed)
+        if not self.accelerator.is_main_process:
+            self.say = lambda text: None
+        train, skipped = self._read(settings.train)
+        dev, _ = self._read(settings.dev) if settings.dev else ([], [])
+        model, self.processor, self.base = build_model(settings, train)
+        config = unwrap(model).config
+        if settings.encode_once and config.train_encoder:
+            raise RunError("encode_once needs a frozen encoder, but the encoder is trained")
+        if self.accelerator.is_main_process:
+            folder.mkdir(parents=True, exist_ok=True)
+            clean(folder)
+            if not resume:
+                self._record(skipped)
+        self.model = model
+        units = config.ctc_tokens if config.train_encoder else None
+        examples = Examples(train, self.processor, settings.cache, units)
+        development = Examples(dev, self.processor, settings.cache) if dev else None
+        if settings.encode_once:
+            examples = EncodedExamples(examples, unwrap(model))
+            development = EncodedExamples(development, unwrap(model)) if development else None
+        self.training = Training(model, examples, settings.training, folder, development, self.accelerator)
+        if resume:
+            self.say(f"going on after step {self.training.resume()} of {settings.training.steps}")
+
+    def _read(self, path: str) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
+        good, skipped = check_audio(read_manifest(path), max_seconds=self.settings.max_seconds)
+        if skipped:
+            self.say(f"{path}: {format_skipped(skipped)}")
+        if not good:
+            raise RunError(f"{path}: no utterance is left that can be used")
+        return good, skipped
+
+    def _record(self, skipped: list[tuple[Utterance, str]]) -> None:
+        text = yaml.safe_dump(self.settings.to_flat(), sort_keys=False)
+        environment = {
+            "command": sys.argv,
+            "python": platform.python_version(),
+            "machine": f"{platform.machine()}, {os.cpu_count()} cores",
+            "processes": self.accelerator.num_processes,
+            "threads": torch.get_num_threads(),
+            "device": str(self.accelerator.device),
+            "packages": {name: _version(name) for name in ("fastcompress", *_PACKAGES)},
+            "sha256": {p: _digest(p) for p in (self.settings.train, self.settings.dev) if p},
+        }
+        write_file(self.folder / "environment.json", json.dumps(environment, indent=1))
+        write_file(self.folder / "skipped.txt", "".join(f"{u.name}: {reason}\n" for u, reason in skipped))
+        write_file(self.folder / "run.yaml", text)  # last: with it the run is there
+
+    def train(self, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
+        """Trains to the end and writes ``final/``; returns its path."""
+        self.training.run(progress)
+        final = self.folder / "final"
+        if self.accelerator.is_main_process:
+            write_folder(final, self._write_final)
+            damaged = self.training.examples.skipped
+            if damaged:
+                self.say(f"{len(damaged)} utterances turned out to be damaged: {'; '.join(damaged.values())}")
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _write_final(self, folder: Path) -> None:
+        model = self.accelerator.unwrap_model(self.model)
+        if self.settings.lora_rank and self.settings.merge:
+            model = model.merge_and_unload()
+        elif self.settings.lora_rank:
+            model.get_base_model().config.save_pretrained(folder)
+            (folder / _BASE).write_text(json.dumps(self.base), encoding="utf-8")
+        model.save_pretrained(folder)
+        self.processor.save_pretrained(folder)
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _digest(path: str) -> str:
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()

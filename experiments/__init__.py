@@ -1,0 +1,1 @@
+"""The experiment: what compression costs and saves, from data to plot (``make experiment``)."""

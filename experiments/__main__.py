@@ -1,0 +1,82 @@
+"""``python -m experiments``: data, training, scores, table and plot.
+
+Several seeds run side by side, a thread each. What is there already is not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import json
+import multiprocessing
+import platform
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+DIRECTIONS = {"digits": "recognition", "numbers": "translation", "commands": "recognition"}
+SEEDS = (1, 2, 3)  # 0 was used to choose
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
+    parser.add_argument("--tasks", nargs="+", choices=DIRECTIONS, default=["digits", "numbers"])
+    parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
+    parser.add_argument("--jobs", type=int, default=2, help="seeds side by side (default 2)")
+    parser.add_argument("--train", type=int, default=12000, help="utterances to train on (default 12000)")
+    parser.add_argument("--quick", action="store_true", help="minutes: LoRA on the shipped model of the digits")
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "experiment", help="folder (default out/experiment)")
+    options = parser.parse_args()
+    from experiments.study import COMPRESSIONS, Budget, run_study
+
+    budget = Budget()
+    if options.quick:
+        options.tasks, options.seeds, options.train = ["digits"], [1, 2], 1500
+        options.out = options.out / "quick"
+        chosen = tuple(c for c in COMPRESSIONS if c.name in QUICK)
+        budget = Budget(
+            lora_steps=200, lora_utterances=1500, scored=100, base=str(SHIPPED), compressions=chosen, from_the_start=()
+        )
+    since = time.monotonic()
+    for task in options.tasks:
+        _make_data(options.out / "data" / task, task, options.train, options.jobs)
+    work = [
+        (task, options.out / "data" / task, options.out, seed, budget)
+        for task in options.tasks
+        for seed in options.seeds
+    ]
+    context = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
+        records = list(pool.map(run_study, *zip(*work, strict=True)))
+    from experiments import report
+
+    rows = report.load(records)
+    text = report.table(rows)
+    report.plot(rows, options.out / "report.png")
+    (options.out / "report.md").write_text(text, encoding="utf-8")
+    details = {"machine": platform.machine(), "python": platform.python_version(), "command": sys.argv[1:]}
+    (options.out / "report.json").write_text(json.dumps(details | {"rows": rows}, indent=1), encoding="utf-8")
+    print(text)
+    print(f"{options.out}: report.md, report.png, report.json, after {(time.monotonic() - since) / 60:.1f} minutes")
+    return 0
+
+
+#: Compressions of ``--quick``.
+QUICK = ("every frame", "uniform pooling 3x", "local maxima")
+#: The frame-level model that the project ships.
+SHIPPED = ROOT / "assets" / "models" / "digits"
+
+
+def _make_data(folder: Path, task: str, train: int, jobs: int) -> None:
+    from fastcompress.lalm.synthesis import make_data
+
+    record = folder / "data.json"
+    if record.exists() and json.loads(record.read_text()).get("utterances", {}).get("train") == train:
+        return
+    print(f"making {folder}", flush=True)
+    make_data(folder, task, DIRECTIONS[task], train=train, jobs=jobs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The rows of all seeds as a table and a plot."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from experiments.study import spread
+
+STAGES = {
+    "zero-shot": "no finetuning",
+    "lora": "LoRA on the frame-level model",
+    "start": "compression from the start",
+}
+#: Names of test sets in tables.
+HEADS = {"test": "test", "test-voice": "new voices", "test-noise": "more noise", "test-engine": "other engine"}
+
+
+def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """The rows in the files of :class:`experiments.study.Study`."""
+    return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
+
+
+def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
+    """Rows of one task, stage and compression, over the seeds."""
+    found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["task"], row["stage"], row["compression"]), []).append(row)
+    return found
+
+
+def table(rows: Sequence[dict[str, Any]]) -> str:
+    """Markdown: word error rates, mean and standard deviation over the seeds."""
+    sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
+    lines = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        seeds = sorted({row["seed"] for row in of_task})
+        words = of_task[0]["scores"]["test"]["words"]
+        lines += [
+            f"**{task}**: {len(seeds)} seeds, {words} words in each test set; WER in %, mean ± deviation of the seeds",
+            "",
+        ]
+        heads = ["", "", "tokens/s", "ratio", *(HEADS[name] for name in sets), "prefill ms"]
+        lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+        for stage, title in STAGES.items():
+            for (_, s, compression), same in groups(of_task).items():
+                if s != stage:
+                    continue
+                cells = [title, compression]
+                cells += [
+                    _mean(same, "test", field, digits) for field, digits in (("tokens_per_second", 1), ("ratio", 2))
+                ]
+                for name in sets:
+                    mean, deviation = spread([row["scores"][name]["wer"] for row in same])
+                    cells.append(f"{mean:.1f} ± {deviation:.1f}")
+                cells.append(_mean(same, "test", "prefill_ms", 1))
+                lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) -> str:
+    return f"{spread([row['scores'][name][field] for row in rows])[0]:.{digits}f}"
+
+
+def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Error against tokens a second, a panel for each task and test set; bars from the lowest to the highest seed."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    sets = ("test", "test-voice")
+    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(11, 4.2 * len(tasks)), squeeze=False, layout="constrained")
+    colours = {"lora": "tab:blue", "start": "tab:green"}
+    markers = {
+        "every frame": "o",
+        "uniform pooling": "s",
+        "uniform sampling": "v",
+        "local maxima": "^",
+        "CTC change": "D",
+    }
+    for line, task in zip(axes, tasks, strict=True):
+        of_task = groups([row for row in rows if row["task"] == task])
+        for axis, name in zip(line, sets, strict=True):
+            for (_, stage, compression), same in of_task.items():
+                if stage not in colours:
+                    continue
+                errors = [row["scores"][name]["wer"] for row in same]
+                rate = spread([row["scores"][name]["tokens_per_second"] for row in same])[0]
+                mean = spread(errors)[0]
+                marker = next(m for kind, m in markers.items() if compression.startswith(kind))
+                axis.errorbar(
+                    rate, mean, yerr=[[mean - min(errors)], [max(errors) - mean]], fmt=marker, color=colours[stage],
+                    capsize=3, markersize=7,
+                )  # fmt: skip
+                short = compression.replace("uniform pooling ", "").replace("uniform ", "")
+                axis.annotate(short, (rate, mean), (6, 4), textcoords="offset points", fontsize=8)
+            for stage, colour in colours.items():
+                axis.plot([], [], "s", color=colour, label=STAGES[stage])
+            axis.set(
+                xscale="log",
+                xlabel="tokens per second of audio",
+                ylabel="word error rate, %",
+                title=f"{task}, {HEADS[name]}",
+            )
+            axis.set_xticks([6, 8, 10, 13, 17, 25, 50], ["6", "8", "10", "13", "17", "25", "50"])
+            axis.minorticks_off()
+            axis.set_ylim(bottom=0)
+            axis.grid(alpha=0.3)
+            axis.legend(fontsize=8)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)

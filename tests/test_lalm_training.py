@@ -119,7 +119,7 @@ def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
     # The process kills itself, at a place that no signal from outside could hit for sure.
     places = {
-        "step 4": ("fastcompress.lalm.training.Training._update", 4),
+        "step 4": ("fastcompress.lalm.training.Training.update", 4),
         "writing a checkpoint": ("fastcompress.lalm.checkpoints._flush", 7),
         "writing the result": ("fastcompress.lalm.runs.Run._write_final", 1),
     }
@@ -226,7 +226,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
     run = Run(tmp_path / "run", settings(data), say=lambda text: None)
-    good = run.training._update
+    good = run.training.update
     model = run.training.model
 
     def poisoned() -> dict[str, float]:
@@ -235,7 +235,7 @@ def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
                 model.projector.weight[0, 0] = math.nan
         return good()
 
-    run.training._update = poisoned
+    run.training.update = poisoned
     message = re.escape(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}")
     with pytest.raises(TrainingStopped, match=f"the loss of step 6 is nan .*{message}"):
         run.train()

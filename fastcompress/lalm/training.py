@@ -164,8 +164,7 @@ class Training:
         measured: list[dict[str, float]] = []
         try:
             while self.step < arguments.steps:
-                measured.append(self._update())
-                self.step += 1
+                measured.append(self.update())
                 last = self.step == arguments.steps
                 if self.step % arguments.log_every == 0 or last:
                     row = _mean(measured)
@@ -194,8 +193,12 @@ class Training:
             checkpoints.save(self._checkpoints, self.step, self.trained, self.optimizer, self.arguments.keep)
         self.accelerator.wait_for_everyone()
 
-    def _update(self) -> dict[str, float]:
-        """One step of the optimizer."""
+    def update(self) -> dict[str, float]:
+        """One step of the optimizer; returns what was measured in it.
+
+        Raises:
+            TrainingStopped: as :meth:`run`.
+        """
         arguments, accelerator = self.arguments, self.accelerator
         self.model.train()
         _seed(arguments.seed, self.step, accelerator.process_index)
@@ -240,6 +243,7 @@ class Training:
             raise TrainingStopped(self._why_stopped(loss, norm))
         self.optimizer.step()
         self.optimizer.zero_grad()
+        self.step += 1
         found = {"loss": loss, "lm_loss": lm_loss, "grad_norm": norm, "learning_rate": group["lr"]}
         if unwrap(self._unwrapped).config.ctc_tokens:
             found["ctc_loss"] = ctc_loss

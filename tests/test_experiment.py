@@ -1,0 +1,97 @@
+"""The experiment on a small budget: every row, what is not computed twice, table and plot."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from experiments import report, share  # noqa: E402
+from experiments.study import COMPRESSIONS, FROM_THE_START, Budget, Study, spread  # noqa: E402
+from tests.lalm_data import write_tones  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    for name, count in (("train", 16), ("dev", 4), ("test", 6), ("test-voice", 4)):
+        write_tones(folder, count, name, seed=count)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def records(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    folder = tmp_path_factory.mktemp("study")
+    return [Study("tones", data, folder, seed, BUDGET).run() for seed in (1, 2)]
+
+
+def test_every_row_is_there(records: list[Path]):
+    rows = report.load(records)
+    stages = {"zero-shot": COMPRESSIONS, "lora": COMPRESSIONS, "start": FROM_THE_START}
+    for seed in (1, 2):
+        for stage, compressions in stages.items():
+            found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
+            assert sorted(found) == sorted(c.name for c in compressions)
+    for row in rows:
+        assert set(row["scores"]) == {"dev", "test", "test-voice"}
+        test = row["scores"]["test"]
+        assert test["utterances"] == 4 and test["prefill_ms"] > 0 and 0 <= test["wer"]
+        wanted = {"none": 1, "uniform:2": 2, "uniform:3": 3, "uniform:4": 4, "uniform:8": 8}.get(row["rule"])
+        assert wanted is None or test["ratio"] == pytest.approx(wanted, rel=0.2)
+    sampling = next(row for row in rows if row["compression"] == "uniform sampling 3x")
+    assert sampling["reduce"] == "first"
+    assert next(row for row in rows if row["compression"] == "CTC change")["keys"] == "ctc"
+
+
+def test_what_is_there_is_not_computed_again(records: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch):
+    rows = json.loads(records[0].read_text())
+    last = rows.pop()
+    records[0].write_text(json.dumps(rows))
+    trained = []
+    monkeypatch.setattr(Study, "_train_from_nothing", lambda *arguments: trained.append(arguments))
+    Study("tones", data, records[0].parent, 1, BUDGET).run()
+    again = json.loads(records[0].read_text())
+    assert not trained and again[:-1] == rows
+    times = {"prefill_ms", "encode_ms", "written_per_second"}
+    for name, score in again[-1]["scores"].items():
+        assert {k: v for k, v in score.items() if k not in times} == {
+            k: v for k, v in last["scores"][name].items() if k not in times
+        }
+
+
+def test_table_and_plot(records: list[Path], tmp_path: Path):
+    rows = report.load(records)
+    lines = report.table(rows).splitlines()
+    assert "2 seeds" in lines[0] and lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | prefill ms |")
+    assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(COMPRESSIONS) + len(
+        FROM_THE_START
+    )
+    report.plot(rows, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_spread():
+    assert spread([2.0]) == (2.0, 0.0)
+    mean, deviation = spread([1.0, 2.0, 3.0])
+    assert (mean, deviation) == (2.0, 1.0)
+
+
+def test_compression_is_a_small_share_of_a_step(data: Path):
+    times = share.measure(str(data / "train.jsonl"), "local-max")
+    step = times.pop("step")
+    assert {"fastcompress::segment_pool", "fastcompress::pack_rows"} <= times.keys()
+    assert sum(times.values()) < 0.02 * step

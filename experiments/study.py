@@ -24,7 +24,7 @@ from fastcompress.lalm.recipes import build_small
 from fastcompress.lalm.runs import load_model, set_compression
 from fastcompress.lalm.training import Training, TrainingArguments
 
-#: Manifests that scores are reported on; ``dev`` is the only one that anything was chosen on.
+#: Manifests that scores are reported on; ``dev`` is for choosing.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")
 
 
@@ -39,7 +39,7 @@ class Compression:
 
 
 FRAMES = Compression("every frame", "none")
-#: Rivals. The last two were chosen on the development set of the digits, with another seed than those reported.
+#: Rivals. The last was chosen on the development set of the digits, with another seed than those reported.
 COMPRESSIONS = (
     FRAMES,
     Compression("uniform sampling 3x", "uniform:3", "first"),

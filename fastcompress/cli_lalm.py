@@ -237,10 +237,11 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         except (ManifestError, AudioError) as error:
             raise UserError(error) from error
         lines = [{"reference": u.target, "written": w} for u, w in zip(utterances, written, strict=True)]
-        found["manifests"][str(path)] = dataclasses.asdict(result) | {"skipped": len(skipped), "lines": lines}
+        found["manifests"][str(path)] = dataclasses.asdict(result) | {"lines": lines}
+        found["manifests"][str(path)]["skipped"] += len(skipped)
         rows.append(_row(path.stem, result))
     print(f"{options.model}, rule {rule}")
-    head = "|utterances|WER %|95 %|CER %|exact %|BLEU|tokens/s|ratio|encode ms|prefill ms"
+    head = "|utterances|WER %|95 %|CER %|exact %|BLEU|tokens/s|ratio|encode ms|prefill ms|peak MB"
     _print_table(head.split("|"), rows)
     if options.json:
         try:
@@ -254,6 +255,7 @@ def _row(name: str, r: Any) -> list[str]:
     return [
         name, str(r.utterances), f"{r.wer:.1f}", f"{r.wer_low:.1f}-{r.wer_high:.1f}", f"{r.cer:.1f}", f"{r.exact:.1f}",
         f"{r.bleu:.1f}", f"{r.tokens_per_second:.1f}", f"{r.ratio:.2f}", f"{r.encode_ms:.1f}", f"{r.prefill_ms:.1f}",
+        f"{r.peak_bytes / 1e6:.0f}",
     ]  # fmt: skip
 
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
+import soundfile
 import yaml
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
+from fastcompress import cli_lalm  # noqa: E402
 from fastcompress.cli import main  # noqa: E402
 from fastcompress.lalm import logs  # noqa: E402
-from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.manifest import read_manifest, write_manifest  # noqa: E402
+from fastcompress.lalm.runs import RunSettings  # noqa: E402
+from fastcompress.lalm.synthesis import DIRECTIONS  # noqa: E402
+from fastcompress.lalm.texts import TASKS  # noqa: E402
+from fastcompress.lalm.training import TrainingArguments  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 
 pytestmark = [
@@ -78,6 +87,44 @@ def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     # Another rule, and beams.
     assert main(["evaluate", str(run), manifests[0], "--rule", "none", "--num-beams", "2", "--json", str(report)]) == 0
     assert json.loads(report.read_text())["manifests"][manifests[0]]["ratio"] == 1
+
+
+def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By the words of another utterance, for one. Its header is fine: it shows when it is decoded."""
+    good = read_manifest(data / "test.jsonl")[:4]
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    bad = replace(good[1], audio_filepath=tmp_path / "nan.wav", duration=0.5, target="low low low low")
+    write_manifest(
+        tmp_path / "some.jsonl", [good[0], bad, good[2], good[3], replace(good[0], audio_filepath=tmp_path / "x")]
+    )
+    write_manifest(tmp_path / "good.jsonl", [good[0], good[2], good[3]])
+    found = {}
+    for name in ("some", "good"):
+        report = tmp_path / f"{name}.json"
+        assert main(["evaluate", str(run), str(tmp_path / f"{name}.jsonl"), "--json", str(report)]) == 0
+        found[name] = json.loads(report.read_text())["manifests"][str(tmp_path / f"{name}.jsonl")]
+    assert found["some"]["skipped"] == 2 and found["good"]["skipped"] == 0
+    for score in ("utterances", "words", "wer", "cer", "exact", "seconds", "ratio"):
+        assert found["some"][score] == found["good"][score], score
+    assert [line["written"] is None for line in found["some"]["lines"]] == [False, True, False, False]
+    assert 50e6 < found["good"]["peak_bytes"] < 24e9
+    write_manifest(tmp_path / "all.jsonl", [bad])
+    assert "no audio can be used" in fails(["evaluate", str(run), str(tmp_path / "all.jsonl")], capsys)
+
+
+def test_flags_are_those_that_there_are():
+    """Declared without importing what they are for, so they could drift: names, types, defaults in the help."""
+    flags = {name: (kind, text) for name, kind, text in cli_lalm._SETTINGS}
+    fields = {f.name: f for f in (*dataclasses.fields(RunSettings), *dataclasses.fields(TrainingArguments))}
+    assert flags.keys() == fields.keys() - {"training", "betas"}
+    for name, (kind, text) in flags.items():
+        assert kind.__name__ in fields[name].type
+        said = re.search(r"default ([-\w.]+)\)?$", text)
+        if said:
+            value = fields[name].default
+            wanted = {"yes": True}.get(said[1], said[1])
+            assert wanted == value or float(wanted) == value, name
+    assert cli_lalm._TASKS == tuple(TASKS) and cli_lalm._DIRECTIONS == DIRECTIONS
 
 
 def test_transcribe(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

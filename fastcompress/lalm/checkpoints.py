@@ -81,7 +81,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
         (path / _STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
 
     write_folder(target, write)
-    for old in found(folder)[:-keep] if keep > 0 else []:
+    for old in found(folder)[:-keep]:
         shutil.rmtree(old, ignore_errors=True)
     return target
 

@@ -68,16 +68,14 @@ class _Client:
 _client = _Client()
 
 
-def synthesize(
-    text: str, voice: str = "en-us", *, rate: int = 150, pitch: int = 50, pitch_range: int = 50
-) -> tuple[np.ndarray, int]:
+def synthesize(text: str, voice: str = "en-us", *, rate: int = 150, pitch: int = 50) -> tuple[np.ndarray, int]:
     """Speech.
 
     Args:
         text: what is said.
         voice: language, and, after a plus, a variant: ``"en-us+f3"``.
         rate: words a minute, 80 to 450.
-        pitch, pitch_range: 0 to 100.
+        pitch: 0 to 100.
 
     Returns:
         float32 ``[S]``, full scale at 1, and its sampling rate in Hz.
@@ -86,16 +84,10 @@ def synthesize(
         SynthesisError: no such voice, nothing to say, or no synthesiser.
         ValueError: a number out of range.
     """
-    for name, value, low, high in (
-        ("rate", rate, 80, 450),
-        ("pitch", pitch, 0, 100),
-        ("pitch_range", pitch_range, 0, 100),
-    ):
+    for name, value, low, high in (("rate", rate, 80, 450), ("pitch", pitch, 0, 100)):
         if not low <= value <= high:
             raise ValueError(f"{name} must lie in [{low}, {high}], got {value}")
-    samples = _client.ask(
-        function="speak", text=text, voice=voice, rate=int(rate), pitch=int(pitch), pitch_range=int(pitch_range)
-    )
+    samples = _client.ask(function="speak", text=text, voice=voice, rate=int(rate), pitch=int(pitch))
     return np.frombuffer(samples, np.int16).astype(np.float32) / 32768, _client.sample_rate
 
 

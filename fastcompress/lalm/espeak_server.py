@@ -15,7 +15,7 @@ import sys
 
 SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback before espeak_Synth returns, without threads
 UTF8 = 1
-RATE, PITCH, RANGE = 1, 3, 4  # espeak_PARAMETER
+RATE, PITCH = 1, 3  # espeak_PARAMETER
 
 Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
@@ -31,7 +31,7 @@ def set_voice(library, voice):
         raise ValueError(f"espeak-ng has no voice {voice!r}")
 
 
-def speak(library, text, voice, rate, pitch, pitch_range):
+def speak(library, text, voice, rate, pitch):
     blocks = []
 
     @Callback
@@ -42,7 +42,7 @@ def speak(library, text, voice, rate, pitch, pitch_range):
 
     library.espeak_SetSynthCallback(receive)
     set_voice(library, voice)
-    for parameter, value in ((RATE, rate), (PITCH, pitch), (RANGE, pitch_range)):
+    for parameter, value in ((RATE, rate), (PITCH, pitch)):
         library.espeak_SetParameter(parameter, int(value), 0)
     data = text.encode()
     status = library.espeak_Synth(data, len(data) + 1, 0, 1, 0, UTF8, None, None)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import resource
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.audio import AudioError
 from fastcompress.lalm.examples import Examples
 from fastcompress.lalm.lora import unwrap
 
@@ -33,9 +35,10 @@ class Result:
         frames_per_second, tokens_per_second: rows of a second of audio before and after the compression.
         ratio: frames a token.
         prefill_ms: median time to compress, pack and decode the prompt of one utterance.
-        encode_ms: median time of the encoder on one utterance.
+        encode_ms: median time of the encoder on one utterance; about 0 for frames that are there (``EncodedExamples``).
         written_per_second: tokens that were written in a second, in batches.
-        peak_bytes: of memory that decoding allocated at most on a GPU; ``None``: on the CPU, where it is not told.
+        peak_bytes: of memory, at most: on a GPU what decoding allocated; on the CPU all of the process until then.
+        skipped: utterances whose audio turned out to be damaged; they are in no other number.
     """
 
     utterances: int
@@ -53,28 +56,31 @@ class Result:
     prefill_ms: float
     encode_ms: float
     written_per_second: float
-    peak_bytes: int | None
-    skipped: int = 0
+    peak_bytes: int
+    skipped: int
 
 
 @torch.inference_mode()
 def transcribe(
     model: Any, examples: Examples, batch_size: int = 16, progress: Callable[[int], None] | None = None,
     **generation: Any,
-) -> tuple[list[str], dict[str, float]]:  # fmt: skip
+) -> tuple[list[str | None], dict[str, float]]:  # fmt: skip
     """What the model writes for each utterance, and the counts of tokens, frames and seconds.
 
-    Utterances of similar length share a batch. ``generation`` goes to ``generate``.
+    For damaged audio it is ``None``. Utterances of similar length share a batch. ``generation`` goes to ``generate``.
     """
     model.eval()
     base = unwrap(model)
     tokenizer = examples.processor.tokenizer
     order = sorted(range(len(examples)), key=lambda i: examples.utterances[i].duration or 0.0)
-    written: list[str] = [""] * len(order)
+    written: list[str | None] = [None] * len(order)
     totals = {"audio_tokens": 0.0, "frames": 0.0, "written": 0.0, "seconds": 0.0}
     done = 0
     for begin in range(0, len(order), batch_size):
-        indices = order[begin : begin + batch_size]
+        indices = [i for i in order[begin : begin + batch_size] if examples.is_usable(i)]
+        done += len(order[begin : begin + batch_size])
+        if not indices:
+            continue
         batch = {k: v.to(base.device) for k, v in examples.batch(indices, targets=False).items()}
         frames = lengths = None
         if "frames" in batch or "input_features" in batch:
@@ -91,16 +97,15 @@ def transcribe(
         totals["written"] += int((new != tokenizer.pad_token_id).sum())
         for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             written[index] = text.strip()
-        done += len(indices)
         if progress is not None:
             progress(done)
     return written, totals
 
 
 def evaluate(
-    model: Any, examples: Examples, batch_size: int = 16, timed: int = 10, seed: int = 0,
+    model: Any, examples: Examples, batch_size: int = 16, timed: int = 10,
     progress: Callable[[int], None] | None = None, **generation: Any,
-) -> tuple[Result, list[str]]:  # fmt: skip
+) -> tuple[Result, list[str | None]]:  # fmt: skip
     """Scores a model on the utterances of a manifest.
 
     Args:
@@ -108,12 +113,14 @@ def evaluate(
         examples: whose targets are the references.
         batch_size: of the decoding.
         timed: utterances on which encoder and prefill are timed, spread over the lengths; 0: none.
-        seed: of the bootstrap.
         progress: called with the utterances done.
         generation: for ``generate``; greedy search of at most 128 tokens if nothing else is said.
 
     Returns:
-        the scores, and what was written for each utterance.
+        the scores, and what was written for each utterance, ``None`` where its audio is damaged.
+
+    Raises:
+        AudioError: all of them are.
     """
     import jiwer
     import sacrebleu
@@ -123,12 +130,18 @@ def evaluate(
         torch.cuda.reset_peak_memory_stats(model.device)
     settings = {"max_new_tokens": 128, "do_sample": False} | generation
     written, totals = transcribe(model, examples, batch_size, progress, **settings)
-    peak = torch.cuda.max_memory_allocated(model.device) if cuda else None
-    references = [u.target for u in examples.utterances]
-    counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, written, strict=True)]
-    low, high = _interval(counts, seed)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(model.device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scored = [(u, w) for u, w in zip(examples.utterances, written, strict=True) if w is not None]
+    if not scored:
+        raise AudioError(f"no audio can be used: {next(iter(examples.skipped.values()))}")
+    references, hypotheses = [u.target for u, _ in scored], [w for _, w in scored]
+    counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, hypotheses, strict=True)]
+    low, high = _interval(counts)
     errors, words = (sum(column) for column in zip(*counts, strict=True))
-    seconds = sum(u.duration or 0.0 for u in examples.utterances if u.has_audio)
+    seconds = sum(u.duration or 0.0 for u, _ in scored if u.has_audio)
     encode_ms, prefill_ms = _times(model, examples, timed)
     result = Result(
         utterances=len(references),
@@ -136,9 +149,9 @@ def evaluate(
         wer=100 * errors / max(1, words),
         wer_low=low,
         wer_high=high,
-        cer=100 * float(jiwer.cer(references, written)),
-        exact=100 * statistics.fmean(r == w for r, w in zip(references, written, strict=True)),
-        bleu=float(sacrebleu.corpus_bleu(written, [references], force=True).score),
+        cer=100 * float(jiwer.cer(references, hypotheses)),
+        exact=100 * statistics.fmean(r == w for r, w in zip(references, hypotheses, strict=True)),
+        bleu=float(sacrebleu.corpus_bleu(hypotheses, [references], force=True).score),
         seconds=seconds,
         frames_per_second=totals["frames"] / seconds if seconds else 0.0,
         tokens_per_second=totals["audio_tokens"] / seconds if seconds else 0.0,
@@ -164,9 +177,9 @@ def _errors(found: Any) -> tuple[int, int]:
     return found.substitutions + found.deletions + found.insertions, found.hits + found.substitutions + found.deletions
 
 
-def _interval(counts: Sequence[tuple[int, int]], seed: int) -> tuple[float, float]:
+def _interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
     """Of the error rate, %, from the errors and words of each utterance."""
-    g = random.Random(seed)
+    g = random.Random(0)
     rates = []
     for _ in range(RESAMPLES):
         sample = g.choices(counts, k=len(counts))
@@ -180,7 +193,7 @@ def _times(model: Any, examples: Examples, count: int) -> tuple[float, float]:
     """Medians, in ms, of the encoder and of the prefill of one utterance."""
     base = unwrap(model)
     order = sorted(
-        (i for i, u in enumerate(examples.utterances) if u.has_audio),
+        (i for i, u in enumerate(examples.utterances) if u.has_audio and i not in examples.skipped),
         key=lambda i: examples.utterances[i].duration or 0.0,
     )
     chosen = [order[i * len(order) // count] for i in range(count)] if order and count else []

@@ -6,7 +6,7 @@ A text-only example, without audio, is one too.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,15 @@ class Examples:
             features = self._features[index] = features.half()
         return features.float()
 
+    def is_usable(self, index: int) -> bool:
+        """Whether the audio of an utterance is not damaged; if it is, ``skipped`` says why from then on."""
+        if index not in self.skipped:
+            try:
+                self.features(index)
+            except AudioError as error:
+                self.skipped[index] = str(error)
+        return index not in self.skipped
+
     def usable(self, index: int) -> int:
         """``index``, or, if its audio turns out to be damaged, the next whose audio is not.
 
@@ -98,14 +107,8 @@ class Examples:
             AudioError: none is left.
         """
         for step in range(len(self)):
-            candidate = (index + step) % len(self)
-            if candidate in self.skipped:
-                continue
-            try:
-                self.features(candidate)
+            if self.is_usable(candidate := (index + step) % len(self)):
                 return candidate
-            except AudioError as error:
-                self.skipped[candidate] = str(error)
         raise AudioError(f"none of the {len(self)} utterances has audio that can be used: {self.skipped[index]}")
 
     def prompt_ids(self, index: int) -> list[int]:
@@ -171,28 +174,23 @@ class EncodedExamples(Examples):
         examples: which are encoded.
         model: a ``FastCompressForConditionalGeneration``.
         batch_size: utterances that are encoded together.
-        progress: called with the utterances done.
     """
 
-    def __init__(
-        self, examples: Examples, model: Any, batch_size: int = 16, progress: Callable[[int], None] | None = None
-    ) -> None:
+    def __init__(self, examples: Examples, model: Any, batch_size: int = 16) -> None:
         super().__init__(examples.utterances, examples.processor)
         self.skipped = examples.skipped
         self._frames: dict[int, Tensor] = {}
         order = sorted(range(len(self)), key=lambda i: self.utterances[i].duration or 0.0)
         model.eval()
         for begin in range(0, len(order), batch_size):
-            usable = {examples.usable(i) for i in order[begin : begin + batch_size]}
-            indices = [i for i in sorted(usable) if self.utterances[i].has_audio and i not in self._frames]
+            batch = [i for i in order[begin : begin + batch_size] if self.utterances[i].has_audio]
+            indices = [i for i in batch if examples.is_usable(i)]
             if indices:
                 padded = self.processor.pad_features([examples.features(i) for i in indices])
                 with torch.no_grad():
                     frames, lengths = model.encode(*(t.to(model.device) for t in padded.values()))
                 for index, rows, length in zip(indices, frames.cpu(), lengths.tolist(), strict=True):
                     self._frames[index] = rows[:length].clone()
-            if progress is not None:
-                progress(min(begin + batch_size, len(order)))
 
     def features(self, index: int) -> Tensor | None:
         """Frames of the encoder, ``[F, D]``."""

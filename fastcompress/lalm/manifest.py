@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -168,10 +168,7 @@ def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
 
 
 def check_audio(
-    utterances: Sequence[Utterance],
-    min_seconds: float = SHORTEST,
-    max_seconds: float = math.inf,
-    progress: Callable[[int], None] | None = None,
+    utterances: Sequence[Utterance], max_seconds: float = math.inf
 ) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
     """Those whose files are there and as long as wanted, with their durations, and the others with the reason.
 
@@ -181,9 +178,7 @@ def check_audio(
 
     good: list[Utterance] = []
     skipped: list[tuple[Utterance, str]] = []
-    for number, u in enumerate(utterances):
-        if progress is not None:
-            progress(number)
+    for u in utterances:
         try:
             seconds = u.duration
             if u.samples is not None:
@@ -196,8 +191,8 @@ def check_audio(
                 seconds = left if u.duration is None or not u.offset else min(u.duration, left)
             if u.has_audio:
                 assert seconds is not None
-                if not min_seconds <= seconds <= max_seconds:
-                    raise AudioError(f"{seconds:.3f} s, not between {min_seconds:g} and {max_seconds:g}")
+                if not SHORTEST <= seconds <= max_seconds:
+                    raise AudioError(f"{seconds:.3f} s, not between {SHORTEST:g} and {max_seconds:g}")
                 u = Utterance(**(vars(u) | {"duration": seconds}))
             good.append(u)
         except (AudioError, soundfile.SoundFileError) as error:

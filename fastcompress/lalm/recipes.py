@@ -24,6 +24,11 @@ PAD, BEGIN, END, UNKNOWN, AUDIO = "<pad>", "<s>", "</s>", "<unk>", "<|audio|>"
 MOST_WORDS = 400
 PIECES = 200
 
+#: Of encoder and decoder, each.
+WIDTH, LAYERS = 128, 3
+#: Seconds that the encoder takes at once; longer audio is cut into windows.
+WINDOW = 8
+
 
 def build_tokenizer(texts: Sequence[str]) -> Any:
     """A tokenizer of what the texts hold: of words, or, if these are too many, of pieces of words."""
@@ -48,32 +53,28 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
 
 
 def build_small(
-    utterances: Sequence[Utterance], *, rule: str | None = None, width: int = 128, layers: int = 3, seed: int = 0,
-    longest: float = 8.0,
-) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:  # fmt: skip
+    utterances: Sequence[Utterance], *, rule: str | None = None, seed: int = 0
+) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
     """A model for the utterances of a training manifest, with random weights.
 
     Args:
         utterances: whose targets are the vocabulary and whose phones, if they have any, the units of a CTC loss.
         rule: of the compression.
-        width: of encoder and decoder, a multiple of 32.
-        layers: of each.
         seed: of the weights.
-        longest: seconds that the encoder takes at once; audio that is longer is cut into windows.
     """
     from transformers import Qwen2Config, WhisperConfig, WhisperFeatureExtractor
 
     tokenizer = build_tokenizer([utterance.target for utterance in utterances])
-    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=int(longest))
+    extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=WINDOW)
     processor = FastCompressProcessor(extractor, tokenizer, audio_token=AUDIO)
     audio = WhisperConfig(
-        d_model=width, encoder_layers=layers, encoder_attention_heads=4, encoder_ffn_dim=4 * width, num_mel_bins=80,
-        max_source_positions=int(50 * longest), dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
+        d_model=WIDTH, encoder_layers=LAYERS, encoder_attention_heads=4, encoder_ffn_dim=4 * WIDTH, num_mel_bins=80,
+        max_source_positions=50 * WINDOW, dropout=0.0, attention_dropout=0.0, activation_dropout=0.0,
         vocab_size=4, decoder_layers=1, pad_token_id=0, bos_token_id=1, eos_token_id=2, decoder_start_token_id=1,
     )  # fmt: skip
     text = Qwen2Config(
-        vocab_size=len(tokenizer), hidden_size=width, num_hidden_layers=layers, num_attention_heads=4,
-        num_key_value_heads=2, intermediate_size=3 * width, max_position_embeddings=1024, tie_word_embeddings=True,
+        vocab_size=len(tokenizer), hidden_size=WIDTH, num_hidden_layers=LAYERS, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=3 * WIDTH, max_position_embeddings=1024, tie_word_embeddings=True,
         initializer_range=0.06, bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip

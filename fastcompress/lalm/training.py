@@ -46,7 +46,8 @@ class TrainingArguments:
         seed: of the order of examples, dropout and augmentation.
         precision: ``"fp32"`` or ``"bf16"`` (autocast).
         gradient_checkpointing: compute activations twice to save memory.
-        save_every: steps between checkpoints; 0: only at the end.
+        save_every: steps between checkpoints, a multiple of ``log_every``, or a resumed run would log other means; 0:
+            only at the end.
         keep: how many checkpoints are kept.
         log_every: steps between lines of the log.
         evaluate_every: steps between losses on the development set; 0: only at the end.
@@ -78,6 +79,8 @@ class TrainingArguments:
         for name in ("warmup_steps", "save_every", "evaluate_every", "weight_decay", "final_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.save_every % self.log_every:
+            raise ValueError(f"save_every must be a multiple of log_every, {self.log_every}, got {self.save_every}")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
@@ -92,7 +95,7 @@ class TrainingArguments:
 
 
 Progress = Callable[[int, dict[str, float]], None]
-"""Called after each step with the steps done and what was measured."""
+"""Called at each line of the log with the steps done and what was measured since the last."""
 
 
 class Training:
@@ -215,11 +218,10 @@ class Training:
             [
                 sum(int((b["labels"] != -100).sum()) for b in batches),
                 sum(len(b.get("ctc_labels", ())) for b in batches),
-                sum(b["input_ids"].numel() for b in batches),
             ],
             device=accelerator.device,
         )
-        labels, audios, _ = accelerator.reduce(counts, "sum").tolist()
+        labels, audios = accelerator.reduce(counts, "sum").tolist()
         share = arguments.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * share

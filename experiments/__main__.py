@@ -49,13 +49,17 @@ def main() -> int:
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(options.jobs, mp_context=context) as pool:
         records = list(pool.map(run_study, *zip(*work, strict=True)))
+    import torch
+
+    from benchmarks.machine import machine
     from experiments import report
 
     rows = report.load(records)
     text = report.table(rows)
     report.plot(rows, options.out / "report.png")
     (options.out / "report.md").write_text(text, encoding="utf-8")
-    details = {"machine": platform.machine(), "python": platform.python_version(), "command": sys.argv[1:]}
+    details = {"machine": machine(), "python": platform.python_version(), "torch": torch.__version__}
+    details |= {"tasks": options.tasks, "seeds": options.seeds, "train": options.train, "quick": options.quick}
     (options.out / "report.json").write_text(json.dumps(details | {"rows": rows}, indent=1), encoding="utf-8")
     print(text)
     print(f"{options.out}: report.md, report.png, report.json, after {(time.monotonic() - since) / 60:.1f} minutes")

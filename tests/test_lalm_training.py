@@ -19,6 +19,8 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("yaml")
 
+from accelerate.state import AcceleratorState  # noqa: E402
+
 from fastcompress.lalm import checkpoints, logs  # noqa: E402
 from fastcompress.lalm.batches import BatchPlan  # noqa: E402
 from fastcompress.lalm.checkpoints import CheckpointError  # noqa: E402
@@ -120,7 +122,7 @@ def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     # The process kills itself, at a place that no signal from outside could hit for sure.
     places = {
         "step 4": ("fastcompress.lalm.training.Training.update", 4),
-        "writing a checkpoint": ("fastcompress.lalm.checkpoints._flush", 7),
+        "writing a checkpoint": ("torch.save", 1),
         "writing the result": ("fastcompress.lalm.runs.Run._write_final", 1),
     }
     script = tmp_path / "kill.py"
@@ -259,6 +261,7 @@ def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
         ({"audio_model": "a"}, "audio_model and text_model go together"),
         ({"audio_model": "a", "text_model": "b", "model": "c"}, "model excludes audio_model and text_model"),
         ({"lora_rank": -1}, "lora_rank must not be negative"),
+        ({"save_every": 5, "log_every": 2}, "save_every must be a multiple of log_every, 2, got 5"),
     ],
 )
 def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):
@@ -354,6 +357,62 @@ def test_frames_that_are_encoded_once(trained: Path, data: Path):
     for indices in ([0, 1, 2], [25, 3], [26]):
         a, b = (model(**e.batch(indices)).loss for e in (examples, encoded))
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_goes_on_as_it_was(trained: Path, data: Path, tmp_path: Path):
+    """What is random in a step depends on the step alone, not on how many came before it in this process."""
+    pytest.importorskip("peft")
+    lora = {"model": str(trained / "final"), "lora_rank": 4, "lora_dropout": 0.5, "steps": 6, "augment": False}
+    Run(tmp_path / "whole", settings(data, **lora), say=lambda text: None).train()
+    run = Run(tmp_path / "half", settings(data, **lora), say=lambda text: None)
+    run.training.save, save = lambda: (_ for _ in ()).throw(KeyboardInterrupt), run.training.save
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    save()
+    again = Run(tmp_path / "half", None, resume=True, say=lambda text: None)
+    assert again.training.step == 3
+    again.train()
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    plain = settings(data, **(lora | {"lora_dropout": 0.0}))
+    Run(tmp_path / "plain", plain, say=lambda text: None).train()
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "values, tolerance",
+    [
+        ({"accumulate": 2, "batch_size": 2}, 1e-4),
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"precision": "bf16"}, 0.05),
+    ],
+    ids=["accumulate", "checkpointing", "bf16"],
+)
+def test_other_ways_to_the_same_losses(values: dict[str, Any], tolerance: float, data: Path, tmp_path: Path):
+    found = []
+    for name, more in (("plain", {}), ("other", values)):
+        AcceleratorState._reset_state()  # a process has one precision, as a run has a process
+        run = Run(tmp_path / name, settings(data, steps=3, augment=False, **more), say=lambda text: None)
+        arguments = run.settings.training
+        order = [[0, 1, 2, 25], [3, 4, 24, 5], [6, 7, 8, 9]]  # 24 and 25 have no audio
+
+        def batch(where: int, process: int = 0, size: int = arguments.batch_size, order: list = order) -> list[int]:
+            flat = [index for row in order for index in row]
+            return flat[where * size : (where + 1) * size]
+
+        run.training.plan.batch = batch
+        if name == "plain":
+            with torch.no_grad():
+                first = run.training.model(**run.training.examples.batch(order[0]))
+        run.train()
+        found.append(logs.read(tmp_path / name / "log.csv"))
+    assert found[0][0]["loss"] == pytest.approx(float(first.loss), rel=1e-5)
+    assert found[0][0]["ctc_loss"] == pytest.approx(float(first.ctc_loss), rel=1e-5) and first.ctc_loss > 0
+    for a, b in zip(*found, strict=True):
+        for column in ("loss", "lm_loss", "ctc_loss", "grad_norm"):
+            assert a[column] == pytest.approx(b[column], rel=tolerance), (a["step"], column)
+        assert a["audio_tokens"] == b["audio_tokens"]
+    AcceleratorState._reset_state()
+    assert ("bf16" not in values.values()) or found[0][0]["loss"] != found[1][0]["loss"]
 
 
 # Batches

@@ -58,16 +58,19 @@ class PackedInputs:
     segments: Segments | None = None
     compact: bool = True
 
-    def unpack(self, values: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Packed rows as a padded batch, zeros behind each sample: the inverse of packing.
+    def unpack(self, values: Tensor | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
+        """Packed rows as a padded batch, with zeros for padding: the inverse of packing.
 
         Args:
             values: ``[T, ...]`` or ``[1, T, ...]`` as a decoder returns them, floating; ``None``: ``inputs_embeds``.
+            side: of the padding, ``"right"`` or ``"left"``, as a prompt needs it.
 
         Returns:
             ``[B, S, ...]`` and the attention mask ``[B, S]`` int64. ``S`` is the largest number of rows of a sample,
             which is read from the device. Gradients go to ``values``.
         """
+        if side not in ("right", "left"):
+            raise ValueError(f"side must be 'right' or 'left', got {side!r}")
         values = self.inputs_embeds if values is None else values
         check_float("values", values)
         check_same_device("values", values, self.source)
@@ -80,12 +83,14 @@ class PackedInputs:
         lengths = self.cu_seqlens.diff()
         longest = lengths.max().item() if lengths.shape[0] else 0
         torch._check(longest >= 0)  # which torch.export cannot know
-        column = torch.arange(longest, device=values.device)
-        mask = column < lengths[:, None]
+        first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # column of each sample's first
+        column = torch.arange(longest, device=values.device) - first[:, None]
+        mask = (column >= 0) & (column < lengths[:, None])
         index = torch.where(mask, self.cu_seqlens[:-1, None] + column, -1).reshape(-1)
         packed = torch.arange(count, device=values.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), packed.int(), right=True)
-        target = torch.where(sequence < lengths.shape[0], sequence * longest + self.position_ids, -1)
+        place = torch.cat([first, first.new_zeros(1)])[sequence] + self.position_ids
+        target = torch.where(sequence < lengths.shape[0], sequence * longest + place, -1)
         flat = values.reshape(count, values.shape[1:].numel())
         needs_grad = torch.is_grad_enabled() and flat.requires_grad
         rows = call(pack_rows, (flat, flat[:0], index, target, False), needs_grad, lambda: None)

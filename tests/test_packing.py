@@ -330,7 +330,8 @@ def test_an_audio_ends_with_its_sample(backend: str | None):
 # Unpacking
 
 
-def test_unpack_is_the_inverse():
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_unpack_is_the_inverse(side):
     case = batch(5, "right", True)
     table = torch.randn(VOCABULARY, 6)
     audio = torch.randn(int(case["audio_cu_seqlens"][-1]), 6)
@@ -339,15 +340,16 @@ def test_unpack_is_the_inverse():
             case["ids"], table, audio, audio_cu_seqlens=case["audio_cu_seqlens"], placeholder=AUDIO, compact=compact,
             **case["kwargs"],
         )  # fmt: skip
-        padded, mask = packed.unpack()
+        padded, mask = packed.unpack(side=side)
         lengths = case["counts"].diff().tolist()
         assert padded.shape == (4, max(lengths), 6) and mask.sum(1).tolist() == lengths
-        for row, size, begin in zip(padded, lengths, case["counts"].tolist(), strict=False):
-            assert_same_bits(row[:size], packed.inputs_embeds[begin : begin + size])
-            assert not row[size:].any()
+        for row, kept, size, begin in zip(padded, mask.bool(), lengths, case["counts"].tolist(), strict=False):
+            assert kept[:size].all() if side == "right" else kept[max(lengths) - size :].all()
+            assert_same_bits(row[kept], packed.inputs_embeds[begin : begin + size])
+            assert not row[~kept].any()
         values = torch.randn(1, len(packed.source), 2, 3, dtype=torch.float64, requires_grad=True)
         assert packed.unpack(values)[0].shape == (4, max(lengths), 2, 3)
-        torch.autograd.gradcheck(lambda v, packed=packed: packed.unpack(v)[0], values)
+        torch.autograd.gradcheck(lambda v, packed=packed: packed.unpack(v, side)[0], values)
         again = fc.pack(inputs_embeds=padded, attention_mask=mask)
         assert_same_bits(again.inputs_embeds, packed.inputs_embeds[: len(again.source)])
     one = fc.pack(torch.tensor([3]), table)
@@ -357,6 +359,8 @@ def test_unpack_is_the_inverse():
     assert nothing.unpack()[0].shape == (1, 0, 6) and nothing.unpack(torch.randn(1, 1, 9))[1].shape == (1, 0)
     with pytest.raises(ValueError, match=re.escape(f"values must have shape [{len(packed.source)}, ...]")):
         packed.unpack(torch.randn(3, 2))
+    with pytest.raises(ValueError, match="side must be 'right' or 'left', got 'middle'"):
+        packed.unpack(side="middle")
 
 
 # Tracing

@@ -5,6 +5,7 @@ A text-only example, without audio, is one too.
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,12 @@ IGNORED = -100
 
 @dataclass(frozen=True)
 class Augmentation:
-    """SpecAugment (Park et al., 2019) of log-mel features, and a change of level.
+    """SpecAugment (Park et al., 2019) of log-mel features, other speakers and tempos, and a change of level.
 
     Attributes:
+        warp: vocal tract length perturbation (Jaitly and Hinton, 2013): frequencies are scaled by 1 - ``warp`` to
+            1 + ``warp``, as if by a shorter or longer vocal tract; 0: not.
+        tempo: frames are stretched or squeezed by as much at most, the pitch staying; 0: not.
         time_masks, time_width: how many stretches of frames are masked, and the most frames of one (at most an eighth
             of the utterance).
         frequency_masks, frequency_width: likewise of mel bins.
@@ -35,10 +39,17 @@ class Augmentation:
     frequency_masks: int = 2
     frequency_width: int = 12
     level: float = 0.15
+    warp: float = 0.0
+    tempo: float = 0.0
 
     def __call__(self, features: Tensor, g: random.Random) -> Tensor:
-        """``[bins, frames]`` -> the same; what is masked gets the mean."""
+        """``[bins, frames]`` -> the same, but for frames if there is a ``tempo``; what is masked gets the mean."""
         features = features.clone()
+        if self.warp:
+            features = _warped(features, 1 + g.uniform(-self.warp, self.warp))
+        if self.tempo:
+            frames = max(2, round(features.shape[1] * (1 + g.uniform(-self.tempo, self.tempo))))
+            features = torch.nn.functional.interpolate(features[None], frames, mode="linear", align_corners=True)[0]
         bins, frames = features.shape
         mean = features.mean()
         for _ in range(self.time_masks):
@@ -50,6 +61,25 @@ class Augmentation:
             begin = g.randint(0, bins - width)
             features[begin : begin + width] = mean
         return features + g.uniform(-self.level, self.level)
+
+
+def _warped(features: Tensor, scale: float) -> Tensor:
+    """What mel bins ``[bins, frames]`` would hold if every frequency were divided by ``scale``.
+
+    Up to 4.8 kHz (of 8 kHz) frequencies are scaled, and above that so that the highest stays what it is.
+    """
+    bins = len(features)
+    highest, knee = 8000.0, 4800.0
+    mel = torch.linspace(0, 2595 * math.log10(1 + highest / 700), bins + 2)[1:-1]
+    hertz = 700 * (10 ** (mel / 2595) - 1)
+    bend = knee * min(1.0, 1 / scale)
+    slope = (highest - bend * scale) / (highest - bend)
+    source = torch.where(hertz <= bend, hertz * scale, highest - slope * (highest - hertz))
+    place = 2595 * torch.log10(1 + source / 700) / (2595 * math.log10(1 + highest / 700)) * (bins + 1) - 1
+    place = place.clamp(0, bins - 1)
+    below = place.floor().long().clamp(max=bins - 2)
+    share = (place - below)[:, None]
+    return torch.lerp(features[below], features[below + 1], share)
 
 
 class Examples:

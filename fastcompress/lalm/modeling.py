@@ -331,12 +331,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if input_features is not None:
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths)
-        embeds, mask = packed.unpack()
-        # Padding goes to the left: what is written next must follow the last row.
-        shift = embeds.shape[1] - mask.sum(1)
-        column = (torch.arange(embeds.shape[1], device=embeds.device) - shift[:, None]) % embeds.shape[1]
-        embeds = embeds.gather(1, column[..., None].expand_as(embeds))
-        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask.gather(1, column), **kwargs)
+        embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
+        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         tokens = out if isinstance(out, Tensor) else out.sequences
         prompt = input_ids.repeat_interleave(tokens.shape[0] // input_ids.shape[0], 0).to(tokens.device)
         tokens = torch.cat([prompt, tokens], 1)

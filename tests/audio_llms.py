@@ -1,0 +1,261 @@
+"""Tiny audio LLMs of transformers' real classes, with random weights, and batches for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+VOCABULARY = 120
+AUDIO, PAD, END = 100, 0, 2
+MELS = 16
+
+#: A decoder for those that take several, with grouped queries.
+TEXT = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
+    "bos_token_id": 1, "eos_token_id": END, "pad_token_id": PAD, "initializer_range": 0.3,
+    "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+WHISPER = {
+    "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+    "max_source_positions": 50, "initializer_range": 0.3, "dropout": 0.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Family:
+    """A kind of model.
+
+    Attributes:
+        build: a model with random weights.
+        features: of audios of so many rows at most: arguments of the model, and how many placeholders each has.
+    """
+
+    build: Callable[[], Any]
+    features: Callable[[Any, Sequence[int]], tuple[dict[str, Tensor], list[int]]]
+
+
+def make(name: str, seed: int = 0) -> Any:
+    """The model of a family, in evaluation mode."""
+    torch.manual_seed(seed)
+    return FAMILIES[name].build().eval()
+
+
+def batch(
+    name: str, model: Any, sizes: Sequence[int] = (40, 9, 22), *, labels: bool = False, side: str = "left", seed: int = 0
+) -> dict[str, Tensor]:
+    """One sample for each size, an audio of so many frames (of 100) in it; ``None`` for a sample of text alone.
+
+    Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
+    """
+    g = torch.Generator().manual_seed(seed)
+    inputs, counts = FAMILIES[name].features(model, [s for s in sizes if s]) if any(sizes) else ({}, [])
+    counts = list(counts)
+    rows = []
+    for i, size in enumerate(sizes):
+        before, behind = (torch.randint(3, 99, (n,), generator=g) for n in (2 + i, 7 - i))
+        audio = torch.full((counts.pop(0) if size else 0,), AUDIO)
+        rows.append(torch.cat([before, audio, behind]))
+    longest = max(map(len, rows))
+
+    def padded(values: list[Tensor], value: int) -> Tensor:
+        return torch.stack([
+            torch.nn.functional.pad(v, (longest - len(v), 0) if side == "left" else (0, longest - len(v)), value=value)
+            for v in values
+        ])  # fmt: skip
+
+    found = {"input_ids": padded(rows, PAD), "attention_mask": padded([torch.ones_like(r) for r in rows], 0)}
+    if labels:
+        found["labels"] = padded([torch.cat([torch.full_like(r[:-4], -100), r[-4:]]) for r in rows], -100)
+    return found | inputs
+
+
+def one(name: str, inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+    """A sample of a batch by itself, without padding; every sample has an audio."""
+    kept = inputs["attention_mask"][index].bool()
+    return {
+        key: value[index : index + 1, kept] if value.shape == inputs["input_ids"].shape else value[index : index + 1]
+        for key, value in inputs.items()
+    }
+
+
+def _mel(sizes: Sequence[int], width: int, bins: int = MELS) -> tuple[Tensor, Tensor]:
+    """Features ``[A, bins, width]``, 0 behind each audio's end, and their mask."""
+    g = torch.Generator().manual_seed(len(sizes) + sum(sizes))
+    mask = torch.arange(width) < torch.tensor(sizes)[:, None]
+    return torch.randn(len(sizes), bins, width, generator=g) * mask[:, None], mask.long()
+
+
+def _qwen2_audio() -> Any:
+    from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
+
+    config = Qwen2AudioConfig(
+        audio_config=WHISPER | {"model_type": "qwen2_audio_encoder"}, text_config=TEXT | {"model_type": "qwen2"},
+        audio_token_id=AUDIO,
+    )  # fmt: skip
+    return Qwen2AudioForConditionalGeneration(config)
+
+
+def _qwen2_audio_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([2 * s for s in sizes], 100)
+    counts = model.model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))[1]
+    return {"input_features": features, "feature_attention_mask": mask}, counts.tolist()
+
+
+def _flamingo(music: bool) -> Any:
+    import transformers
+
+    name = "MusicFlamingo" if music else "AudioFlamingo3"
+    config = getattr(transformers, f"{name}Config")(
+        audio_config={"num_mel_bins": MELS, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "intermediate_size": 32, "max_source_positions": 50, "initializer_range": 0.3,
+                      "model_type": "audioflamingo3_encoder"},
+        text_config=TEXT | {"model_type": "qwen2"}, audio_token_id=AUDIO,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _flamingo_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([2 * s for s in sizes], 100)
+    counts = model.model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))[1]
+    return {"input_features": features, "input_features_mask": mask}, counts.tolist()
+
+
+def _glmasr() -> Any:
+    from transformers import GlmAsrConfig, GlmAsrForConditionalGeneration
+
+    config = GlmAsrConfig(
+        audio_config={"num_mel_bins": MELS, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+                      "num_attention_heads": 2, "max_position_embeddings": 400, "initializer_range": 0.3,
+                      "model_type": "glmasr_encoder"},
+        text_config=TEXT | {"model_type": "llama"}, audio_token_id=AUDIO, tie_word_embeddings=False,
+    )  # fmt: skip
+    return GlmAsrForConditionalGeneration(config)
+
+
+def _glmasr_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([8 * s for s in sizes], 320)
+    return {"input_features": features, "input_features_mask": mask}, list(sizes)
+
+
+def _voxtral() -> Any:
+    from transformers import VoxtralConfig, VoxtralForConditionalGeneration
+
+    config = VoxtralConfig(
+        audio_config={"num_mel_bins": MELS, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
+                      "num_attention_heads": 2, "max_source_positions": 80, "initializer_range": 0.3,
+                      "model_type": "voxtral_encoder"},
+        text_config=TEXT | {"model_type": "llama"}, audio_token_id=AUDIO,
+    )  # fmt: skip
+    return VoxtralForConditionalGeneration(config)
+
+
+def _voxtral_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, _ = _mel([4 * s for s in sizes], 160)  # every window is 20 tokens, whatever is in it
+    return {"input_features": features}, [20] * len(sizes)
+
+
+def _qwen3_asr() -> Any:
+    from transformers import Qwen3ASRConfig, Qwen3ASRForConditionalGeneration
+
+    config = Qwen3ASRConfig(
+        audio_config={"num_mel_bins": MELS, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                      "d_model": 24, "output_dim": 32, "n_window": 50, "n_window_infer": 200, "downsample_hidden_size": 8,
+                      "max_position_embeddings": 13, "initializer_range": 0.3, "model_type": "qwen3_asr_encoder"},
+        text_config=TEXT | {"model_type": "qwen3"}, audio_token_id=AUDIO, pad_token_id=PAD, eos_token_id=END,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return Qwen3ASRForConditionalGeneration(config)
+
+
+def _qwen3_asr_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([8 * s for s in sizes], 400)  # in chunks of 100
+    counts = model.model.audio_tower._post_cnn_length(mask.view(len(sizes), 4, 100).sum(-1)).sum(-1)
+    return {"input_features": features, "input_features_mask": mask}, counts.tolist()
+
+
+def _fun_asr_nano() -> Any:
+    from transformers import FunAsrNanoConfig, FunAsrNanoForConditionalGeneration
+
+    layers = {"hidden_size": 24, "num_attention_heads": 2, "intermediate_size": 32, "num_hidden_layers": 2}
+    config = FunAsrNanoConfig(
+        audio_config=layers | {"num_mel_bins": MELS, "num_timestamp_prediction_layers": 1, "hidden_dropout": 0.0,
+                               "attention_dropout": 0.0, "num_stacked_frames": 2, "model_type": "fun_asr_nano_encoder"},
+        adaptor_config=layers | {"hidden_size": 32, "intermediate_size": 8, "projector_hidden_size": 32},
+        text_config=TEXT | {"model_type": "qwen3"}, audio_token_id=AUDIO, tie_word_embeddings=False,
+    )  # fmt: skip
+    return FunAsrNanoForConditionalGeneration(config)
+
+
+def _fun_asr_nano_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel(sizes, max(sizes), 2 * MELS)
+    return {"input_features": features.transpose(1, 2), "input_features_mask": mask}, list(sizes)
+
+
+def _granite_speech(plus: bool) -> Any:
+    import transformers
+
+    name = "GraniteSpeechPlus" if plus else "GraniteSpeech"
+    kind = "granite_speech_plus" if plus else "granite_speech"
+    encoder = {"input_dim": 2 * MELS, "num_layers": 2, "hidden_dim": 24, "feedforward_mult": 2, "num_heads": 2,
+               "dim_head": 12, "output_dim": 10, "context_size": 20, "max_pos_emb": 32, "dropout": 0.0,
+               "conv_kernel_size": 3, "model_type": f"{kind}_encoder"}  # fmt: skip
+    width = 24
+    if plus:
+        encoder["cat_hidden_layers"] = [1]
+        width = 48
+    config = getattr(transformers, f"{name}Config")(
+        encoder_config=encoder,
+        projector_config={"model_type": "blip_2_qformer", "hidden_size": 24, "num_hidden_layers": 1,
+                          "num_attention_heads": 2, "intermediate_size": 32, "encoder_hidden_size": width,
+                          "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+        text_config=TEXT | {"model_type": "granite"}, audio_token_index=AUDIO, has_lora_adapter=False,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return getattr(transformers, f"{name}ForConditionalGeneration")(config)
+
+
+def _granite_speech_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, _ = _mel([5 * s for s in sizes], 5 * max(sizes), 2 * MELS)
+    counts = [-(-5 * s // 15) * 3 for s in sizes]
+    mask = torch.arange(max(counts)) < torch.tensor(counts)[:, None]
+    return {"input_features": features.transpose(1, 2).contiguous(), "input_features_mask": mask}, counts
+
+
+def _qwen2_5_omni() -> Any:
+    from transformers import Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration
+
+    config = Qwen2_5OmniThinkerConfig(
+        audio_config={"num_mel_bins": MELS, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                      "d_model": 24, "output_dim": 32, "n_window": 25, "max_source_positions": 50,
+                      "initializer_range": 0.3},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32},
+        text_config=TEXT | {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}},
+        audio_token_id=AUDIO, image_token_id=101, video_token_id=102, audio_start_token_id=103, audio_end_token_id=104,
+        vision_start_token_id=105, vision_end_token_id=106, pad_token_id=PAD, initializer_range=0.3,
+    )  # fmt: skip
+    return Qwen2_5OmniThinkerForConditionalGeneration(config)
+
+
+def _qwen2_5_omni_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([4 * s for s in sizes], 4 * max(sizes))
+    counts = model.model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))[1]
+    return {"input_features": features, "feature_attention_mask": mask}, counts.tolist()
+
+
+FAMILIES = {
+    "qwen2_audio": Family(_qwen2_audio, _qwen2_audio_features),
+    "audioflamingo3": Family(lambda: _flamingo(False), _flamingo_features),
+    "musicflamingo": Family(lambda: _flamingo(True), _flamingo_features),
+    "voxtral": Family(_voxtral, _voxtral_features),
+    "glmasr": Family(_glmasr, _glmasr_features),
+    "granite_speech": Family(lambda: _granite_speech(False), _granite_speech_features),
+    "granite_speech_plus": Family(lambda: _granite_speech(True), _granite_speech_features),
+    "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _qwen2_5_omni_features),
+    "qwen3_asr": Family(_qwen3_asr, _qwen3_asr_features),
+    "fun_asr_nano": Family(_fun_asr_nano, _fun_asr_nano_features),
+}

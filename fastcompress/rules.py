@@ -167,6 +167,10 @@ class Uniform(Rule):
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         return (self.name, self.size, -math.inf, 0.0, 1, 0, self.tail == "keep")
 
+    def count(self, length: Any) -> Any:
+        """Segments of a sequence of ``length`` frames, an int or a tensor of them."""
+        return (length + self.size - 1) // self.size if self.tail == "keep" else length // self.size
+
 
 @dataclass(frozen=True)
 class LocalMax(Rule):

@@ -46,8 +46,9 @@ def make(name: str, seed: int = 0) -> Any:
 
 
 def batch(
-    name: str, model: Any, sizes: Sequence[int] = (40, 9, 22), *, labels: bool = False, side: str = "left", seed: int = 0
-) -> dict[str, Tensor]:
+    name: str, model: Any, sizes: Sequence[int | None] = (40, 9, 22), *, labels: bool = False, side: str = "left",
+    seed: int = 0,
+) -> dict[str, Tensor]:  # fmt: skip
     """One sample for each size, an audio of so many frames (of 100) in it; ``None`` for a sample of text alone.
 
     Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
@@ -57,7 +58,7 @@ def batch(
     counts = list(counts)
     rows = []
     for i, size in enumerate(sizes):
-        before, behind = (torch.randint(3, 99, (n,), generator=g) for n in (2 + i, 7 - i))
+        before, behind = (torch.randint(3, 99, (n,), generator=g) for n in (2 + i, 5 + 2 * i))
         audio = torch.full((counts.pop(0) if size else 0,), AUDIO)
         rows.append(torch.cat([before, audio, behind]))
     longest = max(map(len, rows))
@@ -75,7 +76,7 @@ def batch(
 
 
 def one(name: str, inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
-    """A sample of a batch by itself, without padding; every sample has an audio."""
+    """A sample of a batch by itself, without padding; every sample has an audio of one window."""
     kept = inputs["attention_mask"][index].bool()
     return {
         key: value[index : index + 1, kept] if value.shape == inputs["input_ids"].shape else value[index : index + 1]
@@ -120,9 +121,14 @@ def _flamingo(music: bool) -> Any:
 
 
 def _flamingo_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-    features, mask = _mel([2 * s for s in sizes], 100)
-    counts = model.model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))[1]
-    return {"input_features": features, "input_features_mask": mask}, counts.tolist()
+    frames, windows = [], []  # of 100 at most
+    for size in sizes:
+        windows.append(-(-size // 50))
+        frames += [100] * (windows[-1] - 1) + [2 * size - 100 * (windows[-1] - 1)]
+    features, mask = _mel(frames, 100)
+    rows = model.model.audio_tower._get_feat_extract_output_lengths(mask.sum(-1))[1]
+    counts = [int(part.sum()) for part in rows.split(windows)]
+    return {"input_features": features, "input_features_mask": mask}, counts
 
 
 def _glmasr() -> Any:
@@ -155,8 +161,9 @@ def _voxtral() -> Any:
 
 
 def _voxtral_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-    features, _ = _mel([4 * s for s in sizes], 160)  # every window is 20 tokens, whatever is in it
-    return {"input_features": features}, [20] * len(sizes)
+    windows = [-(-s // 20) for s in sizes]  # each is 20 tokens, whatever is in it
+    features, _ = _mel([160] * sum(windows), 160)
+    return {"input_features": features}, [20 * n for n in windows]
 
 
 def _qwen3_asr() -> Any:
@@ -164,8 +171,9 @@ def _qwen3_asr() -> Any:
 
     config = Qwen3ASRConfig(
         audio_config={"num_mel_bins": MELS, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
-                      "d_model": 24, "output_dim": 32, "n_window": 50, "n_window_infer": 200, "downsample_hidden_size": 8,
-                      "max_position_embeddings": 13, "initializer_range": 0.3, "model_type": "qwen3_asr_encoder"},
+                      "d_model": 24, "output_dim": 32, "n_window": 50, "n_window_infer": 200,
+                      "downsample_hidden_size": 8, "max_position_embeddings": 13, "initializer_range": 0.3,
+                      "model_type": "qwen3_asr_encoder"},
         text_config=TEXT | {"model_type": "qwen3"}, audio_token_id=AUDIO, pad_token_id=PAD, eos_token_id=END,
         tie_word_embeddings=False,
     )  # fmt: skip

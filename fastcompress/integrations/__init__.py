@@ -1,0 +1,1 @@
+"""fastcompress inside other people's models."""

@@ -1,0 +1,391 @@
+"""Compression whose result decides how many tokens there are: audio shrinks between the merge and the decoder.
+
+The stock model merges as ever, into a prompt with a placeholder for each row of audio. What it then gives to its
+decoder is taken here, compressed, packed or padded anew, and only that reaches the decoder. Labels, and the loss, are
+kept from the stock model, which would see the long ones.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import contextvars
+import copy
+import inspect
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import GenerationMixin
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+import fastcompress as fc
+from fastcompress.integrations.transformers import patches
+from fastcompress.integrations.transformers.families import Family
+from fastcompress.packing import row_groups
+from fastcompress.rules import Rule
+from fastcompress.segments import Pooled
+
+#: Names of a cache of earlier rows; the second since transformers 5.24.
+CACHES = ("past_key_values", "cache")
+#: Settings of assisted decoding.
+ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
+
+
+@dataclass
+class Settings:
+    """How a model is compressed.
+
+    Attributes:
+        family: of the model.
+        mode: ``"dynamic"`` or ``"budget"``.
+        rule: of the compression, in the pass that packs; ``None``: the model's ``audio_compressor`` does it.
+        pack: run without padding where nothing is generated.
+        before_projector: pool what the projector is given.
+        attention: implementation that the decoder had before, if it was changed.
+    """
+
+    family: Family
+    mode: str
+    rule: Rule | None
+    pack: bool
+    before_projector: bool
+    attention: str | None = None
+
+
+@dataclass
+class Call:
+    """One pass of a model.
+
+    Attributes:
+        model, settings: what is compressed, and how.
+        arguments: of ``forward``.
+        packed: whether the decoder is to run packed.
+        side: of the padding, if not.
+        capture: leave the decoder out.
+        kept: of the rows of audio, those that tokens were put into, before the projector; a bool each.
+        inputs: what the decoder got.
+    """
+
+    model: Any
+    settings: Settings
+    arguments: Mapping[str, Any]
+    packed: bool = False
+    side: str = "left"
+    capture: bool = False
+    kept: Tensor | None = None
+    inputs: fc.PackedInputs | None = None
+
+
+_CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fastcompress_call", default=None)
+
+
+@contextlib.contextmanager
+def _running(call: Call) -> Iterator[None]:
+    token = _CALL.set(call)
+    try:
+        yield
+    finally:
+        _CALL.reset(token)
+
+
+def install(model: Any) -> None:
+    """Replaces the methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
+    patches.replace(model, "forward", _forward)
+    patches.replace(model, "generate", _generate)
+    patches.replace(model.model.language_model, "forward", _decode)
+    if model.fastcompress_settings.before_projector:
+        patches.replace(model.model.multi_modal_projector, "forward", _project)
+
+
+def uninstall(model: Any) -> None:
+    """Puts them back."""
+    for target in (model, model.model.language_model, getattr(model.model, "multi_modal_projector", None)):
+        if target is not None:
+            patches.restore(target)
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of the whole model."""
+    stock = patches.original(self, "forward")
+    arguments = patches.named(stock, args, kwargs)
+    labels, ids = arguments.get("labels"), arguments.get("input_ids")
+    has_audio = _has_audio(self, arguments)
+    if ids is None or _cache_length(arguments) or not (has_audio or labels is not None):
+        return stock(*args, **kwargs)
+    settings: Settings = self.fastcompress_settings
+    _check(self, arguments)
+    mask = arguments.get("attention_mask")
+    side = "left" if mask is not None and not bool(mask[:, 0].all()) else "right"
+    call = Call(self, settings, dict(arguments), settings.pack and arguments.get("use_cache") is not True, side)
+    as_tuple = not (self.config.return_dict if arguments.get("return_dict") is None else arguments["return_dict"])
+    num_items = arguments.pop("num_items_in_batch", None)
+    if labels is not None:
+        arguments["use_cache"] = False
+        arguments.pop("logits_to_keep", None)  # only rows that say a label reach the head
+    with _running(call):
+        out = stock(**arguments | {"labels": None, "return_dict": True})
+    loss = None
+    if labels is not None:
+        loss = _loss(call, out.logits, num_items)
+        if not has_audio and torch.is_grad_enabled():
+            loss = loss + _unused(self)
+    found = type(out)(**{"loss": loss} | {name: value for name, value in out.items() if name != "loss"})
+    found.compressed = call.inputs
+    return found.to_tuple() if as_tuple else found
+
+
+def _has_audio(model: Any, arguments: Mapping[str, Any]) -> bool:
+    return any(arguments.get(name) is not None for name in model.fastcompress_settings.family.features)
+
+
+def _cache_length(arguments: Mapping[str, Any]) -> int:
+    caches = [arguments[name] for name in CACHES if arguments.get(name) is not None]
+    return max((int(cache.get_seq_length()) for cache in caches), default=0)
+
+
+def _check(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises for what compression does not know."""
+    kind = model.config.model_type
+    for name in model.fastcompress_settings.family.refused:
+        if arguments.get(name) is not None:
+            raise NotImplementedError(
+                f"{kind} is compressed with audio and text alone, got {name}: positions of pictures are not counted "
+                "row by row"
+            )
+    if arguments.get("inputs_embeds") is not None:
+        raise ValueError("inputs_embeds excludes input_ids, which say where the audio is")
+    if arguments.get("position_ids") is not None:
+        raise ValueError("position_ids cannot be given: compression changes them")
+    mask, ids = arguments.get("attention_mask"), arguments["input_ids"]
+    if mask is not None and mask.shape != ids.shape:
+        raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}, got {list(mask.shape)}")
+
+
+def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of the decoder, with what the stock model merged."""
+    stock = patches.original(self, "forward")
+    call = _CALL.get()
+    if call is None or call.model.model.language_model is not self:
+        return stock(*args, **kwargs)
+    arguments = patches.named(stock, args, kwargs)
+    merged = arguments.pop("inputs_embeds")
+    labels = call.arguments.get("labels")
+    call.inputs = packed = _compressed(call, merged, labels)
+    if call.capture:
+        return BaseModelOutputWithPast(last_hidden_state=merged[:, :0])
+    for name in ("attention_mask", "position_ids", "input_ids"):
+        arguments.pop(name, None)
+    if call.packed:
+        inputs = packed.model_inputs()
+        inputs.pop("labels", None)
+        for name in CACHES:
+            arguments.pop(name, None)
+        out = stock(**arguments | inputs | {"return_dict": True})
+        hidden = out.last_hidden_state[0]
+    else:
+        embeds, mask = packed.unpack(side=call.side)
+        positions = (mask.cumsum(1) - 1).clamp_min(0)
+        out = stock(**arguments | {
+            "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, "return_dict": True,
+        })  # fmt: skip
+        hidden = out.last_hidden_state[mask.bool()]
+    if labels is not None:
+        out.last_hidden_state = hidden[_label_rows(packed)][None]
+    elif call.packed:
+        out.last_hidden_state = packed.unpack(hidden, call.side)[0]
+    return out
+
+
+def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedInputs:
+    """The decoder's input, from the merged embeddings ``[B, L, H]``."""
+    ids, mask = call.arguments["input_ids"], call.arguments.get("attention_mask")
+    if merged.shape[:2] != ids.shape:
+        raise ValueError(
+            f"input_ids must have a placeholder for each row of audio, as the processor writes them: got shape "
+            f"{list(ids.shape)} for {list(merged.shape[:2])} merged rows"
+        )
+    audio_id = call.model.config.audio_token_id
+    is_audio = ids == audio_id
+    if labels is not None:
+        labels = labels.masked_fill(is_audio, -100)
+    if not _has_audio(call.model, call.arguments):  # a placeholder that nothing was put into is text
+        return fc.pack(inputs_embeds=merged, attention_mask=mask, labels=labels)
+    groups = row_groups(ids, audio_id, attention_mask=mask)
+    if call.kept is not None:
+        dropped = torch.zeros_like(is_audio)
+        dropped[is_audio] = ~call.kept
+        groups = groups.clamp_max(0).masked_fill(dropped, -1)
+        return fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
+    if call.settings.rule is not None:
+        return fc.pack(inputs_embeds=merged, row_group=groups, rule=call.settings.rule, labels=labels)
+    first = groups.clone()
+    first[:, 1:] -= groups[:, :-1].clamp_min(0)
+    is_audio = groups > 0
+    bounds = (first > 0)[is_audio].nonzero()[:, 0]
+    rows = merged[is_audio]
+    offsets = torch.cat([bounds, bounds.new_tensor([len(rows)])]).int()
+    pooled = _apply(call.model.audio_compressor, rows, offsets)
+    pooled_values = pooled.values.to(merged.dtype)
+    return fc.pack(
+        inputs_embeds=merged, audio=pooled_values, audio_cu_seqlens=pooled.cu_seqlens, row_group=groups, labels=labels
+    )
+
+
+def _apply(compressor: nn.Module, rows: Tensor, offsets: Tensor) -> Pooled:
+    """Runs a compressor on rows of audios ``[N, D]``, and checks what it returns."""
+    pooled = compressor(rows, cu_seqlens=offsets)
+    if not isinstance(pooled, Pooled):
+        raise TypeError(f"compressor must return a fastcompress.Pooled, got {type(pooled).__name__}")
+    if pooled.cu_seqlens.shape != offsets.shape:
+        raise ValueError(
+            f"compressor must return as many audios as it was given, {len(offsets) - 1}, got "
+            f"{len(pooled.cu_seqlens) - 1}"
+        )
+    return pooled
+
+
+def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """``forward`` of the projector: on pooled rows, put where the first rows of each audio were."""
+    stock = patches.original(self, "forward")
+    call = _CALL.get()
+    if call is None or call.model.model.multi_modal_projector is not self:
+        return stock(rows, *args, **kwargs)
+    lengths = call.settings.family.lengths(call.model.model, call.arguments).to(rows.device)  # type: ignore[misc]
+    longest = rows.shape[1] if rows.dim() == 3 else int(lengths.max())
+    valid = torch.arange(longest, device=rows.device) < lengths[:, None]
+    flat = rows[valid] if rows.dim() == 3 else rows
+    offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
+    pooled = _apply(call.model.audio_compressor, flat, offsets)
+    counts = pooled.cu_seqlens.diff()
+    if bool((counts > lengths).any()):
+        raise ValueError(
+            f"compressor must not return more rows than it was given, {lengths.tolist()}, got {counts.tolist()}"
+        )
+    tokens = stock(pooled.values.to(rows.dtype), *args, **kwargs)
+    kept = (torch.arange(longest, device=rows.device) < counts[:, None])[valid]
+    spread = tokens.new_zeros(len(flat), tokens.shape[-1]).masked_scatter(kept[:, None], tokens)
+    call.kept = kept
+    if rows.dim() == 2:
+        return spread
+    return spread.new_zeros(*rows.shape[:-1], spread.shape[-1]).masked_scatter(valid[..., None], spread)
+
+
+def _label_rows(packed: fc.PackedInputs) -> Tensor:
+    """Packed rows that a label is predicted from: row t says label t + 1."""
+    assert packed.labels is not None
+    return (packed.labels[1:] != -100).nonzero()[:, 0]
+
+
+def _loss(call: Call, logits: Tensor, num_items: Tensor | int | None) -> Tensor:
+    assert call.inputs is not None and call.inputs.labels is not None
+    labels = call.inputs.labels[_label_rows(call.inputs) + 1].to(logits.device)
+    rows = logits[0] if logits.dtype == torch.float64 else logits[0].float()
+    total = nn.functional.cross_entropy(rows, labels, reduction="sum")
+    return total / (max(1, len(labels)) if num_items is None else num_items)
+
+
+def _unused(model: Any) -> Tensor | int:
+    """0, in whose graph is what a batch without audio does not use: processes that average gradients wait for all."""
+    used = {id(p) for module in (model.model.language_model, model.lm_head) for p in module.parameters()}
+    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad and id(p) not in used)
+
+
+@torch.no_grad()
+def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``generate`` of the whole model: the prompt is compressed first, then the stock loop writes on from it."""
+    stock = patches.original(self, "generate")
+    arguments = patches.named(GenerationMixin.generate.__get__(self), args, kwargs)  # some have *args in their place
+    if arguments.get("inputs") is not None:
+        arguments["input_ids"] = arguments.pop("inputs")
+    ids = arguments.get("input_ids")
+    if ids is None or not _has_audio(self, arguments):
+        return stock(*args, **kwargs)
+    _check(self, arguments)
+    _check_generation(self, arguments)
+    settings: Settings = self.fastcompress_settings
+    names = inspect.signature(self.model.forward).parameters
+    kept_back = {"labels", "use_cache", *CACHES}
+    inputs = {name: value for name, value in arguments.items() if name in names and name not in kept_back}
+    call = Call(self, settings, inputs, capture=True)
+    with _running(call):
+        self.model(**inputs, use_cache=False)
+    assert call.inputs is not None
+    embeds, mask = call.inputs.unpack(side="left")
+    rest = {
+        name: value
+        for name, value in arguments.items()
+        if name not in inputs and name != "labels" and not (isinstance(value, Tensor) and value.shape == ids.shape)
+    }
+    rest |= {"inputs_embeds": embeds, "attention_mask": mask} | _lengths(self, arguments, ids.shape[1])
+    if settings.family.prompt_ids:
+        rest["input_ids"] = _prompt_ids(self, call.inputs, ids, mask)
+    if settings.family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
+        self.enable_adapters()  # which the stock method does for prompts with audio, and this one has none any more
+        stock = GenerationMixin.generate.__get__(self)
+    out = stock(**rest)
+    tokens = out if isinstance(out, Tensor) else out.sequences
+    written = tokens[:, embeds.shape[1] if settings.family.prompt_ids else 0 :]
+    asked = ids.repeat_interleave(len(written) // len(ids), 0).to(written.device)
+    tokens = torch.cat([asked, written], 1)
+    if isinstance(out, Tensor):
+        return tokens
+    out.sequences = tokens
+    return out
+
+
+def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
+    """Raises for ways to generate that count rows of the prompt by its ids."""
+    for name in ASSISTED:
+        if _setting(model, arguments, name):
+            raise NotImplementedError(
+                f"{name} cannot be used with a compressed prompt: assisted decoding counts and crops by the ids of the "
+                "prompt, which are more than its rows"
+            )
+    paged = _setting(model, arguments, "cache_implementation") == "paged"
+    if paged or _setting(model, arguments, "prefill_chunk_size"):
+        raise NotImplementedError("a compressed prompt cannot be read in chunks or from a paged cache: it has no ids")
+    if _setting(model, arguments, "use_cache") is False:
+        raise NotImplementedError("use_cache=False would compute the prompt again from ids that it does not have")
+    if _cache_length(arguments):
+        raise NotImplementedError(
+            "generate cannot go on from a cache of earlier rows with new audio: give the whole conversation"
+        )
+
+
+def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
+    """Of an argument of ``generate``: as it is passed, or in the configuration passed, or in the model's."""
+    for source in (arguments, vars(arguments.get("generation_config") or object), vars(model.generation_config)):
+        if source.get(name) is not None:
+            return source[name]
+    return None
+
+
+def _lengths(model: Any, arguments: Mapping[str, Any], asked: int) -> dict[str, Any]:
+    """``max_length`` and ``min_length``, which count the ids of the prompt, as numbers of new tokens."""
+    found: dict[str, Any] = {}
+    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
+        value = _setting(model, arguments, total)
+        if not value or _setting(model, arguments, new) is not None:
+            continue
+        if total == "max_length" and value <= asked:
+            raise ValueError(f"max_length must be more than the {asked} ids of the prompt, got {value}")
+        found[new] = max(0, value - asked)
+        if total in arguments:
+            found[total] = None
+    config = arguments.get("generation_config")
+    if config is not None and found:
+        config = copy.deepcopy(config)
+        config.max_length = config.min_length = None
+        found["generation_config"] = config
+    return found
+
+
+def _prompt_ids(model: Any, packed: fc.PackedInputs, ids: Tensor, mask: Tensor) -> Tensor:
+    """Ids of the compressed prompt ``[B, S]``, for what looks at them: penalties, stopping, streams."""
+    flat = ids.flatten()
+    source = packed.source.clamp_max(len(flat) - 1)
+    rows = torch.where(packed.source < len(flat), flat[source], model.config.audio_token_id)
+    padding = _setting(model, {}, "pad_token_id")
+    return packed.unpack(rows.double(), "left")[0].to(ids.dtype).masked_fill(mask == 0, padding or 0)

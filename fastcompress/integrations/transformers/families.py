@@ -1,0 +1,196 @@
+"""Which audio LLMs of transformers can be compressed, how, and why others cannot.
+
+All of them merge audio into the embeddings of a prompt, in ``model.model``, and then call ``language_model`` once: the
+one place that this package needs to know. What differs is listed here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+#: Versions of transformers whose models the tests of this package run: from the first, to before the second.
+TESTED = ("5.23", "5.25")
+
+
+@dataclass(frozen=True)
+class Family:
+    """What differs between audio LLMs.
+
+    Attributes:
+        title: as people call it.
+        features: arguments of ``forward`` that bring audio.
+        refused: arguments that bring what compression does not know.
+        lengths: rows of audio in each window of the features, ``[A]`` int64, from the inner model and the arguments of
+            ``forward``.
+        window: the most of them, of which long audio has several; from the configuration. ``None``: audio is not cut.
+        budget: where the audio is pooled in budget mode: "features" (what ``get_audio_features`` returns), "merge"
+            (what ``get_merged_audio_embeddings`` is given), "projector"; or ``None``.
+        why_no_budget: the reason, if there is none.
+        why_not_before: why rows cannot be pooled before the projector; empty: they can.
+        prompt_ids: whether ``generate`` may have the ids of a shortened prompt: not where they decide positions.
+        adapters_hear: whether ``generate`` turns adapters on and off by whether there is audio.
+        tokens_per_second: of audio, before any compression.
+    """
+
+    title: str
+    tokens_per_second: float
+    lengths: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    window: Callable[[Any], int] | None = None
+    budget: str | None = "features"
+    why_no_budget: str = ""
+    why_not_before: str = ""
+    features: tuple[str, ...] = ("input_features",)
+    refused: tuple[str, ...] = ()
+    prompt_ids: bool = True
+    adapters_hear: bool = False
+
+
+def _by_tower(mask: str) -> Callable[[Any, Mapping[str, Any]], Tensor]:
+    """By what the encoder says about features of so many frames."""
+
+    def lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+        return core.audio_tower._get_feat_extract_output_lengths(arguments[mask].sum(-1).long())[1]
+
+    return lengths
+
+
+def _glmasr_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+    frames = (arguments["input_features_mask"].sum(-1).long() - 1) // 2 + 1
+    return (frames - 4) // 4 + 1
+
+
+def _voxtral_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+    features = arguments["input_features"]
+    return torch.full((features.shape[0],), _voxtral_window(core.config), device=features.device)
+
+
+def _voxtral_window(config: Any) -> int:
+    audio = config.audio_config
+    return audio.max_source_positions * audio.hidden_size // audio.intermediate_size
+
+
+def _qwen3_asr_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+    mask, tower = arguments["input_features_mask"], core.audio_tower
+    chunks = mask.view(mask.shape[0], -1, 2 * tower.n_window).sum(-1).long()
+    return tower._post_cnn_length(chunks).sum(-1)
+
+
+def _mask_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+    return arguments["input_features_mask"].sum(-1).long()
+
+
+_ADAPTOR = "its adaptor attends between frames, so that frames cannot be pooled before it"
+_QFORMER = "its projector attends to frames in windows of a fixed size"
+_GRANITE: dict[str, Any] = {"budget": "merge", "why_not_before": _QFORMER, "adapters_hear": True}
+_FLAMINGO: dict[str, Any] = {
+    "lengths": _by_tower("input_features_mask"),
+    "window": lambda c: c.audio_config.max_source_positions // 2,
+}
+
+#: By ``model.config.model_type``.
+FAMILIES: dict[str, Family] = {
+    "qwen2_audio": Family(
+        "Qwen2-Audio", 25, lengths=_by_tower("feature_attention_mask"), budget="projector",
+    ),
+    "audioflamingo3": Family("Audio Flamingo 3", 25, **_FLAMINGO),
+    "musicflamingo": Family(
+        "Music Flamingo", 25, **_FLAMINGO | {"budget": None},
+        why_no_budget="it computes timestamps from the number of placeholders and checks them against the encoder's",
+    ),
+    "voxtral": Family("Voxtral", 12.5, lengths=_voxtral_lengths, window=_voxtral_window),
+    "glmasr": Family(
+        "GLM-ASR", 12.5, lengths=_glmasr_lengths, window=lambda c: c.audio_config.max_position_embeddings // 4,
+    ),
+    "granite_speech": Family("Granite Speech", 10, **_GRANITE),
+    "granite_speech_plus": Family("Granite Speech Plus", 10, **_GRANITE),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2.5-Omni (thinker)", 25, budget=None, prompt_ids=False,
+        why_no_budget="it computes positions of audio from the length of its features",
+        why_not_before="its projector is inside the encoder",
+        refused=("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs"),
+    ),
+    "qwen3_asr": Family("Qwen3-ASR", 13, lengths=_qwen3_asr_lengths),
+    "fun_asr_nano": Family("Fun-ASR-Nano", 16.7, lengths=_mask_lengths, why_not_before=_ADAPTOR),
+}  # fmt: skip
+
+_CODEC = "it models streams of discrete codes, in which there are no frames to pool"
+#: By ``model_type``, why others cannot be compressed.
+REFUSED: dict[str, str] = {
+    "voxtral_realtime": "it adds audio to the embeddings of text step by step: there are no rows of audio to shorten",
+    "kyutai_speech_to_text": _CODEC,
+    "csm": _CODEC,
+    "higgs_audio_v2": _CODEC,
+    "moshi": _CODEC,
+    "gemma3n": "its decoder takes further inputs of each row (per_layer_inputs), which would have to be pooled as well",
+    "gemma4": "its decoder takes the kind of each row (mm_token_type_ids), and masks depend on it",
+    "gemma4_unified": "its decoder takes the kind of each row (mm_token_type_ids), and masks depend on it",
+    "phi4_multimodal": "it has no language_model of its own to which merged embeddings are given",
+    "qwen2_5_omni": "its talker reads the thinker's states at the length of the prompt: compress model.thinker",
+    "qwen3_omni_moe": "its talker reads the thinker's states at the length of the prompt",
+    "nemo_speechlm": "its generation keeps states of the encoder aside",
+}
+
+
+def check_version() -> None:
+    """Warns if transformers is newer than what was tested.
+
+    Raises:
+        ImportError: it is older.
+    """
+    import warnings
+
+    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
+    oldest, newest = (tuple(int(part) for part in text.split(".")) for text in TESTED)
+    if version < oldest:
+        raise ImportError(
+            f"compressing stock models needs transformers {TESTED[0]} or later, got {transformers.__version__}"
+        )
+    if version >= newest:
+        warnings.warn(
+            f"transformers {transformers.__version__} is newer than the versions whose models were tested "
+            f"({TESTED[0]} to before {TESTED[1]}): compare an identity compressor, uniform:1, with the stock model",
+            stacklevel=3,
+        )
+
+
+def family_of(model: Any) -> Family:
+    """The family of a model.
+
+    Raises:
+        NotImplementedError: it has none, with the reason where that is known.
+    """
+    kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
+    if kind in REFUSED:
+        raise NotImplementedError(f"{kind} cannot be compressed: {REFUSED[kind]}")
+    if kind not in FAMILIES:
+        raise NotImplementedError(
+            f"{kind} is not one of the audio LLMs that are known here: {', '.join(sorted(FAMILIES))} "
+            "(`fastcompress info --models` says more)"
+        )
+    if not hasattr(model, "generate") or not hasattr(model, "model"):
+        raise NotImplementedError(
+            f"model must be the one with a head, such as Qwen2AudioForConditionalGeneration, got {type(model).__name__}"
+        )
+    return FAMILIES[kind]
+
+
+def table() -> str:
+    """What is supported, for people."""
+    rows = [("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget")]
+    for kind, family in FAMILIES.items():
+        before, budget = "no" if family.why_not_before else "yes", "no" if family.budget is None else "yes"
+        rows.append((kind, family.title, f"{family.tokens_per_second:g}", "yes", "yes", before, budget))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += ["", f"tested with transformers {TESTED[0]} to before {TESTED[1]}; packed where all layers are attention"]
+    for kind, family in FAMILIES.items():
+        lines += [f"{kind}: no budget, {family.why_no_budget}"] if family.budget is None else []
+        lines += [f"{kind}: not before the projector, {family.why_not_before}"] if family.why_not_before else []
+    lines += ["", "refused:", *(f"{kind}: {reason}" for kind, reason in REFUSED.items())]
+    return "\n".join(lines)

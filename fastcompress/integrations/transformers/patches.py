@@ -1,0 +1,61 @@
+"""Replacing methods of one object, and putting them back.
+
+What replaces a method is a bound one, so that a deep copy of a model has its own; and it has the signature of what it
+replaces, which transformers, ``Trainer`` and pipelines look at.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+#: Of an object: what its methods were before, by name; ``None``: the class's.
+_BEFORE = "_fastcompress_before"
+
+
+def replace(target: Any, name: str, function: Callable[..., Any]) -> None:
+    """Makes ``function(self, *args, **kwargs)`` the method of an object."""
+    before = target.__dict__.setdefault(_BEFORE, {})
+    current = getattr(target, name)
+    before[name] = target.__dict__.get(name)  # set by others, such as accelerate
+
+    @functools.wraps(current)
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(self, *args, **kwargs)
+
+    del method.__wrapped__
+    signature = inspect.signature(current)
+    itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+    method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    target.__dict__[name] = types.MethodType(method, target)
+
+
+def original(target: Any, name: str) -> Callable[..., Any]:
+    """The method that was replaced."""
+    before = target.__dict__[_BEFORE][name]
+    return before if before is not None else getattr(type(target), name).__get__(target)
+
+
+def restore(target: Any) -> None:
+    """Puts back all methods of an object."""
+    for name, before in target.__dict__.pop(_BEFORE, {}).items():
+        if before is None:
+            del target.__dict__[name]
+        else:
+            target.__dict__[name] = before
+
+
+def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """All arguments of a call by name."""
+    signature = inspect.signature(method)
+    bound = signature.bind_partial(*args, **kwargs)
+    found: dict[str, Any] = {}
+    for name, value in bound.arguments.items():
+        if signature.parameters[name].kind is inspect.Parameter.VAR_KEYWORD:
+            found |= value
+        else:
+            found[name] = value
+    return found

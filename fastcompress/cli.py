@@ -1,4 +1,4 @@
-"""The command line: ``fastcompress inspect`` and ``fastcompress info``; more commands in ``cli_lalm.py``.
+"""The command line: ``fastcompress inspect`` and ``fastcompress info``; more in ``cli_lalm`` and ``cli_integrations``.
 
 Each subcommand is a pair of functions: ``_add_<name>`` declares its arguments, ``_run_<name>`` does the work and
 returns the exit code. What only one subcommand needs is imported inside it, so that the others run without it.
@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastcompress import Rule, __version__, cli_lalm
+from fastcompress import Rule, __version__, cli_integrations, cli_lalm
 from fastcompress.cli_errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
 
 # Which extra of the package brings a module that is missing.
@@ -37,6 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
     _add_inspect(commands)
     _add_info(commands)
     cli_lalm.add_commands(commands)
+    cli_integrations.add_commands(commands)
     try:
         options = parser.parse_args(arguments)
         return options.run(options)
@@ -194,12 +195,18 @@ def _add_info(commands: Any) -> None:
         "will use on CPU and on CUDA tensors, and why. FASTCOMPRESS_BACKEND=cuda, triton or reference chooses another.",
     )
     parser.add_argument("--json", action="store_true", help="print it as JSON")
+    parser.add_argument("--models", action="store_true", help="print which audio LLMs can be compressed")
     parser.set_defaults(run=_run_info)
 
 
 def _run_info(options: argparse.Namespace) -> int:
     from fastcompress import info
 
+    if options.models:
+        from fastcompress.integrations.transformers import support, table
+
+        print(json.dumps(support(), indent=1) if options.json else table())
+        return EXIT_OK
     found = info.collect()
     print(json.dumps(found, indent=1) if options.json else info.format_text(found))
     return EXIT_OK

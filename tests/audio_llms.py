@@ -267,3 +267,31 @@ FAMILIES = {
     "qwen3_asr": Family(_qwen3_asr, _qwen3_asr_features),
     "fun_asr_nano": Family(_fun_asr_nano, _fun_asr_nano_features),
 }
+
+
+WORDS = "zero one two three four five six seven eight nine user assistant write what you hear".split()
+TEMPLATE = (
+    "{% for m in messages %}<s> {{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}"
+    "{% for c in m.content %}{% if c.type == 'audio' %}<audio>{% else %} {{ c.text }}{% endif %}{% endfor %}"
+    "{% endif %} {% endfor %}{% if add_generation_prompt %}<s> assistant {% endif %}"
+)
+
+
+def processor(name: str) -> Any:
+    """A real processor of a family, whose ids are those of the tiny model: ``qwen2_audio`` or ``audioflamingo3``."""
+    import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
+    words += [f"<{i}>" for i in range(len(words), AUDIO)]
+    tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        padding_side="left",
+    )  # fmt: skip
+    fast.add_tokens(["<audio>"], special_tokens=True)
+    assert fast.convert_tokens_to_ids("<audio>") == AUDIO
+    extractor = transformers.WhisperFeatureExtractor(feature_size=MELS, chunk_length=1)
+    kind = {"qwen2_audio": "Qwen2AudioProcessor", "audioflamingo3": "AudioFlamingo3Processor"}[name]
+    return getattr(transformers, kind)(extractor, fast, chat_template=TEMPLATE, audio_token="<audio>")

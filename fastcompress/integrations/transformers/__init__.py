@@ -15,12 +15,23 @@ from torch import nn
 from fastcompress import attention
 from fastcompress.integrations.transformers import budget, dynamic
 from fastcompress.integrations.transformers.budget import BudgetProcessor
-from fastcompress.integrations.transformers.dynamic import Settings
-from fastcompress.integrations.transformers.families import FAMILIES, REFUSED, TESTED, check_version, family_of, table
+from fastcompress.integrations.transformers.dynamic import Settings, compressed_prompt
+from fastcompress.integrations.transformers.families import (
+    FAMILIES,
+    REFUSED,
+    TESTED,
+    check_version,
+    family_of,
+    support,
+    table,
+)
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import Rule, as_rule
 
-__all__ = ["FAMILIES", "REFUSED", "TESTED", "BudgetProcessor", "apply_to", "load_compressor", "revert", "table"]
+__all__ = [
+    "FAMILIES", "REFUSED", "TESTED", "BudgetProcessor", "apply_to", "compressed_prompt", "load_compressor", "revert",
+    "support", "table",
+]  # fmt: skip
 
 MODES = ("dynamic", "budget")
 

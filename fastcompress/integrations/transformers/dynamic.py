@@ -304,35 +304,60 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         return stock(*args, **kwargs)
     _check(self, arguments)
     _check_generation(self, arguments)
-    settings: Settings = self.fastcompress_settings
-    names = inspect.signature(self.model.forward).parameters
-    kept_back = {"labels", "use_cache", *CACHES}
-    inputs = {name: value for name, value in arguments.items() if name in names and name not in kept_back}
-    call = Call(self, settings, inputs, capture=True)
-    with _running(call):
-        self.model(**inputs, use_cache=False)
-    assert call.inputs is not None
-    embeds, mask = call.inputs.unpack(side="left")
+    family = self.fastcompress_settings.family
+    inputs = _prompt_arguments(self, arguments)
+    packed = _capture(self, inputs)
+    embeds, mask = packed.unpack(side="left")
     rest = {
         name: value
         for name, value in arguments.items()
         if name not in inputs and name != "labels" and not (isinstance(value, Tensor) and value.shape == ids.shape)
     }
     rest |= {"inputs_embeds": embeds, "attention_mask": mask} | _lengths(self, arguments, ids.shape[1])
-    if settings.family.prompt_ids:
-        rest["input_ids"] = _prompt_ids(self, call.inputs, ids, mask)
-    if settings.family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
+    if family.prompt_ids:
+        rest["input_ids"] = _prompt_ids(self, packed, ids, mask)
+    if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
         self.enable_adapters()  # which the stock method does for prompts with audio, and this one has none any more
         stock = GenerationMixin.generate.__get__(self)
     out = stock(**rest)
     tokens = out if isinstance(out, Tensor) else out.sequences
-    written = tokens[:, embeds.shape[1] if settings.family.prompt_ids else 0 :]
+    written = tokens[:, embeds.shape[1] if family.prompt_ids else 0 :]
     asked = ids.repeat_interleave(len(written) // len(ids), 0).to(written.device)
     tokens = torch.cat([asked, written], 1)
     if isinstance(out, Tensor):
         return tokens
     out.sequences = tokens
     return out
+
+
+def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
+    """What ``generate`` goes on from: the decoder's input for a prompt, without running the decoder.
+
+    Args:
+        model: compressed in dynamic mode.
+        inputs: of the processor.
+
+    Raises:
+        ValueError: ``input_ids`` are missing.
+    """
+    if inputs.get("input_ids") is None:
+        raise ValueError("inputs must have input_ids")
+    _check(model, inputs)
+    return _capture(model, _prompt_arguments(model, inputs))
+
+
+def _prompt_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Those that merging a prompt takes."""
+    names = inspect.signature(model.model.forward).parameters
+    return {n: v for n, v in arguments.items() if n in names and n not in ("labels", "use_cache", *CACHES)}
+
+
+def _capture(model: Any, inputs: dict[str, Any]) -> fc.PackedInputs:
+    call = Call(model, model.fastcompress_settings, inputs, capture=True)
+    with _running(call):
+        model.model(**inputs, use_cache=False)
+    assert call.inputs is not None
+    return call.inputs
 
 
 def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:

@@ -180,17 +180,33 @@ def family_of(model: Any) -> Family:
     return FAMILIES[kind]
 
 
+def support() -> dict[str, dict[str, Any]]:
+    """What is supported, by ``model_type``; what is not, with the reason."""
+    found: dict[str, dict[str, Any]] = {
+        kind: {
+            "name": family.title, "tokens_per_second": family.tokens_per_second, "dynamic": True, "packed": True,
+            "before_projector": not family.why_not_before, "why_not_before": family.why_not_before or None,
+            "budget": family.budget is not None, "why_no_budget": family.why_no_budget or None,
+        }
+        for kind, family in FAMILIES.items()
+    }  # fmt: skip
+    return found | {kind: {"refused": reason} for kind, reason in REFUSED.items()}
+
+
 def table() -> str:
-    """What is supported, for people."""
+    """:func:`support` for people."""
+    columns = ("name", "tokens_per_second", "dynamic", "packed", "before_projector", "budget")
     rows = [("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget")]
-    for kind, family in FAMILIES.items():
-        before, budget = "no" if family.why_not_before else "yes", "no" if family.budget is None else "yes"
-        rows.append((kind, family.title, f"{family.tokens_per_second:g}", "yes", "yes", before, budget))
+    notes, refused = [], []
+    for kind, found in support().items():
+        if "refused" in found:
+            refused.append(f"{kind}: {found['refused']}")
+            continue
+        cells = [found[column] for column in columns]
+        rows.append((kind, *(("yes" if c else "no") if isinstance(c, bool) else f"{c}" for c in cells)))
+        notes += [f"{kind}: no budget, {found['why_no_budget']}"] if not found["budget"] else []
+        notes += [f"{kind}: not before the projector, {found['why_not_before']}"] if found["why_not_before"] else []
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
-    lines += ["", f"tested with transformers {TESTED[0]} to before {TESTED[1]}; packed where all layers are attention"]
-    for kind, family in FAMILIES.items():
-        lines += [f"{kind}: no budget, {family.why_no_budget}"] if family.budget is None else []
-        lines += [f"{kind}: not before the projector, {family.why_not_before}"] if family.why_not_before else []
-    lines += ["", "refused:", *(f"{kind}: {reason}" for kind, reason in REFUSED.items())]
-    return "\n".join(lines)
+    tested = f"tested with transformers {TESTED[0]} to before {TESTED[1]}; packed where all layers are attention"
+    return "\n".join([*lines, "", tested, *notes, "", "refused:", *refused])

@@ -1,0 +1,331 @@
+"""LoRA on a stock audio LLM whose audio is compressed: what the paper did to Qwen2-Audio.
+
+transformers' ``Trainer`` trains; here are the conversations that it is given, the adapter, and the scores.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import platform
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor, nn
+
+from fastcompress.audio import AudioError
+from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
+from fastcompress.lalm.checkpoints import write_file
+from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, load_utterance, read_manifest
+from fastcompress.version import __version__
+
+IGNORED = -100
+#: Of a run's folder.
+ADAPTER, RECORD = "adapter", "finetune.json"
+
+
+class FinetuningError(ValueError):
+    """A run that cannot start as asked; the message is one line."""
+
+
+@dataclass(frozen=True)
+class Finetuning:
+    """How to adapt a model.
+
+    Attributes:
+        model: folder or name of a stock audio LLM.
+        data: manifest to train on.
+        out: folder of the run.
+        rule: of the compression.
+        mode, before_projector: as in :func:`apply_to`.
+        dev: manifest that is scored at the end; ``None``: nothing is.
+        prompt: what is asked for, where the manifest does not say.
+        steps, batch_size, accumulate, learning_rate, warmup_steps: of ``Trainer``, with a cosine schedule.
+        lora_rank, lora_alpha, lora_dropout: of LoRA on the decoder's attention and MLP.
+        train_projector: train the projector in full, too.
+        precision: ``"bf16"`` or ``"fp32"``, of the weights.
+        gradient_checkpointing: compute activations twice to save memory.
+        max_seconds: longer audio is skipped.
+        max_new_tokens: of what is written when ``dev`` is scored.
+        save_every, log_every: steps.
+        seed: of everything.
+    """
+
+    model: str
+    data: str
+    out: str
+    rule: str = "uniform:3"
+    mode: str = "dynamic"
+    before_projector: bool = False
+    dev: str | None = None
+    prompt: str = "Transcribe the audio."
+    steps: int = 1000
+    batch_size: int = 4
+    accumulate: int = 4
+    learning_rate: float = 1e-4
+    warmup_steps: int = 50
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+    train_projector: bool = True
+    precision: str = "bf16"
+    gradient_checkpointing: bool = True
+    max_seconds: float = 30.0
+    max_new_tokens: int = 128
+    save_every: int = 200
+    log_every: int = 10
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "accumulate", "lora_rank", "max_new_tokens", "save_every", "log_every"):
+            if getattr(self, name) < 1:
+                raise FinetuningError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if not self.learning_rate > 0:
+            raise FinetuningError(f"learning_rate must be positive, got {self.learning_rate}")
+        if self.precision not in ("bf16", "fp32"):
+            raise FinetuningError(f"precision must be bf16 or fp32, got {self.precision!r}")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.precision == "bf16" else torch.float32
+
+
+class Conversations:
+    """Batches of a question with an audio, and its answer.
+
+    Args:
+        processor: of the model; its chat template is used, or, if it has none, the audio token and the prompt.
+        prompt: what is asked for, where an utterance does not say.
+    """
+
+    def __init__(self, processor: Any, prompt: str) -> None:
+        self.processor = processor
+        self.prompt = prompt
+        extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
+        self.sampling_rate: int = getattr(extractor, "sampling_rate", 16000)
+
+    def prompts(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
+        """What the model takes to write an answer, padded.
+
+        Raises:
+            AudioError: audio that cannot be used.
+        """
+        audios = [load_utterance(u, self.sampling_rate) if u.has_audio else None for u in utterances]
+        tokenizer = self.processor.tokenizer
+        padded = {"text_kwargs": {"padding": True}, "return_tensors": "pt"}
+        if getattr(self.processor, "chat_template", None) or tokenizer.chat_template:
+            conversations = [
+                [{"role": "user", "content": [
+                    *([] if audio is None else [{"type": "audio", "audio": audio}]),
+                    {"type": "text", "text": self.prompt if u.prompt is None else u.prompt},
+                ]}]
+                for u, audio in zip(utterances, audios, strict=True)
+            ]  # fmt: skip
+            inputs = self.processor.apply_chat_template(
+                conversations, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=padded
+            )
+        else:
+            token = self.processor.audio_token
+            texts = [
+                f"{'' if audio is None else token}{self.prompt if u.prompt is None else u.prompt}"
+                for u, audio in zip(utterances, audios, strict=True)
+            ]
+            heard = [audio for audio in audios if audio is not None]
+            inputs = self.processor(text=texts, audio=heard or None, **padded)
+        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+
+    def __call__(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
+        """With the answers, to be written, behind; padded on the right."""
+        inputs = self.prompts(utterances)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        tokenizer = self.processor.tokenizer
+        rows, labels = [], []
+        for row, kept, u in zip(ids, mask.bool(), utterances, strict=True):
+            target = tokenizer(u.target, add_special_tokens=False).input_ids
+            target = torch.tensor([*target, tokenizer.eos_token_id])
+            rows.append(torch.cat([row[kept], target]))
+            labels.append(torch.cat([torch.full_like(row[kept], IGNORED), target]))
+        pad = nn.utils.rnn.pad_sequence
+        others = {name: value for name, value in inputs.items() if value.shape != ids.shape}
+        return others | {
+            "input_ids": pad(rows, True, tokenizer.pad_token_id),
+            "attention_mask": pad([torch.ones_like(row) for row in rows], True, 0),
+            "labels": pad(labels, True, IGNORED),
+        }
+
+
+def load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A stock model and its processor.
+
+    Raises:
+        FinetuningError: the folder has none that transformers knows.
+    """
+    try:
+        model = _class_of(transformers.AutoConfig.from_pretrained(path), path).from_pretrained(path, dtype=dtype)
+        return model, transformers.AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        raise FinetuningError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+
+
+def _class_of(config: Any, path: str) -> Any:
+    name = (config.architectures or ["none"])[0]
+    if not hasattr(transformers, name):
+        raise FinetuningError(f"{path}: its architecture, {name}, is not one of transformers")
+    return getattr(transformers, name)
+
+
+def add_lora(model: Any, settings: Finetuning) -> Any:
+    """Freezes a compressed model but for LoRA on its decoder, its projector, and what a compressor learns."""
+    from peft import LoraConfig, get_peft_model
+
+    decoder = model.model.language_model
+    names = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    pattern = rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(re.escape(name) for name in sorted(names))})"
+    core = {name for name, _ in model.model.named_children()}
+    saved = [name for name in ("multi_modal_projector", "projector") if settings.train_projector and name in core]
+    if any(True for _ in model.audio_compressor.parameters()):
+        saved.append("audio_compressor")
+    config = LoraConfig(
+        r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
+        target_modules=pattern, modules_to_save=saved or None,
+    )  # fmt: skip
+    return get_peft_model(model, config)
+
+
+def memory(settings: Finetuning) -> dict[str, int]:
+    """Parameters and bytes of a run, without what activations take: from the configuration, nothing is loaded."""
+    config = transformers.AutoConfig.from_pretrained(settings.model)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(settings.dtype)
+    try:
+        with torch.device("meta"):
+            model = _class_of(config, settings.model)(config)
+            apply_to(model, settings.rule, settings.mode, before_projector=settings.before_projector)
+            model = add_lora(model, settings)
+    finally:
+        torch.set_default_dtype(before)
+    sizes = [(p.numel(), p.element_size(), p.requires_grad) for p in model.parameters()]
+    return {
+        "parameters": sum(n for n, _, _ in sizes),
+        "trained": sum(n for n, _, trained in sizes if trained),
+        "weights_bytes": sum(n * size for n, size, _ in sizes),
+        "training_bytes": sum(3 * n * size for n, size, trained in sizes if trained),  # gradient, two of AdamW
+    }
+
+
+def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Adapts a model, and writes ``adapter/`` and ``finetune.json`` to the run's folder.
+
+    Args:
+        settings: of the run.
+        resume: go on after the last checkpoint of the folder.
+        say: called with a line for people.
+
+    Returns:
+        what is in ``finetune.json``: settings, versions, losses, and scores of ``dev``.
+
+    Raises:
+        FinetuningError: the folder holds a run already; a model or manifest that cannot be used.
+        NotImplementedError: a model that cannot be compressed so.
+    """
+    out = Path(settings.out)
+    checkpoints = list(out.glob("checkpoint-*"))
+    if checkpoints and not resume:
+        raise FinetuningError(f"{out} holds a run already: resume it, or choose another folder")
+    data = _read(settings.data, settings, say)
+    dev = [] if settings.dev is None else _read(settings.dev, settings, say)
+    model, processor = load(settings.model, settings.dtype)
+    apply_to(model, settings.rule, settings.mode, before_projector=settings.before_projector)
+    if settings.mode == "budget":
+        processor = BudgetProcessor(processor, model)
+    torch.manual_seed(settings.seed)
+    model = add_lora(model, settings)
+    cuda = torch.cuda.is_available()
+    arguments = transformers.TrainingArguments(
+        output_dir=str(out), max_steps=settings.steps, per_device_train_batch_size=settings.batch_size,
+        gradient_accumulation_steps=settings.accumulate, learning_rate=settings.learning_rate,
+        warmup_steps=settings.warmup_steps, lr_scheduler_type="cosine", bf16=settings.precision == "bf16",
+        gradient_checkpointing=settings.gradient_checkpointing,
+        gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
+        save_steps=settings.save_every, save_total_limit=2, logging_steps=settings.log_every, report_to=[],
+        remove_unused_columns=False, label_names=["labels"], seed=settings.seed, use_cpu=not cuda,
+        ddp_find_unused_parameters=False,
+    )  # fmt: skip
+    conversations = Conversations(processor, settings.prompt)
+    trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=conversations)
+    trainer.train(resume_from_checkpoint=True if checkpoints else None)
+    losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
+    record = {
+        "settings": dataclasses.asdict(settings), "losses": losses,
+        "versions": {"fastcompress": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
+                     "python": platform.python_version()},
+    }  # fmt: skip
+    if trainer.is_world_process_zero():
+        model.save_pretrained(out / ADAPTER)
+        processor.save_pretrained(out / ADAPTER)
+        if dev:
+            scores = score(model, conversations, dev, settings.batch_size, settings.max_new_tokens)
+            say(f"dev: {scores['wer']:.1f} % WER, {scores['tokens_per_second']:.1f} tokens a second of audio")
+            record["scores"] = scores
+        write_file(out / RECORD, json.dumps(record, indent=1))
+    return record
+
+
+def _read(path: str, settings: Finetuning, say: Callable[[str], None]) -> list[Utterance]:
+    good, skipped = check_audio(read_manifest(path), max_seconds=settings.max_seconds)
+    if skipped:
+        say(f"{path}: {format_skipped(skipped)}")
+    usable, damaged = [], []
+    for u in good:  # now, and not after an hour of training
+        try:
+            if u.has_audio:
+                load_utterance(u, 16000)
+            usable.append(u)
+        except AudioError as error:
+            damaged.append((u, str(error)))
+    if damaged:
+        say(f"{path}: {format_skipped(damaged)}")
+    if not usable:
+        raise FinetuningError(f"{path}: no utterance is left that can be used")
+    return usable
+
+
+@torch.no_grad()
+def score(
+    model: Any, conversations: Conversations, utterances: Sequence[Utterance], batch_size: int, max_new_tokens: int
+) -> dict[str, float]:
+    """Word and character error rates of greedy answers, %, and tokens of a second of audio."""
+    import jiwer
+
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model.eval()
+    written: list[str] = []
+    tokens = 0
+    tokenizer = conversations.processor.tokenizer
+    for begin in range(0, len(utterances), batch_size):
+        inputs = conversations.prompts(utterances[begin : begin + batch_size])
+        inputs = {
+            name: value.to(base.device, base.dtype if value.is_floating_point() else None)
+            for name, value in inputs.items()
+        }
+        is_audio = inputs["input_ids"] == base.config.audio_token_id
+        if base.fastcompress_settings.mode == "dynamic":
+            text = int((inputs["attention_mask"].bool() & ~is_audio).sum())
+            tokens += len(compressed_prompt(base, **inputs).source) - text
+        else:
+            tokens += int(is_audio.sum())
+        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        written += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    references, hypotheses = [u.target for u in utterances], [text.strip() for text in written]
+    seconds = sum(u.duration or 0.0 for u in utterances if u.has_audio)
+    return {
+        "utterances": len(utterances),
+        "wer": 100 * float(jiwer.wer(references, hypotheses)),
+        "cer": 100 * float(jiwer.cer(references, hypotheses)),
+        "tokens_per_second": tokens / seconds if seconds else 0.0,
+    }

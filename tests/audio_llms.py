@@ -269,7 +269,7 @@ FAMILIES = {
 }
 
 
-WORDS = "zero one two three four five six seven eight nine user assistant write what you hear".split()
+WORDS = "zero one two three four five six seven eight nine user assistant write what you hear low middle high".split()
 TEMPLATE = (
     "{% for m in messages %}<s> {{ m.role }} {% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'audio' %}<audio>{% else %} {{ c.text }}{% endif %}{% endfor %}"

@@ -9,6 +9,7 @@ import dataclasses
 import json
 import platform
 import re
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -115,29 +116,37 @@ class Conversations:
         Raises:
             AudioError: audio that cannot be used.
         """
-        audios = [load_utterance(u, self.sampling_rate) if u.has_audio else None for u in utterances]
-        tokenizer = self.processor.tokenizer
+        # Those without audio apart: some processors want one for each text.
+        groups = [[i for i, u in enumerate(utterances) if u.has_audio is has_audio] for has_audio in (True, False)]
+        rows: list[Tensor] = [torch.empty(0)] * len(utterances)
+        found: dict[str, Tensor] = {}
+        for group in filter(None, groups):
+            inputs = self._processed([utterances[i] for i in group])
+            ids = inputs["input_ids"]
+            for i, row, kept in zip(group, ids, inputs["attention_mask"].bool(), strict=True):
+                rows[i] = row[kept]
+            found |= {name: x for name, x in inputs.items() if isinstance(x, Tensor) and x.shape != ids.shape}
+        pad = nn.utils.rnn.pad_sequence
+        found["input_ids"] = pad(rows, True, self.processor.tokenizer.pad_token_id, "left")
+        found["attention_mask"] = pad([torch.ones_like(row) for row in rows], True, 0, "left")
+        return found
+
+    def _processed(self, utterances: Sequence[Utterance]) -> Any:
+        """What the processor makes of utterances that all have audio, or all have none."""
+        audios = [load_utterance(u, self.sampling_rate) for u in utterances if u.has_audio]
+        prompts = [self.prompt if u.prompt is None else u.prompt for u in utterances]
         padded = {"text_kwargs": {"padding": True}, "return_tensors": "pt"}
-        if getattr(self.processor, "chat_template", None) or tokenizer.chat_template:
-            conversations = [
-                [{"role": "user", "content": [
-                    *([] if audio is None else [{"type": "audio", "audio": audio}]),
-                    {"type": "text", "text": self.prompt if u.prompt is None else u.prompt},
-                ]}]
-                for u, audio in zip(utterances, audios, strict=True)
-            ]  # fmt: skip
-            inputs = self.processor.apply_chat_template(
-                conversations, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=padded
-            )
-        else:
-            token = self.processor.audio_token
-            texts = [
-                f"{'' if audio is None else token}{self.prompt if u.prompt is None else u.prompt}"
-                for u, audio in zip(utterances, audios, strict=True)
-            ]
-            heard = [audio for audio in audios if audio is not None]
-            inputs = self.processor(text=texts, audio=heard or None, **padded)
-        return {name: value for name, value in inputs.items() if isinstance(value, Tensor)}
+        if not (getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template):
+            texts = [f"{self.processor.audio_token if audios else ''}{prompt}" for prompt in prompts]
+            return self.processor(text=texts, audio=audios or None, **padded)
+        heard = [[{"type": "audio", "audio": audio}] for audio in audios] or [[] for _ in prompts]
+        conversations = [
+            [{"role": "user", "content": [*audio, {"type": "text", "text": prompt}]}]
+            for audio, prompt in zip(heard, prompts, strict=True)
+        ]
+        return self.processor.apply_chat_template(
+            conversations, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=padded
+        )
 
     def __call__(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """With the answers, to be written, behind; padded on the right."""
@@ -253,7 +262,8 @@ def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], No
         gradient_checkpointing=settings.gradient_checkpointing,
         gradient_checkpointing_kwargs={"use_reentrant": False} if settings.gradient_checkpointing else None,
         save_steps=settings.save_every, save_total_limit=2, logging_steps=settings.log_every, report_to=[],
-        remove_unused_columns=False, label_names=["labels"], seed=settings.seed, use_cpu=not cuda,
+        remove_unused_columns=False, label_names=["labels"], disable_tqdm=not sys.stderr.isatty(),
+        seed=settings.seed, use_cpu=not cuda,
         ddp_find_unused_parameters=False,
     )  # fmt: skip
     conversations = Conversations(processor, settings.prompt)

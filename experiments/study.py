@@ -69,7 +69,7 @@ class Budget:
         compressions, from_the_start: rivals.
     """
 
-    steps: int = 4000
+    steps: int = 6000
     lora_steps: int = 600
     lora_utterances: int = 6000
     scored: int = 0

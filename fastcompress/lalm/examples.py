@@ -39,8 +39,8 @@ class Augmentation:
     frequency_masks: int = 2
     frequency_width: int = 12
     level: float = 0.15
-    warp: float = 0.0
-    tempo: float = 0.0
+    warp: float = 0.2
+    tempo: float = 0.15
 
     def __call__(self, features: Tensor, g: random.Random) -> Tensor:
         """``[bins, frames]`` -> the same, but for frames if there is a ``tempo``; what is masked gets the mean."""

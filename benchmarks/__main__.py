@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoder, machine, packing, report
+from benchmarks import decoder, machine, packing, prefill, report
 from benchmarks.checks import WrongResult
 from benchmarks.floor import Floor, FloorUnavailable
 from benchmarks.measure import Table, measure
@@ -21,7 +21,7 @@ from benchmarks.targets import outcomes
 from benchmarks.timing import TRIES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PARTS = ("pool", "packing", "decoder")
+_PARTS = ("pool", "packing", "decoder", "prefill")
 _RESULTS = Path(__file__).with_name("results")
 
 
@@ -86,6 +86,18 @@ def _decoder(options: argparse.Namespace) -> list[decoder.DecoderTable]:
     return tables
 
 
+def _prefill(options: argparse.Namespace) -> list[prefill.PrefillTable]:
+    if not prefill.available():
+        print("no prefill: transformers is not installed")
+        return []
+    tables = []
+    for threads in options.threads:
+        size, tries = ("quick", 1) if options.quick else ("cpu", TRIES)
+        tables.append(prefill.measure(threads, min(options.reps, 7), size, tries))
+        print(report.prefill_text(tables[-1]), end="\n\n", flush=True)
+    return tables
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmarks; 1 when the library is wrong."""
     options = _arguments(argv)
@@ -125,13 +137,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         packed = _packing(options, cache) if "packing" in options.parts else []
         decoders = _decoder(options) if "decoder" in options.parts else []
+        prefills = _prefill(options) if "prefill" in options.parts else []
     except WrongResult as error:
         print(f"nothing is timed: {error}", file=sys.stderr)
         return 1
     if "pool" in options.parts:
         print(report.targets_text(outcomes(tables)), end="\n\n")
     print(report.packing_targets_text(packed))
-    document = report.document(tables, memory, settings, packed, decoders)
+    document = report.document(tables, memory, settings, packed, decoders, prefills)
     paths = [options.json] if options.json else []
     if options.save:
         some = "" if set(options.parts) == set(_PARTS) else "-".join(options.parts) + "-"

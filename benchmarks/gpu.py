@@ -221,6 +221,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu_packing.measure_packing(run, options.dry)
     measure_all(run, DRY_CASES if options.dry else CASES, options.dry)
     gpu_packing.measure_decoder(run, options.dry)
+    gpu_packing.measure_prefill(run, options.dry)
     rows = [asdict(row) for row in run.rows]
     document = gpu_report.document(rows, run.copy_rate, run.skipped, run.wrong, {"reps": reps, "dry": options.dry})
     path = options.json or ROOT / "benchmarks" / "results" / f"{gpu_report.slug()}-cuda.json"

@@ -1,4 +1,4 @@
-"""Packing, and a packed decoder against a padded one, on a GPU: for ``python -m benchmarks.gpu``."""
+"""Packing, a packed decoder against a padded one, and prefill, on a GPU: for ``python -m benchmarks.gpu``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import decoder, packing
+from benchmarks import decoder, packing, prefill
 from benchmarks.checks import WrongResult
 from benchmarks.device import elapsed, side_stream, synchronize, wall
 from benchmarks.gpu_run import BACKWARD, FORWARD, Run, timed
@@ -122,3 +122,41 @@ def _time_decoder(run: Run, name: str, direction: str, form: str, call: Callable
     seconds = sorted(elapsed(lambda: call(backward), run.flush, run.device, min(run.reps, 10)))
     group = "cuda" if form == decoder.OURS else "eager"
     run.add(name, torch.bfloat16, direction, form, group, ("events", seconds), 0, None, peak)
+
+
+def measure_prefill(run: Run, dry: bool) -> None:
+    """An audio LLM as large as Qwen2-Audio's decoder reads its prompt, stock and compressed, in bf16."""
+    if not prefill.available():
+        run.skipped.append("prefill: transformers is not installed")
+        return
+    size, dtype = prefill.SIZES["quick" if dry else "gpu"], torch.bfloat16
+    try:
+        stock, inputs = prefill.build(size, run.device, dtype)
+    except (RuntimeError, ImportError) as error:  # memory, or another version of transformers
+        run.skipped.append(f"prefill: {type(error).__name__}: {error}".splitlines()[0])
+        return
+    for form in prefill.FORMS:
+        name = f"prefill, {size.layers} layers x {size.width}, {size.count} x {size.seconds} s"
+        if time.monotonic() > run.deadline:
+            run.skipped.append(f"{form}, {name}: out of time")
+            continue
+        try:
+            model = prefill.compressed(stock, form)
+            tokens, cache = prefill.check(form, model, stock, inputs, HALF_ERROR)
+            peak = None
+            if run.device.type == "cuda":
+                before = torch.cuda.memory_allocated(run.device)
+                torch.cuda.reset_peak_memory_stats(run.device)
+                prefill.first_word(model, inputs)
+                peak = torch.cuda.max_memory_allocated(run.device) - before
+            seconds = sorted(
+                wall(lambda: prefill.first_word(model, inputs), run.flush, run.device) for _ in range(min(run.reps, 10))  # noqa: B023
+            )
+        except Exception as error:
+            text = f"{form}, {name}: {type(error).__name__}: {error}".splitlines()[0]
+            (run.skipped if form == prefill.STOCK else run.wrong).append(text)
+            continue
+        group = "eager" if form == prefill.STOCK else "cuda"
+        case = f"{name}, {tokens} tokens, cache {cache / 1e6:.1f} MB"
+        run.add(case, dtype, FORWARD, form, group, ("wall", seconds), 0, None, peak)
+    print("measured: prefill", flush=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import decoder, machine, packing
+from benchmarks import decoder, machine, packing, prefill
 from benchmarks.floor import KINDS
 from benchmarks.measure import Row, Table
 from benchmarks.registry import OURS
@@ -112,6 +112,16 @@ def decoder_text(table: decoder.DecoderTable) -> str:
     return "\n".join([title, align(decoder.rows(table)), _disturbance_text(table.disturbance)])
 
 
+def prefill_text(table: prefill.PrefillTable) -> str:
+    """One table of the prefill."""
+    size = table.size
+    title = (
+        f"prefill, {_threads(table.threads)}: {size.layers} layers x {size.width}, {size.count} prompts of "
+        f"{size.seconds} s of audio and {prefill.TEXT} of text, to the first token"
+    )
+    return "\n".join([title, align(prefill.rows(table)), _disturbance_text(table.disturbance)])
+
+
 def _disturbance_text(disturbance: Disturbance) -> str:
     return (
         f"{disturbance.samples} samples, {disturbance.retried} taken again because of other load, "
@@ -178,6 +188,7 @@ def document(
     settings: Mapping[str, Any],
     packed: Sequence[packing.PackTable] = (),
     decoders: Sequence[decoder.DecoderTable] = (),
+    prefills: Sequence[prefill.PrefillTable] = (),
 ) -> dict[str, Any]:
     """Everything, for a JSON file."""
     return {
@@ -229,6 +240,18 @@ def document(
                 "rows": _samples_json(table.samples),
             }
             for table in decoders
+        ],
+        "prefill": [
+            {
+                "threads": table.threads,
+                "size": vars(table.size),
+                "tokens": table.tokens,
+                "cache_bytes": table.cache,
+                "peak_bytes": table.peaks,
+                "samples": vars(table.disturbance),
+                "rows": _samples_json(table.samples),
+            }
+            for table in prefills
         ],
         "targets": [
             {

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the chec
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks import decoder, packing, report
+from benchmarks import decoder, packing, prefill, report
 from benchmarks.checks import WrongResult
 from benchmarks.gpu_packing import HALF_ERROR
 
@@ -84,6 +84,25 @@ def test_logits_of_samples_that_see_each_other_are_found(monkeypatch: pytest.Mon
     monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)
     with pytest.raises(WrongResult, match="logits are off"):
         decoder.check(decoder.OURS, call(False)[0], expected, HALF_ERROR)
+
+
+def test_prefill_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    table = prefill.measure(1, 1, "quick", 1)
+    text, audio = 2 * prefill.TEXT, 2 * 2 * 25
+    assert table.tokens["stock"] == text + audio and table.tokens["uniform:2"] == text + audio // 2
+    assert table.tokens["uniform:3"] == text + 2 * 17 and table.cache["uniform:2"] == 2 * 2 * (25 + 50) * 2 * 2 * 16 * 4
+    assert all(peak is None or peak > 0 for peak in table.peaks.values())
+    assert "to the first token" in report.prefill_text(table)
+    stock, inputs = prefill.build(prefill.SIZES["quick"])
+    model = prefill.compressed(stock, "uniform:3")
+    assert all(a is b for a, b in zip(stock.parameters(), model.parameters(), strict=True))
+    assert not hasattr(stock, "audio_compressor")
+    monkeypatch.setattr(prefill, "first_word", lambda model, inputs: inputs["input_ids"][:, -1] * 0 - 1)
+    with pytest.raises(WrongResult, match="uniform:3: generate writes something else"):
+        prefill.check("uniform:3", model, stock, inputs, 1e-4)
+    with pytest.raises(WrongResult, match="uniform:3: logits are off by"):
+        prefill.check("uniform:3", model, stock, inputs, 0.0)
 
 
 def test_the_command_writes_them_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

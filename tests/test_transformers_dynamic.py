@@ -231,6 +231,25 @@ def test_logits_stand_where_the_stock_model_puts_them():
         assert loss.dim() == 0 and logits.dim() == 3
 
 
+def test_the_last_column_is_what_comes_next_without_padding_too():
+    """Prompts of one length get shorter by different amounts."""
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, (50, 50, 50))
+    longest = inputs["input_ids"].shape[1] - 4
+    inputs = {k: v[:, -longest:] if v.shape == inputs["input_ids"].shape else v for k, v in inputs.items()}
+    inputs["input_ids"] = inputs["input_ids"].where(inputs["attention_mask"].bool(), 7)
+    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
+    with torch.no_grad():
+        for more in ({}, {"attention_mask": None}):
+            apply_to(model, "local-max")
+            given = inputs | more
+            lengths = model(**given).compressed.cu_seqlens.diff()
+            assert lengths.unique().numel() > 1
+            written = model.generate(**given, max_new_tokens=1, do_sample=False)[:, -1]
+            assert torch.equal(model(**given).logits[:, -1].argmax(-1), written)
+            revert(model)
+
+
 def test_labels_of_audio_are_not_predicted():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model)

@@ -117,7 +117,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     settings: Settings = self.fastcompress_settings
     _check(self, arguments)
     mask = arguments.get("attention_mask")
-    side = "left" if mask is not None and not bool(mask[:, 0].all()) else "right"
+    # Where there was none the last column still is what comes next.
+    side = "right" if mask is not None and not bool(mask[:, -1].all()) else "left"
     call = Call(self, settings, dict(arguments), settings.pack and arguments.get("use_cache") is not True, side)
     as_tuple = not (self.config.return_dict if arguments.get("return_dict") is None else arguments["return_dict"])
     num_items = arguments.pop("num_items_in_batch", None)

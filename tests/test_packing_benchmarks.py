@@ -102,7 +102,7 @@ def test_prefill_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch):
     with pytest.raises(WrongResult, match="uniform:3: generate writes something else"):
         prefill.check("uniform:3", model, stock, inputs, 1e-4)
     with pytest.raises(WrongResult, match="uniform:3: logits are off by"):
-        prefill.check("uniform:3", model, stock, inputs, 0.0)
+        prefill.check("uniform:3", model, stock, inputs, -1.0)
 
 
 def test_the_command_writes_them_down(tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -36,7 +36,7 @@ class Family:
     """
 
     build: Callable[[], Any]
-    features: Callable[[Any, Sequence[int]], tuple[dict[str, Tensor], list[int]]]
+    features: Callable[[Any, Sequence[int]], tuple[dict[str, Any], list[int]]]
 
 
 def make(name: str, seed: int = 0) -> Any:
@@ -48,7 +48,7 @@ def make(name: str, seed: int = 0) -> Any:
 def batch(
     name: str, model: Any, sizes: Sequence[int | None] = (40, 9, 22), *, labels: bool = False, side: str = "left",
     seed: int = 0,
-) -> dict[str, Tensor]:  # fmt: skip
+) -> dict[str, Any]:  # fmt: skip
     """One sample for each size, an audio of so many frames (of 100) in it; ``None`` for a sample of text alone.
 
     Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
@@ -75,13 +75,15 @@ def batch(
     return found | inputs
 
 
-def one(name: str, inputs: dict[str, Tensor], index: int) -> dict[str, Tensor]:
+def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
     """A sample of a batch by itself, without padding; every sample has an audio of one window."""
     kept = inputs["attention_mask"][index].bool()
+    row = slice(index, index + 1)
     return {
-        key: value[index : index + 1, kept] if value.shape == inputs["input_ids"].shape else value[index : index + 1]
+        key: value if isinstance(value, bool) else value[row, kept] if value.shape == inputs["input_ids"].shape
+        else value[row]
         for key, value in inputs.items()
-    }
+    }  # fmt: skip
 
 
 def _mel(sizes: Sequence[int], width: int, bins: int = MELS) -> tuple[Tensor, Tensor]:
@@ -255,6 +257,73 @@ def _qwen2_5_omni_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, 
     return {"input_features": features, "feature_attention_mask": mask}, counts.tolist()
 
 
+def _qwen3_omni() -> Any:
+    from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
+    from transformers.models.qwen3_omni_moe.configuration_qwen3_omni_moe import Qwen3OmniMoeThinkerConfig
+
+    rope = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1], "mrope_interleaved": True}
+    config = Qwen3OmniMoeThinkerConfig(
+        audio_config={"num_mel_bins": MELS, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
+                      "d_model": 24, "output_dim": 32, "n_window": 50, "n_window_infer": 200,
+                      "downsample_hidden_size": 8, "max_source_positions": 50, "initializer_range": 0.3},
+        vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+                       "deepstack_visual_indexes": [0], "num_position_embeddings": 16},
+        text_config=TEXT | {"moe_intermediate_size": 16, "num_experts": 4, "num_experts_per_tok": 2,
+                            "rope_parameters": rope},
+        audio_token_id=AUDIO, image_token_id=101, video_token_id=102, audio_start_token_id=103, audio_end_token_id=104,
+        vision_start_token_id=105, vision_end_token_id=106, pad_token_id=PAD, initializer_range=0.3,
+        experts_implementation="eager",  # the other has no double precision
+    )  # fmt: skip
+    return Qwen3OmniMoeThinkerForConditionalGeneration(config)
+
+
+def _qwen3_omni_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    from transformers.models.qwen3_omni_moe.modeling_qwen3_omni_moe import _get_feat_extract_output_lengths
+
+    features, mask = _mel([8 * s for s in sizes], 8 * max(sizes))
+    counts = _get_feat_extract_output_lengths(mask.sum(-1))
+    return {"input_features": features, "feature_attention_mask": mask}, counts.tolist()
+
+
+def _moss() -> Any:
+    from transformers import MossTranscribeDiarizeConfig, MossTranscribeDiarizeForConditionalGeneration
+
+    config = MossTranscribeDiarizeConfig(
+        audio_config={"num_mel_bins": MELS, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
+                      "intermediate_size": 32, "max_source_positions": 80, "initializer_range": 0.3,
+                      "model_type": "moss_transcribe_diarize_audio"},
+        text_config=TEXT | {"model_type": "qwen3"}, audio_token_id=AUDIO, audio_chunk_size=25600,
+        tie_word_embeddings=False,
+    )  # fmt: skip
+    return MossTranscribeDiarizeForConditionalGeneration(config)
+
+
+def _moss_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
+    features, mask = _mel([8 * s for s in sizes], 160)
+    samples = torch.ones(len(sizes), 25600)
+    return {"input_features": features, "input_features_mask": mask, "padding_mask": samples}, list(sizes)
+
+
+def _vibevoice() -> Any:
+    from transformers import VibeVoiceAsrConfig, VibeVoiceAsrForConditionalGeneration
+
+    encoder = {"model_type": "vibevoice_acoustic_tokenizer_encoder", "num_filters": 4, "depths": [1, 1],
+               "downsampling_ratios": [4], "hidden_size": 16, "kernel_size": 3, "initializer_range": 0.3}  # fmt: skip
+    config = VibeVoiceAsrConfig(
+        acoustic_tokenizer_encoder_config=dict(encoder), semantic_tokenizer_encoder_config=dict(encoder),
+        text_config=TEXT | {"model_type": "qwen2"}, audio_token_id=AUDIO, audio_bos_token_id=101,
+        audio_eos_token_id=102,
+    )  # fmt: skip
+    return VibeVoiceAsrForConditionalGeneration(config)
+
+
+def _vibevoice_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
+    hop = model.config.acoustic_tokenizer_encoder_config.hop_length
+    samples, mask = _mel([hop * s for s in sizes], hop * max(sizes), 1)
+    # Without the noise that it adds in use, or nothing could be compared.
+    return {"input_values": samples, "padding_mask": mask.bool(), "sample": False}, list(sizes)
+
+
 FAMILIES = {
     "qwen2_audio": Family(_qwen2_audio, _qwen2_audio_features),
     "audioflamingo3": Family(lambda: _flamingo(False), _flamingo_features),
@@ -264,8 +333,11 @@ FAMILIES = {
     "granite_speech": Family(lambda: _granite_speech(False), _granite_speech_features),
     "granite_speech_plus": Family(lambda: _granite_speech(True), _granite_speech_features),
     "qwen2_5_omni_thinker": Family(_qwen2_5_omni, _qwen2_5_omni_features),
+    "qwen3_omni_moe_thinker": Family(_qwen3_omni, _qwen3_omni_features),
     "qwen3_asr": Family(_qwen3_asr, _qwen3_asr_features),
     "fun_asr_nano": Family(_fun_asr_nano, _fun_asr_nano_features),
+    "vibevoice_asr": Family(_vibevoice, _vibevoice_features),
+    "moss_transcribe_diarize": Family(_moss, _moss_features),
 }
 
 

@@ -59,21 +59,21 @@ def test_budget_is_what_dynamic_mode_does(name, rule):
             assert (shortened["attention_mask"].sum(1) >= lengths - len(sizes)).all()
 
 
-def test_gradients_reach_the_encoder():
+def test_gradients_reach_the_audio():
     for name in NAMES:
         model = make(name)
         inputs = batch(name, model, labels=True)
         apply_to(model, "uniform:3", "budget")
         model(**BudgetProcessor(Nothing(), model).shorten(inputs)).loss.backward()
-        tower = getattr(model.model, "audio_tower", None) or model.model.encoder
-        assert sum(float(p.grad.abs().sum()) for p in tower.parameters() if p.grad is not None) > 0, name
+        outside = [p for n, p in model.named_parameters() if "language_model" not in n and "lm_head" not in n]
+        assert sum(float(p.grad.abs().sum()) for p in outside if p.grad is not None) > 0, name
 
 
 def test_rules_and_models_without_a_budget():
     for name, family in FAMILIES.items():
         model = make(name)
         if family.budget is None:
-            with pytest.raises(NotImplementedError, match=f"{name} has no budget mode: it computes"):
+            with pytest.raises(NotImplementedError, match=f"{name} has no budget mode: (it computes|time markers)"):
                 apply_to(model, "uniform:3", "budget")
         else:
             with pytest.raises(NotImplementedError, match="needs a rule whose tokens are a function of the length"):

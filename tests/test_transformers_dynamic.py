@@ -30,7 +30,8 @@ def make(name: str) -> transformers.PreTrainedModel:
 
 def batch(name: str, model: nn.Module, sizes=SIZES, **kwargs) -> dict[str, torch.Tensor]:
     inputs = audio_llms.batch(name, model, sizes, **kwargs)
-    return {key: value.double() if value.is_floating_point() else value for key, value in inputs.items()}
+    floats = {key: x.double() for key, x in inputs.items() if not isinstance(x, bool) and x.is_floating_point()}
+    return inputs | floats
 
 
 def grads(model: nn.Module) -> dict[str, torch.Tensor]:
@@ -135,7 +136,7 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
                 break
             revert(model)
         assert abs(losses[0] - losses[1]) <= 1e-9 and largest(*gradients) <= 1e-9
-        assert any("tower" in n or "encoder" in n for n in gradients[0])
+        assert any("tower" in n or "encoder" in n for n in gradients[0]) or name == "vibevoice_asr"  # which freezes it
         counts = out.compressed.cu_seqlens.diff().tolist()
         assert sum(counts) < int(inputs["attention_mask"].sum())
         total = 0.0

@@ -61,7 +61,7 @@ def test_adapters(name, first, tmp_path):
     inputs = batch(name, model, labels=True)
     if first == "compression":
         apply_to(model, gate)
-        tuned = lora(model, modules_to_save=["audio_compressor"])
+        tuned = lora(model, modules_to_save=["audio_compressor"], task_type="CAUSAL_LM")
     else:
         tuned = lora(model)
         assert apply_to(tuned, gate) is tuned

@@ -45,9 +45,9 @@ def apply_to(
     In **dynamic** mode the number of tokens may depend on what is heard. Processor, chat template, ``forward`` with
     labels, ``generate``, ``Trainer`` and peft stay what they are; what the decoder sees becomes shorter. ``forward``
     returns logits ``[B, S, V]`` of the ``S`` rows of the longest compressed sample, padded on the side of the input, or
-    on the left; with labels ``[1, K, V]``, of those rows alone that a label is predicted from, and the mean loss (or the sum divided
-    by ``num_items_in_batch``). ``output.compressed`` is the decoder's input (:class:`fastcompress.PackedInputs`).
-    ``generate`` returns the prompt as it was given, and what was written.
+    on the left; with labels ``[1, K, V]``, of those rows alone that a label is predicted from, and the mean loss (or
+    the sum divided by ``num_items_in_batch``). ``output.compressed`` is the decoder's input
+    (:class:`fastcompress.PackedInputs`). ``generate`` returns the prompt as it was given, and what was written.
 
     In **budget** mode the number is a function of the length alone, and the prompt has as many placeholders
     (:class:`BudgetProcessor`): everything else of the model, and of engines that count placeholders, stays stock.

@@ -95,6 +95,9 @@ def install(model: Any) -> None:
     patches.replace(model, "forward", _forward)
     patches.replace(model, "generate", _generate)
     patches.replace(model.model.language_model, "forward", _decode)
+    if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
+        like = GenerationMixin.prepare_inputs_for_generation.__get__(model)  # which `generate` asks for embeddings
+        patches.replace(model, "prepare_inputs_for_generation", _prepare_inputs, like)
     if model.fastcompress_settings.before_projector:
         patches.replace(model.model.multi_modal_projector, "forward", _project)
 
@@ -104,6 +107,11 @@ def uninstall(model: Any) -> None:
     for target in (model, model.model.language_model, getattr(model.model, "multi_modal_projector", None)):
         if target is not None:
             patches.restore(target)
+
+
+def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """``prepare_inputs_for_generation`` of a model that hands on what it does not name."""
+    return patches.original(self, "prepare_inputs_for_generation")(*args, **kwargs)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -201,7 +209,8 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedInputs:
     """The decoder's input, from the merged embeddings ``[B, L, H]``."""
-    ids, mask = call.arguments["input_ids"], call.arguments.get("attention_mask")
+    ids, mask = call.arguments["input_ids"].to(merged.device), call.arguments.get("attention_mask")
+    mask = None if mask is None else mask.to(merged.device)
     if merged.shape[:2] != ids.shape:
         raise ValueError(
             f"input_ids must have a placeholder for each row of audio, as the processor writes them: got shape "
@@ -210,13 +219,13 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
     audio_id = call.model.config.audio_token_id
     is_audio = ids == audio_id
     if labels is not None:
-        labels = labels.masked_fill(is_audio, -100)
+        labels = labels.to(merged.device).masked_fill(is_audio, -100)
     if not _has_audio(call.model, call.arguments):  # a placeholder that nothing was put into is text
         return fc.pack(inputs_embeds=merged, attention_mask=mask, labels=labels)
     groups = row_groups(ids, audio_id, attention_mask=mask)
     if call.kept is not None:
         dropped = torch.zeros_like(is_audio)
-        dropped[is_audio] = ~call.kept
+        dropped[is_audio] = ~call.kept.to(merged.device)
         groups = groups.clamp_max(0).masked_fill(dropped, -1)
         return fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
     if call.settings.rule is not None:

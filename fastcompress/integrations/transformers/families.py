@@ -81,10 +81,19 @@ def _qwen3_asr_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
     return tower._post_cnn_length(chunks).sum(-1)
 
 
+def _vibevoice_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
+    samples, mask = arguments["input_values"], arguments.get("padding_mask")
+    hop = core.config.acoustic_tokenizer_encoder_config.hop_length
+    count = torch.full((len(samples),), samples.shape[-1], device=samples.device) if mask is None else mask.sum(-1)
+    return (count + hop - 1) // hop
+
+
 def _mask_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
     return arguments["input_features_mask"].sum(-1).long()
 
 
+_PICTURES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs")
+_MARKERS = "time markers stand between the placeholders of one audio"
 _ADAPTOR = "its adaptor attends between frames, so that frames cannot be pooled before it"
 _QFORMER = "its projector attends to frames in windows of a fixed size"
 _GRANITE: dict[str, Any] = {"budget": "merge", "why_not_before": _QFORMER, "adapters_hear": True}
@@ -113,10 +122,23 @@ FAMILIES: dict[str, Family] = {
         "Qwen2.5-Omni (thinker)", 25, budget=None, prompt_ids=False,
         why_no_budget="it computes positions of audio from the length of its features",
         why_not_before="its projector is inside the encoder",
-        refused=("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs"),
+        refused=_PICTURES,
+    ),
+    "qwen3_omni_moe_thinker": Family(
+        "Qwen3-Omni (thinker)", 13, budget=None, prompt_ids=False,
+        why_no_budget="it computes positions of audio from the length of its features",
+        why_not_before="its projector is inside the encoder",
+        refused=_PICTURES,
     ),
     "qwen3_asr": Family("Qwen3-ASR", 13, lengths=_qwen3_asr_lengths),
     "fun_asr_nano": Family("Fun-ASR-Nano", 16.7, lengths=_mask_lengths, why_not_before=_ADAPTOR),
+    "vibevoice_asr": Family(
+        "VibeVoice-ASR", 7.5, lengths=_vibevoice_lengths, features=("input_values",),
+        why_not_before="its projector joins what two encoders give",
+    ),
+    "moss_transcribe_diarize": Family(
+        "MOSS-Transcribe-Diarize", 12.5, budget=None, why_no_budget=_MARKERS, why_not_before=_MARKERS,
+    ),
 }  # fmt: skip
 
 _CODEC = "it models streams of discrete codes, in which there are no frames to pool"
@@ -132,7 +154,7 @@ REFUSED: dict[str, str] = {
     "gemma4_unified": "its decoder takes the kind of each row (mm_token_type_ids), and masks depend on it",
     "phi4_multimodal": "it has no language_model of its own to which merged embeddings are given",
     "qwen2_5_omni": "its talker reads the thinker's states at the length of the prompt: compress model.thinker",
-    "qwen3_omni_moe": "its talker reads the thinker's states at the length of the prompt",
+    "qwen3_omni_moe": "its talker reads the thinker's states at the length of the prompt: compress model.thinker",
     "nemo_speechlm": "its generation keeps states of the encoder aside",
 }
 

@@ -16,8 +16,11 @@ from typing import Any
 _BEFORE = "_fastcompress_before"
 
 
-def replace(target: Any, name: str, function: Callable[..., Any]) -> None:
-    """Makes ``function(self, *args, **kwargs)`` the method of an object."""
+def replace(target: Any, name: str, function: Callable[..., Any], like: Callable[..., Any] | None = None) -> None:
+    """Makes ``function(self, *args, **kwargs)`` the method of an object.
+
+    ``like`` is a bound method with the signature that it is to have; ``None``: that of what is replaced.
+    """
     before = target.__dict__.setdefault(_BEFORE, {})
     current = getattr(target, name)
     before[name] = target.__dict__.get(name)  # set by others, such as accelerate
@@ -27,7 +30,7 @@ def replace(target: Any, name: str, function: Callable[..., Any]) -> None:
         return function(self, *args, **kwargs)
 
     del method.__wrapped__
-    signature = inspect.signature(current)
+    signature = inspect.signature(current if like is None else like)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
     target.__dict__[name] = types.MethodType(method, target)

@@ -254,7 +254,7 @@ def test_decoders_that_would_leak_are_not_packed():
 def test_versions(monkeypatch):
     model = make("qwen2_audio")
     monkeypatch.setattr(transformers, "__version__", "5.1.0")
-    with pytest.raises(ImportError, match="needs transformers 5.23 or later, got 5.1.0"):
+    with pytest.raises(ImportError, match="needs transformers 5.24 or later, got 5.1.0"):
         apply_to(model, "uniform:3")
     monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
     with pytest.warns(UserWarning, match="transformers 6.0.0.dev0 is newer than the versions"):

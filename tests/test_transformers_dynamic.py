@@ -228,6 +228,10 @@ def test_logits_stand_where_the_stock_model_puts_them():
         assert (model(**inputs, logits_to_keep=1).logits[:, 0] - out.logits[:, -1]).abs().max() <= 1e-9
         as_tuple = model(**inputs, return_dict=False)
         assert isinstance(as_tuple, tuple) and torch.equal(as_tuple[0], out.logits)
+        revert(model)
+        apply_to(model, "uniform:3", pack=False)
+        trained = model(**inputs, labels=inputs["input_ids"])
+        assert all(getattr(trained, name, None) is None for name in ("cache", "past_key_values"))
         loss, logits, *_ = model(**inputs, labels=inputs["input_ids"], return_dict=False)
         assert loss.dim() == 0 and logits.dim() == 3
 

@@ -15,7 +15,7 @@ import transformers
 from torch import Tensor
 
 #: Versions of transformers whose models the tests of this package run: from the first, to before the second.
-TESTED = ("5.23", "5.25")
+TESTED = ("5.24", "5.25")
 
 
 @dataclass(frozen=True)

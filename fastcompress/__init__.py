@@ -6,28 +6,34 @@ from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
 from fastcompress.ops.select_boundaries import (
+    normalize_distance,
     segments_from_ids,
     segments_from_mask,
     segments_from_starts,
     select_boundaries,
 )
 from fastcompress.packing import PackedInputs, pack, row_groups
-from fastcompress.rules import LocalMax, Rule, Threshold, Uniform
+from fastcompress.rules import LabelChange, LocalMax, Lookback, PeakHeight, Rule, Threshold, TopK, Uniform
 from fastcompress.segments import Pooled, Segments
 from fastcompress.version import __version__
 
 __all__ = [
+    "LabelChange",
     "LocalMax",
+    "Lookback",
     "PackedInputs",
+    "PeakHeight",
     "Pooled",
     "Rule",
     "Segments",
     "Threshold",
+    "TopK",
     "Uniform",
     "__version__",
     "adjacent_distance",
     "backend",
     "nn",
+    "normalize_distance",
     "pack",
     "row_groups",
     "segment_expand",

@@ -25,11 +25,14 @@ class Rule:
     name: ClassVar[str] = ""
     #: Whether the rule reads distances at all.
     needs_distance: ClassVar[bool] = True
+    #: Whether boundaries come from a few steps over scalars (``fastcompress/ops/scalar_rules.py``) and not from the
+    #: kernels' state machine.
+    scalar: ClassVar[bool] = False
 
     @property
     def fused(self) -> bool:
-        """Whether one op scores, selects and reduces: all rules but a prominence."""
-        return True
+        """Whether one op scores, selects and reduces: Uniform, Threshold, and LocalMax without what it cannot do."""
+        return not self.scalar
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         """The rule as the ops take it: name, size, threshold, prominence, min_len, max_len (0: none), keep_tail."""
@@ -37,10 +40,10 @@ class Rule:
 
     def __str__(self) -> str:
         parts = []
-        for field in dataclasses.fields(self):
+        for position, field in enumerate(dataclasses.fields(self)):
             value = getattr(self, field.name)
             if field.default is dataclasses.MISSING:
-                parts.append(str(value))
+                parts.append(str(value) if position == 0 else f"{field.name}={value}")
             elif value != field.default:
                 parts.append(f"{field.name}={value}")
         return ":".join([self.name, ",".join(parts)]) if parts else self.name
@@ -102,8 +105,8 @@ def _field_names(cls: type[Rule]) -> list[str]:
 
 
 def _parse_value(text: str) -> Any:
-    if text == "None":
-        return None
+    if text in ("None", "True", "False"):
+        return {"None": None, "True": True, "False": False}[text]
     if "_" in text:  # which int() and float() would read past
         return text
     for kind in (int, float):
@@ -133,6 +136,11 @@ def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
     if not number or value != value or (isinstance(value, int) and abs(value) > sys.float_info.max):
         raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
+
+
+def _check_bool(rule: Rule, field: str) -> None:
+    if not isinstance(getattr(rule, field), bool):
+        raise ValueError(f"{type(rule).__name__}: {field} must be True or False, got {getattr(rule, field)!r}")
 
 
 def _check_lengths(rule: Rule) -> None:
@@ -167,8 +175,8 @@ class Uniform(Rule):
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         return (self.name, self.size, -math.inf, 0.0, 1, 0, self.tail == "keep")
 
-    def count(self, length: Any) -> Any:
-        """Segments of a sequence of ``length`` frames, an int or a tensor of them."""
+    def num_segments(self, length: Any) -> Any:
+        """Segments of a sequence of ``length`` frames, an int or an integer tensor."""
         return (length + self.size - 1) // self.size if self.tail == "keep" else length // self.size
 
 
@@ -185,6 +193,8 @@ class LocalMax(Rule):
         threshold: a peak also needs ``d[t] > threshold`` (rounded to the dtype of ``d``, as torch compares).
         prominence: a peak also needs at least this ``scipy.signal.peak_prominences``, computed in fp64. The fused
             kernel does not do this: distances, selection and reduction run one after the other.
+        normalize: threshold and prominence are of distances scaled to [0, 1] in each sequence (Kreuk et al.,
+            arXiv 2007.13465, with a prominence): :func:`fastcompress.normalize_distance`. Not fused either.
         min_len: a boundary closer than this to the last one is ignored, left to right; at least 1.
         max_len: a segment that reaches this length is cut. The last segment of a sequence may be shorter than
             ``min_len``.
@@ -195,10 +205,12 @@ class LocalMax(Rule):
     prominence: float | None = None
     min_len: int = 1
     max_len: int | None = None
+    normalize: bool = False
 
     name: ClassVar[str] = "local-max"
 
     def __post_init__(self) -> None:
+        _check_bool(self, "normalize")
         _check_int(self, "order", 1)
         _check_float(self, "threshold", optional=True)
         _check_float(self, "prominence", optional=True)
@@ -206,7 +218,7 @@ class LocalMax(Rule):
 
     @property
     def fused(self) -> bool:
-        return self.prominence is None
+        return self.prominence is None and not self.normalize
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         threshold = -math.inf if self.threshold is None else float(self.threshold)
@@ -240,6 +252,122 @@ class Threshold(Rule):
         return (self.name, 1, float(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
 
 
+@dataclass(frozen=True)
+class TopK(Rule):
+    """So many segments a sequence, cut where the distance is largest: a target rate, kept exactly.
+
+    FastAdaSP (arXiv 2410.03007) merges the ``r`` most similar neighbours of ``T`` frames; that is to keep the
+    ``T - 1 - r`` largest distances as boundaries, ``TopK(count=T - r)``. One round of FastLongSpeech
+    (arXiv 2507.14815) is the same. Ties go to the lower index; NaN comes last.
+
+    Args:
+        rate: frames a segment: a sequence of ``T`` frames gets ``ceil(T / rate)`` segments; at least 1.
+        count: segments of each sequence, or as many as it has frames; at least 1. One of the two must be given.
+    """
+
+    rate: float | None = None
+    count: int | None = None
+
+    name: ClassVar[str] = "top-k"
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_float(self, "rate", optional=True)
+        _check_int(self, "count", 1, optional=True)
+        if (self.rate is None) == (self.count is None):
+            raise ValueError(f"TopK: one of rate and count must be given, got {self.rate} and {self.count}")
+        if self.rate is not None and not 1 <= self.rate < math.inf:
+            raise ValueError(f"TopK: rate must be at least 1 and finite, got {self.rate}")
+
+    def num_segments(self, length: Any) -> Any:
+        """As :meth:`Uniform.num_segments`."""
+        if isinstance(length, int):
+            return min(length, self.count) if self.rate is None else math.ceil(length / self.rate)
+        if self.rate is None:
+            return length.clamp_max(self.count)
+        return (length.double() / self.rate).ceil().to(length.dtype)
+
+
+@dataclass(frozen=True)
+class LabelChange(Rule):
+    """A boundary wherever the label of a frame differs from the one before (CTC compression: Gaido et al., EACL 2021).
+
+    The labels, such as the most likely unit of a CTC head, are given with the call: ``labels=`` of
+    :func:`fastcompress.segment_pool` and :func:`fastcompress.select_boundaries`.
+
+    Args:
+        blank: frames of this label are dropped (as in CJST, arXiv 2411.07607); equal labels on both sides of one stay
+            two segments. ``None``: it is a label like any other, as in the paper.
+        min_len, max_len: as in :class:`LocalMax`, of what is left.
+    """
+
+    blank: int | None = None
+    min_len: int = 1
+    max_len: int | None = None
+
+    name: ClassVar[str] = "label-change"
+    needs_distance: ClassVar[bool] = False
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_int(self, "blank", -(2**63), optional=True)
+        _check_lengths(self)
+
+
+@dataclass(frozen=True)
+class Lookback(Rule):
+    """A frame joins its segment if it is close to one of the segment's last frames (Affinity Pooling,
+    arXiv 2604.06871).
+
+    Frame ``t`` joins iff the distance to one of the last ``min(window, length)`` frames of the open segment is at most
+    ``threshold``; else it starts a segment. A comparison with NaN is false.
+
+    Args:
+        window: frames looked back at, at least 1.
+        threshold: the largest distance, 1 - cosine: 0.2 for the paper's cosine of 0.8.
+        min_len, max_len: a frame joins a segment shorter than ``min_len``, and none that has ``max_len``.
+    """
+
+    window: int
+    threshold: float
+    min_len: int = 1
+    max_len: int | None = None
+
+    name: ClassVar[str] = "lookback"
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_int(self, "window", 1)
+        _check_float(self, "threshold")
+        _check_lengths(self)
+
+
+@dataclass(frozen=True)
+class PeakHeight(Rule):
+    """A boundary after each peak that stands out from its neighbours (Segmental CPC: Bhati et al., arXiv 2106.02170).
+
+    With ``d`` scaled to [0, 1] in each sequence (:func:`fastcompress.normalize_distance`), ``h_k[t]`` is the smaller of
+    ``d[t] - d[t - k]`` and ``d[t] - d[t + k]``, or 0 if that is negative; beyond the ends of a sequence stands its
+    first or last distance. ``d[t]`` is a peak, and frame ``t + 1`` starts a segment, iff ``h_1[t] > 0`` and
+    ``max(h_1[t], h_2[t]) > threshold``.
+
+    Args:
+        threshold: 0.04 in the published code.
+        min_len, max_len: as in :class:`LocalMax`.
+    """
+
+    threshold: float = 0.04
+    min_len: int = 1
+    max_len: int | None = None
+
+    name: ClassVar[str] = "peak-height"
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_float(self, "threshold")
+        _check_lengths(self)
+
+
 def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int, num_sequences: int) -> int:
     """Upper bound of the number of segments of ``num_rows`` frames in ``num_sequences`` sequences without row groups.
 
@@ -254,7 +382,8 @@ def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int
     return num_rows // min_len + num_sequences
 
 
-RULES: dict[str, type[Rule]] = {rule.name: rule for rule in (Uniform, LocalMax, Threshold)}
+_ALL = (Uniform, LocalMax, Threshold, TopK, LabelChange, Lookback, PeakHeight)
+RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 
 
 def _rule_class(name: Any) -> type[Rule]:

@@ -172,9 +172,18 @@ def test_frozen(rule: Rule):
         (lambda: fc.Threshold(math.nan), "Threshold: threshold must be a number, got nan"),
         (lambda: fc.Threshold(0.1, min_len=-1), "Threshold: min_len must be at least 1, got -1"),
         (lambda: fc.Threshold(0.1, 4, 3), "Threshold: min_len must not exceed max_len, got 4 > 3"),
-        (lambda: Rule.from_string("mean:3"), "unknown rule 'mean'; the rules are uniform, local-max, threshold"),
-        (lambda: Rule.from_string(""), "unknown rule ''; the rules are uniform, local-max, threshold"),
-        (lambda: Rule.from_dict({}), "unknown rule None; the rules are uniform, local-max, threshold"),
+        (
+            lambda: Rule.from_string("mean:3"),
+            "unknown rule 'mean'; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+        ),
+        (
+            lambda: Rule.from_string(""),
+            "unknown rule ''; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+        ),
+        (
+            lambda: Rule.from_dict({}),
+            "unknown rule None; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+        ),
         (lambda: Rule.from_string("uniform:3,order=2"), "rule 'uniform' has no field 'order'; it has size, tail"),
         (lambda: Rule.from_dict({"rule": "uniform", "n": 2}), "rule 'uniform' has no field 'n'; it has size, tail"),
         (lambda: Rule.from_string("uniform:size=3,drop"), "rule 'uniform:size=3,drop': 'drop' is not field=value"),

@@ -141,6 +141,28 @@ def test_methods_that_others_replaced_are_kept():
     assert model.forward is ours
 
 
+def test_another_model_may_run_inside():
+    """Such as a teacher, or a judge, that a compressor or a hook asks."""
+    outer, inner = make("qwen2_audio"), make("audioflamingo3")
+    inputs, other = batch("qwen2_audio", outer), batch("audioflamingo3", inner)
+    apply_to(inner, "uniform:2")
+    embeds = torch.randn(1, 7, 32, dtype=torch.float64)
+    with torch.no_grad():
+        decoded = inner.model.language_model(inputs_embeds=embeds).last_hidden_state
+        compressed = inner(**other).logits
+        apply_to(outer, "uniform:3")
+        alone = outer(**inputs).logits
+        found = []
+
+        def ask(*_):
+            found.append(inner.model.language_model(inputs_embeds=embeds).last_hidden_state)
+            found.append(inner(**other).logits)
+
+        outer.model.audio_tower.register_forward_hook(ask)
+        assert torch.equal(outer(**inputs).logits, alone)
+    assert torch.equal(found[0], decoded) and torch.equal(found[1], compressed)
+
+
 def test_threads_do_not_meet():
     models = [make("qwen2_audio"), make("audioflamingo3")]
     inputs = [batch("qwen2_audio", models[0]), batch("audioflamingo3", models[1])]

@@ -12,7 +12,7 @@ from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.dispatch import call
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
-from fastcompress.rules import LocalMax, Rule, as_rule
+from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, as_rule
 from fastcompress.segments import Pooled, Segments
 
 _op = torch.ops.fastcompress.segment_pool.default
@@ -28,6 +28,7 @@ def segment_pool(
     row_group: Tensor | None = None,
     rule: Rule | str = LocalMax(),  # noqa: B008  (immutable)
     keys: Tensor | None = None,
+    labels: Tensor | None = None,
     reduce: str = "mean",
     weights: Tensor | None = None,
     compact: bool = True,
@@ -35,8 +36,8 @@ def segment_pool(
     """Finds variable-length segments in a batch of frames and averages each.
 
     Equal to :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` one after the other, bit
-    for bit. Mean pooling by every rule but a prominence is one pass over ``x``; the rest (and ``keys`` in
-    another dtype) runs as those three.
+    for bit. Mean pooling by ``Uniform``, ``Threshold`` and ``LocalMax`` (without prominence or ``normalize``) is one
+    pass over ``x``; the rest (and ``keys`` in another dtype) runs as those three.
 
     Args:
         x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
@@ -46,6 +47,7 @@ def segment_pool(
         row_group: int32, a value a row. Negative: dropped; 0: kept as a segment of its own; k > 0: pooled by the rule
             with its neighbours of the same k.
         rule: a rule or its text form, such as ``"local-max:order=2"``.
+        labels: integer ``[N]`` or ``[B, T]``, with ``LabelChange``.
         keys: ``[..., K]`` with the leading shape of ``x``: the distances are taken between these instead of ``x``.
         reduce, weights: as in :func:`segment_reduce`.
         compact: size the result exactly, which reads the count from the device; else return the upper bound of the
@@ -69,18 +71,29 @@ def segment_pool(
             wanted = ", ".join(map(str, x.shape[:-1]))
             raise ValueError(f"keys must have shape [{wanted}, K], a row for each row of x, got {list(keys.shape)}")
         keys = keys.detach()
+    if labels is not None:
+        check_same_device("labels", labels, x)
+        if labels.shape != x.shape[:-1]:
+            raise ValueError(f"labels must have shape {list(x.shape[:-1])}, one a row, got {list(labels.shape)}")
     fused = rule.fused and reduce == "mean" and weights is None and (keys is None or keys.dtype == x.dtype)
     if not fused:
         # Uniform reads only the shape of the distances.
         scored = x if keys is None else keys
         with torch.no_grad():
-            if rule.needs_distance:
+            d: Tensor | None = None
+            if isinstance(rule, Lookback):
+                lags = range(1, rule.window + 1)
+                d = torch.stack(
+                    [adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in lags], -1
+                )
+            elif rule.needs_distance:
                 d = adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths)
-            else:
+            elif not isinstance(rule, LabelChange):
                 d = torch.zeros(x.shape[:-1], device=x.device)
         segments = select_boundaries(
             d,
             rule,
+            labels=labels,
             cu_seqlens=cu_seqlens,
             lengths=lengths,
             attention_mask=attention_mask,

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops import scalar_rules
 from fastcompress.ops.dispatch import call
-from fastcompress.rules import Rule, Threshold, as_rule, max_segments
+from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
 from fastcompress.segments import Segments
 
 _op = torch.ops.fastcompress.select_boundaries.default
@@ -27,9 +28,10 @@ def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths
 
 
 def select_boundaries(
-    d: Tensor,
+    d: Tensor | None,
     rule: Rule | str,
     *,
+    labels: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
@@ -41,7 +43,10 @@ def select_boundaries(
     Args:
         d: ``[N]`` packed or ``[B, T]`` padded, the distance between each frame and the next
             (:func:`adjacent_distance`); the last of each sequence is not read. ``Uniform`` reads only the shape.
+            For ``Lookback`` ``[N, window]`` or ``[B, T, window]``, the distances at lags 1, 2, …; ``None`` for
+            ``LabelChange``.
         rule: a rule or its text form.
+        labels: integer ``[N]`` or ``[B, T]``, with ``LabelChange``.
         cu_seqlens, lengths: as in :func:`adjacent_distance`.
         attention_mask: ``[B, T]`` with padded input: frames where it is 0 are dropped.
         row_group: int32 of the shape of ``d``. Negative: the row is dropped; 0: a segment of its own; k > 0: the rule
@@ -54,8 +59,15 @@ def select_boundaries(
         ValueError: a shape, device or value that does not fit, named in the message.
     """
     rule = as_rule(rule)
+    if (labels is not None) != isinstance(rule, LabelChange):
+        raise ValueError(f"labels go with LabelChange, which needs them, got rule {rule}")
+    if rule.scalar:
+        return _select_scalar(d, rule, labels, cu_seqlens, lengths, attention_mask, row_group, compact)
     check_float("d", d)
     groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
+    if isinstance(rule, LocalMax) and rule.normalize:
+        runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
+        d = scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
     starts, segment_lengths, cu_segments = call(
         _op,
         (d.detach(), cu_seqlens, lengths, groups, *rule.op_args(), compact),
@@ -65,6 +77,63 @@ def select_boundaries(
     padded = d.dim() == 2
     offsets = frame_offsets(d, padded, cu_seqlens, lengths)
     return Segments(starts, segment_lengths, cu_segments, offsets, d.numel(), d.shape[1] if padded else None)
+
+
+def _select_scalar(
+    d: Tensor | None, rule: Rule, labels: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    attention_mask: Tensor | None, row_group: Tensor | None, compact: bool,
+) -> Segments:  # fmt: skip
+    """By a rule that is no state machine: the rows that start a segment, and then ``min_len`` and ``max_len``."""
+    min_len, max_len = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
+    if labels is not None:
+        _check_labels(labels)
+        rows, flat = labels, labels.new_zeros(0)
+    else:
+        check_float("d", d)
+        assert d is not None
+        rows, flat = d.detach(), d.detach().reshape(-1)
+        if isinstance(rule, Lookback):
+            if d.dim() not in (2, 3) or d.shape[-1] != rule.window:
+                raise ValueError(f"d must have shape [..., {rule.window}], a lag each, got {list(d.shape)}")
+            rows, flat = rows[..., 0], rows.reshape(-1, rule.window).T
+            min_len, max_len = 1, None  # which the rule has seen to
+    groups = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
+    if isinstance(rule, LabelChange) and rule.blank is not None:
+        kept = torch.ones_like(rows, dtype=torch.int32) if groups is None else groups
+        groups = torch.where(rows == rule.blank, -1, kept)
+    runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, groups)
+    mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
+    return segments_from_mask(
+        mask.view(rows.shape), cu_seqlens=cu_seqlens, lengths=lengths, row_group=groups, min_len=min_len,
+        max_len=max_len, compact=compact,
+    )  # fmt: skip
+
+
+def normalize_distance(
+    d: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, attention_mask: Tensor | None = None,
+    row_group: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Distances scaled to [0, 1] in each sequence, as Segmental CPC and UnsupSeg take them. Not differentiable.
+
+    NaN stays NaN and counts for nothing; where all are alike they become 0. The last of each sequence, which is no
+    pair, is scaled with the others but does not decide.
+
+    Args:
+        d, cu_seqlens, lengths, attention_mask, row_group: as in :func:`select_boundaries`; a run of rows of one group
+            is a sequence.
+    """
+    check_float("d", d)
+    groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
+    runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
+    return scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
+
+
+def _check_labels(labels: Tensor) -> None:
+    if not isinstance(labels, Tensor):
+        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
+    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
+        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    _check_rank("labels", labels)
 
 
 def _check_rank(name: str, tensor: Tensor) -> None:

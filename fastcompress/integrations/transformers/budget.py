@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
-from fastcompress.rules import Uniform
+from fastcompress.rules import TopK, Uniform
 
 #: Rows of each audio, between the encoder of Qwen2-Audio, which is asked for them, and its projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
@@ -31,10 +31,10 @@ def check(kind: str, family: Family, compressor: nn.Module) -> None:
     """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
-    if not (isinstance(compressor, SegmentPool) and isinstance(compressor.rule, Uniform)):
+    if not (isinstance(compressor, SegmentPool) and isinstance(compressor.rule, (Uniform, TopK))):
         raise NotImplementedError(
-            f"budget mode needs a rule whose tokens are a function of the length, uniform:N, got {compressor}: the "
-            "dynamic mode takes any"
+            "budget mode needs a rule whose tokens are a function of the length, uniform:N or top-k, got "
+            f"{compressor}: the dynamic mode takes any"
         )
 
 
@@ -87,7 +87,7 @@ def _lengths(pool: SegmentPool) -> Callable[..., Any]:
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
         _LENGTHS.set(rows)
-        return frames, pool.rule.count(rows)
+        return frames, pool.rule.num_segments(rows)
 
     return _get_feat_extract_output_lengths
 
@@ -118,7 +118,7 @@ class BudgetProcessor:
         if settings is None or settings.mode != "budget":
             raise ValueError(f"model must be compressed in budget mode, got a {type(model).__name__} that is not")
         self.processor = processor
-        self._rule: Uniform = model.audio_compressor.rule
+        self._rule: Uniform | TopK = model.audio_compressor.rule
         self._window = None if settings.family.window is None else settings.family.window(model.config)
         self._token = model.config.audio_token_id
 
@@ -137,9 +137,9 @@ class BudgetProcessor:
     def count(self, length: int) -> int:
         """Placeholders of an audio that had ``length``."""
         if self._window is None:
-            return self._rule.count(length)
+            return self._rule.num_segments(length)
         windows, rest = divmod(length, self._window)
-        return windows * self._rule.count(self._window) + (self._rule.count(rest) if rest else 0)
+        return windows * self._rule.num_segments(self._window) + (self._rule.num_segments(rest) if rest else 0)
 
     def shorten(self, inputs: Any) -> Any:
         """Drops placeholders from what the stock processor returned, in place, and pads anew on the same side.

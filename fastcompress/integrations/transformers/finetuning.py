@@ -189,7 +189,7 @@ def _class_of(config: Any, path: str) -> Any:
 
 
 def add_lora(model: Any, settings: Finetuning) -> Any:
-    """Freezes a compressed model but for LoRA on its decoder, its projector, and what a compressor learns."""
+    """Freezes a compressed model but for LoRA on its decoder, and its projector."""
     from peft import LoraConfig, get_peft_model
 
     decoder = model.model.language_model
@@ -197,8 +197,6 @@ def add_lora(model: Any, settings: Finetuning) -> Any:
     pattern = rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(re.escape(name) for name in sorted(names))})"
     core = {name for name, _ in model.model.named_children()}
     saved = [name for name in ("multi_modal_projector", "projector") if settings.train_projector and name in core]
-    if any(True for _ in model.audio_compressor.parameters()):
-        saved.append("audio_compressor")
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
         target_modules=pattern, modules_to_save=saved or None,

@@ -21,6 +21,9 @@ numbers = st.one_of(st.floats(allow_nan=False), st.integers(-1000, 1000))
 cuts = st.tuples(st.integers(1, 9), st.none() | st.integers(1, 12)).filter(lambda c: c[1] is None or c[0] <= c[1])
 
 
+NAMES = "uniform, local-max, threshold, top-k, label-change, lookback, peak-height"
+
+
 @st.composite
 def rules(draw: st.DrawFn) -> Rule:
     kind = draw(st.sampled_from(list(RULE_CLASSES)))
@@ -174,15 +177,15 @@ def test_frozen(rule: Rule):
         (lambda: fc.Threshold(0.1, 4, 3), "Threshold: min_len must not exceed max_len, got 4 > 3"),
         (
             lambda: Rule.from_string("mean:3"),
-            "unknown rule 'mean'; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+            f"unknown rule 'mean'; the rules are {NAMES}",
         ),
         (
             lambda: Rule.from_string(""),
-            "unknown rule ''; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+            f"unknown rule ''; the rules are {NAMES}",
         ),
         (
             lambda: Rule.from_dict({}),
-            "unknown rule None; the rules are uniform, local-max, threshold, top-k, label-change, lookback, peak-height",
+            f"unknown rule None; the rules are {NAMES}",
         ),
         (lambda: Rule.from_string("uniform:3,order=2"), "rule 'uniform' has no field 'order'; it has size, tail"),
         (lambda: Rule.from_dict({"rule": "uniform", "n": 2}), "rule 'uniform' has no field 'n'; it has size, tail"),

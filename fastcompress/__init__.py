@@ -3,6 +3,7 @@
 from fastcompress import nn
 from fastcompress.backends import backend
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
 from fastcompress.ops.select_boundaries import (
@@ -18,6 +19,7 @@ from fastcompress.segments import Pooled, Segments
 from fastcompress.version import __version__
 
 __all__ = [
+    "Fired",
     "LabelChange",
     "LocalMax",
     "Lookback",
@@ -32,9 +34,11 @@ __all__ = [
     "__version__",
     "adjacent_distance",
     "backend",
+    "integrate_and_fire",
     "nn",
     "normalize_distance",
     "pack",
+    "quantity_loss",
     "row_groups",
     "segment_expand",
     "segment_pool",

@@ -1,0 +1,200 @@
+"""Continuous integrate-and-fire (CIF: Dong and Xu, ICASSP 2020): weights add up along the frames, and each time their
+sum reaches a threshold a token is fired, the weighted sum of the frames since the last one.
+
+A frame in which a token fires is split between that token and the next. Everything but two operations is over scalars,
+in fp64: a segment sum of the part of each frame that goes to the token that was open before it, and, for the token that
+it opens, that frame again.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
+from fastcompress.ops.select_boundaries import frame_offsets
+from fastcompress.segments import Segments
+
+
+@dataclass(eq=False)
+class Fired:
+    """Tokens of :func:`integrate_and_fire`, packed.
+
+    Attributes:
+        values: ``[M, D]``, in the dtype of the frames.
+        cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
+        ends: ``[M]`` int64, the row of ``x.reshape(-1, D)`` in which each token fired: when it is known.
+        total: ``[B]`` fp64, the sum of each sequence's weights as they were given, with a gradient: for
+            :func:`quantity_loss`.
+        remainder: ``[B]`` fp64, what was left unfired at the end of each sequence, before ``tail`` was looked at.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    ends: Tensor
+    total: Tensor
+    remainder: Tensor
+
+    def to_padded(self) -> tuple[Tensor, Tensor]:
+        """``[B, S, D]``, 0 behind each sequence's last token, and the number of tokens of each, ``[B]`` int64."""
+        lengths = self.cu_seqlens.diff().long()
+        parts = self.values.split(lengths.tolist())
+        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
+
+
+torch.export.register_dataclass(Fired, serialized_type_name="fastcompress.Fired")
+
+
+def integrate_and_fire(
+    x: Tensor,
+    alpha: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    beta: float = 1.0,
+    target_lengths: Tensor | None = None,
+    tail: float | None = 0.5,
+) -> Fired:
+    """Sums frames by weights that add up to ``beta`` in each token.
+
+    Token ``i`` of a sequence is ``sum_t w[i, t] x[t]``, where ``w[i, t]`` is what the interval from ``sum(alpha[:t])``
+    to ``sum(alpha[:t + 1])`` has in common with the one from ``i beta`` to ``(i + 1) beta``. How many there are is
+
+    * ``target_lengths``, if given (training): the weights are scaled so that they add up to that many;
+    * else as often as the sum reaches ``beta``, and once more for what is left at the end, if that is at least ``tail``
+      of ``beta``: that token is scaled up as if ``beta`` had been reached.
+
+    Args:
+        x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        alpha: weights, not negative, ``[N]`` or ``[B, T]``, floating; added up in fp64.
+        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sequence.
+        lengths: ``[B]`` int32 or int64, with padded input; ``None``: every frame counts.
+        beta: of a token; positive.
+        target_lengths: ``[B]`` integer, tokens of each sequence. A sequence whose weights add up to nothing gets none.
+        tail: from 0 to 1; ``None``: what is left at the end is dropped.
+
+    Returns:
+        The tokens. Their number is read from the device once. Gradients go to ``x`` and ``alpha``: where the sum
+        crosses a multiple of ``beta`` moves with the weights, and a token with it.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
+    """
+    check_float("x", x)
+    check_float("alpha", alpha)
+    check_same_device("alpha", alpha, x)
+    if x.dim() not in (2, 3):
+        raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
+    if alpha.shape != x.shape[:-1]:
+        raise ValueError(f"alpha must have shape {list(x.shape[:-1])}, a weight a frame, got {list(alpha.shape)}")
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if tail is not None and not 0 <= tail <= 1:
+        raise ValueError(f"tail must lie in [0, 1], got {tail}")
+    check_layout(x, 2, cu_seqlens, lengths)
+    offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
+    count = offsets.shape[0] - 1
+    _check_values(x, alpha, cu_seqlens, lengths, target_lengths, count)
+    rows = x.reshape(-1, x.shape[-1])
+    if rows.shape[0] == 0 or count == 0:
+        nothing = x.new_zeros(count, dtype=torch.float64)
+        return Fired(rows[:0], offsets * 0, offsets[:0].long(), nothing, nothing)
+    begin, end = _bounds(x, offsets)
+    row = torch.arange(rows.shape[0], device=x.device)
+    sequence = torch.searchsorted(begin[1:].contiguous(), row, right=True)
+    inside = row < end[sequence]
+    weight = alpha.reshape(-1).double()
+    # On a device whose values are not looked at, what is negative or no number counts for nothing: sums must rise.
+    weight = torch.where(inside & (weight >= 0) & (weight < torch.inf), weight, 0.0)
+    sums = torch.nn.functional.pad(weight.cumsum(0), (1, 0))
+    total = sums[end] - sums[begin]
+    if target_lengths is not None:
+        tokens = torch.where(total > 0, target_lengths.to(x.device), 0).long()
+        scale = torch.where(total > 0, tokens * beta / torch.where(total > 0, total, 1.0), 0.0)
+        weight = weight * scale[sequence]
+        sums = torch.nn.functional.pad(weight.cumsum(0), (1, 0))
+    before, after = sums[:-1] - sums[begin][sequence], sums[1:] - sums[begin][sequence]
+    reached = sums[end] - sums[begin]
+    fired = (reached / beta).floor().long()
+    remainder = reached - fired * beta
+    if target_lengths is None:
+        tokens = fired if tail is None else fired + ((remainder >= tail * beta) & (remainder > 0)).long()
+    cu_tokens = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
+    most = tokens[sequence]
+    # Tokens that are open when a frame begins and when it ends; `most` of a sequence is for what is left over.
+    left = torch.where(inside, torch.minimum((before / beta).floor().long(), most), most)
+    right = torch.where(inside, torch.minimum((after / beta).floor().long(), most), most)
+    token = torch.arange(int(cu_tokens[-1]), device=x.device)
+    owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
+    local = token - cu_tokens[owner]
+    # The part of each frame that goes to the token that was open: runs of frames, with a slot for what is left over.
+    slots = cu_tokens[:-1] + torch.arange(count, device=x.device)
+    bounds = torch.searchsorted(slots[sequence] + left, torch.arange(len(token) + count + 1, device=x.device))
+    slot = token + owner
+    weighed = torch.float64 if x.dtype == torch.float64 else torch.float32
+    share = torch.where(right > left, (left + 1) * beta - before, weight).to(weighed)
+    runs = _segments(bounds[slot], bounds[slot + 1] - bounds[slot], rows.shape[0])
+    values = segment_reduce(rows.to(weighed) * share[:, None], runs, "sum")
+    # The frame in which each token was opened, which is split with the token before; a token may have all of it.
+    opened = (torch.minimum(right, most - 1) - left).clamp_min(0)
+    first = torch.minimum(cu_tokens[sequence] + left + 1, cu_tokens[-1])
+    opener = torch.searchsorted(first + opened, token, right=True).clamp_max(rows.shape[0] - 1)
+    rest = torch.where(local == right[opener], after[opener] - local * beta, beta)
+    rest = torch.where(local > 0, rest, 0.0).to(weighed)
+    again = segment_expand(rows.to(weighed), _segments(first, opened, len(token)))
+    values = values + again * rest[:, None]
+    if target_lengths is None and tail is not None:
+        late = local == fired[owner]
+        values = values * torch.where(late, beta / torch.where(late, remainder[owner], 1.0), 1.0).to(weighed)[:, None]
+    ends = torch.searchsorted(slots[sequence] + right, slot + 1)
+    return Fired(values.to(x.dtype), cu_tokens.int(), torch.minimum(ends, end[owner] - 1), total, remainder)
+
+
+def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
+    """Mean of ``|sum(alpha) - target|`` over sequences: makes CIF fire as often as there are units (Dong and Xu, 2020).
+
+    Args:
+        fired: of :func:`integrate_and_fire`.
+        target_lengths: ``[B]``, units of each sequence.
+    """
+    return (fired.total - target_lengths.to(fired.total.device)).abs().mean()
+
+
+def _check_values(
+    x: Tensor, alpha: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, target_lengths: Tensor | None,
+    count: int,
+) -> None:  # fmt: skip
+    if target_lengths is not None:
+        if not isinstance(target_lengths, Tensor) or target_lengths.dtype not in (torch.int32, torch.int64):
+            got = getattr(target_lengths, "dtype", type(target_lengths).__name__)
+            raise TypeError(f"target_lengths must be an int32 or int64 tensor, got {got}")
+        if target_lengths.shape != (count,):
+            raise ValueError(f"target_lengths must have shape [{count}], got {list(target_lengths.shape)}")
+    if x.device.type != "cpu":
+        return
+    check_layout_values(x.shape, cu_seqlens, lengths)
+    if target_lengths is not None and count and int(target_lengths.min()) < 0:
+        raise ValueError(f"target_lengths must not be negative, got {int(target_lengths.min())}")
+    wrong = ~((alpha >= 0) & (alpha < torch.inf))
+    if lengths is not None:
+        wrong &= torch.arange(alpha.shape[1]) < lengths[:, None]
+    if bool(wrong.any()):
+        raise ValueError(f"alpha must be finite and not negative, got {float(alpha[wrong][0])}")
+
+
+def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
+    """First row and end row of each sequence, int64 ``[B]``."""
+    if x.dim() == 2:
+        return offsets[:-1].long(), offsets[1:].long()
+    begin = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+    return begin, begin + offsets.diff()
+
+
+def _segments(starts: Tensor, lengths: Tensor, rows: int) -> Segments:
+    """Of ``rows`` rows, in one sequence."""
+    ends = torch.arange(2, dtype=torch.int32, device=starts.device)
+    return Segments(starts, lengths, ends * starts.shape[0], ends * rows, rows)

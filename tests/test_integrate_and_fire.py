@@ -1,0 +1,216 @@
+"""Continuous integrate-and-fire against a loop over frames: tokens, when they fire, gradients."""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import fastcompress as fc
+from fastcompress.reference.integrate_and_fire import integrate_and_fire as reference
+
+RAGGED = (7, 0, 1, 30, 0, 2, 13)
+
+
+def weights(kind: str, rows: int, seed: int = 0) -> Tensor:
+    """Multiples of 1/64, whose sums are exact, or of anything."""
+    g = torch.Generator().manual_seed(seed)
+    a = torch.randint(0, 33, (rows,), generator=g).double() / 64
+    if kind == "bursts":  # several tokens in a frame
+        return torch.where(torch.rand(rows, generator=g) < 0.3, a * 12, a)
+    if kind == "silence":
+        return torch.where(torch.rand(rows, generator=g) < 0.7, 0.0, a)
+    if kind == "exact":  # sums that hit the threshold
+        return torch.full((rows,), 0.25, dtype=torch.float64)
+    if kind == "zero":
+        return torch.zeros(rows, dtype=torch.float64)
+    return a
+
+
+def by_loop(
+    x: Tensor, alpha: Tensor, spans: list[tuple[int, int]], beta: float, targets, tail
+) -> tuple[Tensor, list, list]:
+    tokens, ends, counts = [], [], []
+    for i, (a, b) in enumerate(spans):
+        target = None if targets is None else int(targets[i])
+        found, fired = reference(x[a:b], alpha[a:b], beta, target, tail)
+        tokens += found
+        ends += [a + t for t in fired]
+        counts.append(len(found))
+    return torch.stack(tokens) if tokens else x[:0], ends, counts
+
+
+@pytest.mark.parametrize("tail", (None, 0.0, 0.5, 1.0))
+@pytest.mark.parametrize("beta", (1.0, 0.5))
+@pytest.mark.parametrize("kind", ("plain", "bursts", "silence", "exact", "zero"))
+def test_packed(kind: str, beta: float, tail: float | None):
+    rows = sum(RAGGED)
+    cu = torch.tensor([0, *np.cumsum(RAGGED)], dtype=torch.int32)
+    spans = list(zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True))
+    x = torch.randn(rows, 5, dtype=torch.float64, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    alpha = weights(kind, rows).requires_grad_()
+    fired = fc.integrate_and_fire(x, alpha, cu_seqlens=cu, beta=beta, tail=tail)
+    wanted, ends, counts = by_loop(x, alpha, spans, beta, None, tail)
+    assert fired.cu_seqlens.diff().tolist() == counts and fired.ends.tolist() == ends
+    torch.testing.assert_close(fired.values, wanted, rtol=1e-12, atol=1e-12)
+    sums = torch.stack([alpha[a:b].sum() for a, b in spans])
+    torch.testing.assert_close(fired.total, sums)
+    assert ((fired.remainder >= 0) & (fired.remainder < beta)).all()
+    if not len(wanted):
+        return
+    grad = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(2))
+    for found, expected in zip(
+        torch.autograd.grad(fired.values, (x, alpha), grad),
+        torch.autograd.grad(wanted, (x, alpha), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("kind", ("plain", "bursts", "silence", "zero"))
+def test_padded_with_targets(kind: str):
+    lengths = torch.tensor([9, 20, 1, 0, 15])
+    targets = torch.tensor([3, 11, 2, 0, 1])
+    alpha = weights(kind, 100).view(5, 20).clone()
+    if kind != "zero":
+        alpha[2, 0] = 0.75
+    alpha[:, -1] += 0.5  # of frames that do not count, but for one sequence
+    alpha.requires_grad_()
+    x = torch.randn(5, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
+    spans = [(20 * i, 20 * i + n) for i, n in enumerate(lengths.tolist())]
+    fired = fc.integrate_and_fire(x, alpha, lengths=lengths, target_lengths=targets)
+    sums = [float(alpha[i, :n].sum().detach()) for i, n in enumerate(lengths.tolist())]
+    assert fired.cu_seqlens.diff().tolist() == [int(t) if s > 0 else 0 for t, s in zip(targets, sums, strict=True)]
+    wanted, ends, _ = by_loop(x.flatten(0, 1), alpha.flatten(), spans, 1.0, targets, None)
+    torch.testing.assert_close(fired.values, wanted, rtol=1e-9, atol=1e-9)
+    if kind != "silence":  # where a sum that is short of a token by rounding stays so for long
+        assert all(abs(a - b) <= 1 for a, b in zip(fired.ends.tolist(), ends, strict=True))
+    padded, counts = fired.to_padded()
+    assert counts.tolist() == fired.cu_seqlens.diff().tolist() and padded.shape[:2] == (5, max(counts.tolist()))
+    grad = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(4))
+    for found, expected in zip(
+        torch.autograd.grad(fired.values, (x, alpha), grad),
+        torch.autograd.grad(wanted, (x, alpha), grad),
+        strict=True,
+    ):
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    st.lists(st.integers(0, 200), min_size=0, max_size=30),
+    st.sampled_from([0.25, 1.0, 1.5]),
+    st.sampled_from([None, 0.0, 0.5, 1.0]),
+)
+def test_every_weight_is_spent_once(sixtyfourths: list[int], beta: float, tail: float | None):
+    """Tokens of ones are beta; what is left is the remainder."""
+    alpha = torch.tensor(sixtyfourths, dtype=torch.float64) / 64
+    x = torch.cat([torch.ones(len(alpha), 1), torch.arange(len(alpha))[:, None]], 1).double()
+    fired = fc.integrate_and_fire(x, alpha, beta=beta, tail=tail)
+    torch.testing.assert_close(fired.values[:, 0], torch.full_like(fired.values[:, 0], beta), rtol=1e-15, atol=0)
+    wanted, ends, _ = by_loop(x, alpha, [(0, len(alpha))], beta, None, tail)
+    torch.testing.assert_close(fired.values, wanted, rtol=1e-12, atol=1e-12)
+    assert fired.ends.tolist() == ends
+    count = len(wanted) - int(bool(len(wanted)) and beta * len(wanted) > float(alpha.sum()))
+    assert abs(float(alpha.sum()) - beta * count - float(fired.remainder.sum())) < 1e-12
+
+
+def test_gradients_numerically():
+    g = torch.Generator().manual_seed(5)
+    x = torch.randn(12, 3, dtype=torch.float64, generator=g, requires_grad=True)
+    alpha = (torch.rand(12, dtype=torch.float64, generator=g) * 1.7 + 0.01).requires_grad_()
+    assert torch.autograd.gradcheck(lambda x, a: fc.integrate_and_fire(x, a).values, (x, alpha))
+    targets = torch.tensor([5])
+    assert torch.autograd.gradcheck(lambda x, a: fc.integrate_and_fire(x, a, target_lengths=targets).values, (x, alpha))
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_other_dtypes_round_once(dtype: torch.dtype):
+    g = torch.Generator().manual_seed(6)
+    x, alpha = torch.randn(60, 9, generator=g).to(dtype), torch.rand(60, generator=g)
+    exact = fc.integrate_and_fire(x.double(), alpha.double())
+    found = fc.integrate_and_fire(x, alpha)
+    assert found.values.dtype == dtype and found.ends.tolist() == exact.ends.tolist()
+    error = (found.values.double() - exact.values).abs() / exact.values.abs().clamp_min(1e-2)
+    assert error.max() <= {torch.float32: 1e-5, torch.bfloat16: 2**-8, torch.float16: 2**-10}[dtype]
+    half = fc.integrate_and_fire(x, alpha.to(dtype))
+    assert half.total.dtype == torch.float64 and half.total == alpha.to(dtype).double().sum()
+
+
+def test_long_sums_are_exact():
+    """A sum in fp32 would be off by whole tokens at the end of an hour."""
+    count = 90_000
+    alpha = torch.full((count,), 0.3)
+    x = torch.zeros(count, 1)
+    fired = fc.integrate_and_fire(x, alpha, tail=None)
+    exact = int(np.floor(count * np.float64(np.float32(0.3))))
+    assert len(fired.values) == exact
+    assert int(alpha.cumsum(0)[-1]) != exact or float(alpha.cumsum(0)[-1]) != count * float(np.float32(0.3))
+    assert (fired.ends.diff() >= 3).all() and (fired.ends.diff() <= 4).all()
+
+
+def test_no_token_moves_when_the_order_of_a_batch_does():
+    g = torch.Generator().manual_seed(7)
+    x, alpha = torch.randn(3, 40, 6, generator=g), torch.rand(3, 40, generator=g)
+    lengths = torch.tensor([40, 23, 31])
+    fired = fc.integrate_and_fire(x, alpha, lengths=lengths)
+    parts = fired.values.split(fired.cu_seqlens.diff().tolist())
+    for i, n in enumerate(lengths.tolist()):
+        alone = fc.integrate_and_fire(x[i, :n], alpha[i, :n])
+        torch.testing.assert_close(alone.values, parts[i], rtol=1e-6, atol=1e-6)
+    flipped = fc.integrate_and_fire(x.flip(0), alpha.flip(0), lengths=lengths.flip(0))
+    torch.testing.assert_close(flipped.values.split(flipped.cu_seqlens.diff().tolist())[2], parts[0])
+
+
+def test_quantity_loss():
+    alpha = torch.tensor([[0.5, 0.5, 0.5], [1.0, 9.0, 9.0]], requires_grad=True)
+    x = torch.zeros(2, 3, 1)
+    targets = torch.tensor([2, 3])
+    fired = fc.integrate_and_fire(x, alpha, lengths=torch.tensor([3, 1]), target_lengths=targets)
+    loss = fc.quantity_loss(fired, targets)
+    assert loss.item() == pytest.approx((0.5 + 2.0) / 2)
+    (grad,) = torch.autograd.grad(loss, alpha)
+    assert grad.tolist() == [[-0.5] * 3, [-0.5, 0.0, 0.0]]
+
+
+def test_nothing():
+    for x, alpha, layout in (
+        (torch.zeros(0, 3), torch.zeros(0), {}),
+        (torch.zeros(2, 0, 3), torch.zeros(2, 0), {}),
+        (torch.zeros(0, 5, 3), torch.zeros(0, 5), {}),
+        (torch.zeros(4, 3), torch.zeros(4), {"cu_seqlens": torch.tensor([0])}),
+        (torch.zeros(2, 5, 3), torch.ones(2, 5), {"lengths": torch.tensor([0, 0])}),
+    ):
+        if "cu_seqlens" in layout:
+            with pytest.raises(ValueError, match="cu_seqlens"):
+                fc.integrate_and_fire(x, alpha, **layout)
+            continue
+        fired = fc.integrate_and_fire(x, alpha, **layout)
+        assert fired.values.shape == (0, 3) and not fired.cu_seqlens.any() and fired.ends.shape == (0,)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"alpha": torch.rand(6)}, ValueError, "alpha must have shape [5], a weight a frame, got [6]"),
+        ({"alpha": torch.tensor([0.1, -0.5, 0.1, 0.1, 0.1])}, ValueError, "must be finite and not negative, got -0.5"),
+        ({"alpha": torch.tensor([0.1, torch.nan, 0.1, 0.1, 0.1])}, ValueError, "not negative, got nan"),
+        ({"alpha": torch.ones(5).long()}, TypeError, "alpha"),
+        ({"beta": 0.0}, ValueError, "beta must be positive, got 0.0"),
+        ({"tail": 1.5}, ValueError, "tail must lie in [0, 1], got 1.5"),
+        ({"target_lengths": torch.tensor([1, 2])}, ValueError, "target_lengths must have shape [1], got [2]"),
+        ({"target_lengths": torch.tensor([-1])}, ValueError, "target_lengths must not be negative, got -1"),
+        ({"target_lengths": torch.tensor([1.0])}, TypeError, "target_lengths must be an int32 or int64 tensor"),
+        ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens"),
+        ({"x": torch.zeros(5)}, ValueError, "x must have shape [N, D] or [B, T, D], got [5]"),
+    ],
+)  # fmt: skip
+def test_bad_input(change: dict, error: type[Exception], message: str):
+    arguments = {"x": torch.randn(5, 2), "alpha": torch.rand(5)} | change
+    with pytest.raises(error, match=re.escape(message)):
+        fc.integrate_and_fire(arguments.pop("x"), arguments.pop("alpha"), **arguments)

@@ -16,6 +16,7 @@ from fastcompress.ops.select_boundaries import (
 from fastcompress.packing import PackedInputs, pack, row_groups
 from fastcompress.rules import LabelChange, LocalMax, Lookback, PeakHeight, Rule, Threshold, TopK, Uniform
 from fastcompress.segments import Pooled, Segments
+from fastcompress.streaming import Streamed, StreamingIntegrateAndFire, StreamingSegmentPool
 from fastcompress.version import __version__
 
 __all__ = [
@@ -28,6 +29,9 @@ __all__ = [
     "Pooled",
     "Rule",
     "Segments",
+    "Streamed",
+    "StreamingIntegrateAndFire",
+    "StreamingSegmentPool",
     "Threshold",
     "TopK",
     "Uniform",

@@ -1,4 +1,4 @@
-"""Module forms."""
+"""Module forms, and boundaries that are learned."""
 
 from __future__ import annotations
 
@@ -7,8 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.ops.scalar_rules import find_runs
 from fastcompress.ops.segment_pool import segment_pool
-from fastcompress.ops.segment_reduce import REDUCTIONS
+from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
+from fastcompress.ops.select_boundaries import segments_from_mask
 from fastcompress.rules import Rule, as_rule
 from fastcompress.segments import Pooled
 
@@ -36,3 +38,76 @@ class SegmentPool(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, reduce={self.reduce}, compact={self.compact}"
+
+
+def straight_through(probability: Tensor) -> Tensor:
+    """1, with the gradient of ``probability``: what is multiplied by it is as it was, and tells the probability whether
+    more of it would have helped (H-Net: Hwang et al., arXiv 2507.07955)."""
+    return probability + (1 - probability).detach()
+
+
+def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
+    """``R / (R - 1) * ((R - 1) F G + (1 - F) (1 - G))`` of H-Net, least where a share of ``1 / R`` are boundaries.
+
+    Args:
+        probability: of a boundary at each frame, ``[N]``; ``G`` is its mean, which has the gradient.
+        boundary: bool, whether there is one, ``[N]``; ``F`` is its mean.
+        ratio: ``R``, frames a token that are aimed at; more than 1.
+    """
+    if not ratio > 1:
+        raise ValueError(f"ratio must be more than 1, got {ratio}")
+    if not probability.numel():
+        return probability.sum()
+    f, g = boundary.to(probability.dtype).mean(), probability.mean()
+    return ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
+
+
+class LearnedBoundary(torch.nn.Module):
+    """Boundaries where two projections of neighbouring frames disagree (the router of H-Net, arXiv 2507.07955).
+
+    ``p[t] = (1 - cos(W_q x[t - 1], W_k x[t])) / 2`` is the probability that frame ``t`` starts a segment, 1 for the
+    first of a sequence; it does iff ``p[t] > 1 / 2``. Each token is multiplied by :func:`straight_through` of its
+    ``p``, which leaves it as it is and trains ``W_q`` and ``W_k``; both begin as the identity. Without
+    :func:`ratio_loss`, which :attr:`loss` holds after each call, training may end in no boundaries, or in nothing else.
+
+    Args:
+        width: of the frames.
+        ratio: frames a token that are aimed at.
+        reduce: ``"mean"``, or ``"first"`` as in H-Net; as in :func:`fastcompress.segment_reduce`.
+
+    Attributes:
+        loss: :func:`ratio_loss` of the last call; ``None`` before it.
+    """
+
+    def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean") -> None:
+        super().__init__()
+        if not ratio > 1:
+            raise ValueError(f"ratio must be more than 1, got {ratio}")
+        if reduce not in REDUCTIONS:
+            raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+        self.ratio, self.reduce = ratio, reduce
+        self.query = torch.nn.Linear(width, width, bias=False)
+        self.key = torch.nn.Linear(width, width, bias=False)
+        for projection in (self.query, self.key):
+            torch.nn.init.eye_(projection.weight)
+        self.loss: Tensor | None = None
+
+    def probability(self, x: Tensor) -> Tensor:
+        """``p`` of rows ``[N, D]`` of one sequence, ``[N]``."""
+        cosine = torch.nn.functional.cosine_similarity(self.query(x[:-1]).float(), self.key(x[1:]).float(), dim=-1)
+        return torch.cat([cosine.new_ones(min(1, len(x))), (1 - cosine) / 2])
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
+        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
+        :func:`fastcompress.segment_pool`."""
+        runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
+        probability = torch.where(runs.first, 1.0, self.probability(x.reshape(-1, x.shape[-1])))
+        boundary = probability.detach() > 0.5
+        self.loss = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)
+        mask = boundary.view(x.shape[:-1])
+        segments = segments_from_mask(mask, cu_seqlens=cu_seqlens, lengths=lengths)
+        values = segment_reduce(x, segments, self.reduce)
+        return Pooled(values * straight_through(probability)[segments.starts, None].to(values.dtype), segments)
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}, reduce={self.reduce}"

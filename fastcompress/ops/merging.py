@@ -1,0 +1,197 @@
+"""Merging by likeness to a whole segment, or to frames that are no neighbours: what no boundary rule can say."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops.scalar_rules import Runs, find_runs
+from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
+from fastcompress.segments import Segments
+
+
+def greedy_segments(
+    x: Tensor, threshold: float, *, max_len: int | None = None, cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Segments:  # fmt: skip
+    """Segments of frames that are alike on average (the merge of SA-MAP; average linkage).
+
+    Left to right, a frame joins the open segment iff the mean of its cosines to all of the segment's frames is at least
+    ``1 - threshold``; else it starts one. That mean is the frame's dot product with the segment's sum of unit frames,
+    divided by its length, so that nothing is compared twice. A zero frame has cosine 0 to all. Not differentiable;
+    :func:`segment_reduce` pools, with weights if there are some.
+
+    One step a frame, all sequences of the batch at once, in fp64.
+
+    Args:
+        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
+        threshold: the largest mean distance; 0.15 for SA-MAP's cosine of 0.85.
+        max_len: a segment that reaches this length is cut.
+        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    check_float("x", x)
+    check_layout(x, 2, cu_seqlens, lengths)
+    if max_len is not None and max_len < 1:
+        raise ValueError(f"max_len must be at least 1, got {max_len}")
+    runs = _runs(x, cu_seqlens, lengths)
+    rows = x.detach().reshape(-1, x.shape[-1]).double()
+    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    mask = torch.zeros(rows.shape[0], dtype=torch.bool, device=x.device)
+    first = runs.first.nonzero()[:, 0]
+    if len(first):
+        sizes = runs.length[first]
+        total, count = torch.zeros_like(unit[first]), sizes.new_zeros(len(first))
+        for step in range(int(sizes.max())):
+            open_ = step < sizes
+            place = torch.where(open_, first + step, 0)
+            mean = (total * unit[place]).sum(-1) / count.clamp_min(1)
+            joins = (count > 0) & (mean >= 1 - threshold)
+            if max_len is not None:
+                joins &= count < max_len
+            mask[place[open_]] = ~joins[open_]
+            total = torch.where(joins[:, None], total, 0.0) + unit[place]
+            count = torch.where(joins, count, 0) + 1
+    return segments_from_mask(mask.view(x.shape[:-1]), cu_seqlens=cu_seqlens, lengths=lengths)
+
+
+@dataclass(eq=False)
+class Merged:
+    """Tokens of :func:`bipartite_merge`, packed, in the order of their places in time.
+
+    Attributes:
+        values: ``[M, D]``, in the dtype of the frames.
+        cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
+        sizes: ``[M]``, frames of each token: ``size`` of a further round.
+        ids: ``[N]`` int64, the token of each row of ``x.reshape(-1, D)``; -1: none.
+    """
+
+    values: Tensor
+    cu_seqlens: Tensor
+    sizes: Tensor
+    ids: Tensor
+
+
+torch.export.register_dataclass(Merged, serialized_type_name="fastcompress.Merged")
+
+
+def bipartite_merge(
+    x: Tensor,
+    rate: float,
+    *,
+    window: int | None = 0,
+    keys: Tensor | None = None,
+    size: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Merged:
+    """Merges even frames into the odd ones that are most like them (ToMe: Bolya et al., arXiv 2210.09461).
+
+    Frames are counted from 0 in each sequence. Each even frame looks for its best odd one, by the cosine of their
+    ``keys``, no further than ``window`` allows; the even frames with the best of these cosines are merged into their
+    partners, as many as it takes. An odd frame may take several. A token is the mean of its frames, weighted by
+    ``size``, and stands where its odd frame did. Ties go to the earlier frame, and to the nearer partner.
+
+    ``window=0`` is A-ToMe (arXiv 2306.16009), one round; ``None`` is ToMe; between is bipartite merging inside a
+    temporal window (arXiv 2605.25179, whose exact matching is not published).
+
+    Args:
+        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
+        rate: frames a token that are aimed at: ``T`` frames become ``max(ceil(T / rate), T - merges possible)``, no
+            fewer than about ``T / 2``. More takes several rounds.
+        window: how far a partner may be beyond the next frame: 0, the next alone; ``w``, up to ``w`` frames away on
+            either side; ``None``, anywhere in the sequence.
+        keys: ``[..., K]``; ``None``: ``x``.
+        size: ``[...]``, frames that each row stands for already; ``None``: 1.
+        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+
+    Returns:
+        The tokens; gradients go to ``x``. Their number is read from the device once.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    check_float("x", x)
+    check_layout(x, 2, cu_seqlens, lengths)
+    if not rate >= 1:
+        raise ValueError(f"rate must be at least 1, got {rate}")
+    if window is not None and window < 0:
+        raise ValueError(f"window must not be negative, got {window}")
+    keys = x if keys is None else keys
+    check_float("keys", keys)
+    check_same_device("keys", keys, x)
+    if keys.shape[:-1] != x.shape[:-1]:
+        raise ValueError(f"keys must have shape {[*x.shape[:-1], 'K']}, got {list(keys.shape)}")
+    if size is not None and size.shape != x.shape[:-1]:
+        raise ValueError(f"size must have shape {list(x.shape[:-1])}, a value a row, got {list(size.shape)}")
+    runs = _runs(x, cu_seqlens, lengths)
+    rows = x.reshape(-1, x.shape[-1])
+    count = rows.shape[0]
+    offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
+    if count == 0:
+        return Merged(rows, offsets * 0, x.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=x.device))
+    row = torch.arange(count, device=x.device)
+    unit = keys.detach().reshape(count, -1).double()
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    best, partner = _partners(unit, runs, row, window)
+    even = runs.inside & (runs.place % 2 == 0) & (best > -torch.inf)
+    order = torch.sort(torch.where(even, best, -torch.inf), descending=True, stable=True).indices
+    for key in ((~even).long(), torch.where(runs.inside, runs.ids, count)):
+        order = order[torch.sort(key[order], stable=True).indices]
+    rank = torch.empty_like(order).scatter_(0, order, row) - (runs.inside.long().cumsum(0) - 1 - runs.place)
+    wanted = (runs.length.double() / rate).ceil().long()
+    merged = even & (rank < runs.length - wanted)
+    # Each row's token: the place of the row that stays, counted among those that stay.
+    stays = runs.inside & ~merged
+    number = stays.long().cumsum(0) - 1
+    ids = torch.where(runs.inside, number[torch.where(merged, partner, row)], -1)
+    sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
+    total = int(stays.sum())
+    bounds = torch.searchsorted(sorted_ids, torch.arange(total + 1, device=x.device))
+    ends = torch.arange(2, dtype=torch.int32, device=x.device)
+    segments = Segments(bounds[:-1], bounds.diff(), ends * total, ends * count, count)
+    weights = x.new_ones(count) if size is None else size.reshape(-1).to(x.dtype)
+    values = segment_reduce(rows[by_token], segments, "mean", weights[by_token])
+    sizes = segment_reduce(weights[by_token, None], segments, "sum")[:, 0]
+    kept = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))
+    if x.dim() == 3:
+        begin = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
+    else:
+        begin = offsets.long()
+    return Merged(values, kept[begin].int(), sizes, ids)
+
+
+def _partners(unit: Tensor, runs: Runs, row: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
+    """The best cosine of each row to a row of the other parity, -inf if it has none, and which row that is."""
+    count = unit.shape[0]
+    if window is None:
+        cosine = unit @ unit.T
+        other = (runs.ids[:, None] == runs.ids) & runs.inside & ((runs.place[:, None] + runs.place) % 2 == 1)
+        cosine = cosine.masked_fill(~other, -torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        near = (row[:, None] - row).abs()  # of equals the nearer, then the later: as below
+        best = cosine.max(1).values
+        distance = near.masked_fill(cosine != best[:, None], 2 * count)
+        return best, torch.where(distance == distance.min(1, keepdim=True).values, row, -1).max(1).values
+    steps = [1] if window == 0 else [s for d in range(1, window + 1, 2) for s in (d, -d)]
+    best = torch.full((count,), -torch.inf, dtype=unit.dtype, device=unit.device)
+    partner = row.clone()
+    for step in steps:
+        place = runs.place + step
+        there = runs.inside & (place >= 0) & (place < runs.length)
+        other = torch.where(there, row + step, row)
+        cosine = (unit * unit[other]).sum(-1).nan_to_num(-torch.inf, torch.inf, -torch.inf)
+        better = there & (cosine > best)
+        best, partner = torch.where(better, cosine, best), torch.where(better, other, partner)
+    return best, partner
+
+
+def _runs(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Runs:
+    if x.device.type == "cpu":
+        check_layout_values(x.shape, cu_seqlens, lengths)
+    return find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)

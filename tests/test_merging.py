@@ -1,0 +1,160 @@
+"""Merging by likeness to a segment or across frames: against loops written from the papers' definitions."""
+
+from __future__ import annotations
+
+import math
+import re
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+from tests.sample_inputs import features
+
+KINDS = ("iid", "smooth", "repeated", "zeros")
+
+
+def cosine(a: Tensor, b: Tensor) -> float:
+    return float(a @ b / (a.norm().clamp_min(1e-8) * b.norm().clamp_min(1e-8)))
+
+
+def greedy(x: Tensor, threshold: float, max_len: int | None) -> list[int]:
+    """Mean cosine to every member, as it is written."""
+    groups = [[0]] if len(x) else []
+    for t in range(1, len(x)):
+        mean = sum(cosine(x[t], x[m]) for m in groups[-1]) / len(groups[-1])
+        if abs(mean - (1 - threshold)) < 1e-9:
+            pytest.skip("too close to tell")
+        if mean >= 1 - threshold and (max_len is None or len(groups[-1]) < max_len):
+            groups[-1].append(t)
+        else:
+            groups.append([t])
+    return [group[0] for group in groups]
+
+
+@pytest.mark.parametrize("max_len", (None, 1, 4))
+@pytest.mark.parametrize("threshold", (0.15, 0.6, 1.1))
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_segments(kind: str, threshold: float, max_len: int | None):
+    sizes = (30, 0, 1, 17)
+    x = features(kind, sum(sizes), 6, torch.float64)
+    cu = torch.tensor([0, 30, 30, 31, 48])
+    wanted = []
+    for begin, size in zip(cu.tolist(), sizes, strict=False):
+        wanted += [begin + t for t in greedy(x[begin : begin + size], threshold, max_len)]
+    found = fc.greedy_segments(x, threshold, max_len=max_len, cu_seqlens=cu)
+    assert found.starts.tolist() == wanted
+    padded = torch.nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), True, padding_value=9.0)
+    by_lengths = fc.greedy_segments(padded, threshold, max_len=max_len, lengths=torch.tensor(sizes))
+    assert by_lengths.lengths.tolist() == found.lengths.tolist()
+    assert fc.segment_reduce(padded, by_lengths, weights=torch.rand(4, 30)).shape == (len(wanted), 6)
+
+
+def merge(
+    x: Tensor, keys: Tensor, size: list[float], rate: float, window: int | None
+) -> tuple[list[Tensor], list[list[int]]]:
+    """Of one sequence, by the definition."""
+    count = len(x)
+    best: list[tuple[float, int, int]] = []
+    for t in range(0, count, 2):
+        if window is None:
+            others = range(1, count, 2)
+        else:
+            others = [t + 1] if window == 0 else [o for o in range(t - window, t + window + 1) if (o - t) % 2]
+        found = [(cosine(keys[t], keys[o]), -abs(o - t), o) for o in others if 0 <= o < count]
+        if found:
+            value, _, other = max(found)
+            best.append((value, t, other))
+    best.sort(key=lambda item: (-item[0], item[1]))
+    partner = {t: other for _, t, other in best[: max(0, count - math.ceil(count / rate))]}
+    groups = {t: [t] for t in range(count) if t not in partner}
+    for t, other in sorted(partner.items()):
+        groups[other] = sorted([*groups[other], t])
+    tokens = []
+    for t in sorted(groups):
+        w = torch.tensor([size[m] for m in groups[t]], dtype=x.dtype)
+        tokens.append((w[:, None] * x[groups[t]]).sum(0) / w.sum())
+    return tokens, [groups[t] for t in sorted(groups)]
+
+
+@pytest.mark.parametrize("window", (0, 1, 3, 6, None))
+@pytest.mark.parametrize("rate", (1.0, 1.3, 2.0, 9.0))
+def test_bipartite_merge(rate: float, window: int | None):
+    g = torch.Generator().manual_seed(int(rate * 10))
+    sizes = (21, 0, 1, 2, 16)
+    cu = torch.tensor([0, 21, 21, 22, 24, 40])
+    x = torch.randn(40, 5, dtype=torch.float64, generator=g).requires_grad_()
+    keys = torch.randn(40, 3, dtype=torch.float64, generator=g)
+    size = torch.randint(1, 5, (40,), generator=g).double()
+    tokens, groups, counts = [], [], []
+    for begin, count in zip(cu.tolist(), sizes, strict=False):
+        part = slice(begin, begin + count)
+        found, members = merge(x[part], keys[part], size[part].tolist(), rate, window)
+        tokens += found
+        groups += [[begin + m for m in group] for group in members]
+        counts.append(len(found))
+    wanted = torch.stack(tokens)
+    out = fc.bipartite_merge(x, rate, window=window, keys=keys, size=size, cu_seqlens=cu)
+    assert out.cu_seqlens.diff().tolist() == counts
+    assert [[r for r in range(40) if out.ids[r] == i] for i in range(len(groups))] == groups
+    torch.testing.assert_close(out.values, wanted, rtol=1e-12, atol=1e-12)
+    assert out.sizes.tolist() == [sum(float(size[m]) for m in group) for group in groups]
+    grad = torch.randn(wanted.shape, dtype=torch.float64, generator=g)
+    torch.testing.assert_close(torch.autograd.grad(out.values, x, grad)[0], torch.autograd.grad(wanted, x, grad)[0])
+    padded = torch.nn.utils.rnn.pad_sequence(list(x.detach().split(list(sizes))), True)
+    padded_keys = torch.nn.utils.rnn.pad_sequence(list(keys.split(list(sizes))), True)
+    padded_size = torch.nn.utils.rnn.pad_sequence(list(size.split(list(sizes))), True, padding_value=1.0)
+    lengths = torch.tensor(sizes)
+    again = fc.bipartite_merge(padded, rate, window=window, keys=padded_keys, size=padded_size, lengths=lengths)
+    assert torch.equal(again.values, out.values.detach()) and torch.equal(again.cu_seqlens, out.cu_seqlens)
+
+
+def test_adjacent_merging_is_top_k_over_pairs():
+    """A-ToMe: the pairs (0, 1), (2, 3), ... that are most alike become one; and rounds of it."""
+    x = features("smooth", 40, 8, torch.float64)
+    out = fc.bipartite_merge(x, 1.4)
+    assert len(out.values) == math.ceil(40 / 1.4)
+    pairs = [(cosine(x[t], x[t + 1]), t) for t in range(0, 40, 2)]
+    merged = {t for _, t in sorted(pairs, reverse=True)[: 40 - len(out.values)]}
+    assert {int(t) for t in range(0, 40, 2) if out.ids[t] == out.ids[t + 1]} == merged
+    twice = fc.bipartite_merge(out.values, 1.5, size=out.sizes)
+    assert float(twice.sizes.sum()) == 40.0
+    mean = (twice.values * twice.sizes[:, None]).sum(0) / 40
+    torch.testing.assert_close(mean, x.mean(0))
+
+
+def test_values_that_are_no_numbers_partner_nobody_else():
+    x = features("iid", 12, 4, torch.float64)
+    x[5] = torch.nan
+    for window in (0, 3, None):
+        out = fc.bipartite_merge(x, 2.0, window=window)
+        spoiled = out.values.isnan().any(-1)
+        assert int(spoiled.sum()) == 1
+    assert fc.greedy_segments(x, 0.5).starts.numel() > 1
+
+
+def test_half_types_and_nothing():
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        x = features("iid", 20, 4, dtype)
+        out = fc.bipartite_merge(x, 2.0, window=None)
+        assert out.values.dtype == dtype and out.values.shape == (10, 4)
+    empty = fc.bipartite_merge(torch.zeros(0, 3), 2.0)
+    assert empty.values.shape == (0, 3) and empty.cu_seqlens.tolist() == [0, 0]
+    assert fc.greedy_segments(torch.zeros(2, 0, 3), 0.5).starts.numel() == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: fc.bipartite_merge(x, 0.5), "rate must be at least 1, got 0.5"),
+        (lambda x: fc.bipartite_merge(x, 2.0, window=-1), "window must not be negative, got -1"),
+        (lambda x: fc.bipartite_merge(x, 2.0, keys=x[:2]), "keys must have shape [4, 'K'], got [2, 3]"),
+        (lambda x: fc.bipartite_merge(x, 2.0, size=torch.ones(3)), "size must have shape [4], a value a row, got [3]"),
+        (lambda x: fc.greedy_segments(x, 0.5, max_len=0), "max_len must be at least 1, got 0"),
+        (lambda x: fc.greedy_segments(x, 0.5, cu_seqlens=torch.tensor([0, 9])), "cu_seqlens"),
+    ],
+)
+def test_bad_input(call, message: str):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        call(torch.randn(4, 3))

@@ -116,6 +116,7 @@ _SETTINGS: tuple[tuple[str, type, str], ...] = (
     ("rule", str, "compression: none, uniform:3, local-max, ...; default: the model's"),
     ("reduce", str, "what a segment becomes: mean, first, max, ...; default: the model's"),
     ("keys", str, "what distances are taken between: frames, or ctc; default: the model's"),
+    ("boundary_ratio", float, "frames a token that learned boundaries aim at, in place of a rule"),
     ("lora_rank", int, "of LoRA on the decoder; 0: train all of it (default)"),
     ("lora_alpha", float, "of LoRA (default 32)"),
     ("lora_dropout", float, "of LoRA (default 0)"),

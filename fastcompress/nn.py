@@ -88,9 +88,13 @@ class LearnedBoundary(torch.nn.Module):
         self.ratio, self.reduce = ratio, reduce
         self.query = torch.nn.Linear(width, width, bias=False)
         self.key = torch.nn.Linear(width, width, bias=False)
+        self.loss: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The identity, twice."""
         for projection in (self.query, self.key):
             torch.nn.init.eye_(projection.weight)
-        self.loss: Tensor | None = None
 
     def probability(self, x: Tensor) -> Tensor:
         """``p`` of rows ``[N, D]`` of one sequence, ``[N]``."""

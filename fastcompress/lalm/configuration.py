@@ -7,7 +7,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from fastcompress.ops.segment_reduce import REDUCTIONS
-from fastcompress.rules import Rule
+from fastcompress.rules import LabelChange, Rule
 
 #: How audio that is shorter than a window of its encoder is padded.
 PADDINGS = ("window", "longest")
@@ -22,6 +22,10 @@ class FastCompressConfig(PreTrainedConfig):
         audio_config: of the speech encoder, a configuration of transformers or its dict; ``None``: Whisper's.
         text_config: of the decoder likewise; ``None``: Qwen2's.
         rule: text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame of the encoder is kept.
+            ``label-change`` takes the most likely unit of the CTC head.
+        boundary_ratio: frames a token that :class:`fastcompress.nn.LearnedBoundary` aims at, in place of a rule;
+            ``None``: nothing is learned.
+        boundary_weight: of its loss.
         reduce: what a segment becomes, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
         keys: between what the rule takes distances: ``"frames"`` of the encoder, or ``"ctc"``, the CTC head's
             probabilities of them.
@@ -54,6 +58,8 @@ class FastCompressConfig(PreTrainedConfig):
         audio_padding: str = "window",
         ctc_tokens: list[str] | None = None,
         ctc_weight: float = 1.0,
+        boundary_ratio: float | None = None,
+        boundary_weight: float = 0.1,
         **kwargs: Any,
     ) -> None:
         self.audio_config = _as_config("audio_config", audio_config, "whisper")
@@ -71,6 +77,12 @@ class FastCompressConfig(PreTrainedConfig):
             raise ValueError("ctc_tokens must hold at least one unit, got none")
         if keys == "ctc" and not ctc_tokens:
             raise ValueError("keys 'ctc' need ctc_tokens")
+        if boundary_ratio is not None and rule is not None:
+            raise ValueError(f"boundary_ratio excludes a rule, got {boundary_ratio} and {rule!r}")
+        if rule is not None and isinstance(Rule.from_string(rule), LabelChange) and not ctc_tokens:
+            raise ValueError(f"rule {rule!r} needs ctc_tokens")
+        self.boundary_ratio = boundary_ratio
+        self.boundary_weight = boundary_weight
         self.rule = rule
         self.reduce = reduce
         self.keys = keys

@@ -33,7 +33,7 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     """
     from peft import LoraConfig, get_peft_model
 
-    saved = ["projector"]
+    saved = ["projector"] + ([] if model.boundary is None else ["boundary"])
     if model.config.train_encoder:
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
     config = LoraConfig(

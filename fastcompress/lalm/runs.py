@@ -50,6 +50,7 @@ class RunSettings:
             with random weights, for the data.
         rule: of the compression; ``"none"``: every frame; ``None``: the model's.
         reduce, keys: of the compression, as in :class:`FastCompressConfig`; ``None``: the model's.
+        boundary_ratio: frames a token that learned boundaries aim at, in place of a rule; ``None``: none are learned.
         lora_rank: of LoRA on the decoder, whose own weights, and the encoder's, are then frozen; 0: no LoRA.
         lora_alpha, lora_dropout: of LoRA.
         train_encoder: whether the encoder is trained; ``None``: only without LoRA and pretrained parts.
@@ -68,6 +69,7 @@ class RunSettings:
     rule: str | None = None
     reduce: str | None = None
     keys: str | None = None
+    boundary_ratio: float | None = None
     lora_rank: int = 0
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -87,6 +89,11 @@ class RunSettings:
             raise RunError("encode_once excludes augment: what is encoded once is the same each time")
         if self.lora_rank < 0:
             raise RunError(f"lora_rank must not be negative, got {self.lora_rank}")
+        if self.boundary_ratio is not None:
+            if not self.boundary_ratio > 1:
+                raise RunError(f"boundary_ratio must be more than 1, got {self.boundary_ratio}")
+            if self.rule not in (None, "none"):
+                raise RunError(f"boundary_ratio excludes a rule, got {self.boundary_ratio} and {self.rule!r}")
         if self.rule not in (None, "none"):
             try:
                 Rule.from_string(self.rule)
@@ -152,6 +159,9 @@ def build_model(
         model, processor = build_small(utterances, seed=settings.training.seed)
         base = {}
     set_compression(model, settings.rule, settings.reduce, settings.keys)
+    if settings.boundary_ratio is not None:
+        torch.manual_seed(settings.training.seed)
+        model.learn_boundaries(settings.boundary_ratio)
     encoder = settings.train_encoder
     if encoder is None:
         encoder = model.config.train_encoder and not settings.lora_rank
@@ -196,6 +206,8 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
     except ValueError as error:
         raise RunError(str(error)) from error
     config.reduce, config.keys = checked.reduce, checked.keys
+    if unwrap(model).boundary is not None:
+        unwrap(model).boundary.reduce = config.reduce
 
 
 def load_model(
@@ -246,6 +258,8 @@ def _load_adapter(path: Path) -> Any:
         model, _ = _from_parts(base["audio_model"], base["text_model"])
     config = FastCompressConfig.from_pretrained(path)
     set_compression(model, config.rule or "none", config.reduce, config.keys)
+    if config.boundary_ratio is not None and model.boundary is None:
+        model.learn_boundaries(config.boundary_ratio)
     model.train_encoder(config.train_encoder)
     return PeftModel.from_pretrained(model, str(path))
 

@@ -1,0 +1,114 @@
+"""The reference audio LLM with boundaries that are learned, and with the CTC head's labels as boundaries."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+import fastcompress as fc  # noqa: E402
+from fastcompress.lalm import (  # noqa: E402
+    FastCompressConfig,
+    FastCompressForConditionalGeneration,
+    logs,  # noqa: E402
+)
+from fastcompress.lalm.examples import Examples  # noqa: E402
+from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.runs import Run, RunError, RunSettings, load_model, set_compression  # noqa: E402
+from tests.lalm_data import write_tones  # noqa: E402
+from tests.test_lalm_model import batch, build  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+def learned(**options) -> FastCompressForConditionalGeneration:
+    model = build(boundary_ratio=3.0, **options)
+    assert model.boundary is not None
+    torch.manual_seed(1)
+    for p in model.boundary.parameters():  # so that some boundaries are found
+        torch.nn.init.normal_(p, std=0.3)
+    return model
+
+
+def test_learned_boundaries_in_the_model(tmp_path: Path):
+    model = learned()
+    inputs = batch()
+    labels = inputs.pop("labels")
+    frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
+    pooled = model.compress(frames, lengths)
+    direct = model.boundary(frames, lengths=lengths)
+    assert torch.equal(pooled.values, direct.values) and 3 < len(pooled.values) < int(lengths.sum())
+    out = model(**inputs, labels=labels)
+    assert out.num_audio_tokens == len(pooled.values)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * out.boundary_loss)
+    out.loss.backward()
+    assert all(p.grad is not None and p.grad.any() for p in model.boundary.parameters())
+    written = model.generate(**inputs, max_new_tokens=3)
+    model.save_pretrained(tmp_path)
+    again = FastCompressForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert again.config.boundary_ratio == 3.0
+    assert torch.equal(again.boundary.key.weight, model.boundary.key.weight)
+    assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
+    text = {k: v[1:2] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
+    model.zero_grad()
+    model(**text, labels=labels[1:2]).loss.backward()  # without audio they are still in the graph
+    assert all(p.grad is not None for p in model.boundary.parameters())
+
+
+def test_a_new_one_is_the_identity():
+    config = build(boundary_ratio=2.0).config
+    model = FastCompressForConditionalGeneration(config)
+    assert torch.equal(model.boundary.key.weight.detach(), torch.eye(24))
+    with pytest.raises(ValueError, match="it takes no rule, got uniform:3"):
+        model.rule = "uniform:3"
+    with pytest.raises(ValueError, match="boundary_ratio excludes a rule, got 2.0 and 'uniform:3'"):
+        FastCompressConfig(boundary_ratio=2.0, rule="uniform:3")
+    set_compression(model, "none", reduce="first")
+    assert model.boundary.reduce == "first"
+
+
+def test_labels_of_the_ctc_head_as_boundaries():
+    model = build(ctc_tokens=["a", "b", "c"], rule="label-change:blank=0")
+    inputs = {key: value for key, value in batch().items() if key != "labels"}
+    frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
+    labels = model.ctc_head(frames).argmax(-1)
+    wanted = fc.segment_pool(frames, lengths=lengths, rule=fc.LabelChange(blank=0), labels=labels)
+    found = model.compress(frames, lengths)
+    assert torch.equal(found.values, wanted.values) and 0 < len(found.values) < int(lengths.sum())
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 3
+    for make in (lambda: build(rule="label-change"), lambda: setattr(build(), "rule", "label-change")):
+        with pytest.raises(ValueError, match=re.escape("label-change") + ".* needs ctc_tokens"):
+            make()
+
+
+def test_training_from_the_command_s_settings(tmp_path: Path):
+    """From nothing, then LoRA for another model's boundaries: both are found again when the run is loaded."""
+    train = write_tones(tmp_path, 16, texts=2)
+    common = {"train": str(train), "batch_size": 4, "save_every": 0, "log_every": 1, "augment": False}
+    settings = {"boundary_ratio": 2.5, "steps": 4, "accumulate": 2, **common}
+    run = Run(tmp_path / "run", RunSettings.from_flat(settings), say=lambda text: None)
+    run.train()
+    model, processor = load_model(tmp_path / "run")
+    assert model.boundary.ratio == 2.5 and not torch.equal(model.boundary.key.weight, torch.eye(128))
+    rows = logs.read(tmp_path / "run" / "log.csv")
+    assert all(row["loss"] > row["lm_loss"] + row["ctc_loss"] for row in rows)
+    settings = {"rule": "none", "steps": 2, **common}
+    Run(tmp_path / "base", RunSettings.from_flat(settings), say=lambda text: None).train()
+    settings = {"model": str(tmp_path / "base"), "boundary_ratio": 3.0, "lora_rank": 4, "steps": 3, **common}
+    Run(tmp_path / "lora", RunSettings.from_flat(settings), say=lambda text: None).train()
+    tuned, processor = load_model(tmp_path / "lora")
+    inputs = Examples(read_manifest(train), processor).batch([0, 1], targets=False)
+    base = tuned.get_base_model()
+    trained = [p for n, p in base.named_parameters() if "boundary" in n and "modules_to_save" in n]
+    assert len(trained) == 2 and not torch.equal(trained[0], torch.eye(128))
+    assert tuned.generate(**inputs, max_new_tokens=3).shape[0] == 2
+    for wrong, text in (
+        ({"boundary_ratio": 1.0}, "boundary_ratio must be more than 1, got 1.0"),
+        ({"boundary_ratio": 2.0, "rule": "local-max"}, "boundary_ratio excludes a rule, got 2.0 and 'local-max'"),
+    ):
+        with pytest.raises(RunError, match=re.escape(text)):
+            RunSettings.from_flat(wrong | common)

@@ -74,18 +74,19 @@ class LearnedBoundary(torch.nn.Module):
         width: of the frames.
         ratio: frames a token that are aimed at.
         reduce: ``"mean"``, or ``"first"`` as in H-Net; as in :func:`fastcompress.segment_reduce`.
+        loss_weight: of ``loss`` in training, which is the caller's to add; kept here for those who do.
 
     Attributes:
         loss: :func:`ratio_loss` of the last call; ``None`` before it.
     """
 
-    def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean") -> None:
+    def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean", loss_weight: float = 0.1) -> None:
         super().__init__()
         if not ratio > 1:
             raise ValueError(f"ratio must be more than 1, got {ratio}")
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-        self.ratio, self.reduce = ratio, reduce
+        self.ratio, self.reduce, self.loss_weight = ratio, reduce, loss_weight
         self.query = torch.nn.Linear(width, width, bias=False)
         self.key = torch.nn.Linear(width, width, bias=False)
         self.loss: Tensor | None = None

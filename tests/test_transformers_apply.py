@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import pickle
 import re
 import threading
 
@@ -126,6 +127,53 @@ def test_copies_are_their_own():
         revert(other)
         assert torch.equal(model(**inputs).loss, loss)
     assert not hasattr(other, "audio_compressor") and hasattr(model, "audio_compressor")
+
+
+def test_pickles_are_refused():
+    """Methods would come back as the stock ones, and the model without compression."""
+    model = make("qwen2_audio")
+    apply_to(model, "uniform:3")
+    with pytest.raises(pickle.PicklingError, match="a compressed model cannot be pickled: revert it first"):
+        pickle.dumps(model)
+    revert(model)
+    assert len(pickle.dumps(model)) > 1000
+
+
+def test_another_attention_is_not_packed_through():
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    apply_to(model, "uniform:3")
+    with torch.no_grad():
+        loss = model(**inputs).loss
+        model.set_attn_implementation("sdpa")
+        assert abs(model(**inputs).loss - loss) <= 1e-9
+
+
+def test_compiled_models_run():
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    apply_to(model, "uniform:3")
+    with torch.no_grad():
+        assert torch.equal(torch.compile(model, backend="eager")(**inputs).loss, model(**inputs).loss)
+
+
+def test_a_compressor_s_own_loss_is_added():
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    module = fc.nn.LearnedBoundary(32, 3.0, loss_weight=0.5).double()
+    apply_to(model, module)
+    with torch.no_grad():
+        for p in module.parameters():
+            torch.nn.init.normal_(p)
+    out = model(**inputs)
+    told = out.compressed.labels[out.compressed.labels != -100]
+    lm = nn.functional.cross_entropy(out.logits[0], told)
+    torch.testing.assert_close(out.loss, lm + 0.5 * module.loss)
+    out.loss.backward()
+    assert module.key.weight.grad.abs().sum() > 0
+    text = batch("qwen2_audio", model, (None, None), labels=True)
+    stale = model(**text).loss  # the loss of an earlier batch is not this one's
+    assert abs(stale - model(**text, num_items_in_batch=8).loss) <= 1e-9
 
 
 def test_methods_that_others_replaced_are_kept():

@@ -10,7 +10,9 @@ from __future__ import annotations
 import contextlib
 import contextvars
 import copy
+import dataclasses
 import inspect
+import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +23,7 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import fastcompress as fc
+from fastcompress import attention
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.packing import row_groups
@@ -52,6 +55,13 @@ class Settings:
     pack: bool
     before_projector: bool
     attention: str | None = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
+        return dataclasses.replace(self)
+
+    def __reduce__(self) -> Any:
+        # Methods of an object are pickled by their names, and would come back as the stock ones without a word.
+        raise pickle.PicklingError("a compressed model cannot be pickled: revert it first, or use save_pretrained")
 
 
 @dataclass
@@ -127,7 +137,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mask = arguments.get("attention_mask")
     # Where there was none the last column still is what comes next.
     side = "right" if mask is not None and not bool(mask[:, -1].all()) else "left"
-    call = Call(self, settings, dict(arguments), settings.pack and arguments.get("use_cache") is not True, side)
+    packed = settings.pack and _keeps_apart(self) and arguments.get("use_cache") is not True
+    call = Call(self, settings, dict(arguments), packed, side)
     as_tuple = not (self.config.return_dict if arguments.get("return_dict") is None else arguments["return_dict"])
     num_items = arguments.pop("num_items_in_batch", None)
     if labels is not None:
@@ -138,11 +149,20 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     loss = None
     if labels is not None:
         loss = _loss(call, out.logits, num_items)
+        own = getattr(self.audio_compressor, "loss", None)
+        if has_audio and own is not None:
+            loss = loss + self.audio_compressor.loss_weight * own.to(loss.device)
         if not has_audio and torch.is_grad_enabled():
             loss = loss + _unused(self)
     found = type(out)(**{"loss": loss} | {name: value for name, value in out.items() if name != "loss"})
     found.compressed = call.inputs
     return found.to_tuple() if as_tuple else found
+
+
+def _keeps_apart(model: Any) -> bool:
+    """Whether the decoder's attention is told where samples begin: not if another was set since."""
+    implementation = model.model.language_model.config._attn_implementation or ""
+    return implementation == attention.NAME or implementation.startswith("flash")
 
 
 def _has_audio(model: Any, arguments: Mapping[str, Any]) -> bool:

@@ -12,6 +12,8 @@ import types
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 #: Of an object: what its methods were before, by name; ``None``: the class's.
 _BEFORE = "_fastcompress_before"
 
@@ -25,6 +27,7 @@ def replace(target: Any, name: str, function: Callable[..., Any], like: Callable
     current = getattr(target, name)
     before[name] = target.__dict__.get(name)  # set by others, such as accelerate
 
+    @torch.compiler.disable  # it looks at signatures and at values, and dynamo would find it again in its own original
     @functools.wraps(current)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)

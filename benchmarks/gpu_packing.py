@@ -135,28 +135,39 @@ def measure_prefill(run: Run, dry: bool) -> None:
     except (RuntimeError, ImportError) as error:  # memory, or another version of transformers
         run.skipped.append(f"prefill: {type(error).__name__}: {error}".splitlines()[0])
         return
+    name = f"prefill, {size.layers} layers x {size.width}, {size.count} x {size.seconds} s"
+    before: tuple[str, list[float], int | None] | None = (
+        None  # of the stock model, the first: beside each of the others
+    )
     for form in prefill.FORMS:
-        name = f"prefill, {size.layers} layers x {size.width}, {size.count} x {size.seconds} s"
         if time.monotonic() > run.deadline:
             run.skipped.append(f"{form}, {name}: out of time")
             continue
         try:
             model = prefill.compressed(stock, form)
             tokens, cache = prefill.check(form, model, stock, inputs, HALF_ERROR)
-            peak = None
-            if run.device.type == "cuda":
-                before = torch.cuda.memory_allocated(run.device)
-                torch.cuda.reset_peak_memory_stats(run.device)
-                prefill.first_word(model, inputs)
-                peak = torch.cuda.max_memory_allocated(run.device) - before
-            seconds = sorted(
-                wall(lambda: prefill.first_word(model, inputs), run.flush, run.device) for _ in range(min(run.reps, 10))  # noqa: B023
-            )
-        except Exception as error:
+            seconds, peak = _time_prefill(run, model, inputs)
+        except Exception as error:  # our own failing is an error
             text = f"{form}, {name}: {type(error).__name__}: {error}".splitlines()[0]
             (run.skipped if form == prefill.STOCK else run.wrong).append(text)
             continue
-        group = "eager" if form == prefill.STOCK else "cuda"
-        case = f"{name}, {tokens} tokens, cache {cache / 1e6:.1f} MB"
-        run.add(case, dtype, FORWARD, form, group, ("wall", seconds), 0, None, peak)
+        contender = f"{form}, {tokens} tokens, cache of {cache / 1e6:.1f} MB"
+        if form == prefill.STOCK:
+            before = contender, seconds, peak
+            continue
+        run.add(f"{name}, {form}", dtype, FORWARD, contender, "cuda", ("wall", seconds), 0, None, peak)
+        if before is not None:
+            run.add(f"{name}, {form}", dtype, FORWARD, before[0], "eager", ("wall", before[1]), 0, None, before[2])
     print("measured: prefill", flush=True)
+
+
+def _time_prefill(run: Run, model: Any, inputs: dict[str, Tensor]) -> tuple[list[float], int | None]:
+    """Seconds of each repetition in order, and bytes that one allocates at most."""
+    peak = None
+    if run.device.type == "cuda":
+        before = torch.cuda.memory_allocated(run.device)
+        torch.cuda.reset_peak_memory_stats(run.device)
+        prefill.first_word(model, inputs)
+        peak = torch.cuda.max_memory_allocated(run.device) - before
+    reps = range(min(run.reps, 10))
+    return sorted(wall(lambda: prefill.first_word(model, inputs), run.flush, run.device) for _ in reps), peak

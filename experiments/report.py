@@ -32,7 +32,8 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[di
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: word error rates, mean and standard deviation over the seeds."""
+    """Markdown: word error rates, mean and standard deviation over the seeds; of the first test set the 95 % interval
+    over its utterances as well, as the seeds have it on average, and the share of utterances without an error."""
     sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -40,10 +41,11 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         seeds = sorted({row["seed"] for row in of_task})
         words = of_task[0]["scores"]["test"]["words"]
         lines += [
-            f"**{task}**: {len(seeds)} seeds, {words} words in each test set; WER in %, mean ± deviation of the seeds",
+            f"**{task}**: {len(seeds)} seeds, {words} words in each test set; WER in %, mean ± deviation of the seeds "
+            "[95 % of the utterances]",
             "",
         ]
-        heads = ["", "", "tokens/s", "ratio", *(HEADS[name] for name in sets), "prefill ms"]
+        heads = ["", "", "tokens/s", "ratio", *(HEADS[name] for name in sets), "exact %", "prefill ms"]
         lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
         for stage, title in STAGES.items():
             for (_, s, compression), same in groups(of_task).items():
@@ -55,8 +57,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                 ]
                 for name in sets:
                     mean, deviation = spread([row["scores"][name]["wer"] for row in same])
-                    cells.append(f"{mean:.1f} ± {deviation:.1f}")
-                cells.append(_mean(same, "test", "prefill_ms", 1))
+                    interval = f" [{_mean(same, name, 'wer_low', 1)}, {_mean(same, name, 'wer_high', 1)}]"
+                    cells.append(f"{mean:.1f} ± {deviation:.1f}{interval if name == 'test' else ''}")
+                cells += [_mean(same, "test", "exact", 1), _mean(same, "test", "prefill_ms", 1)]
                 lines.append(f"| {' | '.join(cells)} |")
         lines.append("")
     return "\n".join(lines)

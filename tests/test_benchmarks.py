@@ -254,7 +254,7 @@ def test_json(tmp_path: Path):
     document = json.loads(path.read_text())
     assert set(document) == {
         "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "packing",
-        "decoder", "targets",
+        "decoder", "prefill", "targets",
     }  # fmt: skip
     assert {"cpu", "cores", "caches", "memory", "transparent_hugepages"} <= set(document["machine"])
     assert document["versions"]["torch"] == torch.__version__

@@ -40,11 +40,11 @@ def test_dry_run():
         assert any(line.startswith(f"{step} ") and line.endswith("passed") for line in done.stdout.splitlines()), step
     document = json.loads(benchmark.read_text())
     assert document["wrong"] == document["skipped"] == []
-    # Pooling in two types, packing, a decoder; each forward and backward.
+    # Pooling in two types, packing, a decoder; each forward and backward. Prefill by three rules.
     kinds = [row["case"].split()[0].strip(",") for row in document["summary"]]
-    assert kinds == ["pack"] * 2 + ["2"] * 4 + ["decoder"] * 2
+    assert kinds == ["pack"] * 2 + ["2"] * 4 + ["decoder"] * 2 + ["prefill"] * 3
     assert {"eager", "compile", "max-autotune"} <= set(document["summary"][2]["multiples"])
-    assert done.stdout.rstrip().splitlines()[-1].startswith("decoder")  # the table comes last
+    assert done.stdout.rstrip().splitlines()[-1].startswith("prefill")  # the table comes last
 
 
 def test_the_real_steps_name_what_is_there(monkeypatch: pytest.MonkeyPatch):

@@ -336,3 +336,112 @@ def test_the_table_names_every_family():
     text = integration.table()
     for kind in (*FAMILIES, *REFUSED):
         assert kind in text
+
+
+# What would otherwise be wrong without a word
+
+
+def test_subclasses_and_new_compressors_are_asked():
+    class Learned(fc.nn.SegmentPool):
+        def __init__(self) -> None:
+            super().__init__("uniform:2")
+            self.linear = nn.Linear(32, 32).double()
+
+        def forward(self, rows: torch.Tensor, **layout) -> fc.Pooled:
+            return super().forward(self.linear(rows), **layout)
+
+    model = make("audioflamingo3")
+    inputs = batch("audioflamingo3", model, labels=True)
+    compressor = Learned()
+    apply_to(model, compressor)
+    model(**inputs).loss.backward()
+    assert compressor.linear.weight.grad.abs().sum() > 0
+    revert(model)
+    apply_to(model, "uniform:3")
+    rows = len(model(**inputs).compressed.source)
+    model.audio_compressor = fc.nn.SegmentPool("uniform:10")
+    assert len(model(**inputs).compressed.source) < rows
+    with pytest.raises(NotImplementedError, match="label-change needs labels"):
+        apply_to(make("glmasr"), "label-change")
+
+
+@pytest.mark.parametrize("name", ["audioflamingo3", "voxtral", "qwen2_5_omni_thinker", "granite_speech"])
+def test_a_missing_mask_is_inferred_as_ever(name):
+    model = make(name)
+    model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
+    inputs = batch(name, model)
+    assert not inputs.pop("attention_mask").all()
+    stock = model.generate(**inputs, **GREEDY)
+    apply_to(model, "uniform:1")
+    assert torch.equal(model.generate(**inputs, **GREEDY), stock)
+
+
+def test_caches():
+    model = make("audioflamingo3")
+    inputs = audio_llms.one("audioflamingo3", batch("audioflamingo3", model), 0)
+    apply_to(model, "uniform:3")
+    with torch.no_grad():
+        cache = transformers.DynamicCache()
+        out = model(**inputs, cache=cache)
+        assert cache.get_seq_length() == out.logits.shape[1]
+        with pytest.raises(NotImplementedError, match="cannot follow earlier rows of a cache"):
+            model(**inputs, cache=cache)
+        written = model.generate(**inputs, **GREEDY, return_dict_in_generate=True)
+        kept = written.get("cache") if written.get("cache") is not None else written.past_key_values
+        with pytest.raises(NotImplementedError, match="cannot go on from the cache of a compressed prompt by ids"):
+            model.generate(written.sequences, cache=kept, **GREEDY)
+    with pytest.raises(NotImplementedError, match="needs input_ids, which say where it is"):
+        model(inputs_embeds=torch.zeros(1, 4, 32).double(), input_features=inputs["input_features"])
+    prefixed = peft_prefix(model)
+    with pytest.raises(NotImplementedError, match="or of prefix tuning"):
+        prefixed(**inputs)
+
+
+def peft_prefix(model: nn.Module) -> nn.Module:
+    peft = pytest.importorskip("peft")
+    config = peft.PrefixTuningConfig(
+        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=16, num_attention_heads=2,
+        num_transformer_submodules=1,
+    )  # fmt: skip
+    return peft.get_peft_model(model, config)
+
+
+def test_methods_that_are_replaced_afterwards():
+    model = make("audioflamingo3")
+    inputs = batch("audioflamingo3", model)
+    apply_to(model, "uniform:3")
+    decoder = model.model.language_model
+    ours = decoder.forward
+    decoder.forward = type(decoder).forward.__get__(decoder)
+    with pytest.raises(RuntimeError, match="forward of language_model was replaced after apply_to"):
+        model(**inputs)
+    with pytest.raises(RuntimeError, match="forward of Qwen2Model was replaced after apply_to"):
+        revert(model)
+    decoder.forward = ours
+    assert model(**inputs).compressed is not None
+
+
+def test_nothing_left_to_generate_from():
+    model = make("audioflamingo3")
+    inputs = batch("audioflamingo3", model, (20, 9))
+    is_audio = inputs["input_ids"] == audio_llms.AUDIO
+    inputs["attention_mask"] = torch.where(
+        torch.tensor([[True], [False]]), is_audio, inputs["attention_mask"] > 0
+    ).long()
+    apply_to(model, "uniform:size=100,tail=drop")
+    with pytest.raises(ValueError, match="nothing is left of sample 0: SegmentPool"):
+        model.generate(**inputs, **GREEDY)
+
+
+def test_compressed_prompt():
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model)
+    with pytest.raises(ValueError, match="model must be compressed in dynamic mode, got a Qwen2AudioFor"):
+        integration.compressed_prompt(model, **inputs)
+    apply_to(model, "uniform:3")
+    packed = integration.compressed_prompt(model, **inputs)
+    assert packed.cu_seqlens.tolist() == model(**inputs).compressed.cu_seqlens.tolist()
+    with pytest.raises(ValueError, match="inputs must have input_ids"):
+        integration.compressed_prompt(model)
+    with pytest.raises(NotImplementedError, match="the router's loss weighs rows"):
+        model(**inputs, output_router_logits=True)

@@ -167,3 +167,23 @@ def test_everything_of_the_prompt_is_shortened():
     assert found["mm_token_type_ids"].tolist() == [[0, 3, 3, 0, 3, 0], [0, 3, 3, 0, 0, 0]]
     assert found["input_features"] is inputs["input_features"]
     assert processor.count(25) == 13 and processor.count(60) == 13 + 13 + 5  # windows of 25
+
+
+def test_transcription_requests():
+    model, stock = audio_llms.make("audioflamingo3"), audio_llms.processor("audioflamingo3")
+    apply_to(model, "uniform:3", "budget")
+    processor = BudgetProcessor(stock, model)
+    samples = np.random.default_rng(0).standard_normal(9000).astype(np.float32)
+    before, after = (p.apply_transcription_request(samples) for p in (stock, processor))
+    rows = int((before["input_ids"] == audio_llms.AUDIO).sum())
+    assert int((after["input_ids"] == audio_llms.AUDIO).sum()) == -(-rows // 3)
+    assert model.generate(**after, **GREEDY).shape[1] == after["input_ids"].shape[1] + 6
+
+
+def test_batches_that_qwen2_audio_would_expand():
+    """With one placeholder an audio it takes a prompt for one of its older processors."""
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    apply_to(model, "uniform:100", "budget")
+    with pytest.raises(NotImplementedError, match="needs an audio of two tokens or more in each batch, got .1, 1, 1"):
+        model(**BudgetProcessor(Nothing(), model).shorten(inputs))

@@ -92,6 +92,30 @@ def test_adapters(name, first, tmp_path):
         assert abs(merged(**inputs).loss - loss) <= 1e-9
 
 
+@pytest.mark.parametrize("first", ["peft", "compression"])
+@pytest.mark.parametrize("name", ["audioflamingo3", "voxtral"])
+def test_adapters_with_the_projector_pool_before_it(name, first):
+    """Where peft has put a copy in the place of the projector, and where it has merged it again."""
+    model = make(name)
+    inputs = batch(name, model)
+    with torch.no_grad():
+        apply_to(model, "uniform:3", before_projector=True)
+        wanted = model(**inputs).logits
+        revert(model)
+        apply_to(model, "uniform:3")
+        assert (model(**inputs).logits - wanted).abs().max() > 0.1  # which is another thing
+        revert(model)
+        config = peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])  # B is 0
+        if first == "compression":
+            apply_to(model, "uniform:3", before_projector=True)
+            tuned = peft.get_peft_model(model, config)
+        else:
+            tuned = apply_to(peft.get_peft_model(model, config), "uniform:3", before_projector=True)
+        assert (tuned(**inputs).logits - wanted).abs().max() <= 1e-9
+        merged = tuned.merge_and_unload()
+        assert (merged(**inputs).logits - wanted).abs().max() <= 1e-9
+
+
 class Rows(torch.utils.data.Dataset):
     """Samples of a batch, one by one."""
 

@@ -26,7 +26,7 @@ from fastcompress.integrations.transformers.families import (
     table,
 )
 from fastcompress.nn import SegmentPool
-from fastcompress.rules import Rule, as_rule
+from fastcompress.rules import LabelChange, Rule, as_rule
 
 __all__ = [
     "FAMILIES", "REFUSED", "TESTED", "BudgetProcessor", "apply_to", "compressed_prompt", "load_compressor", "revert",
@@ -80,11 +80,11 @@ def apply_to(
         raise ValueError(f"this {kind} is compressed already, by {base.audio_compressor}: revert it first")
     if mode == "budget" and pack:
         raise ValueError("pack is of the dynamic mode: in budget mode forward stays stock")
-    rule, module = _compressor(compressor)
+    module = _compressor(compressor)
     if before_projector and (mode == "budget" or family.why_not_before):
         why = family.why_not_before or "in budget mode what the projector gives is pooled"
         raise NotImplementedError(f"{kind} cannot be compressed before its projector: {why}")
-    settings = Settings(family, mode, rule, mode == "dynamic" if pack is None else pack, before_projector)
+    settings = Settings(family, mode, mode == "dynamic" if pack is None else pack, before_projector)
     if mode == "budget":
         budget.check(kind, family, module)
     elif settings.pack:
@@ -147,16 +147,14 @@ def _base(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def _compressor(compressor: Any) -> tuple[Rule | None, nn.Module]:
-    """The rule, if a rule in the pass that packs is all there is to do, and the module."""
+def _compressor(compressor: Any) -> nn.Module:
     if not isinstance(compressor, nn.Module):
-        rule = as_rule(compressor)
-        return rule, SegmentPool(rule)
-    if not isinstance(compressor, SegmentPool):
-        return None, compressor
-    if not compressor.compact:
+        compressor = SegmentPool(as_rule(compressor))
+    if type(compressor) is SegmentPool and isinstance(compressor.rule, LabelChange):
+        raise NotImplementedError("label-change needs labels, which a stock model does not have: give a module")
+    if isinstance(compressor, SegmentPool) and not compressor.compact:
         raise ValueError("compressor must have compact=True: a decoder has no use for rows of an upper bound")
-    return (compressor.rule if compressor.reduce == "mean" else None), compressor
+    return compressor
 
 
 def _prepare(decoder: Any) -> str | None:

@@ -31,7 +31,7 @@ def check(kind: str, family: Family, compressor: nn.Module) -> None:
     """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
-    if not (isinstance(compressor, SegmentPool) and isinstance(compressor.rule, (Uniform, TopK))):
+    if not (type(compressor) is SegmentPool and isinstance(compressor.rule, (Uniform, TopK))):
         raise NotImplementedError(
             "budget mode needs a rule whose tokens are a function of the length, uniform:N or top-k, got "
             f"{compressor}: the dynamic mode takes any"
@@ -55,9 +55,8 @@ def install(model: Any) -> None:
 def uninstall(model: Any) -> None:
     """Puts them back."""
     core = model.model
-    for target in (core, getattr(core, "audio_tower", None), getattr(core, "multi_modal_projector", None)):
-        if target is not None:
-            patches.restore(target)
+    parts = (core, getattr(core, "audio_tower", None), getattr(core, "multi_modal_projector", None))
+    patches.restore(*(part for part in parts if part is not None))
 
 
 def _features(family: Family, pool: SegmentPool) -> Callable[..., Any]:
@@ -87,7 +86,13 @@ def _lengths(pool: SegmentPool) -> Callable[..., Any]:
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
         _LENGTHS.set(rows)
-        return frames, pool.rule.num_segments(rows)
+        counts = pool.rule.num_segments(rows)
+        if not bool((counts > 1).any()):  # it would take such a batch for one whose placeholders it is to expand
+            raise NotImplementedError(
+                "Qwen2-Audio in budget mode needs an audio of two tokens or more in each batch, got "
+                f"{counts.tolist()}: the dynamic mode takes any"
+            )
+        return frames, counts
 
     return _get_feat_extract_output_lengths
 
@@ -132,6 +137,10 @@ class BudgetProcessor:
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
         out = self.processor.apply_chat_template(*args, **kwargs)
+        return self.shorten(out) if isinstance(out, Mapping) else out
+
+    def apply_transcription_request(self, *args: Any, **kwargs: Any) -> Any:
+        out = self.processor.apply_transcription_request(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 
     def count(self, length: int) -> int:

@@ -26,8 +26,8 @@ import fastcompress as fc
 from fastcompress import attention
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
+from fastcompress.nn import SegmentPool
 from fastcompress.packing import row_groups
-from fastcompress.rules import Rule
 from fastcompress.segments import Pooled
 
 #: Names of a cache of earlier rows; the second since transformers 5.24.
@@ -43,7 +43,6 @@ class Settings:
     Attributes:
         family: of the model.
         mode: ``"dynamic"`` or ``"budget"``.
-        rule: of the compression, in the pass that packs; ``None``: the model's ``audio_compressor`` does it.
         pack: run without padding where nothing is generated.
         before_projector: pool what the projector is given.
         attention: implementation that the decoder had before, if it was changed.
@@ -51,7 +50,6 @@ class Settings:
 
     family: Family
     mode: str
-    rule: Rule | None
     pack: bool
     before_projector: bool
     attention: str | None = None
@@ -109,14 +107,22 @@ def install(model: Any) -> None:
         like = GenerationMixin.prepare_inputs_for_generation.__get__(model)  # which `generate` asks for embeddings
         patches.replace(model, "prepare_inputs_for_generation", _prepare_inputs, like)
     if model.fastcompress_settings.before_projector:
-        patches.replace(model.model.multi_modal_projector, "forward", _project)
+        for projector in _projectors(model):
+            patches.replace(projector, "forward", _project)
 
 
 def uninstall(model: Any) -> None:
     """Puts them back."""
-    for target in (model, model.model.language_model, getattr(model.model, "multi_modal_projector", None)):
-        if target is not None:
-            patches.restore(target)
+    projector = getattr(model.model, "multi_modal_projector", None)
+    patches.restore(model, model.model.language_model, *([] if projector is None else projector.modules()))
+
+
+def _projectors(model: Any) -> list[Any]:
+    """The projector, or what peft has in its place: the stock one, and a copy for each adapter."""
+    projector = model.model.multi_modal_projector
+    if not hasattr(projector, "modules_to_save"):
+        return [projector]
+    return [projector.original_module, *projector.modules_to_save.values()]
 
 
 def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -130,6 +136,12 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     arguments = patches.named(stock, args, kwargs)
     labels, ids = arguments.get("labels"), arguments.get("input_ids")
     has_audio = _has_audio(self, arguments)
+    if has_audio and (ids is None or _cache_length(arguments)):
+        raise NotImplementedError(
+            "compressed audio needs input_ids, which say where it is"
+            if ids is None
+            else "compressed audio cannot follow earlier rows of a cache, or of prefix tuning: give all of the prompt"
+        )
     if ids is None or _cache_length(arguments) or not (has_audio or labels is not None):
         return stock(*args, **kwargs)
     settings: Settings = self.fastcompress_settings
@@ -137,7 +149,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     mask = arguments.get("attention_mask")
     # Where there was none the last column still is what comes next.
     side = "right" if mask is not None and not bool(mask[:, -1].all()) else "left"
-    packed = settings.pack and _keeps_apart(self) and arguments.get("use_cache") is not True
+    cached = arguments.get("use_cache") is True or any(arguments.get(name) is not None for name in CACHES)
+    packed = settings.pack and _keeps_apart(self) and (labels is not None or not cached)
     call = Call(self, settings, dict(arguments), packed, side)
     as_tuple = not (self.config.return_dict if arguments.get("return_dict") is None else arguments["return_dict"])
     num_items = arguments.pop("num_items_in_batch", None)
@@ -146,6 +159,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments.pop("logits_to_keep", None)  # only rows that say a label reach the head
     with _running(call):
         out = stock(**arguments | {"labels": None, "return_dict": True})
+    if call.inputs is None:
+        raise RuntimeError("forward of language_model was replaced after apply_to, and nothing was compressed")
     loss = None
     if labels is not None:
         loss = _loss(call, out.logits, num_items)
@@ -185,7 +200,9 @@ def _check(model: Any, arguments: Mapping[str, Any]) -> None:
             )
     if arguments.get("inputs_embeds") is not None:
         raise ValueError("inputs_embeds excludes input_ids, which say where the audio is")
-    if arguments.get("position_ids") is not None:
+    if arguments.get("output_router_logits"):
+        raise NotImplementedError("output_router_logits: the router's loss weighs rows that compression drops")
+    if arguments.get("position_ids") is not None and _has_audio(model, arguments):
         raise ValueError("position_ids cannot be given: compression changes them")
     mask, ids = arguments.get("attention_mask"), arguments["input_ids"]
     if mask is not None and mask.shape != ids.shape:
@@ -248,8 +265,11 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
         dropped[is_audio] = ~call.kept.to(merged.device)
         groups = groups.clamp_max(0).masked_fill(dropped, -1)
         return fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
-    if call.settings.rule is not None:
-        return fc.pack(inputs_embeds=merged, row_group=groups, rule=call.settings.rule, labels=labels)
+    if call.settings.before_projector:
+        raise RuntimeError("forward of the projector was replaced after apply_to: nothing was pooled before it")
+    compressor = call.model.audio_compressor
+    if type(compressor) is SegmentPool and compressor.reduce == "mean":  # all there is to do, in the pass that packs
+        return fc.pack(inputs_embeds=merged, row_group=groups, rule=compressor.rule, labels=labels)
     first = groups.clone()
     first[:, 1:] -= groups[:, :-1].clamp_min(0)
     is_audio = groups > 0
@@ -280,7 +300,7 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     """``forward`` of the projector: on pooled rows, put where the first rows of each audio were."""
     stock = patches.original(self, "forward")
     call = _CALL.get()
-    if call is None or call.model.model.multi_modal_projector is not self:
+    if call is None or all(module is not self for module in call.model.model.multi_modal_projector.modules()):
         return stock(rows, *args, **kwargs)
     lengths = call.settings.family.lengths(call.model.model, call.arguments).to(rows.device)  # type: ignore[misc]
     longest = rows.shape[1] if rows.dim() == 3 else int(lengths.max())
@@ -331,12 +351,22 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         arguments["input_ids"] = arguments.pop("inputs")
     ids = arguments.get("input_ids")
     if ids is None or not _has_audio(self, arguments):
+        if ids is not None and _cache_length(arguments) and bool((ids == self.config.audio_token_id).any()):
+            raise NotImplementedError(
+                "generate cannot go on from the cache of a compressed prompt by ids, which are more than its rows: "
+                "give the whole conversation, with its audio"
+            )
         return stock(*args, **kwargs)
+    if arguments.get("attention_mask") is None:
+        arguments["attention_mask"] = _mask(self, arguments, ids)
     _check(self, arguments)
     _check_generation(self, arguments)
     family = self.fastcompress_settings.family
     inputs = _prompt_arguments(self, arguments)
     packed = _capture(self, inputs)
+    lengths = packed.cu_seqlens.diff().tolist()
+    if 0 in lengths:
+        raise ValueError(f"nothing is left of sample {lengths.index(0)}: {self.audio_compressor} dropped all of it")
     embeds, mask = packed.unpack(side="left")
     rest = {
         name: value
@@ -368,8 +398,11 @@ def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
         inputs: of the processor.
 
     Raises:
-        ValueError: ``input_ids`` are missing.
+        ValueError: ``input_ids`` are missing, or the model is not compressed so.
     """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if getattr(getattr(model, "fastcompress_settings", None), "mode", None) != "dynamic":
+        raise ValueError(f"model must be compressed in dynamic mode, got a {type(model).__name__} that is not")
     if inputs.get("input_ids") is None:
         raise ValueError("inputs must have input_ids")
     _check(model, inputs)
@@ -388,6 +421,13 @@ def _capture(model: Any, inputs: dict[str, Any]) -> fc.PackedInputs:
         model.model(**inputs, use_cache=False)
     assert call.inputs is not None
     return call.inputs
+
+
+def _mask(model: Any, arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
+    """As ``generate`` infers it where none is given."""
+    padding, ends = _setting(model, arguments, "pad_token_id"), _setting(model, arguments, "eos_token_id")
+    ends = ends if isinstance(ends, (list, tuple)) else [ends]
+    return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
 
 def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:

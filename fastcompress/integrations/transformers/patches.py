@@ -36,6 +36,7 @@ def replace(target: Any, name: str, function: Callable[..., Any], like: Callable
     signature = inspect.signature(current if like is None else like)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
     method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
+    method.of_fastcompress = True  # type: ignore[attr-defined]
     target.__dict__[name] = types.MethodType(method, target)
 
 
@@ -45,13 +46,26 @@ def original(target: Any, name: str) -> Callable[..., Any]:
     return before if before is not None else getattr(type(target), name).__get__(target)
 
 
-def restore(target: Any) -> None:
-    """Puts back all methods of an object."""
-    for name, before in target.__dict__.pop(_BEFORE, {}).items():
-        if before is None:
-            del target.__dict__[name]
-        else:
-            target.__dict__[name] = before
+def restore(*targets: Any) -> None:
+    """Puts back all methods of objects.
+
+    Raises:
+        RuntimeError: one was replaced again since, by something that would be lost, or would bring ours back; nothing
+            is put back then.
+    """
+    for target in targets:
+        for name in target.__dict__.get(_BEFORE, {}):
+            if not hasattr(getattr(target.__dict__.get(name), "__func__", None), "of_fastcompress"):
+                raise RuntimeError(
+                    f"{name} of {type(target).__name__} was replaced after apply_to, such as by a hook of accelerate: "
+                    "undo that first"
+                )
+    for target in targets:
+        for name, before in target.__dict__.pop(_BEFORE, {}).items():
+            if before is None:
+                del target.__dict__[name]
+            else:
+                target.__dict__[name] = before
 
 
 def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -48,13 +48,16 @@ def test_definition(reduce: str):
         if trained:
             torch.nn.init.normal_(module.query.weight)
         pooled = module(x, cu_seqlens=cu)
-        starts = []
+        starts, probabilities = [], []
         for a, b in zip(cu[:-1].tolist(), cu[1:].tolist(), strict=True):
             for t in range(a, b):
                 q, k = module.query(x[t - 1]), module.key(x[t])
                 p = 1.0 if t == a else float((1 - torch.cosine_similarity(q, k, dim=0)) / 2)
                 starts += [t] if p > 0.5 else []
+                probabilities.append(p)
         assert pooled.segments.starts.tolist() == starts and 4 < len(starts) < 40
+        p = torch.tensor(probabilities)
+        torch.testing.assert_close(module.loss, ratio_loss(p, p > 0.5, 3.0))
         torch.testing.assert_close(pooled.values, fc.segment_reduce(x, pooled.segments, reduce))
         padded = torch.nn.utils.rnn.pad_sequence(x.split([17, 0, 1, 22]), True)
         again = module(padded, lengths=torch.tensor([17, 0, 1, 22]))

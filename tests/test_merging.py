@@ -110,6 +110,13 @@ def test_bipartite_merge(rate: float, window: int | None):
     assert torch.equal(again.values, out.values.detach()) and torch.equal(again.cu_seqlens, out.cu_seqlens)
 
 
+def test_ties_go_to_the_nearer_partner_and_the_earlier_frame():
+    x = torch.arange(8.0)[:, None]
+    for window in (1, 3, 7, None):
+        out = fc.bipartite_merge(x, 8 / 6, window=window, keys=torch.ones(8, 2))
+        assert out.ids.tolist() == [0, 0, 1, 1, 2, 3, 4, 5], window  # 0 into 1 and 2 into 3, not 2 into 1
+
+
 def test_adjacent_merging_is_top_k_over_pairs():
     """A-ToMe: the pairs (0, 1), (2, 3), ... that are most alike become one; and rounds of it."""
     x = features("smooth", 40, 8, torch.float64)

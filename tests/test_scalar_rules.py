@@ -176,6 +176,18 @@ def test_top_k_is_the_merging_of_the_most_similar():
         assert torch.allclose(found.values, wanted, atol=1e-12) and len(wanted) == 50 - r
 
 
+def test_top_k_takes_what_is_no_number_last():
+    d = torch.tensor([torch.nan, -torch.inf, 0.5, torch.nan, -torch.inf, 0.5, 9.0])
+    for count, starts in (
+        (2, [0, 3]),
+        (3, [0, 3, 6]),
+        (4, [0, 2, 3, 6]),
+        (5, [0, 2, 3, 5, 6]),
+        (6, [0, 1, 2, 3, 5, 6]),
+    ):
+        assert fc.select_boundaries(d, fc.TopK(count=count)).starts.tolist() == starts
+
+
 def test_top_k_keeps_its_rate():
     for rate in (1.0, 2.0, 2.5, 3.0, 7.3, 1000.0):
         rule = fc.TopK(rate=rate)

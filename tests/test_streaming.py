@@ -125,6 +125,16 @@ def test_state_stays_small():
         assert torch.equal(pool.flush().values, fc.segment_pool(x, rule=rule).values)
 
 
+def test_what_is_not_decided_is_not_summed():
+    """A block ends among frames that a peak, seen later, takes into the next segment."""
+    for seed in range(40):
+        x = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
+        rule = fc.LocalMax(order=30)
+        values, starts, _ = stream(rule, x, "one by one")
+        whole = fc.segment_pool(x, rule=rule)
+        assert starts == whole.segments.starts.tolist() and torch.equal(values, whole.values)
+
+
 def test_one_stream_after_another():
     pool = fc.StreamingSegmentPool("local-max")
     for seed in range(3):

@@ -10,9 +10,10 @@ import sys
 from typing import Any
 
 from fastcompress.cli_errors import EXIT_OK, UserError
+from fastcompress.cli_lalm import Settings, add_settings
 
 #: Settings of a run (fastcompress.integrations.transformers.finetuning), their types and what they are.
-_SETTINGS: tuple[tuple[str, type, str], ...] = (
+_SETTINGS: Settings = (
     ("model", str, "folder of a stock audio LLM"),
     ("data", str, "manifest to train on"),
     ("out", str, "folder of the run"),
@@ -50,15 +51,7 @@ def add_commands(commands: Any) -> None:
         "projector, to make up for it. `fastcompress info --models` says which models. The folder gets the adapter and "
         "finetune.json. Several GPUs: accelerate launch -m fastcompress finetune ...",
     )
-    for name, kind, text in _SETTINGS:
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            required = name in _REQUIRED
-            parser.add_argument(
-                flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text, required=required
-            )
+    add_settings(parser, _SETTINGS, _REQUIRED)
     parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters and memory; nothing is loaded")
     parser.set_defaults(run=_run_finetune)

@@ -18,6 +18,21 @@ from fastcompress.cli_errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserE
 _TASKS, _DIRECTIONS = ("digits", "numbers", "commands"), ("recognition", "translation")
 
 
+Settings = tuple[tuple[str, type, str], ...]
+"""Names, types and descriptions."""
+
+
+def add_settings(parser: argparse.ArgumentParser, settings: Settings, required: tuple[str, ...] = ()) -> None:
+    """Declares a flag for each; what is not given is ``None``."""
+    for name, kind, text in settings:
+        flag = f"--{name.replace('_', '-')}"
+        if kind is bool:
+            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            metavar = kind.__name__.upper()
+            parser.add_argument(flag, type=kind, default=None, metavar=metavar, help=text, required=name in required)
+
+
 def add_commands(commands: Any) -> None:
     """Declares the four commands."""
     _add_make_data(commands)
@@ -97,17 +112,12 @@ def _add_train(commands: Any) -> None:
     parser.add_argument("--config", type=Path, metavar="FILE", help="settings, as YAML")
     parser.add_argument("--resume", action="store_true", help="go on with the run after its last checkpoint")
     parser.add_argument("--threads", type=int, metavar="N", help="threads of torch")
-    for name, kind, text in _SETTINGS:
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            parser.add_argument(flag, type=kind, default=None, metavar=kind.__name__.upper(), help=text)
+    add_settings(parser, _SETTINGS)
     parser.set_defaults(run=_run_train)
 
 
 #: Settings of a run (fastcompress.lalm.runs), their types and what they are.
-_SETTINGS: tuple[tuple[str, type, str], ...] = (
+_SETTINGS: Settings = (
     ("train", str, "manifest to train on"),
     ("dev", str, "manifest whose loss is logged"),
     ("model", str, "folder of a model to go on from"),

@@ -72,6 +72,12 @@ class Segments:
         return torch.stack([start, start + self.lengths], dim=1).double() / frame_rate
 
 
+def row_segments(starts: Tensor, lengths: Tensor, num_rows: int) -> Segments:
+    """Segments of ``num_rows`` rows, in order, taken as one sequence."""
+    ends = torch.arange(2, dtype=torch.int32, device=starts.device)
+    return Segments(starts, lengths, ends * starts.shape[0], ends * num_rows, num_rows)
+
+
 @dataclass(eq=False)
 class Pooled:
     """Pooled tokens, packed, and the segments they come from.

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.integrate_and_fire import check_firing
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
-from fastcompress.segments import Segments
+from fastcompress.segments import row_segments
 
 BLOCK = 64  # frames of a block of a sum, counted from the segment's first
 
@@ -90,11 +91,7 @@ class StreamingSegmentPool:
         if self._frames is None:
             self._frames = x[:0]
         before = self._frames
-        if x.shape[1] != before.shape[1] or x.dtype != before.dtype or x.device != before.device:
-            raise ValueError(
-                f"x must be [N, {before.shape[1]}], {before.dtype}, on {before.device} like the frames before, got "
-                f"{list(x.shape)}, {x.dtype}, on {x.device}"
-            )
+        _check_like(x, before)
         x = x.detach()
         near = self._measure(x)
         self._frames = torch.cat([before, x])
@@ -208,11 +205,7 @@ class StreamingSegmentPool:
                 total = _add(self._sum, frames[: bounds[0] - self._origin])
                 parts.append((total / lengths[0]).to(frames.dtype)[None])
             if len(bounds) > whole:
-                ends = torch.arange(2, dtype=torch.int32, device=device)
-                segments = Segments(
-                    places[whole:] - self._origin, sizes[whole:], ends * (len(bounds) - whole), ends * len(frames),
-                    len(frames),
-                )  # fmt: skip
+                segments = row_segments(places[whole:] - self._origin, sizes[whole:], len(frames))
                 parts.append(segment_reduce(frames, segments))
             values = torch.cat(parts)
             self._sum, self._start = None, bounds[-1]
@@ -242,10 +235,7 @@ class StreamingIntegrateAndFire:
     """
 
     def __init__(self, beta: float = 1.0, tail: float | None = 0.5) -> None:
-        if not beta > 0:
-            raise ValueError(f"beta must be positive, got {beta}")
-        if tail is not None and not 0 <= tail <= 1:
-            raise ValueError(f"tail must lie in [0, 1], got {tail}")
+        check_firing(beta, tail)
         self.beta, self.tail = beta, tail
         self._reset()
 
@@ -284,11 +274,7 @@ class StreamingIntegrateAndFire:
             self._rows = x[:0].to(self._weighed)
         like, total, rows = self._like, self._total, self._rows
         assert total is not None and rows is not None
-        if x.shape[1] != like.shape[1] or x.dtype != like.dtype or x.device != like.device:
-            raise ValueError(
-                f"x must be [N, {like.shape[1]}], {like.dtype}, on {like.device} like the frames before, got "
-                f"{list(x.shape)}, {x.dtype}, on {x.device}"
-            )
+        _check_like(x, like)
         if not x.shape[0]:
             return x, torch.zeros(0, dtype=torch.int64, device=x.device)
         weight = alpha.detach().double()
@@ -312,9 +298,7 @@ class StreamingIntegrateAndFire:
         ends = torch.searchsorted(right, token[:-1] + 1) + self._seen
         values = like
         if count:
-            ranges = torch.arange(2, dtype=torch.int32, device=x.device)
-            runs = Segments(bounds[:count], bounds[1 : count + 1] - bounds[:count], ranges * count, ranges * len(rows),
-                            len(rows))  # fmt: skip
+            runs = row_segments(bounds[:count], bounds[: count + 1].diff(), len(rows))
             found = segment_reduce(rows, runs, "sum")
             if self._sum is not None:
                 found[0] = _add(self._sum, rows[: int(bounds[1])])
@@ -354,13 +338,19 @@ class StreamingIntegrateAndFire:
         return torch.float64 if self._like.dtype == torch.float64 else torch.float32
 
 
+def _check_like(x: Tensor, before: Tensor) -> None:
+    if x.shape[1] != before.shape[1] or x.dtype != before.dtype or x.device != before.device:
+        raise ValueError(
+            f"x must be [N, {before.shape[1]}], {before.dtype}, on {before.device} like the frames before, got "
+            f"{list(x.shape)}, {x.dtype}, on {x.device}"
+        )
+
+
 def _add(total: Tensor | None, frames: Tensor) -> Tensor | None:
     """A sum with more blocks, each in the order of its frames; the last may be short, or there is none."""
     wide = frames.to(torch.float64 if frames.dtype == torch.float64 else torch.float32)
     starts = torch.arange(0, len(wide), BLOCK, device=wide.device)
     lengths = (len(wide) - starts).clamp_max(BLOCK)
-    ends = torch.arange(2, dtype=torch.int32, device=wide.device)
-    segments = Segments(starts, lengths, ends * len(starts), ends * len(wide), len(wide))
-    for block in segment_reduce(wide, segments, "sum"):
+    for block in segment_reduce(wide, row_segments(starts, lengths, len(wide)), "sum"):
         total = block if total is None else total + block
     return total

@@ -83,7 +83,7 @@ def test_lora_is_on_the_decoder_alone():
         trained = {n for n, p in wrapped.named_parameters() if p.requires_grad}
         assert all("lora_" in name or ".projector.modules_to_save." in name for name in trained)
         assert any("projector" in name for name in trained)
-    assert not re.fullmatch(lora_targets(build()), "audio_tower.layers.0.self_attn.q_proj")
+    assert not re.fullmatch(lora_targets(build().language_model), "audio_tower.layers.0.self_attn.q_proj")
 
 
 def test_lora_with_a_trained_encoder():

@@ -8,12 +8,13 @@ from typing import Any
 from torch import nn
 
 
-def lora_targets(model: Any) -> str:
-    """A pattern of the decoder's linear layers, attention and MLP, and of none of the encoder's of the same names."""
-    head = model.language_model.get_output_embeddings()
+def lora_targets(decoder: Any) -> str:
+    """A pattern of the linear layers, attention and MLP, of a decoder that its model calls ``language_model``, and of
+    none of the encoder's of the same names."""
+    head = decoder.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
-        for name, module in model.language_model.named_modules()
+        for name, module in decoder.named_modules()
         if isinstance(module, nn.Linear) and module is not head
     }
     return rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(re.escape(name) for name in sorted(names))})"
@@ -37,8 +38,8 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     if model.config.train_encoder:
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model), modules_to_save=saved,
-        **kwargs,
+        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model.language_model),
+        modules_to_save=saved, **kwargs,
     )  # fmt: skip
     return get_peft_model(model, config)
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets
-from fastcompress.segments import Segments
+from fastcompress.segments import row_segments
 
 
 @dataclass(eq=False)
@@ -91,10 +91,7 @@ def integrate_and_fire(
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
     if alpha.shape != x.shape[:-1]:
         raise ValueError(f"alpha must have shape {list(x.shape[:-1])}, a weight a frame, got {list(alpha.shape)}")
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
-    if tail is not None and not 0 <= tail <= 1:
-        raise ValueError(f"tail must lie in [0, 1], got {tail}")
+    check_firing(beta, tail)
     check_layout(x, 2, cu_seqlens, lengths)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     count = offsets.shape[0] - 1
@@ -137,7 +134,7 @@ def integrate_and_fire(
     slot = token + owner
     weighed = torch.float64 if x.dtype == torch.float64 else torch.float32
     share = torch.where(right > left, (left + 1) * beta - before, weight).to(weighed)
-    runs = _segments(bounds[slot], bounds[slot + 1] - bounds[slot], rows.shape[0])
+    runs = row_segments(bounds[slot], bounds[slot + 1] - bounds[slot], rows.shape[0])
     values = segment_reduce(rows.to(weighed) * share[:, None], runs, "sum")
     # The frame in which each token was opened, which is split with the token before; a token may have all of it.
     opened = (torch.minimum(right, most - 1) - left).clamp_min(0)
@@ -145,7 +142,7 @@ def integrate_and_fire(
     opener = torch.searchsorted(first + opened, token, right=True).clamp_max(rows.shape[0] - 1)
     rest = torch.where(local == right[opener], after[opener] - local * beta, beta)
     rest = torch.where(local > 0, rest, 0.0).to(weighed)
-    again = segment_expand(rows.to(weighed), _segments(first, opened, len(token)))
+    again = segment_expand(rows.to(weighed), row_segments(first, opened, len(token)))
     values = values + again * rest[:, None]
     if target_lengths is None and tail is not None:
         late = local == fired[owner]
@@ -162,6 +159,14 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
         target_lengths: ``[B]``, units of each sequence.
     """
     return (fired.total - target_lengths.to(fired.total.device)).abs().mean()
+
+
+def check_firing(beta: float, tail: float | None) -> None:
+    """Checks when tokens fire."""
+    if not beta > 0:
+        raise ValueError(f"beta must be positive, got {beta}")
+    if tail is not None and not 0 <= tail <= 1:
+        raise ValueError(f"tail must lie in [0, 1], got {tail}")
 
 
 def _check_values(
@@ -192,9 +197,3 @@ def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
         return offsets[:-1].long(), offsets[1:].long()
     begin = torch.arange(x.shape[0], device=x.device) * x.shape[1]
     return begin, begin + offsets.diff()
-
-
-def _segments(starts: Tensor, lengths: Tensor, rows: int) -> Segments:
-    """Of ``rows`` rows, in one sequence."""
-    ends = torch.arange(2, dtype=torch.int32, device=starts.device)
-    return Segments(starts, lengths, ends * starts.shape[0], ends * rows, rows)

@@ -8,10 +8,10 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
-from fastcompress.ops.scalar_rules import Runs, find_runs
+from fastcompress.ops.scalar_rules import Runs, find_runs, ranks
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
-from fastcompress.segments import Segments
+from fastcompress.segments import Segments, row_segments
 
 
 def greedy_segments(
@@ -141,10 +141,7 @@ def bipartite_merge(
     unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-8)
     best, partner = _partners(unit, runs, row, window)
     even = runs.inside & (runs.place % 2 == 0) & (best > -torch.inf)
-    order = torch.sort(torch.where(even, best, -torch.inf), descending=True, stable=True).indices
-    for key in ((~even).long(), torch.where(runs.inside, runs.ids, count)):
-        order = order[torch.sort(key[order], stable=True).indices]
-    rank = torch.empty_like(order).scatter_(0, order, row) - (runs.inside.long().cumsum(0) - 1 - runs.place)
+    rank = ranks(torch.where(even, best, -torch.inf), (~even).long(), runs)
     wanted = (runs.length.double() / rate).ceil().long()
     merged = even & (rank < runs.length - wanted)
     # Each row's token: the place of the row that stays, counted among those that stay.
@@ -154,8 +151,7 @@ def bipartite_merge(
     sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
     total = int(stays.sum())
     bounds = torch.searchsorted(sorted_ids, torch.arange(total + 1, device=x.device))
-    ends = torch.arange(2, dtype=torch.int32, device=x.device)
-    segments = Segments(bounds[:-1], bounds.diff(), ends * total, ends * count, count)
+    segments = row_segments(bounds[:-1], bounds.diff(), count)
     weights = x.new_ones(count) if size is None else size.reshape(-1).to(x.dtype)
     values = segment_reduce(rows[by_token], segments, "mean", weights[by_token])
     sizes = segment_reduce(weights[by_token, None], segments, "sum")[:, 0]

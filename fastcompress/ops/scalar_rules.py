@@ -86,6 +86,18 @@ def normalize(d: Tensor, runs: Runs) -> Tensor:
     return torch.where(d.isnan(), d, torch.where(high > low, scaled, 0.0))
 
 
+def ranks(score: Tensor, kind: Tensor, runs: Runs) -> Tensor:
+    """``[N]`` int64: the place of each row in its run, in the order of its kind, lowest first, and then of its score,
+    highest first; ties go to the earlier row."""
+    count = score.shape[0]
+    order = torch.sort(score, descending=True, stable=True).indices
+    for key in (kind, torch.where(runs.inside, runs.ids, count)):  # the last key of stable sorts comes first
+        order = order[torch.sort(key[order], stable=True).indices]
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, device=score.device))
+    # Rows of earlier runs are ahead: as many as there are before the first row of this one.
+    return rank - (runs.inside.long().cumsum(0) - 1 - runs.place)
+
+
 def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
     """``[N]`` bool: rows that start a segment, before ``min_len`` and ``max_len``; of a run its first always does.
 
@@ -111,20 +123,11 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
 
 
 def _top_k(rule: TopK, d: Tensor, runs: Runs) -> Tensor:
-    count = d.shape[0]
     before = torch.cat([d.new_zeros(1), d[:-1]])  # the distance to the row before
     nan = before.isnan()
     score = torch.where(nan, -torch.inf, before)
-    # Stable sorts, the last key first: by run, in it first rows, numbers, NaN, and by distance among numbers.
-    kind = torch.where(runs.place == 0, 0, torch.where(nan, 2, 1))
-    run = torch.where(runs.inside, runs.ids, count)
-    order = torch.sort(score, descending=True, stable=True).indices
-    for key in (kind, run):
-        order = order[torch.sort(key[order], stable=True).indices]
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, device=d.device))
-    # Rows of earlier runs come before: as many as there are rows of runs before the first row of this one.
-    ahead = runs.inside.long().cumsum(0) - 1 - runs.place
-    return runs.inside & (rank - ahead < rule.num_segments(runs.length))
+    kind = torch.where(runs.place == 0, 0, torch.where(nan, 2, 1))  # the first row, numbers, NaN
+    return runs.inside & (ranks(score, kind, runs) < rule.num_segments(runs.length))
 
 
 def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
@@ -144,7 +147,7 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     if rule.max_len is not None:
         joins = joins & (length < rule.max_len)
     joins = joins & (runs.inside & (runs.place > 0))[:, None]
-    step = torch.where(joins, (length).clamp_max(states - 1), 0)  # index of the next length, which is length + 1
+    step = torch.where(joins, length.clamp_max(states - 1), 0)  # index of the next length, which is length + 1
     scan, reach = step, 1
     while reach < count:
         scan = torch.cat([scan[:reach], scan[reach:].gather(1, scan[:-reach])])

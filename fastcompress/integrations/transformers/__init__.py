@@ -25,6 +25,7 @@ from fastcompress.integrations.transformers.families import (
     support,
     table,
 )
+from fastcompress.integrations.transformers.patches import unwrap
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import LabelChange, Rule, as_rule
 
@@ -70,7 +71,7 @@ def apply_to(
         NotImplementedError: a model, or a combination with it, that cannot work, with the reason.
         TypeError, ValueError: an argument of the wrong kind; a model that is compressed already.
     """
-    base = _base(model)
+    base = unwrap(model)
     check_version()
     family = family_of(base)
     kind = base.config.model_type
@@ -101,7 +102,7 @@ def revert(model: Any) -> Any:
     Raises:
         ValueError: it is not compressed.
     """
-    base = _base(model)
+    base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):
         raise ValueError(f"this {type(base).__name__} is not compressed")
     settings: Settings = base.fastcompress_settings
@@ -122,7 +123,7 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
     """
     from safetensors import safe_open
 
-    base = _base(model)
+    base = unwrap(model)
     prefix = "audio_compressor."
     found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -141,10 +142,6 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
             )
     base.audio_compressor.load_state_dict(found)
     return model
-
-
-def _base(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def _compressor(compressor: Any) -> nn.Module:

@@ -118,7 +118,7 @@ class BudgetProcessor:
     """
 
     def __init__(self, processor: Any, model: Any) -> None:
-        model = model.get_base_model() if hasattr(model, "get_base_model") else model
+        model = patches.unwrap(model)
         settings = getattr(model, "fastcompress_settings", None)
         if settings is None or settings.mode != "budget":
             raise ValueError(f"model must be compressed in budget mode, got a {type(model).__name__} that is not")

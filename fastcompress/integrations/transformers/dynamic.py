@@ -400,7 +400,7 @@ def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
     Raises:
         ValueError: ``input_ids`` are missing, or the model is not compressed so.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = patches.unwrap(model)
     if getattr(getattr(model, "fastcompress_settings", None), "mode", None) != "dynamic":
         raise ValueError(f"model must be compressed in dynamic mode, got a {type(model).__name__} that is not")
     if inputs.get("input_ids") is None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
-import re
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,10 +21,11 @@ from torch import Tensor, nn
 from fastcompress.audio import AudioError
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
 from fastcompress.lalm.checkpoints import write_file
+from fastcompress.lalm.examples import IGNORED
+from fastcompress.lalm.lora import lora_targets, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, load_utterance, read_manifest
 from fastcompress.version import __version__
 
-IGNORED = -100
 #: Of a run's folder.
 ADAPTER, RECORD = "adapter", "finetune.json"
 
@@ -192,14 +192,11 @@ def add_lora(model: Any, settings: Finetuning) -> Any:
     """Freezes a compressed model but for LoRA on its decoder, and its projector."""
     from peft import LoraConfig, get_peft_model
 
-    decoder = model.model.language_model
-    names = {name.rpartition(".")[2] for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
-    pattern = rf"(?:.*\.)?language_model\..*\.(?:{'|'.join(re.escape(name) for name in sorted(names))})"
     core = {name for name, _ in model.model.named_children()}
     saved = [name for name in ("multi_modal_projector", "projector") if settings.train_projector and name in core]
     config = LoraConfig(
         r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=pattern, modules_to_save=saved or None,
+        target_modules=lora_targets(model.model.language_model), modules_to_save=saved or None,
     )  # fmt: skip
     return get_peft_model(model, config)
 
@@ -310,7 +307,7 @@ def score(
     """Word and character error rates of greedy answers, %, and tokens of a second of audio."""
     import jiwer
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    base = unwrap(model)
     model.eval()
     written: list[str] = []
     tokens = 0

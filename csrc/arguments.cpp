@@ -35,10 +35,9 @@ Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t w
   return read_rows(tensor);
 }
 
-Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype) {
-  STD_TORCH_CHECK(
-      weights.dim() == 1 && weights.size(0) == rows.count && weights.scalar_type() == accumulate_type(dtype),
-      "weights must be one value a row, in the accumulation dtype");
+Tensor read_weights(const char* name, const Tensor& weights, int64_t count, ScalarType dtype) {
+  STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == count && weights.scalar_type() == accumulate_type(dtype),
+                  name, " must be ", count, " values in the accumulation dtype");
   return torch::stable::contiguous(weights);
 }
 

@@ -59,7 +59,8 @@ inline const int64_t* const_int64_data(const Tensor& tensor) {
   return static_cast<const int64_t*>(tensor.const_data_ptr());
 }
 Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t width, ScalarType dtype);
-Tensor read_weights(const Tensor& weights, const Rows& rows, ScalarType dtype);
+// `count` weights of rows of a dtype, contiguous.
+Tensor read_weights(const char* name, const Tensor& weights, int64_t count, ScalarType dtype);
 
 int32_t shim_dtype(ScalarType dtype);
 // A contiguous tensor. torch::stable::empty looks its operator up by name, which costs a microsecond.

@@ -26,6 +26,10 @@ Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tens
 Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths);                                \
 std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights,            \
                                                           Tensor starts, Tensor lengths);                             \
+Tensor integrate_rows(Tensor x, Tensor weights, Tensor first, OptionalTensor divisors, Tensor starts,                 \
+                      Tensor lengths);                                                                                \
+std::tuple<Tensor, Tensor, Tensor> integrate_rows_backward(Tensor grad, Tensor x, Tensor weights, Tensor first,       \
+                                                           Tensor starts, Tensor lengths);                            \
 Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows, std::string reduce);                 \
 std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor keys, OptionalTensor cu_seqlens,     \
                                                         OptionalTensor lengths, OptionalTensor row_group,             \
@@ -47,6 +51,8 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
   m.impl("segment_max_backward", TORCH_BOX(&fastcompress::device::segment_max_backward));                             \
   m.impl("segment_weighted_mean", TORCH_BOX(&fastcompress::device::segment_weighted_mean));                           \
   m.impl("segment_weighted_mean_backward", TORCH_BOX(&fastcompress::device::segment_weighted_mean_backward));         \
+  m.impl("integrate_rows", TORCH_BOX(&fastcompress::device::integrate_rows));                                         \
+  m.impl("integrate_rows_backward", TORCH_BOX(&fastcompress::device::integrate_rows_backward));                       \
   m.impl("segment_expand", TORCH_BOX(&fastcompress::device::segment_expand));                                         \
   m.impl("segment_pool", TORCH_BOX(&fastcompress::device::segment_pool));                                             \
   m.impl("pack_map", TORCH_BOX(&fastcompress::device::pack_map));                                                     \

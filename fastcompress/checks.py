@@ -135,6 +135,25 @@ def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None
         end = start + length
 
 
+def check_token_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
+    """Checks that tokens have rows, in order, inside ``num_rows`` rows, and share no more than a first row with the
+    tokens before."""
+    end = 1
+    for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
+        if length < 1:
+            raise ValueError(f"lengths must be at least 1, got {length} at index {i}")
+        if start < end - 1:
+            raise ValueError(
+                f"starts must not lie before the last token's last row, {end - 1}, got {start} at index {i}"
+            )
+        if start + length > num_rows:
+            raise ValueError(
+                f"tokens must lie inside the input's {num_rows} rows, "
+                f"got start {start} and length {length} at index {i}"
+            )
+        end = start + length
+
+
 def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
     """First row and end row of each sequence, for rows of shape ``[N]`` or ``[B, T]``."""
     if len(shape) == 2:

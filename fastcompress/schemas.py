@@ -20,6 +20,10 @@ SCHEMAS = (
     f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",
     f"segment_weighted_mean(Tensor x, Tensor weights, {SEGMENTS}) -> Tensor",
     f"segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, {SEGMENTS}) -> (Tensor, Tensor)",
+    # Integrate-and-fire: `first` [M] are the weights of the first row of each token, `weights` [N] those of all others.
+    f"integrate_rows(Tensor x, Tensor weights, Tensor first, Tensor? divisors, {SEGMENTS}) -> Tensor",
+    f"integrate_rows_backward(Tensor grad, Tensor x, Tensor weights, Tensor first, {SEGMENTS})"
+    " -> (Tensor, Tensor, Tensor)",
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.integrate_and_fire import check_firing
+from fastcompress.ops.integrate_and_fire import check_firing, integrate_rows
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
 from fastcompress.segments import row_segments
@@ -245,8 +245,7 @@ class StreamingIntegrateAndFire:
         self._total: Tensor | None = None  # of the weights, fp64
         self._fired = 0
         self._sum: Tensor | None = None  # of the open token: blocks of weighted frames that are summed,
-        self._rows: Tensor | None = None  # those that are not,
-        self._opening: Tensor | None = None  # and the part of the frame that opened it
+        self._rows: Tensor | None = None  # and those that are not
 
     def __call__(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
         """Takes the next frames.
@@ -283,35 +282,32 @@ class StreamingIntegrateAndFire:
         before, after = sums[:-1], sums[1:]
         left, right = ((s / self.beta).floor().long() for s in (before, after))
         share = torch.where(right > left, (left + 1) * self.beta - before, weight).to(self._weighed)
-        wide = x.to(self._weighed)
-        old = rows.shape[0]
-        rows = torch.cat([rows, wide * share[:, None]])
         first, last = self._fired, int(right[-1])
         token = torch.arange(first, last + 1, device=x.device)  # those that fire, and the one that stays open
-        bounds = torch.searchsorted(left, torch.cat([token, token[-1:] + 1])) + old
-        bounds[0] = 0
-        opener = torch.searchsorted(right, token)  # the first frame at whose end the token is open
-        rest = torch.where(token == right[opener], after[opener] - token * self.beta, self.beta).to(self._weighed)
-        opening = wide[opener] * rest[:, None]
-        opening[0] = torch.zeros_like(opening[0]) if self._opening is None else self._opening
-        count = last - first
-        ends = torch.searchsorted(right, token[:-1] + 1) + self._seen
+        ends = torch.searchsorted(right, token + 1)  # frames in which they do; of the last: none
+        begins = torch.searchsorted(right, token)  # the first frame at whose end the token is open
+        rest = torch.where(token == right[begins], after[begins] - token * self.beta, self.beta).to(self._weighed)
+        # The open token goes on with what this chunk gives it.
+        given = int(ends[0]) + 1 if last > first else x.shape[0]
+        rows = torch.cat([rows, x[:given].to(self._weighed) * share[:given, None]])
         values = like
-        if count:
-            runs = row_segments(bounds[:count], bounds[: count + 1].diff(), len(rows))
-            found = segment_reduce(rows, runs, "sum")
-            if self._sum is not None:
-                found[0] = _add(self._sum, rows[: int(bounds[1])])
-            values = (found + opening[:count]).to(x.dtype)
-            self._sum = None
-        self._total, self._fired, self._seen = sums[-1:], last, self._seen + x.shape[0]
-        self._opening = opening[-1] if count or self._opening is not None else None
-        rows = rows[int(bounds[count]) :]
+        if last > first:
+            total = _add(self._sum, rows)
+            assert total is not None
+            others = slice(1, last - first)
+            sizes = ends[others] - begins[others] + 1
+            more = integrate_rows(x, share, rest[others], None, begins[others], sizes)
+            values = torch.cat([total.to(x.dtype)[None], more])
+            self._sum, begin = None, int(begins[-1])
+            weights = torch.cat([rest[-1:], share[begin + 1 :]])
+            rows = x[begin:].to(self._weighed) * weights[:, None]
         blocks = rows.shape[0] // BLOCK * BLOCK
         if blocks:
             self._sum = _add(self._sum, rows[:blocks])
         self._rows = rows[blocks:].clone()
-        return values, ends
+        seen, self._seen = self._seen, self._seen + x.shape[0]
+        self._total, self._fired = sums[-1:], last
+        return values, ends[:-1] + seen
 
     def flush(self) -> tuple[Tensor, Tensor]:
         """Ends the stream: the token of what is left, if ``tail`` says so. The next call begins another one."""
@@ -323,10 +319,8 @@ class StreamingIntegrateAndFire:
         values, ends = like, torch.zeros(0, dtype=torch.int64, device=device)
         if self.tail is not None and bool((remainder >= self.tail * self.beta) & (remainder > 0)):
             total = _add(self._sum, self._rows)
-            total = torch.zeros_like(self._rows[:1].sum(0)) if total is None else total
-            opening = torch.zeros_like(total) if self._opening is None else self._opening
-            scale = (self.beta / remainder).to(self._weighed)
-            values = ((total + opening) * scale).to(like.dtype)[None]
+            assert total is not None
+            values = (total / (remainder / self.beta).to(self._weighed)).to(like.dtype)[None]
             ends = torch.tensor([self._seen - 1], device=device)
         self._reset()
         return values, ends

@@ -102,6 +102,16 @@ def row_groups(rows: int, seed: int = 0) -> Tensor:
     return values.repeat_interleave(sizes)[:rows].int()
 
 
+#: Rows from which :data:`TOKENS` are made.
+TOKEN_ROWS = 345
+#: Starts and lengths of tokens of integrate-and-fire: rows shared or not, gaps, one row alone, a row that opens one,
+#: two and many tokens, as the end of another or not, blocks of 64 and their edges.
+TOKENS = (
+    torch.tensor([0, 0, 0, 2, 3, 3, 3, 4, 9, 72, 72, 72, 72, 135, 199, 300, 340, 340]),
+    torch.tensor([1, 1, 3, 2, 1, 1, 1, 5, 64, 1, 1, 1, 64, 65, 66, 2, 1, 5]),
+)
+
+
 def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
     """Every layout: packed (also empty), padded, masked, with row groups."""
     yield packed(kind, width, dtype)

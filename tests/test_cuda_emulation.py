@@ -18,10 +18,12 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
+from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.reference import OPS
 from tests.sample_inputs import (
     DTYPES,
     RULES,
+    TOKENS,
     assert_same_bits,
     batches,
     features,
@@ -152,6 +154,13 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
     yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(
         grad, rows, mean, weights, starts, sizes
     )
+    # Tokens in those rows alone; a row that opens many, or is in none.
+    tokens = tuple(part[TOKENS[0] + TOKENS[1] <= len(rows)] for part in TOKENS)
+    slopes = features("iid", len(tokens[0]), x.shape[-1], x.dtype, seed=7)
+    first, divisors = features("iid", len(tokens[0]), 2, wide, seed=8).T
+    yield "integrate", lambda: ops.integrate_rows(rows, weights, first, None, *tokens)
+    yield "integrate and divide", lambda: ops.integrate_rows(rows, weights, first, divisors, *tokens)
+    yield "integrate backward", lambda: ops.integrate_rows_backward(slopes, rows, weights, first, *tokens)
 
 
 @pytest.mark.parametrize("kind", ["smooth", "nonfinite", "zeros"])
@@ -318,6 +327,21 @@ def test_wrong_segments(name: str, monkeypatch: pytest.MonkeyPatch):
             with monkeypatch.context() as patch, pytest.raises(ValueError, match="segments"):
                 patch.setenv("FASTCOMPRESS_CHECK", "1")
                 call()
+
+
+@pytest.mark.parametrize("values", [*BAD_SEGMENTS[1:], ([0, 4], [6, 1]), ([3], [0])], ids=str)
+def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch):
+    x, weights = features("iid", 20, 16, torch.float32).requires_grad_(), torch.ones(20)
+    starts, lengths = map(torch.tensor, values)
+    first = torch.ones(len(starts))
+    with emulated(9):
+        integrate_rows(x, weights, first, None, starts, lengths).sum().backward()  # from memory of their own
+        torch.ops.fastcompress.integrate_rows_backward(x[:0], x[:0], weights[:0], first[:0], starts[:0], lengths[:0])
+        monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+        with pytest.raises(ValueError, match="starts must|lengths must|tokens must"):
+            integrate_rows(x, weights, first, None, starts, lengths)
+        with pytest.raises(RuntimeError, match="tokens must have rows, in order, share no more than a first row"):
+            torch.ops.fastcompress.integrate_rows_backward(x[: len(starts)], x, weights, first, starts, lengths)
 
 
 # Does the emulator find bugs? Each is put into a copy of a source, and the op is run in a process of its own.

@@ -289,6 +289,20 @@ def direct_calls() -> list[tuple[str, Callable]]:
         "weighted backward grad": lambda: OPS.segment_weighted_mean_backward(X, X, g, w, s, n),
         "weighted backward y": lambda: OPS.segment_weighted_mean_backward(g, X, X, w, s, n),
         "weighted backward weights": lambda: OPS.segment_weighted_mean_backward(g, X, g, w[:1], s, n),
+        "integrate rank": lambda: OPS.integrate_rows(Y, w, w[:2], None, s, n),
+        "integrate weights": lambda: OPS.integrate_rows(X, w[:4], w[:2], None, s, n),
+        "integrate dtype": lambda: OPS.integrate_rows(X, w.double(), w[:2], None, s, n),
+        "integrate first": lambda: OPS.integrate_rows(X, w, w[:3], None, s, n),
+        "integrate divisors": lambda: OPS.integrate_rows(X, w, w[:2], w, s, n),
+        "integrate int32": lambda: OPS.integrate_rows(X, w, w[:2], None, s.int(), n.int()),
+        "integrate lists": lambda: OPS.integrate_rows(X, w, w[:2], None, s, n[:1]),
+        "integrate empty": lambda: OPS.integrate_rows(X, w, w[:2], None, s, ints(2, 0)),
+        "integrate two rows shared": lambda: OPS.integrate_rows(X, w, w[:2], None, ints(0, 1), ints(3, 2)),
+        "integrate outside": lambda: OPS.integrate_rows(X, w, w[:2], None, s, ints(2, 4)),
+        "integrate negative": lambda: OPS.integrate_rows(X, w, w[:2], None, ints(-1, 2), n),
+        "integrate backward grad": lambda: OPS.integrate_rows_backward(X, X, w, w[:2], s, n),
+        "integrate backward dtype": lambda: OPS.integrate_rows_backward(g.half(), X, w, w[:2], s, n),
+        "integrate backward outside": lambda: OPS.integrate_rows_backward(g, X, w, w[:2], s, ints(2, 4)),
     }
     return list(calls.items())
 

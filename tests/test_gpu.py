@@ -17,9 +17,21 @@ from torch import Tensor
 
 import fastcompress as fc
 from benchmarks.device import capture, delay, side_stream, synchronize
+from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from tests.on_device import moved
-from tests.sample_inputs import DTYPES, FEATURES, RAGGED, Batch, assert_same_bits, features, offsets, packed, padded
+from tests.sample_inputs import (
+    DTYPES,
+    FEATURES,
+    RAGGED,
+    TOKENS,
+    Batch,
+    assert_same_bits,
+    features,
+    offsets,
+    packed,
+    padded,
+)
 from tests.sample_inputs import batches as every_batch
 
 RULES = (fc.Uniform(3), fc.LocalMax(), fc.LocalMax(order=2, threshold=0.1), fc.Threshold(0.9, min_len=2, max_len=5))
@@ -125,6 +137,14 @@ def every_op(x: Tensor, gpu: torch.device, lag: int, where: tuple[Tensor]) -> No
         grads = torch.autograd.grad((y * y.detach()).sum(), (leaf, weights))
         found |= {"weighted backward": grads[0], "weights backward": grads[1]}
         found["expand"] = fc.segment_expand(y.detach(), segments)
+        tokens = tuple(part[TOKENS[0] + TOKENS[1] <= len(x)].to(x.device) for part in TOKENS)
+        first = features("iid", len(tokens[0]), 1, torch.float32, 6)[:, 0].to(x.device).requires_grad_()
+        for divisors in (None, first.detach() + 9):
+            y = integrate_rows(leaf, weights, first, divisors, *tokens)
+            found[f"integrate, divided={divisors is not None}"] = y.detach()
+        y = integrate_rows(leaf, weights, first, None, *tokens)
+        grads = torch.autograd.grad((y * y.detach()).sum(), (leaf, weights, first))
+        found |= {f"integrate backward {i}": grad for i, grad in enumerate(grads)}
         return found
 
     wanted = expected(lambda: run(*where))

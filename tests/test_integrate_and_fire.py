@@ -12,7 +12,10 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcompress as fc
+from fastcompress.ops.integrate_and_fire import integrate_rows
+from fastcompress.reference import OPS
 from fastcompress.reference.integrate_and_fire import integrate_and_fire as reference
+from tests.sample_inputs import DTYPES, TOKEN_ROWS, TOKENS, WIDTHS, assert_same_bits, features, strided
 
 RAGGED = (7, 0, 1, 30, 0, 2, 13)
 
@@ -212,3 +215,82 @@ def test_bad_input(change: dict, error: type[Exception], message: str):
     arguments = {"x": torch.randn(5, 2), "alpha": torch.rand(5)} | change
     with pytest.raises(error, match=re.escape(message)):
         fc.integrate_and_fire(arguments.pop("x"), arguments.pop("alpha"), **arguments)
+
+
+# The op
+
+
+def scalars(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights of the rows, some 0, first weights and divisors of the tokens."""
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    first, divisors = features("iid", len(TOKENS[0]), 2, wide, 3).T
+    return features("zeros", TOKEN_ROWS, 1, wide, 2)[:, 0], first, divisors
+
+
+@pytest.mark.parametrize("kind", ("iid", "nonfinite", "huge"))
+@pytest.mark.parametrize("width", (*WIDTHS, 1280))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_same_bits_as_reference(dtype: torch.dtype, width: int, kind: str):
+    x, grad = features(kind, TOKEN_ROWS, width, dtype), features("iid", len(TOKENS[0]), width, dtype, 1)
+    weights, first, divisors = scalars(dtype)
+    for over in (None, divisors):
+        expected = OPS["integrate_rows"](x, weights, first, over, *TOKENS)
+        assert_same_bits(integrate_rows(x, weights, first, over, *TOKENS), expected)
+    leaves = [t.clone().requires_grad_() for t in (x, weights, first)]
+    found = torch.autograd.grad(integrate_rows(*leaves, None, *TOKENS), leaves, grad)
+    for a, b in zip(found, OPS["integrate_rows_backward"](grad, x, weights, first, *TOKENS), strict=True):
+        assert_same_bits(a, b)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_strides_and_threads(dtype: torch.dtype):
+    x, (weights, first, _) = features("iid", TOKEN_ROWS, 1280, dtype), scalars(dtype)
+    grad = features("iid", len(TOKENS[0]), 1280, dtype, 1)
+    expected = integrate_rows(x, weights, first, None, *TOKENS)
+    slopes = torch.ops.fastcompress.integrate_rows_backward(grad, x, weights, first, *TOKENS)
+    for name, same in strided(x):
+        assert_same_bits(integrate_rows(same, weights, first, None, *TOKENS), expected, name)
+    for name, same in strided(grad):
+        found = torch.ops.fastcompress.integrate_rows_backward(same, x, weights, first, *TOKENS)
+        for a, b in zip(found, slopes, strict=True):
+            assert_same_bits(a, b, name)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            assert_same_bits(integrate_rows(x, weights, first, None, *TOKENS), expected, f"{count} threads")
+            found = torch.ops.fastcompress.integrate_rows_backward(grad, x, weights, first, *TOKENS)
+            for a, b in zip(found, slopes, strict=True):
+                assert_same_bits(a, b, f"{count} threads")
+    finally:
+        torch.set_num_threads(threads)
+
+
+def test_op_against_a_product():
+    """As a matrix of weights times the rows, whose gradients are autograd's."""
+    x = features("iid", TOKEN_ROWS, 7, torch.float64)
+    leaves = [t.clone().requires_grad_() for t in (x, *scalars(torch.float64))]
+    x, weights, first, divisors = leaves
+    lines = []
+    for m, (start, length) in enumerate(zip(*(part.tolist() for part in TOKENS), strict=True)):
+        line = torch.cat([first[m : m + 1], weights[start + 1 : start + length]])
+        lines.append(torch.nn.functional.pad(line, (start, TOKEN_ROWS - start - length)) / divisors[m])
+    wanted = torch.stack(lines) @ x
+    found = integrate_rows(*leaves, *TOKENS)
+    torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
+    assert_same_slopes(found, wanted, tuple(leaves), 1e-9)
+
+
+@pytest.mark.parametrize(
+    ("starts", "lengths", "message"),
+    [
+        ([0, 3], [2, 0], "lengths must be at least 1, got 0 at index 1"),
+        ([0, 1], [3, 2], "starts must not lie before the last token's last row, 2, got 1 at index 1"),
+        ([0, 3], [2, 3], "tokens must lie inside the input's 5 rows, got start 3 and length 3 at index 1"),
+        ([-1, 3], [2, 2], "starts must not lie before the last token's last row, 0, got -1 at index 0"),
+    ],
+)
+def test_wrong_tokens(starts: list[int], lengths: list[int], message: str):
+    tokens = torch.tensor(starts), torch.tensor(lengths)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        integrate_rows(torch.zeros(5, 2), torch.ones(5), torch.ones(2), None, *tokens)

@@ -20,7 +20,7 @@ from torch import Tensor
 
 import fastcompress as fc
 from fastcompress._library import COMPILED
-from tests.sample_inputs import DTYPES, FEATURES, WIDTHS, bits, features, packed, padded, row_groups
+from tests.sample_inputs import DTYPES, FEATURES, TOKENS, WIDTHS, bits, features, packed, padded, row_groups
 
 pytestmark = [
     pytest.mark.skipif(not COMPILED, reason="no compiled library"),
@@ -69,6 +69,11 @@ def outputs(width: int, dtype: torch.dtype, kinds: tuple[str, ...], rows: int = 
             OPS.segment_weighted_mean_backward(grads, x, mean, weights, *args),
             strict=True,
         )
+        first = features("iid", len(TOKENS[0]), 2, d.dtype, seed=4)
+        grads = features("iid", len(TOKENS[0]), width, dtype, seed=5)
+        yield f"integrate {kind}", OPS.integrate_rows(x, weights, first[:, 0], first[:, 1], *TOKENS)
+        found = OPS.integrate_rows_backward(grads, x, weights, first[:, 0], *TOKENS)
+        yield from zip(("integrate grad x", "integrate grad weights", "integrate grad first"), found, strict=True)
 
 
 def pooled(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:

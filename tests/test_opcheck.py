@@ -11,7 +11,7 @@ import torch
 import fastcompress as fc
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from fastcompress.schemas import SCHEMAS
-from tests.sample_inputs import assert_same_bits, packed, padded, row_groups
+from tests.sample_inputs import TOKEN_ROWS, TOKENS, assert_same_bits, packed, padded, row_groups
 
 OPS = torch.ops.fastcompress
 LENGTHS = (4, 0, 9, 1)
@@ -67,6 +67,13 @@ def samples() -> Iterator[Any]:
         mean = OPS.segment_weighted_mean(x, weights, starts, sizes)
         yield sample("segment_weighted_mean", short, leaf, weights.clone().requires_grad_(), starts, sizes)
         yield sample("segment_weighted_mean_backward", short, y, x, mean, weights, starts, sizes)
+        count = len(TOKENS[0])
+        rows, slopes = torch.randn(TOKEN_ROWS, 5).to(dtype), torch.randn(count, 5).to(dtype)
+        scalars = torch.rand(TOKEN_ROWS), torch.rand(count)
+        leaves = [t.clone().requires_grad_() for t in (rows, *scalars)]
+        for divisors in (None, torch.rand(count) + 0.5):
+            yield sample("integrate_rows", f"{short}-divided={divisors is not None}", *leaves, divisors, *TOKENS)
+        yield sample("integrate_rows_backward", short, slopes, rows, *scalars, *TOKENS)
 
 
     groups = torch.tensor([[0, 1, 1, 0, 2, -1], [2, 0, 0, 3, -1, -1]]).int()

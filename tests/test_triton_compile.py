@@ -34,7 +34,7 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcompress.kernels.triton import OPS, boundaries, common, distance, pack, reduce, tiles
+from fastcompress.kernels.triton import OPS, boundaries, common, distance, integrate, pack, reduce, tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
@@ -102,7 +102,7 @@ def record(monkeypatch) -> Callable[..., list[Launch]]:
         def launch(kernel, grid, like, *args, num_warps=4, registers=0, **constants):
             launches[describe(kernel, args, constants, num_warps, registers)] = None
 
-        for module in (boundaries, common, distance, pack, reduce, tiles):
+        for module in (boundaries, common, distance, integrate, pack, reduce, tiles):
             monkeypatch.setattr(module, "launch", launch)
         for f in calls:
             f()
@@ -142,6 +142,9 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
     yield call("segment_weighted_mean", x, d, *given)
     yield call("segment_weighted_mean_backward", y, x, y, d, *given)
     yield call("segment_max_backward", y, x, y, *given)
+    of_segments = torch.zeros(segments, dtype=d.dtype)
+    yield call("integrate_rows", x, d, of_segments, of_segments, *given)
+    yield call("integrate_rows_backward", y, x, d, of_segments, *given)
     yield call("pack_rows", x, y, torch.zeros(rows, dtype=torch.int64), torch.zeros(0, dtype=torch.int64), True)
     limited = fc.LocalMax(prominence=0.1, min_len=2)
     rules = [(fc.Uniform(3, tail="drop"), group), (fc.LocalMax(), None), (limited, group)]
@@ -182,7 +185,7 @@ def test_every_kernel_compiles_without_spills(record, target: str):
     kernels = {launch.name for launch in launches}
     defined = {
         name
-        for module in (boundaries, common, distance, pack, reduce, tiles)
+        for module in (boundaries, common, distance, integrate, pack, reduce, tiles)
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }

@@ -27,6 +27,8 @@ from tests.sample_inputs import (
     DTYPES,
     FEATURES,
     RULES,
+    TOKEN_ROWS,
+    TOKENS,
     Batch,
     assert_same_bits,
     batches,
@@ -172,6 +174,22 @@ def test_weighted_mean(dtype: torch.dtype):
     check("segment_weighted_mean", x, weights, starts, lengths)
     y = DEFINITION["segment_weighted_mean"](x, weights, starts, lengths)
     check("segment_weighted_mean_backward", grad, x, y, weights, starts, lengths)
+
+
+@pytest.mark.parametrize("width", (1, 37, 320))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_integrate_rows(dtype: torch.dtype, width: int):
+    wide = torch.float64 if dtype == torch.float64 else torch.float32
+    kind = "iid" if width == 320 else "nonfinite"
+    x, grad = features(kind, TOKEN_ROWS, width, dtype), features("iid", len(TOKENS[0]), width, dtype, seed=1)
+    weights = features("zeros", TOKEN_ROWS, 1, wide, seed=2)[:, 0]
+    first, divisors = features("iid", len(TOKENS[0]), 2, wide, seed=3).T
+    check("integrate_rows", x, weights, first, None, *TOKENS)
+    check("integrate_rows", x, weights, first, divisors, *TOKENS)
+    check("integrate_rows_backward", grad, x, weights, first, *TOKENS)
+    none = torch.zeros(0, dtype=torch.int64)
+    check("integrate_rows", x, weights, first[:0], None, none, none)
+    check("integrate_rows_backward", grad[:0], x, weights, first[:0], none, none)
 
 
 def check_selection(batch: Batch, dtype: torch.dtype, rules: tuple[fc.Rule, ...], compact: bool) -> None:
@@ -375,6 +393,9 @@ def test_hostile_segments():
     weights = torch.ones(20)
     OPS["segment_weighted_mean_backward"](torch.ones(6, 8), x, torch.ones(6, 8), weights, starts, lengths)
     OPS["segment_max_backward"](torch.ones(6, 8), x, torch.ones(6, 8), starts, lengths)
+    assert OPS["integrate_rows"](x, weights, torch.ones(6), None, starts, lengths).isfinite().all()
+    for found in OPS["integrate_rows_backward"](torch.ones(6, 8), x, weights, torch.ones(6), starts, lengths):
+        assert found.isfinite().all()
 
 
 def test_values_are_checked_at_once_if_asked(monkeypatch):
@@ -384,6 +405,8 @@ def test_values_are_checked_at_once_if_asked(monkeypatch):
         OPS["adjacent_distance"](x, cu, None, 1)
     with pytest.raises(ValueError, match="must lie inside"):
         OPS["segment_reduce"](x, torch.tensor([0]), torch.tensor([21]), "mean")
+    with pytest.raises(ValueError, match="must lie inside"):
+        OPS["integrate_rows"](x, torch.ones(20), torch.ones(1), None, torch.tensor([0]), torch.tensor([21]))
 
 
 def test_launches(monkeypatch):

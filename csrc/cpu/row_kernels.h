@@ -28,6 +28,9 @@ struct RowKernels {
   // into the second-level cache.
   void (*reduce)(const T* x, int64_t stride, const S* weights, SegmentList segments, int64_t width, Reduce reduce,
                  int64_t rows_ahead, T* out);
+  // out[m] = heads[m] * (first row of token m) + weights[t] * (row t, the others), over divisors[m] if there are any.
+  void (*integrate)(const T* x, int64_t stride, const S* heads, const S* weights, const S* divisors, SegmentList tokens,
+                    int64_t width, int64_t rows_ahead, T* out);
   // The rows of segment m become y[m], divided by its length if `mean`.
   void (*expand)(const T* y, int64_t stride, SegmentList segments, int64_t width, bool mean, T* out);
   // out = a * x + b * y + c * z, from left to right; a null pointer leaves its term out, nothing at all gives 0.

@@ -143,16 +143,17 @@ struct Impl {
   }
 
   // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one; elements `ahead` of them
-  // are asked for.
+  // are asked for. `head` is the weight of row 0.
   template <int kUnits, Mode kMode, class Row>
-  static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* weights, int64_t count, int64_t ahead,
+  static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* head, const S* weights, int64_t count, int64_t ahead,
                                                  V (&total)[kUnits][2]) {
     for (int64_t first = 0; first < count; first += kBlock) {
       const int64_t last = first + kBlock > count ? count : first + kBlock;
       V block[kUnits][2];
       const T* p = row(first);
+      const S* weight = first == 0 ? head : weights + first;
 #pragma GCC unroll 8
-      for (int u = 0; u < kUnits; ++u) load_weighted<kMode>(p, u, ahead, weights + first, block[u][0], block[u][1]);
+      for (int u = 0; u < kUnits; ++u) load_weighted<kMode>(p, u, ahead, weight, block[u][0], block[u][1]);
       for (int64_t i = first + 1; i < last; ++i) {
         p = row(i);
 #pragma GCC unroll 8
@@ -189,19 +190,19 @@ struct Impl {
   }
 
   template <Mode kMode>
-  static void reduce_segment(const T* x, int64_t stride, const S* weights, int64_t count, int64_t width, int64_t ahead,
-                             bool divide, S divisor, T* out) {
+  static void reduce_segment(const T* x, int64_t stride, const S* head, const S* weights, int64_t count, int64_t width,
+                             int64_t ahead, bool divide, S divisor, T* out) {
     constexpr int kUnits = X::kStrip;
     constexpr int64_t kColumns = kUnits / kHalves * kUnit;
     int64_t k = 0;
     for (; k + kColumns <= width; k += kColumns) {
       V total[kUnits][2];
-      reduce_columns<kUnits, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, ahead, total);
+      reduce_columns<kUnits, kMode>([=](int64_t i) { return x + i * stride + k; }, head, weights, count, ahead, total);
       write_columns<kUnits>(total, divide, divisor, out + k);
     }
     for (; k + kUnit <= width; k += kUnit) {
       V total[kHalves][2];
-      reduce_columns<kHalves, kMode>([=](int64_t i) { return x + i * stride + k; }, weights, count, ahead, total);
+      reduce_columns<kHalves, kMode>([=](int64_t i) { return x + i * stride + k; }, head, weights, count, ahead, total);
       write_columns<kHalves>(total, divide, divisor, out + k);
     }
     if (k < width) {
@@ -211,7 +212,7 @@ struct Impl {
         tail.read(x + i * stride + k, width - k);
         return tail.v;
       };
-      reduce_columns<kHalves, kMode>(row, weights, count, 0, total);
+      reduce_columns<kHalves, kMode>(row, head, weights, count, 0, total);
       write_columns<kHalves>(total, divide, divisor, tail.v);
       tail.write(out + k, width - k);
     }
@@ -226,16 +227,28 @@ struct Impl {
       if (count == 0) {
         std::memset(out, 0, size_t(width) * sizeof(T));
       } else if (reduce == Reduce::kMax) {
-        reduce_segment<Mode::kMax>(rows, stride, nullptr, count, width, ahead, false, 1, out);
+        reduce_segment<Mode::kMax>(rows, stride, nullptr, nullptr, count, width, ahead, false, 1, out);
       } else if (weights == nullptr) {
-        reduce_segment<Mode::kSum>(rows, stride, nullptr, count, width, ahead, reduce == Reduce::kMean, S(count), out);
+        reduce_segment<Mode::kSum>(rows, stride, nullptr, nullptr, count, width, ahead, reduce == Reduce::kMean, S(count),
+                                   out);
       } else {
         const S total = sum_of_weights(weights + start, count);
         if (total == 0)
           std::memset(out, 0, size_t(width) * sizeof(T));
         else
-          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, count, width, ahead, true, total, out);
+          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, weights + start, count, width, ahead, true, total,
+                                          out);
       }
+    }
+  }
+
+  static void integrate(const T* x, int64_t stride, const S* heads, const S* weights, const S* divisors,
+                        SegmentList tokens, int64_t width, int64_t rows_ahead, T* out) {
+    for (int64_t m = 0; m < tokens.count; ++m, out += width) {
+      const int64_t start = tokens.starts[m];
+      const bool divide = divisors != nullptr;
+      reduce_segment<Mode::kWeighted>(x + start * stride, stride, heads + m, weights + start, tokens.lengths[m], width,
+                                      rows_ahead * stride, divide, divide ? divisors[m] : S(1), out);
     }
   }
 
@@ -296,7 +309,7 @@ struct Impl {
     }
   }
 
-  static constexpr RowKernels<T> table() { return {dots, dot, reduce, expand, combine}; }
+  static constexpr RowKernels<T> table() { return {dots, dot, reduce, integrate, expand, combine}; }
 };
 
 }  // namespace

@@ -49,7 +49,7 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
                const SegmentList part = segments.slice(first, last);
                if (!picks_a_row(reduce)) {
                  row_kernels<T>().reduce(rows.data<T>(), rows.stride, w, part, width, reduce, kRowsAhead,
-                                           data + first * width);
+                                         data + first * width);
                  return;
                }
                for (int64_t m = 0; m < part.count; ++m) {
@@ -77,7 +77,7 @@ Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduc
 Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Rows rows = read_rows(x);
-  const Tensor w = read_weights(weights, rows, x.scalar_type());
+  const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
   return reduce_rows(rows, x.scalar_type(), &w, read_segments(starts, lengths, rows.count), Reduce::kMean);
 }
 
@@ -157,7 +157,7 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   const int64_t width = rows.width;
   const Rows grad_rows = read_matrix("grad", grad, segments.list.count, width, x.scalar_type());
   const Rows y_rows = read_matrix("y", y, segments.list.count, width, x.scalar_type());
-  const Tensor w = read_weights(weights, rows, x.scalar_type());
+  const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
   Tensor grad_weights = empty_cpu({rows.count}, w.scalar_type());
   Tensor grad_x;
   dispatch_dtype("x", x.scalar_type(), [&](auto zero) {

@@ -71,7 +71,7 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
   return s;
 }
 
-CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
+CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths) {
   STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
                   "starts and lengths must be int64");
   STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
@@ -79,6 +79,11 @@ CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64
   CheckedSegments s{torch::stable::contiguous(starts), torch::stable::contiguous(lengths), {}};
   s.list = {static_cast<const int64_t*>(s.starts.const_data_ptr()),
             static_cast<const int64_t*>(s.lengths.const_data_ptr()), starts.size(0)};
+  return s;
+}
+
+CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
+  CheckedSegments s = read_pairs(starts, lengths);
   int64_t end = 0;
   for (int64_t m = 0; m < s.list.count; ++m) {
     const int64_t start = s.list.starts[m], length = s.list.lengths[m];

@@ -32,6 +32,8 @@ struct CheckedSegments {
     return {list.starts + begin, list.lengths + begin, end - begin};
   }
 };
+// Contiguous, their values not looked at.
+CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths);
 CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows);
 
 // Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those that

@@ -21,6 +21,9 @@ Error launch_segment_expand_fwd(DType dtype, const ReduceParams& p, Stream strea
 Error launch_segment_max_bwd(DType dtype, const ReduceParams& p, Stream stream);
 Error launch_segment_weighted_mean_bwd(DType dtype, const ReduceParams& p, Stream stream);
 
+Error launch_integrate_rows_fwd(DType dtype, const IntegrateParams& p, Stream stream);
+Error launch_integrate_rows_bwd(DType dtype, const IntegrateParams& p, Stream stream);
+
 // After launch_prepare with select_tiles(p.rows) tiles.
 Error launch_pack_map(const PackMapParams& p, Stream stream);
 Error launch_pack_labels(const PackLabelsParams& p, Stream stream);

@@ -3,61 +3,12 @@
 #include "ops.h"
 
 #include <algorithm>
-#include <cstdlib>
-#include <cstring>
 
 #include "../pack.h"
-#include "launch.h"
+#include "tensors.h"
 
 namespace fastcompress::cuda {
 namespace {
-
-// Columns of a grid are counted in 16 bits.
-constexpr int64_t kMaxWidth = int64_t(1) << 21;
-
-void check(Error error, const char* what) {
-  STD_TORCH_CHECK(error == 0, "fastcompress: ", what, ": ", error_text(error));
-}
-
-// FASTCOMPRESS_CHECK=1: every call waits and raises what its kernel found wrong.
-bool checks_at_once() {
-  const char* value = std::getenv("FASTCOMPRESS_CHECK");
-  return value != nullptr && std::strcmp(value, "1") == 0;
-}
-
-// The device of a tensor as the current one, and its current stream.
-struct Scope {
-  explicit Scope(const Tensor& like)
-      : guard(enter_device(like.get_device_index())), stream(current_stream(like.get_device_index())) {}
-  std::shared_ptr<void> guard;
-  Stream stream;
-};
-
-Tensor empty_like(const Tensor& like, std::initializer_list<int64_t> sizes, ScalarType dtype) {
-  int32_t device_type;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(like.get(), &device_type));
-  return empty_on(device_type, like.get_device_index(), sizes, dtype);
-}
-
-DType dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Float:
-      return DType::kFloat;
-    case ScalarType::Double:
-      return DType::kDouble;
-    case ScalarType::BFloat16:
-      return DType::kBFloat16;
-    case ScalarType::Half:
-      return DType::kHalf;
-    default:
-      STD_TORCH_CHECK(false, name, " must be float32, float16, bfloat16 or float64");
-  }
-}
-
-RowsIn rows_in(const Rows& rows) {
-  STD_TORCH_CHECK(rows.width <= kMaxWidth, "rows must not be wider than ", kMaxWidth, ", got ", rows.width);
-  return {rows.tensor.const_data_ptr(), rows.count, rows.width, rows.stride};
-}
 
 // ---- sequences ----
 
@@ -170,58 +121,6 @@ Found select(const Tensor& d, const Workspace& workspace, const int32_t* groups,
   return found;
 }
 
-// ---- errors that are checked at once alone ----
-
-// A flag that a kernel sets when an index is wrong, where that is to be checked.
-class ErrorFlag {
- public:
-  explicit ErrorFlag(const Tensor& like) {
-    if (!checks_at_once()) return;
-    flag_ = torch::stable::fill_(empty_like(like, {1}, ScalarType::Int), 0);
-    data = static_cast<int32_t*>(flag_.mutable_data_ptr());
-  }
-
-  // Whether it was set.
-  bool read(Stream stream) const {
-    if (data == nullptr) return false;
-    int32_t error;
-    check(read_back(&error, data, sizeof error, stream), "reading the error");
-    return error != 0;
-  }
-
-  int32_t* data = nullptr;
-
- private:
-  Tensor flag_;
-};
-
-// ---- given segments ----
-
-// Segments that were given, and a flag that says whether they were wrong where that is to be checked.
-class GivenSegments {
- public:
-  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) : error_(starts) {
-    STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
-                    "starts and lengths must be int64");
-    STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
-                    "starts and lengths must have the same shape [M]");
-    starts_ = torch::stable::contiguous(starts);
-    lengths_ = torch::stable::contiguous(lengths);
-    in = {static_cast<const int64_t*>(starts_.const_data_ptr()), static_cast<const int64_t*>(lengths_.const_data_ptr()),
-          starts.size(0), rows, error_.data};
-  }
-
-  void finish(Stream stream) const {
-    STD_TORCH_CHECK(!error_.read(stream), "segments must be in order, without overlap and inside ", in.rows, " rows");
-  }
-
-  SegmentsIn in;
-
- private:
-  ErrorFlag error_;
-  Tensor starts_, lengths_;
-};
-
 }  // namespace
 
 Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag) {
@@ -328,87 +227,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
         segment_reduce(x.dim() == 3 ? torch::stable::view(torch::stable::contiguous(x), {rows.count, rows.width}) : x,
                        starts, segment_lengths, "mean");
   return {first_rows(values, count), starts, segment_lengths, found.cu_segments};
-}
-
-Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduce) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
-  const Scope scope(x);
-  const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
-  Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
-  const ReduceParams p{rows_in(rows),          segments.in, read_reduce(reduce), nullptr, {}, {},
-                       out.mutable_data_ptr(), nullptr};
-  check(launch_segment_reduce_fwd(dtype_of("x", x), p, scope.stream), "segment_reduce");
-  segments.finish(scope.stream);
-  return out;
-}
-
-Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
-  const Scope scope(x);
-  const Rows rows = read_rows(x);
-  const Tensor w = read_weights(weights, rows, x.scalar_type());
-  const GivenSegments segments(starts, lengths, rows.count);
-  Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
-  const ReduceParams p{rows_in(rows),          segments.in, Reduce::kMean, w.const_data_ptr(), {}, {},
-                       out.mutable_data_ptr(), nullptr};
-  check(launch_segment_weighted_mean_fwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean");
-  segments.finish(scope.stream);
-  return out;
-}
-
-Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows, std::string reduce_name) {
-  STD_TORCH_CHECK(num_rows >= 0, "num_rows must not be negative, got ", num_rows);
-  const Reduce reduce = read_reduce(reduce_name);
-  STD_TORCH_CHECK(reduce != Reduce::kMax, "max has no adjoint");
-  const Scope scope(y);
-  const GivenSegments segments(starts, lengths, num_rows);
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have a row a segment");
-  const Rows rows = read_rows(y);
-  Tensor out = empty_like(y, {num_rows, rows.width}, y.scalar_type());
-  const ReduceParams p{rows_in(rows), segments.in, reduce, nullptr, {}, {}, out.mutable_data_ptr(), nullptr};
-  check(launch_segment_expand_fwd(dtype_of("y", y), p, scope.stream), "segment_expand");
-  segments.finish(scope.stream);
-  return out;
-}
-
-Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tensor lengths) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
-  const Scope scope(x);
-  const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
-  const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
-  const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
-  Tensor out = empty_like(x, {rows.count, rows.width}, x.scalar_type());
-  const ReduceParams p{rows_in(rows),   segments.in,        Reduce::kMax,           nullptr,
-                       rows_in(y_rows), rows_in(grad_rows), out.mutable_data_ptr(), nullptr};
-  check(launch_segment_max_bwd(dtype_of("x", x), p, scope.stream), "segment_max_backward");
-  segments.finish(scope.stream);
-  return out;
-}
-
-std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights,
-                                                          Tensor starts, Tensor lengths) {
-  STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
-  const Scope scope(x);
-  const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
-  const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
-  const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
-  const Tensor w = read_weights(weights, rows, x.scalar_type());
-  Tensor grad_x = empty_like(x, {rows.count, rows.width}, x.scalar_type());
-  Tensor grad_weights = empty_like(x, {rows.count}, w.scalar_type());
-  const ReduceParams p{rows_in(rows),
-                       segments.in,
-                       Reduce::kMean,
-                       w.const_data_ptr(),
-                       rows_in(y_rows),
-                       rows_in(grad_rows),
-                       grad_x.mutable_data_ptr(),
-                       grad_weights.mutable_data_ptr()};
-  check(launch_segment_weighted_mean_bwd(dtype_of("x", x), p, scope.stream), "segment_weighted_mean_backward");
-  segments.finish(scope.stream);
-  return {grad_x, grad_weights};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTensor ids, OptionalTensor cu_seqlens,

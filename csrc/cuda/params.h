@@ -112,6 +112,18 @@ struct ReduceParams {
   void* grad_weights;
 };
 
+// Tokens that share the row in which one fires and the next is opened (fastcompress/reference/integrate_and_fire.py).
+struct IntegrateParams {
+  RowsIn x, grad;       // the gradient of the tokens: backward
+  SegmentsIn tokens;
+  const void* weights;  // a value a row
+  const void* first;    // a value a token: the weight of its first row
+  const void* divisors;  // a value a token, or null; forward
+  void* out;            // tokens, or the gradient of x
+  void* grad_weights;
+  void* grad_first;
+};
+
 struct PoolParams {
   RowsIn x, keys;
   Sequences sequences;

@@ -5,15 +5,6 @@
 namespace fastcompress::cuda {
 namespace {
 
-unsigned blocks_of(int64_t segments) { return unsigned((segments + kSegmentsPerBlock - 1) / kSegmentsPerBlock); }
-
-// A warp for each segment and 32 vectors of its columns.
-template <class T>
-dim3 segments_grid(int64_t segments, int64_t width) {
-  constexpr int64_t kColumns = 32 * kVector<T>;
-  return dim3(blocks_of(segments), unsigned((width + kColumns - 1) / kColumns));
-}
-
 bool all_aligned(DType dtype, const ReduceParams& p) {
   const int64_t size = size_of(dtype);
   return is_aligned(p.x, size) && is_aligned(p.out, p.x.width, size) && is_aligned(p.y, size) &&

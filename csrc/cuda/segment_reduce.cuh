@@ -5,24 +5,10 @@
 // and writes N D E, with D divisions a segment for a mean. Picking one row reads M D E alone.
 #pragma once
 
-#include "params.h"
-#include "rows.cuh"
-#include "sum.cuh"
+#include "given.cuh"
 #include "tile.cuh"
 
 namespace fastcompress::cuda {
-
-struct Segment {
-  int64_t start, length;
-};
-
-// Blocks that should fit in a multiprocessor at once: without a say the compiler spills a register to fit in more.
-constexpr int kResidentBlocks = 6;
-
-// Where segment m says that it ends; whatever it says, without overflow.
-__device__ inline int64_t segment_end(const SegmentsIn& segments, int64_t m) {
-  return int64_t(uint64_t(segments.starts[m]) + uint64_t(segments.lengths[m]));
-}
 
 // Segment m; empty, and the error noted, if it is out of order or leaves the rows.
 __device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m) {
@@ -39,30 +25,6 @@ template <class S>
 struct LaterMax {
   __device__ S operator()(S best, S row) const { return row > best || (row != row && best == best) ? row : best; }
 };
-
-// What a thread works on.
-struct SegmentThread {
-  int64_t m, vector;
-  __device__ SegmentThread()
-      : m(int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32),
-        vector(int64_t(blockIdx.y) * 32 + threadIdx.x % 32) {}
-  template <class T>
-  __device__ int64_t column() const {
-    return vector * kVector<T>;
-  }
-};
-
-template <class T>
-__device__ __forceinline__ const T* row_of(const RowsIn& rows, int64_t i) {
-  return static_cast<const T*>(rows.data) + i * rows.stride;
-}
-
-template <class T>
-__device__ __forceinline__ Vector<T> zero_vector() {
-  Vector<T> out;
-  memset(&out, 0, sizeof out);
-  return out;
-}
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_reduce_fwd_kernel(ReduceParams p) {

@@ -1,22 +1,24 @@
 """Continuous integrate-and-fire (CIF: Dong and Xu, ICASSP 2020): weights add up along the frames, and each time their
 sum reaches a threshold a token is fired, the weighted sum of the frames since the last one.
 
-A frame in which a token fires is split between that token and the next. Everything but two operations is over scalars,
-in fp64: a segment sum of the part of each frame that goes to the token that was open before it, and, for the token that
-it opens, that frame again.
+A frame in which a token fires is split between that token and the next. Where tokens begin and end and what they take
+of which frame is found over scalars, in fp64; one op, ``integrate_rows``, then reads each frame once.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
-from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, check_token_values
+from fastcompress.ops.dispatch import call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
-from fastcompress.segments import row_segments
+
+_op = torch.ops.fastcompress.integrate_rows.default
+_backward_op = torch.ops.fastcompress.integrate_rows_backward.default
 
 
 @dataclass(eq=False)
@@ -128,27 +130,76 @@ def integrate_and_fire(
     token = torch.arange(int(cu_tokens[-1]), device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
-    # The part of each frame that goes to the token that was open: runs of frames, with a slot for what is left over.
-    slots = cu_tokens[:-1] + torch.arange(count, device=x.device)
-    bounds = torch.searchsorted(slots[sequence] + left, torch.arange(len(token) + count + 1, device=x.device))
+    # Slots, one a token and one a sequence for what is left over: `right` rises in them, so that a search finds where a
+    # token is open at the end of a frame for the first time, and where it no longer is.
     slot = token + owner
-    weighed = torch.float64 if x.dtype == torch.float64 else torch.float32
-    share = torch.where(right > left, (left + 1) * beta - before, weight).to(weighed)
-    runs = row_segments(bounds[slot], bounds[slot + 1] - bounds[slot], rows.shape[0])
-    values = segment_reduce(rows.to(weighed) * share[:, None], runs, "sum")
-    # The frame in which each token was opened, which is split with the token before; a token may have all of it.
-    opened = (torch.minimum(right, most - 1) - left).clamp_min(0)
-    first = torch.minimum(cu_tokens[sequence] + left + 1, cu_tokens[-1])
-    opener = torch.searchsorted(first + opened, token, right=True).clamp_max(rows.shape[0] - 1)
-    rest = torch.where(local == right[opener], after[opener] - local * beta, beta)
-    rest = torch.where(local > 0, rest, 0.0).to(weighed)
-    again = segment_expand(rows.to(weighed), row_segments(first, opened, len(token)))
-    values = values + again * rest[:, None]
-    if target_lengths is None and tail is not None:
-        late = local == fired[owner]
-        values = values * torch.where(late, beta / torch.where(late, remainder[owner], 1.0), 1.0).to(weighed)[:, None]
-    ends = torch.searchsorted(slots[sequence] + right, slot + 1)
-    return Fired(values.to(x.dtype), cu_tokens.int(), torch.minimum(ends, end[owner] - 1), total, remainder)
+    opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right
+    ends = torch.minimum(torch.searchsorted(opened, slot + 1), end[owner] - 1)
+    begins = torch.where(local > 0, torch.minimum(torch.searchsorted(opened, slot), ends), begin[owner])
+    # What a frame gives to the token that was open before it, and a token takes of the frame that opens it.
+    share = torch.where(right > left, (left + 1) * beta - before, weight)
+    rest = torch.where(local == right[begins], after[begins] - local * beta, beta)
+    first = torch.where(local > 0, rest, share[begins])
+    divisors = None
+    if target_lengths is None and tail is not None:  # what is left at the end is scaled up to `beta`
+        divisors = torch.where(local == fired[owner], remainder[owner] / beta, 1.0)
+    values = integrate_rows(rows, share, first, divisors, begins, ends - begins + 1)
+    return Fired(values, cu_tokens.int(), ends, total, remainder)
+
+
+def integrate_rows(
+    x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
+) -> Tensor:
+    """Token ``m`` is ``first[m] x[s] + sum(weights[t] x[t] for t in range(s + 1, s + lengths[m]))``, ``s = starts[m]``,
+    over ``divisors[m]``: summed in the order of a segment, rounded once.
+
+    Args:
+        x: ``[N, D]``.
+        weights, first, divisors: ``[N]``, ``[M]``, ``[M]`` or none; floating, rounded to fp32 (fp64 with fp64 ``x``).
+        starts, lengths: ``[M]`` int64: tokens have rows, in order, and share no more than a first row with those
+            before.
+    """
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    scalars = [None if t is None else t.to(wide) for t in (weights, first, divisors)]
+    needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *scalars))
+    return call(
+        _op, (x, *scalars, starts, lengths), needs_grad, lambda: check_token_values(starts, lengths, x.shape[0])
+    )
+
+
+@torch.library.register_fake("fastcompress::integrate_rows")
+def _(
+    x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
+) -> Tensor:
+    return x.new_empty((starts.shape[0], x.shape[1]))
+
+
+@torch.library.register_fake("fastcompress::integrate_rows_backward")
+def _(
+    grad: Tensor, x: Tensor, weights: Tensor, first: Tensor, starts: Tensor, lengths: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), weights.new_empty(weights.shape), first.new_empty(first.shape)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs, output)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    x, weights, first, divisors, starts, lengths, y = ctx.saved_tensors
+    if divisors is None:
+        return *_backward_op(grad, x, weights, first, starts, lengths), None, None, None
+    # Each row's weight over the divisor of its token, the last that starts before it.
+    of_row = torch.nn.functional.pad(divisors, (1, 0), value=1.0)[
+        torch.searchsorted(starts, torch.arange(x.shape[0], device=x.device))
+    ]
+    grad_x, slopes, first_slopes = _backward_op(grad, x, weights / of_row, first / divisors, starts, lengths)
+    grad_divisors = -(grad.to(divisors.dtype) * y.to(divisors.dtype)).sum(-1) / divisors
+    return grad_x, slopes / of_row, first_slopes / divisors, grad_divisors, None, None
+
+
+torch.library.register_autograd("fastcompress::integrate_rows", _backward, setup_context=_setup)
+differentiable_once("integrate_rows_backward")
 
 
 def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:

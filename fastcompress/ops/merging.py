@@ -8,9 +8,11 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.scalar_rules import Runs, find_runs, ranks
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
+from fastcompress.reference.distance import accumulate_dtype
 from fastcompress.segments import Segments, row_segments
 
 
@@ -68,7 +70,7 @@ class Merged:
     Attributes:
         values: ``[M, D]``, in the dtype of the frames.
         cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        sizes: ``[M]``, frames of each token: ``size`` of a further round.
+        sizes: ``[M]`` fp32 (fp64 with fp64 frames), frames of each token: ``size`` of a further round.
         ids: ``[N]`` int64, the token of each row of ``x.reshape(-1, D)``; -1: none.
     """
 
@@ -112,7 +114,8 @@ def bipartite_merge(
         cu_seqlens, lengths: as in :func:`adjacent_distance`.
 
     Returns:
-        The tokens; gradients go to ``x``. Their number is read from the device once.
+        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None`` also how many
+        sequences there are, and how long the longest is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -135,26 +138,38 @@ def bipartite_merge(
     count = rows.shape[0]
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     if count == 0:
-        return Merged(rows, offsets * 0, x.new_zeros(0), torch.zeros(0, dtype=torch.int64, device=x.device))
+        none = torch.zeros(0, dtype=torch.int64, device=x.device)
+        return Merged(rows, offsets * 0, x.new_zeros(0, dtype=accumulate_dtype(x.dtype)), none)
     row = torch.arange(count, device=x.device)
-    unit = keys.detach().reshape(count, -1).double()
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    best, partner = _partners(unit, runs, row, window)
-    even = runs.inside & (runs.place % 2 == 0) & (best > -torch.inf)
-    rank = ranks(torch.where(even, best, -torch.inf), (~even).long(), runs)
+    if window is None:
+        near, partner = _nearest_anywhere(keys.detach().reshape(count, -1), runs, row)
+    else:
+        layout = {"cu_seqlens": cu_seqlens, "lengths": lengths}
+        near, partner = _nearest_within(keys.detach(), runs, row, max(1, window), window == 0, layout)
+    even = runs.inside & (runs.place % 2 == 0) & (near < torch.inf)
+    rank = ranks(torch.where(even, -near, -torch.inf), (~even).long(), runs)
     wanted = (runs.length.double() / rate).ceil().long()
     merged = even & (rank < runs.length - wanted)
     # Each row's token: the place of the row that stays, counted among those that stay.
     stays = runs.inside & ~merged
     number = stays.long().cumsum(0) - 1
     ids = torch.where(runs.inside, number[torch.where(merged, partner, row)], -1)
-    sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
-    total = int(stays.sum())
-    bounds = torch.searchsorted(sorted_ids, torch.arange(total + 1, device=x.device))
-    segments = row_segments(bounds[:-1], bounds.diff(), count)
-    weights = x.new_ones(count) if size is None else size.reshape(-1).to(x.dtype)
-    values = segment_reduce(rows[by_token], segments, "mean", weights[by_token])
-    sizes = segment_reduce(weights[by_token, None], segments, "sum")[:, 0]
+    weights = None if size is None else size.reshape(-1)
+    if window == 0:  # neighbours: tokens are runs of rows as they are
+        opens = runs.inside.clone()
+        opens[1:] &= ~merged[:-1]
+        starts = opens.nonzero()[:, 0]
+        segments = row_segments(starts, 1 + merged[starts].long(), count)
+    else:
+        sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
+        bounds = torch.searchsorted(sorted_ids, torch.arange(int(stays.sum()) + 1, device=x.device))
+        segments = row_segments(bounds[:-1], bounds.diff(), count)
+        rows, weights = rows[by_token], None if weights is None else weights[by_token]
+    values = segment_reduce(rows, segments, "mean", weights)
+    if weights is None:
+        sizes = segments.lengths.to(accumulate_dtype(x.dtype))
+    else:
+        sizes = segment_reduce(weights.to(accumulate_dtype(x.dtype))[:, None], segments, "sum")[:, 0]
     kept = torch.nn.functional.pad(stays.long().cumsum(0), (1, 0))
     if x.dim() == 3:
         begin = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
@@ -163,27 +178,45 @@ def bipartite_merge(
     return Merged(values, kept[begin].int(), sizes, ids)
 
 
-def _partners(unit: Tensor, runs: Runs, row: Tensor, window: int | None) -> tuple[Tensor, Tensor]:
-    """The best cosine of each row to a row of the other parity, -inf if it has none, and which row that is."""
-    count = unit.shape[0]
-    if window is None:
-        cosine = unit @ unit.T
-        other = (runs.ids[:, None] == runs.ids) & runs.inside & ((runs.place[:, None] + runs.place) % 2 == 1)
-        cosine = cosine.masked_fill(~other, -torch.inf).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        near = (row[:, None] - row).abs()  # of equals the nearer, then the later: as below
-        best = cosine.max(1).values
-        distance = near.masked_fill(cosine != best[:, None], 2 * count)
-        return best, torch.where(distance == distance.min(1, keepdim=True).values, row, -1).max(1).values
-    steps = [1] if window == 0 else [s for d in range(1, window + 1, 2) for s in (d, -d)]
-    best = torch.full((count,), -torch.inf, dtype=unit.dtype, device=unit.device)
+def _nearest_within(
+    keys: Tensor, runs: Runs, row: Tensor, window: int, ahead: bool, layout: dict[str, Tensor | None]
+) -> tuple[Tensor, Tensor]:
+    """The least distance of each row to one of the other parity up to ``window`` away, or only ``ahead``; inf if there
+    is none. And which row that is. One pass over the keys for each odd lag."""
+    count = row.shape[0]
+    best = torch.full((count,), torch.inf, dtype=accumulate_dtype(keys.dtype), device=keys.device)
     partner = row.clone()
-    for step in steps:
-        place = runs.place + step
-        there = runs.inside & (place >= 0) & (place < runs.length)
-        other = torch.where(there, row + step, row)
-        cosine = (unit * unit[other]).sum(-1).nan_to_num(-torch.inf, torch.inf, -torch.inf)
-        better = there & (cosine > best)
-        best, partner = torch.where(better, cosine, best), torch.where(better, other, partner)
+    for lag in range(1, window + 1, 2):
+        d = adjacent_distance(keys, lag=lag, **layout).reshape(-1).nan_to_num(torch.inf)
+        candidates = [(d, lag)]
+        if not ahead and lag < count:
+            candidates.append((torch.nn.functional.pad(d[:-lag], (lag, 0), value=torch.inf), -lag))
+        for found, step in candidates:
+            better = found < best  # of equals the nearer, then the later
+            best, partner = torch.where(better, found, best), torch.where(better, row + step, partner)
+    return best, partner
+
+
+def _nearest_anywhere(keys: Tensor, runs: Runs, row: Tensor) -> tuple[Tensor, Tensor]:
+    """The same among all rows of the sequence, for even ones: a matrix of even and odd rows for each sequence."""
+    wide = accumulate_dtype(keys.dtype)
+    unit = keys.to(wide)
+    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-8)
+    count, longest = torch.stack([runs.first.sum(), runs.length.max()]).tolist()
+    inside = runs.inside.nonzero()[:, 0]
+    run, place = runs.ids[inside], runs.place[inside]
+    padded = torch.full((count, longest + longest % 2, unit.shape[1]), torch.nan, dtype=wide, device=keys.device)
+    padded[run, place] = unit[inside]
+    distance = (1 - padded[:, ::2] @ padded[:, 1::2].transpose(1, 2)).nan_to_num(torch.inf, torch.inf, torch.inf)
+    half = torch.arange(distance.shape[1], device=keys.device)
+    away = 2 * (half[None, :] - half[:, None]) + 1  # of odd row j from even row i
+    order = 2 * away.abs() - (away > 0).long()  # of equals the nearer, then the later
+    least = distance.min(2).values
+    chosen = torch.where(distance == least[..., None], order, order.max() + 1).argmin(2)
+    best = torch.full(row.shape, torch.inf, dtype=wide, device=keys.device)
+    best[inside] = least[run, place // 2]
+    partner = row.clone()
+    partner[inside] = inside - place + 2 * chosen[run, place // 2] + 1
     return best, partner
 
 

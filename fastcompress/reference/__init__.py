@@ -5,6 +5,7 @@ They are registered for every device, below the compiled kernels of a device whe
 
 from fastcompress.reference.boundaries import select_boundaries
 from fastcompress.reference.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.reference.integrate_and_fire import integrate_rows, integrate_rows_backward
 from fastcompress.reference.pack import pack_labels, pack_map, pack_rows
 from fastcompress.reference.pool import segment_pool
 from fastcompress.reference.reduce import (
@@ -25,6 +26,8 @@ OPS = {
         segment_max_backward,
         segment_weighted_mean,
         segment_weighted_mean_backward,
+        integrate_rows,
+        integrate_rows_backward,
         segment_expand,
         segment_pool,
         pack_map,

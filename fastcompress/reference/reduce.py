@@ -6,7 +6,7 @@ the segment, the blocks then added in order; then one division and one rounding 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -17,22 +17,33 @@ from fastcompress.reference.distance import accumulate_dtype, canonical_dot
 BLOCK = 64
 
 
-def _positions(starts: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
+def positions(starts: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
     """For each position p in a segment: p, the segments longer than p, and the rows that stand there."""
     for p in range(int(lengths.max()) if lengths.numel() else 0):
         active = (lengths > p).nonzero().squeeze(1)
         yield p, active, starts[active] + p
 
 
-def _ordered_sum(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """``[N, ...]`` -> ``[M, ...]``, in the dtype of ``rows``; 0 for an empty segment."""
-    total = rows.new_zeros(starts.shape[0], *rows.shape[1:])
+def sum_in_order(row: Callable[[int, Tensor, Tensor], Tensor], starts: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
+    """Sums of segments, ``[M, ...]``, 0 for an empty one.
+
+    Args:
+        row: of the arguments of :func:`positions` what is added.
+        like: rows ``[0, ...]`` of the result's dtype.
+    """
+    total = like.new_zeros(starts.shape[0], *like.shape[1:])
     block = torch.zeros_like(total)
-    for p, active, index in _positions(starts, lengths):
-        block[active] = rows[index] if p % BLOCK == 0 else block[active] + rows[index]
+    for p, active, index in positions(starts, lengths):
+        rows = row(p, active, index)
+        block[active] = rows if p % BLOCK == 0 else block[active] + rows
         done = active[(lengths[active] == p + 1) | ((p + 1) % BLOCK == 0)]
         total[done] = block[done] if p < BLOCK else total[done] + block[done]
     return total
+
+
+def _ordered_sum(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """``[N, ...]`` -> ``[M, ...]``, in the dtype of ``rows``."""
+    return sum_in_order(lambda p, active, index: rows[index], starts, lengths, rows[:0])
 
 
 def _picked_rows(starts: Tensor, lengths: Tensor, reduce: str) -> Tensor:
@@ -50,7 +61,7 @@ def segment_reduce(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> T
         return total.to(x.dtype)
     out = x.new_zeros(starts.shape[0], x.shape[1])
     if reduce == "max":
-        for p, active, index in _positions(starts, lengths):
+        for p, active, index in positions(starts, lengths):
             row, best = x[index], out[active]
             out[active] = torch.where((row > best) | (row.isnan() & ~best.isnan()) | (p == 0), row, best)
         return out
@@ -63,7 +74,7 @@ def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, len
     """The gradient goes to the first frame that holds the maximum (the first NaN, if the maximum is NaN)."""
     grad_x = torch.zeros_like(x)
     given = torch.zeros_like(y, dtype=torch.bool)
-    for _, active, index in _positions(starts, lengths):
+    for _, active, index in positions(starts, lengths):
         here = ((x[index] == y[active]) | (x[index].isnan() & y[active].isnan())) & ~given[active]
         grad_x[index] = torch.where(here, grad[active], 0)
         given[active] |= here
@@ -85,7 +96,7 @@ def segment_weighted_mean_backward(
     dtype = accumulate_dtype(x.dtype)
     weight = _ordered_sum(weights, starts, lengths)
     grad_x, grad_weights = torch.zeros_like(x), torch.zeros_like(weights)
-    for _, active, index in _positions(starts, lengths):
+    for _, active, index in positions(starts, lengths):
         w = weight[active]
         share = weights[index] / w
         slope = (canonical_dot(grad[active], x[index]) - canonical_dot(grad[active], y[active])) / w
@@ -102,7 +113,7 @@ def segment_expand(y: Tensor, starts: Tensor, lengths: Tensor, num_rows: int, re
         if reduce == "mean":
             dtype = accumulate_dtype(y.dtype)
             y = (y.to(dtype) / lengths.clamp_min(1).to(dtype)[:, None]).to(y.dtype)
-        for _, active, index in _positions(starts, lengths):
+        for _, active, index in positions(starts, lengths):
             out[index] = y[active]
         return out
     filled = (lengths > 0).nonzero().squeeze(1)

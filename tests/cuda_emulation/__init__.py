@@ -52,7 +52,8 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
     """
     csrc = ROOT / "csrc"
     folder = ROOT / "build" / f"emulated-{kind}"
-    host = [csrc / "cuda" / "ops.cpp", csrc / "arguments.cpp", HERE / "module.cpp"]
+    ops = [path for path in sorted((csrc / "cuda").glob("*.cpp")) if path.name != "runtime.cpp"]
+    host = [*ops, csrc / "arguments.cpp", HERE / "module.cpp"]
     sources = [*sorted((csrc / "cuda").glob("*.cu")), *host]
     objects = [folder / f"{source.stem}.o" for source in sources]
     builds = dict(zip(objects, sources, strict=True))

@@ -8,6 +8,7 @@ the dtype by a fixed rule; nothing is tuned at run time.
 
 from fastcompress.kernels.triton.boundaries import select_boundaries
 from fastcompress.kernels.triton.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.kernels.triton.integrate import integrate_rows, integrate_rows_backward
 from fastcompress.kernels.triton.pack import pack_rows
 from fastcompress.kernels.triton.pool import segment_pool
 from fastcompress.kernels.triton.reduce import (
@@ -28,6 +29,8 @@ OPS = {
         segment_max_backward,
         segment_weighted_mean,
         segment_weighted_mean_backward,
+        integrate_rows,
+        integrate_rows_backward,
         segment_expand,
         segment_pool,
         pack_rows,

@@ -154,10 +154,11 @@ def load_segments(STARTS, LENGTHS, m, num_segments, num_rows):
 
 @triton.jit
 def sum_rows(
-    X, stride, start, length, column, width, WEIGHTS,
+    X, stride, start, length, column, width, WEIGHTS, head,
     ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of segments, [SEGMENTS, COLUMNS] in ACC; -0 for an empty one."""
+    """Sums of segments, [SEGMENTS, COLUMNS] in ACC; -0 for an empty one. ``head`` [SEGMENTS], unless it is None, are
+    the weights of their first rows."""
     nothing = minus_zeros((1, 1), ACC)
     inside = column[None, :] < width
     unroll: tl.constexpr = steps_in_flight(X.dtype)
@@ -170,7 +171,10 @@ def sum_rows(
             pointers = (X + (start + p) * stride)[:, None] + column[None, :]
             row = tl.load(pointers, mask=here[:, None] & inside, other=0).to(ACC)  # [SEGMENTS, COLUMNS]
             if WEIGHTS is not None:
-                row = row * tl.load(WEIGHTS + start + p, mask=here, other=0)[:, None]
+                weight = tl.load(WEIGHTS + start + p, mask=here, other=0)
+                if head is not None:
+                    weight = tl.where(p == 0, head, weight)
+                row = row * weight[:, None]
             block += tl.where(here[:, None], row, nothing)
         total += block
     return total
@@ -213,7 +217,7 @@ def segment_reduce_fwd_kernel(
     inside = column[None, :] < width
     filled = (length > 0)[:, None]
     if REDUCE == "sum" or REDUCE == "mean":
-        out = sum_rows(X, stride, start, length, column, width, WEIGHTS, ACC, SEGMENTS, COLUMNS)
+        out = sum_rows(X, stride, start, length, column, width, WEIGHTS, None, ACC, SEGMENTS, COLUMNS)
         if WEIGHTS is not None:
             weight = sum_weights(WEIGHTS, start, length, ACC, SEGMENTS)[:, None]
             out = divide(out, weight, ACC)

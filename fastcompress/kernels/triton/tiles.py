@@ -297,7 +297,7 @@ def segment_pool_fwd_kernel(
             if VALUES is not None:
                 for k in range(0, width, COLUMNS):
                     column = k + tl.arange(0, COLUMNS)  # [COLUMNS]
-                    total = sum_rows(X, stride, start, length, column, width, None, ACC, SEGMENTS, COLUMNS)
+                    total = sum_rows(X, stride, start, length, column, width, None, None, ACC, SEGMENTS, COLUMNS)
                     mean = divide(total, tl.maximum(length, 1).to(ACC)[:, None], ACC)
                     target = VALUES + (place * width)[:, None] + column[None, :]
                     mask = used[:, None] & (column < width)[None, :]

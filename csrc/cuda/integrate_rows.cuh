@@ -1,0 +1,120 @@
+// Integrate-and-fire: weighted sums of runs of rows that share a row where they meet, and their gradients; without
+// atomics, each output element written by one thread, in one order.
+//
+// Model, for x [N, D] of E-byte elements and M tokens: forward reads N D E bytes, and the shared rows again from the
+// second-level cache, and writes M D E. Backward reads N D E and, for each row, its tokens' gradients, M D E of memory,
+// and writes N D E.
+#pragma once
+
+#include "given.cuh"
+
+namespace fastcompress::cuda {
+
+// Token m; empty, and the error noted, if it is out of order or leaves the rows. Where it begins it may share the last
+// row of the token before.
+__device__ inline Segment read_token(const SegmentsIn& tokens, int64_t m) {
+  const int64_t start = tokens.starts[m], length = tokens.lengths[m];
+  const int64_t earliest = m == 0 ? 0 : int64_t(uint64_t(segment_end(tokens, m - 1)) - 1);
+  if (length >= 1 && start >= earliest && start >= 0 && start < tokens.rows && length <= tokens.rows - start)
+    return {start, length};
+  if (tokens.error != nullptr) atomicOr(tokens.error, int32_t(kInvalidSegments));
+  return {0, 0};
+}
+
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_kernel(IntegrateParams p) {
+  using S = accumulate_t<T>;
+  const SegmentThread at;
+  const int64_t column = at.column<T>(), width = p.x.width;
+  if (at.m >= p.tokens.count || column >= width) return;
+  const Segment token = read_token(p.tokens, at.m);
+  T* out = static_cast<T*>(p.out) + at.m * width;
+  if (token.length == 0) {
+    store_vector<T, kAligned>(out, column, width, zero_vector<T>());
+    return;
+  }
+  const S* weights = static_cast<const S*>(p.weights) + token.start;
+  const S first = static_cast<const S*>(p.first)[at.m];
+  S total[kVector<T>];
+  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
+    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, token.start + i), column, width), row);
+    const S weight = i == 0 ? first : weights[i];
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) row[k] = row[k] * weight;
+  };
+  ordered_sum<T>(token.length, load, Add<S>(), total);
+  if (p.divisors != nullptr) {
+    const S divisor = static_cast<const S*>(p.divisors)[at.m];
+#pragma unroll
+    for (int k = 0; k < kVector<T>; ++k) total[k] = total[k] / divisor;
+  }
+  store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
+}
+
+// The first token that starts at `row` or behind it, whatever the starts are.
+__device__ inline int64_t first_token(const SegmentsIn& tokens, int64_t row) {
+  int64_t low = 0, high = tokens.count;
+  while (low < high) {
+    const int64_t middle = low + (high - low) / 2;
+    if (tokens.starts[middle] < row)
+      low = middle + 1;
+    else
+      high = middle;
+  }
+  return low;
+}
+
+// A group of lanes a row, and behind the rows one a token, for the gradient of its first weight:
+// grad_x[t] = weights[t] grad[the token that t lies in, but not first] + sum of first[m] grad[m] of those that t opens.
+template <class T, bool kAligned>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_kernel(IntegrateParams p) {
+  using S = accumulate_t<T>;
+  const GroupLane<T> at(int(threadIdx.x % 32));
+  constexpr int kGroups = 32 / kGroupLanes<T>;
+  const int64_t item = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * kGroups + at.group;
+  const int64_t rows = p.tokens.rows, width = p.x.width, column = at.column();
+  const bool is_row = item < rows, is_token = !is_row && item < rows + p.tokens.count;
+  // The row and the token whose product is a weight's gradient; lanes that want none take the first of each.
+  int64_t t = is_row ? item : 0, m = 0, next = 0;
+  bool wanted = false;
+  if (is_row) {
+    next = first_token(p.tokens, t);
+    wanted = next > 0 && segment_end(p.tokens, next - 1) > t;
+    m = wanted ? next - 1 : 0;
+  } else if (is_token) {
+    const Segment token = read_token(p.tokens, item - rows);
+    wanted = token.length > 0;
+    t = token.start;
+    m = item - rows;
+  }
+  double slope = 0;
+  if (rows > 0 && p.tokens.count > 0)  // the same for all lanes
+    slope = group_dot<T, kAligned>(row_of<T>(p.grad, m), row_of<T>(p.x, t), width, column);
+  if (is_token && at.lane == 0) static_cast<S*>(p.grad_first)[m] = wanted ? S(slope) : S(0);
+  if (!is_row) return;
+  if (at.lane == 0) static_cast<S*>(p.grad_weights)[t] = wanted ? S(slope) : S(0);
+  const S weight = static_cast<const S*>(p.weights)[t];
+  const S* first = static_cast<const S*>(p.first);
+  for (int64_t k = column; k < width; k += kLanes) {
+    S sum[kVector<T>] = {};
+    if (wanted) {
+      widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.grad, m), k, width), sum);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) sum[i] = weight * sum[i];
+    }
+    bool empty = !wanted;
+    for (int64_t opened = next; opened < p.tokens.count && p.tokens.starts[opened] == t; ++opened) {
+      S term[kVector<T>];
+      widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.grad, opened), k, width), term);
+#pragma unroll
+      for (int i = 0; i < kVector<T>; ++i) {
+        term[i] = first[opened] * term[i];
+        sum[i] = empty ? term[i] : sum[i] + term[i];
+      }
+      empty = false;
+    }
+    store_vector<T, kAligned>(static_cast<T*>(p.out) + t * width, k, width, narrow_vector<T>(sum));
+  }
+}
+
+}  // namespace fastcompress::cuda

@@ -4,7 +4,7 @@ from fastcompress import nn
 from fastcompress.backends import backend
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
-from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments
+from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
 from fastcompress.ops.select_boundaries import (
@@ -43,6 +43,7 @@ __all__ = [
     "bipartite_merge",
     "greedy_segments",
     "integrate_and_fire",
+    "iterative_fusion",
     "nn",
     "normalize_distance",
     "pack",

@@ -131,6 +131,63 @@ def test_adjacent_merging_is_top_k_over_pairs():
     torch.testing.assert_close(mean, x.mean(0))
 
 
+def fuse(x: Tensor, weights: list[float], count: int) -> tuple[list[Tensor], list[list[int]]]:
+    """Of one sequence: each round merges the closest pair of neighbouring tokens of that round, one after the other."""
+    groups = [[t] for t in range(len(x))]
+    while len(groups) > count:
+        w = [torch.tensor([weights[t] for t in group], dtype=x.dtype) for group in groups]
+        tokens = [(w[i][:, None] * x[group]).sum(0) / w[i].sum() for i, group in enumerate(groups)]
+        likeness = sorted(range(len(groups) - 1), key=lambda i: (-cosine(tokens[i], tokens[i + 1]), -i))
+        merges = len(groups) - max(math.ceil(len(groups) / 2), count)
+        joined = set(likeness[:merges])
+        fused: list[list[int]] = []
+        for i, group in enumerate(groups):
+            if i - 1 in joined:
+                fused[-1] = fused[-1] + group
+            else:
+                fused.append(group)
+        groups = fused
+    w = [torch.tensor([weights[t] for t in group], dtype=x.dtype) for group in groups]
+    return [(w[i][:, None] * x[group]).sum(0) / w[i].sum() for i, group in enumerate(groups)], groups
+
+
+@pytest.mark.parametrize("weighted", (True, False))
+@pytest.mark.parametrize("count", (1, 3, 7, 40))
+def test_iterative_fusion(count: int, weighted: bool):
+    g = torch.Generator().manual_seed(count)
+    sizes = (29, 0, 1, 8, 15)
+    cu = torch.tensor([0, 29, 29, 30, 38, 53])
+    x = torch.randn(53, 5, dtype=torch.float64, generator=g).requires_grad_()
+    weights = (torch.rand(53, dtype=torch.float64, generator=g) + 0.1).requires_grad_()
+    tokens, groups, counts = [], [], []
+    for begin, size in zip(cu.tolist(), sizes, strict=False):
+        part = slice(begin, begin + size)
+        found, members = fuse(x[part].detach(), weights[part].tolist() if weighted else [1.0] * size, count)
+        tokens += found
+        groups += [[begin + t for t in group] for group in members]
+        counts.append(len(found))
+        assert size == 0 or len(found) == min(size, count)
+    out = fc.iterative_fusion(x, count, weights=weights if weighted else None, cu_seqlens=cu)
+    assert out.cu_seqlens.diff().tolist() == counts and out.cu_seqlens.dtype == torch.int32
+    assert [[r for r in range(53) if out.ids[r] == i] for i in range(len(groups))] == groups
+    torch.testing.assert_close(out.values, torch.stack(tokens), rtol=1e-12, atol=1e-12)
+    each = [weights[group].sum() if weighted else torch.tensor(float(len(group))).double() for group in groups]
+    torch.testing.assert_close(out.sizes, torch.stack(each))
+    w = weights if weighted else torch.ones(53, dtype=torch.float64)
+    wanted = torch.stack([(w[group, None] * x[group]).sum(0) / w[group].sum() for group in groups])
+    grad = torch.randn(wanted.shape, dtype=torch.float64, generator=g)
+    leaves = (x, weights) if weighted and count < 29 else (x,)  # with no round weights have no part in it
+    for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (out.values, wanted)), strict=True):
+        torch.testing.assert_close(a, b)
+    pad = torch.nn.utils.rnn.pad_sequence
+    padded = pad(list(x.detach().split(list(sizes))), True, padding_value=torch.nan)
+    padded_weights = pad(list(weights.detach().split(list(sizes))), True, padding_value=torch.nan)
+    again = fc.iterative_fusion(
+        padded, count, weights=padded_weights if weighted else None, lengths=torch.tensor(sizes)
+    )
+    assert torch.equal(again.values, out.values) and torch.equal(again.cu_seqlens, out.cu_seqlens)
+
+
 def test_values_that_are_no_numbers_partner_nobody_else():
     x = features("iid", 12, 4, torch.float64)
     x[5] = torch.nan
@@ -149,6 +206,9 @@ def test_half_types_and_nothing():
     empty = fc.bipartite_merge(torch.zeros(0, 3), 2.0)
     assert empty.values.shape == (0, 3) and empty.cu_seqlens.tolist() == [0, 0]
     assert fc.greedy_segments(torch.zeros(2, 0, 3), 0.5).starts.numel() == 0
+    for shape in ((0, 3), (2, 0, 3), (0, 4, 3)):
+        fused = fc.iterative_fusion(torch.zeros(shape), 2)
+        assert fused.values.shape == (0, 3) and not fused.cu_seqlens.any()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +218,8 @@ def test_half_types_and_nothing():
         (lambda x: fc.bipartite_merge(x, 2.0, window=-1), "window must not be negative, got -1"),
         (lambda x: fc.bipartite_merge(x, 2.0, keys=x[:2]), "keys must have shape [4, 'K'], got [2, 3]"),
         (lambda x: fc.bipartite_merge(x, 2.0, size=torch.ones(3)), "size must have shape [4], a value a row, got [3]"),
+        (lambda x: fc.iterative_fusion(x, 0), "count must be a whole number from 1 on, got 0"),
+        (lambda x: fc.iterative_fusion(x, 2, weights=torch.ones(3)), "weights must have shape [4], a value a row"),
         (lambda x: fc.greedy_segments(x, 0.5, max_len=0), "max_len must be at least 1, got 0"),
         (lambda x: fc.greedy_segments(x, 0.5, cu_seqlens=torch.tensor([0, 9])), "cu_seqlens"),
     ],

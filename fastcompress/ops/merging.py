@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.scalar_rules import Runs, find_runs, ranks
+from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.reference.distance import accumulate_dtype
@@ -65,12 +65,12 @@ def greedy_segments(
 
 @dataclass(eq=False)
 class Merged:
-    """Tokens of :func:`bipartite_merge`, packed, in the order of their places in time.
+    """Tokens of :func:`bipartite_merge` or :func:`iterative_fusion`, packed, in the order of their places in time.
 
     Attributes:
         values: ``[M, D]``, in the dtype of the frames.
         cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        sizes: ``[M]`` fp32 (fp64 with fp64 frames), frames of each token: ``size`` of a further round.
+        sizes: ``[M]`` fp32 (fp64 with fp64 frames), frames of each token, or their weight: ``size`` of a further round.
         ids: ``[N]`` int64, the token of each row of ``x.reshape(-1, D)``; -1: none.
     """
 
@@ -176,6 +176,59 @@ def bipartite_merge(
     else:
         begin = offsets.long()
     return Merged(values, kept[begin].int(), sizes, ids)
+
+
+def iterative_fusion(
+    x: Tensor, count: int, *, weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+) -> Merged:  # fmt: skip
+    """Halves sequences, round after round, until none has over ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
+
+    A round merges the neighbours that are most alike, chains of them into one, so that ``T`` tokens become
+    ``max(ceil(T / 2), count)``: :class:`TopK` of what the round before left. A token is the weighted mean of its frames.
+
+    Args:
+        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
+        count: tokens of each sequence at the end, at least 1; a shorter one stays as it is.
+        weights: ``[...]`` floating, such as a CTC head's probability that a frame is no blank; ``None``: 1. What a
+            token weighs in the next round is the sum over its frames.
+        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+
+    Returns:
+        The tokens, in order, their ``sizes`` the sums of weights; gradients go to ``x`` and ``weights``. The number of
+        tokens is read from the device in each round, and before the first the length of the longest sequence.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit.
+    """
+    check_float("x", x)
+    check_layout(x, 2, cu_seqlens, lengths)
+    if not isinstance(count, int) or count < 1:
+        raise ValueError(f"count must be a whole number from 1 on, got {count}")
+    wide = accumulate_dtype(x.dtype)
+    if weights is not None:
+        check_float("weights", weights)
+        check_same_device("weights", weights, x)
+        if weights.shape != x.shape[:-1]:
+            raise ValueError(f"weights must have shape {list(x.shape[:-1])}, a value a row, got {list(weights.shape)}")
+    runs = _runs(x, cu_seqlens, lengths)
+    rows = runs.inside.nonzero()[:, 0]
+    values = x.reshape(-1, x.shape[-1])[rows]
+    sizes = values.new_ones(len(rows), dtype=wide) if weights is None else weights.reshape(-1)[rows].to(wide)
+    offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
+    ids = torch.where(runs.inside, runs.inside.long().cumsum(0) - 1, -1)
+    longest = int(runs.length.max()) if len(rows) else 0
+    while longest > count:
+        runs = _runs(values, offsets, None)
+        wanted = torch.where(runs.length > count, ((runs.length + 1) // 2).clamp_min(count), runs.length)
+        d = adjacent_distance(values.detach(), cu_seqlens=offsets)
+        segments = segments_from_mask(top_k_starts(wanted, d, runs), cu_seqlens=offsets)
+        values = segment_reduce(values, segments, "mean", sizes)
+        sizes = segment_reduce(sizes[:, None], segments, "sum")[:, 0]
+        ids = torch.where(ids >= 0, segments.ids()[ids], -1)
+        offsets = segments.cu_segments
+        longest = max((longest + 1) // 2, count)
+    return Merged(values, offsets.int(), sizes, ids)
 
 
 def _nearest_within(

@@ -110,7 +110,7 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
     if runs.ids.shape[0] == 0:
         return runs.inside
     if isinstance(rule, TopK):
-        return _top_k(rule, d, runs)
+        return top_k_starts(rule.num_segments(runs.length), d, runs)
     if isinstance(rule, LabelChange):
         assert labels is not None
         changed = torch.ones_like(runs.inside)
@@ -122,12 +122,14 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
     return _peak_height(rule, d, runs)
 
 
-def _top_k(rule: TopK, d: Tensor, runs: Runs) -> Tensor:
+def top_k_starts(wanted: Tensor, d: Tensor, runs: Runs) -> Tensor:
+    """``[N]`` bool: rows that start a segment if each run is cut into ``wanted`` of them, ``[N]``, at its largest
+    distances."""
     before = torch.cat([d.new_zeros(1), d[:-1]])  # the distance to the row before
     nan = before.isnan()
     score = torch.where(nan, -torch.inf, before)
     kind = torch.where(runs.place == 0, 0, torch.where(nan, 2, 1))  # the first row, numbers, NaN
-    return runs.inside & (ranks(score, kind, runs) < rule.num_segments(runs.length))
+    return runs.inside & (ranks(score, kind, runs) < wanted)
 
 
 def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoder, machine, packing, prefill, report
+from benchmarks import decoder, machine, methods, packing, prefill, report
 from benchmarks.checks import WrongResult
 from benchmarks.floor import Floor, FloorUnavailable
 from benchmarks.measure import Table, measure
@@ -21,7 +21,7 @@ from benchmarks.targets import outcomes
 from benchmarks.timing import TRIES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_PARTS = ("pool", "packing", "decoder", "prefill")
+_PARTS = ("pool", "methods", "packing", "decoder", "prefill")
 _RESULTS = Path(__file__).with_name("results")
 
 
@@ -58,6 +58,17 @@ def _floor(options: argparse.Namespace) -> Floor | None:
     except FloorUnavailable as error:
         print(f"no memory floor: {error}")
         return None
+
+
+def _methods(options: argparse.Namespace, cache: int) -> list[methods.MethodTable]:
+    tables: list[methods.MethodTable] = []
+    size, tries = (methods.QUICK, 1) if options.quick else (methods.CASE, TRIES)
+    for dtype in options.dtypes:
+        for threads in options.threads:
+            new = methods.measure(size, _DTYPES[dtype], threads, options.reps, cache, tries)
+            tables += new
+            print(report.methods_text(new), end="\n\n", flush=True)
+    return tables
 
 
 def _packing(options: argparse.Namespace, cache: int) -> list[packing.PackTable]:
@@ -135,6 +146,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             memory.append(measure_memory(_DTYPES[dtype], options.threads[-1], 15_000 if options.quick else FRAMES))
         print(report.memory_text(memory), end="\n\n")
     try:
+        published = _methods(options, cache) if "methods" in options.parts else []
         packed = _packing(options, cache) if "packing" in options.parts else []
         decoders = _decoder(options) if "decoder" in options.parts else []
         prefills = _prefill(options) if "prefill" in options.parts else []
@@ -144,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if "pool" in options.parts:
         print(report.targets_text(outcomes(tables)), end="\n\n")
     print(report.packing_targets_text(packed))
-    document = report.document(tables, memory, settings, packed, decoders, prefills)
+    document = report.document(tables, memory, settings, published, packed, decoders, prefills)
     paths = [options.json] if options.json else []
     if options.save:
         some = "" if set(options.parts) == set(_PARTS) else "-".join(options.parts) + "-"

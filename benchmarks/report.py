@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import decoder, machine, packing, prefill
+from benchmarks import decoder, machine, methods, packing, prefill
 from benchmarks.floor import KINDS
 from benchmarks.measure import Row, Table
 from benchmarks.registry import OURS
@@ -78,6 +78,23 @@ def targets_text(found: Sequence[Outcome]) -> str:
             line.append("" if one is None else f"{one.figure:.2f} {'reached' if one.reached else 'missed'}")
         lines.append(line)
     return align(lines)
+
+
+def methods_text(tables: Sequence[methods.MethodTable]) -> str:
+    """Tables of all methods in one setting: forward, then forward and backward."""
+    parts = []
+    for direction in dict.fromkeys(table.direction for table in tables):
+        of_direction = [table for table in tables if table.direction == direction]
+        one = of_direction[0]
+        title = (
+            f"published methods, {_DTYPES.get(one.dtype, one.dtype)}, {_threads(one.threads)}, {direction}: "
+            f"{len(one.case.lengths)} sequences, {sum(one.case.lengths)} x {one.case.dim}"
+        )
+        taken = sum(table.disturbance.samples for table in of_direction)
+        kept = sum(table.disturbance.kept for table in of_direction)
+        foot = f"{taken} samples, {kept} kept although other work disturbed them"
+        parts.append("\n".join([title, align(methods.rows(of_direction)), foot]))
+    return "\n\n".join(parts)
 
 
 def packing_text(table: packing.PackTable) -> str:
@@ -186,6 +203,7 @@ def document(
     tables: Sequence[Table],
     memory: Sequence[Mapping[str, Any]],
     settings: Mapping[str, Any],
+    published: Sequence[methods.MethodTable] = (),
     packed: Sequence[packing.PackTable] = (),
     decoders: Sequence[decoder.DecoderTable] = (),
     prefills: Sequence[prefill.PrefillTable] = (),
@@ -217,6 +235,19 @@ def document(
             for table in tables
         ],
         "memory": [dict(entry) for entry in memory],
+        "methods": [
+            {
+                "case": vars(table.case),
+                "method": table.method,
+                "dtype": table.dtype,
+                "threads": table.threads,
+                "direction": table.direction,
+                "tokens": table.tokens,
+                "samples": vars(table.disturbance),
+                "rows": _samples_json(table.samples),
+            }
+            for table in published
+        ],
         "packing": [
             {
                 "case": vars(table.case),

@@ -1,4 +1,4 @@
-"""The benchmarks of packing and of a packed decoder: checked first, then timed, and written down."""
+"""The benchmarks of published methods, of packing and of a packed decoder: checked, then timed, and written down."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the chec
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks import decoder, packing, prefill, report
+from benchmarks import decoder, methods, packing, prefill, report
 from benchmarks.checks import WrongResult
 from benchmarks.gpu_packing import HALF_ERROR
 
@@ -50,6 +50,38 @@ def test_gradients_of_the_forms_agree():
         grads.append(torch.autograd.grad(out.square().sum(), audio)[0])
     for grad in grads[1:]:
         torch.testing.assert_close(grad, grads[0])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_published_methods(dtype: torch.dtype):
+    """Every published form gives our tokens, and the same gradients."""
+    (batch, *_) = methods.batches(methods.QUICK, dtype, 1 << 10)
+    batch = methods.Batch(**(vars(batch) | {"x": batch.x.requires_grad_()}))
+    for method in methods.METHODS:
+        ours = method.ours(batch)
+        grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        mine = torch.autograd.grad(ours, batch.x, grad)[0]
+        for name, form in method.published.items():
+            theirs = form(batch)
+            assert theirs.shape == ours.shape and theirs.dtype == dtype, (method.name, name)
+            methods.check(name, ours, theirs)
+            methods.check(f"{name}, gradient", mine, torch.autograd.grad(theirs, batch.x, grad)[0])
+
+
+def test_a_wrong_method_is_not_timed(monkeypatch: pytest.MonkeyPatch):
+    right = methods.METHODS[0]
+    wrong = methods.Method("CIF", lambda batch: right.ours(batch) * 1.01, right.published)
+    monkeypatch.setattr(methods, "METHODS", (wrong,))
+    with pytest.raises(WrongResult, match="CIF, scatter_add, padded: .* tokens differ by more than rounding"):
+        methods.measure(methods.QUICK, torch.float32, 1, 1, 1 << 10, 1)
+    shorter = methods.Method("CIF", lambda batch: right.ours(batch)[1:], right.published)
+    monkeypatch.setattr(methods, "METHODS", (shorter,))
+    with pytest.raises(WrongResult, match="tokens of torch.float32 for"):
+        methods.measure(methods.QUICK, torch.float32, 1, 1, 1 << 10, 1)
+    monkeypatch.setattr(methods, "METHODS", (right,))
+    tables = methods.measure(methods.QUICK, torch.float32, 1, 1, 1 << 10, 1)
+    assert [table.direction for table in tables] == ["forward", "forward+backward"]
+    assert "scatter_add, padded" in report.methods_text(tables)
 
 
 def test_the_decoder_is_checked_timed_and_its_memory_read(monkeypatch: pytest.MonkeyPatch):

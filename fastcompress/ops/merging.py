@@ -185,7 +185,8 @@ def iterative_fusion(
     """Halves sequences, round after round, until none has over ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
 
     A round merges the neighbours that are most alike, chains of them into one, so that ``T`` tokens become
-    ``max(ceil(T / 2), count)``: :class:`TopK` of what the round before left. A token is the weighted mean of its frames.
+    ``max(ceil(T / 2), count)``: :class:`TopK` of what the round before left. A token is the weighted mean of its
+    frames.
 
     Args:
         x: ``[N, D]`` packed or ``[B, T, D]`` padded.
@@ -212,12 +213,14 @@ def iterative_fusion(
         if weights.shape != x.shape[:-1]:
             raise ValueError(f"weights must have shape {list(x.shape[:-1])}, a value a row, got {list(weights.shape)}")
     runs = _runs(x, cu_seqlens, lengths)
-    rows = runs.inside.nonzero()[:, 0]
-    values = x.reshape(-1, x.shape[-1])[rows]
-    sizes = values.new_ones(len(rows), dtype=wide) if weights is None else weights.reshape(-1)[rows].to(wide)
+    values = x if x.dim() == 2 else x[runs.inside.view(x.shape[:2])]
+    if weights is None:
+        sizes = values.new_ones(values.shape[0], dtype=wide)
+    else:
+        sizes = (weights if x.dim() == 2 else weights[runs.inside.view(x.shape[:2])]).to(wide)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     ids = torch.where(runs.inside, runs.inside.long().cumsum(0) - 1, -1)
-    longest = int(runs.length.max()) if len(rows) else 0
+    longest = int(runs.length.max()) if values.shape[0] else 0
     while longest > count:
         runs = _runs(values, offsets, None)
         wanted = torch.where(runs.length > count, ((runs.length + 1) // 2).clamp_min(count), runs.length)
@@ -258,18 +261,23 @@ def _nearest_anywhere(keys: Tensor, runs: Runs, row: Tensor) -> tuple[Tensor, Te
     count, longest = torch.stack([runs.first.sum(), runs.length.max()]).tolist()
     inside = runs.inside.nonzero()[:, 0]
     run, place = runs.ids[inside], runs.place[inside]
-    padded = torch.full((count, longest + longest % 2, unit.shape[1]), torch.nan, dtype=wide, device=keys.device)
-    padded[run, place] = unit[inside]
-    distance = (1 - padded[:, ::2] @ padded[:, 1::2].transpose(1, 2)).nan_to_num(torch.inf, torch.inf, torch.inf)
-    half = torch.arange(distance.shape[1], device=keys.device)
-    away = 2 * (half[None, :] - half[:, None]) + 1  # of odd row j from even row i
-    order = 2 * away.abs() - (away > 0).long()  # of equals the nearer, then the later
-    least = distance.min(2).values
-    chosen = torch.where(distance == least[..., None], order, order.max() + 1).argmin(2)
+    half = (longest + 1) // 2
+    even, odd = unit.new_full((2, count, half, unit.shape[1]), torch.nan)
+    is_even = place % 2 == 0
+    even[run[is_even], place[is_even] // 2] = unit[inside[is_even]]
+    odd[run[~is_even], place[~is_even] // 2] = unit[inside[~is_even]]
+    distance = (1 - even @ odd.transpose(1, 2)).nan_to_num(torch.inf, torch.inf, torch.inf)  # [B, half, half]
+    least = distance.amin(2)
+    # Of equals the nearer, then the later: odd row j lies 2 (j - i) + 1 behind even row i.
+    steps = torch.arange(half, dtype=torch.int32, device=keys.device)
+    away = 2 * (steps[None, :] - steps[:, None]) + 1
+    order = 2 * away.abs() - (away > 0).int()
+    first = torch.where(distance == least[..., None], order, order.max() + 1).amin(2).long()
+    step = torch.where(first % 2 == 1, (first + 1) // 2, -(first // 2))
     best = torch.full(row.shape, torch.inf, dtype=wide, device=keys.device)
     best[inside] = least[run, place // 2]
     partner = row.clone()
-    partner[inside] = inside - place + 2 * chosen[run, place // 2] + 1
+    partner[inside] = inside + step[run, place // 2]
     return best, partner
 
 

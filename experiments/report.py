@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from experiments.study import spread
+from experiments.study import METHODS, spread
 
 STAGES = {
     "zero-shot": "no finetuning",
@@ -71,14 +71,6 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) ->
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Error against tokens a second, a panel for each task and test set; bars from the lowest to the highest seed."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    tasks = list(dict.fromkeys(row["task"] for row in rows))
-    sets = ("test", "test-voice")
-    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(11, 4.2 * len(tasks)), squeeze=False, layout="constrained")
     colours = {"lora": "tab:blue", "start": "tab:green"}
     markers = {
         "every frame": "o",
@@ -87,24 +79,65 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
         "local maxima": "^",
         "CTC change": "D",
     }
+    methods = {method.name for method in METHODS}
+
+    def draw(axis: Any, of_task: dict[tuple[str, str, str], list[dict[str, Any]]], name: str) -> None:
+        for (_, stage, compression), same in of_task.items():
+            if stage not in colours or compression in methods:
+                continue
+            marker = next(m for kind, m in markers.items() if compression.startswith(kind))
+            short = compression.replace("uniform pooling ", "").replace("uniform ", "")
+            _point(axis, same, name, short, marker, colours[stage])
+        for stage, colour in colours.items():
+            axis.plot([], [], "s", color=colour, label=STAGES[stage])
+
+    _panels(rows, path, draw)
+
+
+def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
+    """Published methods after LoRA, beside uniform pooling as a line."""
+    methods = {method.name for method in METHODS}
+
+    def draw(axis: Any, of_task: dict[tuple[str, str, str], list[dict[str, Any]]], name: str) -> None:
+        pooling = []
+        for (_, stage, compression), same in of_task.items():
+            if stage != "lora":
+                continue
+            if compression in methods or compression == "local maxima":
+                _point(axis, same, name, compression, "o", "tab:blue")
+            elif compression == "every frame" or compression.startswith("uniform pooling"):
+                _point(axis, same, name, "", "s", "tab:gray")
+                scores = [row["scores"][name] for row in same]
+                pooling.append(tuple(spread([s[key] for s in scores])[0] for key in ("tokens_per_second", "wer")))
+        axis.plot(*zip(*sorted(pooling), strict=True), color="tab:gray", label="uniform pooling: 1x to 4x")
+
+    _panels(rows, path, draw)
+
+
+def _point(axis: Any, same: Sequence[dict[str, Any]], name: str, label: str, marker: str, colour: str) -> None:
+    errors = [row["scores"][name]["wer"] for row in same]
+    rate, mean = spread([row["scores"][name]["tokens_per_second"] for row in same])[0], spread(errors)[0]
+    axis.errorbar(
+        rate, mean, yerr=[[mean - min(errors)], [max(errors) - mean]], fmt=marker, color=colour, capsize=3, markersize=7
+    )  # fmt: skip
+    axis.annotate(label, (rate, mean), (6, 4), textcoords="offset points", fontsize=8)
+
+
+def _panels(
+    rows: Sequence[dict[str, Any]], path: Path,
+    draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
+) -> None:  # fmt: skip
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    tasks = list(dict.fromkeys(row["task"] for row in rows))
+    figure, axes = pyplot.subplots(len(tasks), 2, figsize=(11, 4.2 * len(tasks)), squeeze=False, layout="constrained")
     for line, task in zip(axes, tasks, strict=True):
         of_task = groups([row for row in rows if row["task"] == task])
-        for axis, name in zip(line, sets, strict=True):
-            for (_, stage, compression), same in of_task.items():
-                if stage not in colours:
-                    continue
-                errors = [row["scores"][name]["wer"] for row in same]
-                rate = spread([row["scores"][name]["tokens_per_second"] for row in same])[0]
-                mean = spread(errors)[0]
-                marker = next(m for kind, m in markers.items() if compression.startswith(kind))
-                axis.errorbar(
-                    rate, mean, yerr=[[mean - min(errors)], [max(errors) - mean]], fmt=marker, color=colours[stage],
-                    capsize=3, markersize=7,
-                )  # fmt: skip
-                short = compression.replace("uniform pooling ", "").replace("uniform ", "")
-                axis.annotate(short, (rate, mean), (6, 4), textcoords="offset points", fontsize=8)
-            for stage, colour in colours.items():
-                axis.plot([], [], "s", color=colour, label=STAGES[stage])
+        for axis, name in zip(line, ("test", "test-voice"), strict=True):
+            draw(axis, of_task, name)
             axis.set(
                 xscale="log",
                 xlabel="tokens per second of audio",

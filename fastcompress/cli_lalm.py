@@ -127,6 +127,7 @@ _SETTINGS: Settings = (
     ("reduce", str, "what a segment becomes: mean, first, max, ...; default: the model's"),
     ("keys", str, "what distances are taken between: frames, or ctc; default: the model's"),
     ("boundary_ratio", float, "frames a token that learned boundaries aim at, in place of a rule"),
+    ("boundary_kind", str, "how they are learned: h-net (default), or cif"),
     ("lora_rank", int, "of LoRA on the decoder; 0: train all of it (default)"),
     ("lora_alpha", float, "of LoRA (default 32)"),
     ("lora_dropout", float, "of LoRA (default 0)"),

@@ -1,16 +1,24 @@
-"""Module forms, and boundaries that are learned."""
+"""Module forms, and compression that is learned.
+
+Each is called with ``x`` ``[N, D]`` and ``cu_seqlens=``, or ``[B, T, D]`` and ``lengths=``, and returns something with
+``values`` ``[M, D]`` and ``cu_seqlens`` ``[B + 1]``: a compressor of ``fastcompress.lalm`` and of
+``fastcompress.integrations``.
+"""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
+from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
 from fastcompress.ops.scalar_rules import find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
-from fastcompress.ops.select_boundaries import segments_from_mask
+from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.rules import Rule, as_rule
 from fastcompress.segments import Pooled
 
@@ -38,6 +46,98 @@ class SegmentPool(torch.nn.Module):
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, reduce={self.reduce}, compact={self.compact}"
+
+
+class BipartiteMerge(torch.nn.Module):
+    """:func:`fastcompress.bipartite_merge` with a fixed rate and window; no parameters."""
+
+    def __init__(self, rate: float, window: int | None = 0) -> None:
+        super().__init__()
+        self.rate, self.window = rate, window
+
+    def forward(self, x: Tensor, **layout: Any) -> Merged:
+        return bipartite_merge(x, self.rate, window=self.window, **layout)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate}, window={self.window}"
+
+
+class IterativeFusion(torch.nn.Module):
+    """:func:`fastcompress.iterative_fusion` to a fixed number of tokens, unweighted; no parameters."""
+
+    def __init__(self, count: int) -> None:
+        super().__init__()
+        self.count = count
+
+    def forward(self, x: Tensor, **layout: Any) -> Merged:
+        return iterative_fusion(x, self.count, **layout)
+
+    def extra_repr(self) -> str:
+        return f"count={self.count}"
+
+
+class GreedySegments(torch.nn.Module):
+    """Means of :func:`fastcompress.greedy_segments` with a fixed threshold; no parameters."""
+
+    def __init__(self, threshold: float, max_len: int | None = None) -> None:
+        super().__init__()
+        self.threshold, self.max_len = threshold, max_len
+
+    def forward(self, x: Tensor, **layout: Any) -> Pooled:
+        segments = greedy_segments(x, self.threshold, max_len=self.max_len, **layout)
+        return Pooled(segment_reduce(x, segments), segments)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.threshold}, max_len={self.max_len}"
+
+
+class IntegrateAndFire(torch.nn.Module):
+    """:func:`fastcompress.integrate_and_fire` with weights that are learned, at a rate (CIF, arXiv 1905.11235).
+
+    The weight of a frame is the sigmoid of a linear layer, which begins as ``1 / ratio`` for every frame: as the mean
+    of ``ratio`` frames. In training weights are scaled to ``ceil(T / ratio)`` tokens of ``T`` frames, and :attr:`loss`,
+    which is the caller's to add, brings their sum there; in evaluation they fire as they are.
+
+    Args:
+        width: of the frames.
+        ratio: frames a token that are aimed at.
+        tail: as in :func:`fastcompress.integrate_and_fire`, in evaluation.
+        loss_weight: of ``loss`` in training, kept here for those who add it.
+
+    Attributes:
+        loss: :func:`fastcompress.quantity_loss` of the last call, over the tokens of a sequence that are aimed at;
+            ``None`` before it.
+    """
+
+    def __init__(self, width: int, ratio: float = 3.0, tail: float = 0.5, loss_weight: float = 0.1) -> None:
+        super().__init__()
+        if not ratio > 1:
+            raise ValueError(f"ratio must be more than 1, got {ratio}")
+        self.ratio, self.tail, self.loss_weight = ratio, tail, loss_weight
+        self.weight = torch.nn.Linear(width, 1)
+        self.loss: Tensor | None = None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """``1 / ratio`` for every frame."""
+        torch.nn.init.zeros_(self.weight.weight)
+        torch.nn.init.constant_(self.weight.bias, -math.log(self.ratio - 1))
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Fired:
+        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
+        :func:`fastcompress.segment_pool`."""
+        alpha = self.weight(x)[..., 0].float().sigmoid()
+        frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
+        wanted = (frames / self.ratio).ceil().long()
+        fired = integrate_and_fire(
+            x, alpha, cu_seqlens=cu_seqlens, lengths=lengths, tail=self.tail,
+            target_lengths=wanted if self.training else None,
+        )  # fmt: skip
+        self.loss = quantity_loss(fired, wanted).float() / wanted.float().mean().clamp_min(1.0)
+        return fired
+
+    def extra_repr(self) -> str:
+        return f"ratio={self.ratio}, tail={self.tail}"
 
 
 def straight_through(probability: Tensor) -> Tensor:

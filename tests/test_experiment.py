@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from experiments import report, share  # noqa: E402
-from experiments.study import COMPRESSIONS, FROM_THE_START, Budget, Study, spread  # noqa: E402
+from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Study, spread  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 
 pytestmark = [
@@ -22,7 +23,8 @@ pytestmark = [
     pytest.mark.xdist_group("training"),
 ]
 
-BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4)
+BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, methods=())
+OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=METHODS, from_the_start=FROM_THE_START[:1])
 
 
 @pytest.fixture(scope="module")
@@ -36,16 +38,16 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def records(data: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     folder = tmp_path_factory.mktemp("study")
-    return [Study("tones", data, folder, seed, BUDGET).run() for seed in (1, 2)]
+    return [Study("tones", data, folder, seed, budget).run() for seed, budget in enumerate((BUDGET, OTHER), 1)]
 
 
 def test_every_row_is_there(records: list[Path]):
     rows = report.load(records)
-    stages = {"zero-shot": COMPRESSIONS, "lora": COMPRESSIONS, "start": FROM_THE_START}
-    for seed in (1, 2):
-        for stage, compressions in stages.items():
+    for seed, budget in enumerate((BUDGET, OTHER), 1):
+        tuned = (*budget.compressions, *budget.methods)
+        for stage, wanted in (("zero-shot", tuned), ("lora", tuned), ("start", budget.from_the_start)):
             found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
-            assert sorted(found) == sorted(c.name for c in compressions)
+            assert sorted(found) == sorted(c.name for c in wanted)
     for row in rows:
         assert set(row["scores"]) == {"dev", "test", "test-voice"}
         test = row["scores"]["test"]
@@ -55,6 +57,10 @@ def test_every_row_is_there(records: list[Path]):
     sampling = next(row for row in rows if row["compression"] == "uniform sampling 3x")
     assert sampling["reduce"] == "first"
     assert next(row for row in rows if row["compression"] == "CTC change")["keys"] == "ctc"
+    for name, ratio in (("A-ToMe", 2), ("FastAdaSP", 3), ("CIF", 3)):
+        for row in rows:
+            if row["compression"] == name:
+                assert row["scores"]["test"]["ratio"] == pytest.approx(ratio, rel=0.1), name
 
 
 def test_what_is_there_is_not_computed_again(records: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch):
@@ -78,11 +84,13 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     lines = report.table(rows).splitlines()
     assert "2 seeds" in lines[0]
     assert lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | exact % | prefill ms |")
-    assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(COMPRESSIONS) + len(
-        FROM_THE_START
-    )
-    report.plot(rows, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
+        (*COMPRESSIONS, *METHODS)
+    ) + len(FROM_THE_START)
+    for draw in (report.plot, report.plot_methods):
+        draw(rows, tmp_path / "plot.png")
+        assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "plot.png").unlink()
 
 
 def test_spread():

@@ -17,6 +17,7 @@ from fastcompress.lalm import (  # noqa: E402
     logs,  # noqa: E402
 )
 from fastcompress.lalm.examples import Examples  # noqa: E402
+from fastcompress.lalm.lora import add_lora  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
 from fastcompress.lalm.runs import Run, RunError, RunSettings, load_model, set_compression  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
@@ -27,9 +28,9 @@ pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoptio
 
 def learned(**options) -> FastCompressForConditionalGeneration:
     model = build(boundary_ratio=3.0, **options)
-    assert model.boundary is not None
+    assert model.compressor is not None
     torch.manual_seed(1)
-    for p in model.boundary.parameters():  # so that some boundaries are found
+    for p in model.compressor.parameters():  # so that some boundaries are found
         torch.nn.init.normal_(p, std=0.3)
     return model
 
@@ -40,35 +41,93 @@ def test_learned_boundaries_in_the_model(tmp_path: Path):
     labels = inputs.pop("labels")
     frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
     pooled = model.compress(frames, lengths)
-    direct = model.boundary(frames, lengths=lengths)
+    direct = model.compressor(frames, lengths=lengths)
     assert torch.equal(pooled.values, direct.values) and 3 < len(pooled.values) < int(lengths.sum())
     out = model(**inputs, labels=labels)
     assert out.num_audio_tokens == len(pooled.values)
-    torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * out.boundary_loss)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * out.compressor_loss)
     out.loss.backward()
-    assert all(p.grad is not None and p.grad.any() for p in model.boundary.parameters())
+    assert all(p.grad is not None and p.grad.any() for p in model.compressor.parameters())
     written = model.generate(**inputs, max_new_tokens=3)
     model.save_pretrained(tmp_path)
     again = FastCompressForConditionalGeneration.from_pretrained(tmp_path).eval()
     assert again.config.boundary_ratio == 3.0
-    assert torch.equal(again.boundary.key.weight, model.boundary.key.weight)
+    assert torch.equal(again.compressor.key.weight, model.compressor.key.weight)
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
     text = {k: v[1:2] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     model.zero_grad()
     model(**text, labels=labels[1:2]).loss.backward()  # without audio they are still in the graph
-    assert all(p.grad is not None for p in model.boundary.parameters())
+    assert all(p.grad is not None for p in model.compressor.parameters())
 
 
 def test_a_new_one_is_the_identity():
     config = build(boundary_ratio=2.0).config
     model = FastCompressForConditionalGeneration(config)
-    assert torch.equal(model.boundary.key.weight.detach(), torch.eye(24))
+    assert torch.equal(model.compressor.key.weight.detach(), torch.eye(24))
     with pytest.raises(ValueError, match="it takes no rule, got uniform:3"):
         model.rule = "uniform:3"
     with pytest.raises(ValueError, match="boundary_ratio excludes a rule, got 2.0 and 'uniform:3'"):
         FastCompressConfig(boundary_ratio=2.0, rule="uniform:3")
     set_compression(model, "none", reduce="first")
-    assert model.boundary.reduce == "first"
+    assert model.compressor.reduce == "first"
+
+
+def test_integrate_and_fire_in_the_model(tmp_path: Path):
+    model = build(boundary_ratio=3.0, boundary_kind="cif")
+    inputs = batch()
+    labels = inputs.pop("labels")
+    frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
+    wanted = (lengths / 3.0).ceil().long()
+    model.train()
+    fired = model.compress(frames, lengths)
+    assert fired.cu_seqlens.diff().tolist() == wanted.tolist()
+    whole = frames[0, : 3 * int(lengths[0] // 3)].unflatten(0, (-1, 3)).mean(1)  # a new one: means of three frames
+    if lengths[0] % 3 == 0:
+        torch.testing.assert_close(fired.values[: len(whole)], whole)
+    torch.manual_seed(1)
+    torch.nn.init.normal_(model.compressor.weight.weight, std=0.5)
+    out = model(**inputs, labels=labels)
+    torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * out.compressor_loss)
+    assert out.num_audio_tokens == wanted.sum()
+    out.lm_loss.backward()
+    assert model.compressor.weight.weight.grad.any()  # by where tokens lie alone
+    model.eval()
+    alpha = model.compressor.weight(frames)[..., 0].sigmoid()
+    direct = fc.integrate_and_fire(frames, alpha, lengths=lengths)
+    assert torch.equal(model.compress(frames, lengths).values, direct.values)
+    model.save_pretrained(tmp_path)
+    again = FastCompressForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert torch.equal(again.compressor.weight.weight, model.compressor.weight.weight)
+    written = model.generate(**inputs, max_new_tokens=3)
+    assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
+    with pytest.raises(ValueError, match="boundary_kind must be one of h-net, cif, got 'cnn'"):
+        FastCompressConfig(boundary_kind="cnn")
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        fc.nn.BipartiteMerge(2.0),
+        fc.nn.IterativeFusion(5),
+        fc.nn.GreedySegments(0.4, max_len=4),
+        fc.nn.SegmentPool("top-k:3"),
+    ],
+    ids=lambda module: type(module).__name__,
+)
+def test_any_compressor(module: torch.nn.Module):
+    model = build()
+    inputs = batch()
+    frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
+    model.use_compressor(module)
+    tokens = module(frames, lengths=lengths)
+    out = model(**inputs)
+    assert out.num_audio_tokens == len(tokens.values) < int(lengths.sum()) and out.compressor_loss is None
+    out.loss.backward()
+    assert model.projector.weight.grad.any()
+    with pytest.raises(ValueError, match="this model is compressed by .*: it takes no rule, got local-max"):
+        model.rule = "local-max"
+    saved = add_lora(model, rank=2).peft_config["default"].modules_to_save
+    assert saved == ["projector"]  # there is nothing to learn
 
 
 def test_labels_of_the_ctc_head_as_boundaries():
@@ -93,7 +152,7 @@ def test_training_from_the_command_s_settings(tmp_path: Path):
     run = Run(tmp_path / "run", RunSettings.from_flat(settings), say=lambda text: None)
     run.train()
     model, processor = load_model(tmp_path / "run")
-    assert model.boundary.ratio == 2.5 and not torch.equal(model.boundary.key.weight, torch.eye(128))
+    assert model.compressor.ratio == 2.5 and not torch.equal(model.compressor.key.weight, torch.eye(128))
     rows = logs.read(tmp_path / "run" / "log.csv")
     assert all(row["loss"] > row["lm_loss"] + row["ctc_loss"] for row in rows)
     settings = {"rule": "none", "steps": 2, **common}
@@ -103,11 +162,12 @@ def test_training_from_the_command_s_settings(tmp_path: Path):
     tuned, processor = load_model(tmp_path / "lora")
     inputs = Examples(read_manifest(train), processor).batch([0, 1], targets=False)
     base = tuned.get_base_model()
-    trained = [p for n, p in base.named_parameters() if "boundary" in n and "modules_to_save" in n]
+    trained = [p for n, p in base.named_parameters() if "compressor" in n and "modules_to_save" in n]
     assert len(trained) == 2 and not torch.equal(trained[0], torch.eye(128))
     assert tuned.generate(**inputs, max_new_tokens=3).shape[0] == 2
     for wrong, text in (
         ({"boundary_ratio": 1.0}, "boundary_ratio must be more than 1, got 1.0"),
+        ({"boundary_kind": "cnn"}, "boundary_kind must be one of h-net, cif, got 'cnn'"),
         ({"boundary_ratio": 2.0, "rule": "local-max"}, "boundary_ratio excludes a rule, got 2.0 and 'local-max'"),
     ):
         with pytest.raises(RunError, match=re.escape(text)):

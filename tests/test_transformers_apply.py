@@ -106,7 +106,7 @@ def test_modules_that_return_something_else():
         return twice
 
     for function, before, error, text in (
-        (lambda rows, cu: rows, False, TypeError, "compressor must return a fastcompress.Pooled, got Tensor"),
+        (lambda rows, cu: rows, False, TypeError, "such as a fastcompress.Pooled, got Tensor"),
         (lambda rows, cu: fc.segment_pool(rows, rule="uniform:2"), False, ValueError,
          "as many audios as it was given, 3, got 1"),
         (longer, True, ValueError, "compressor must not return more rows than it was given, [10, 4, 8]"),
@@ -161,10 +161,26 @@ def test_compiled_models_run():
         assert torch.equal(torch.compile(model, backend="eager")(**inputs).loss, model(**inputs).loss)
 
 
-def test_a_compressor_s_own_loss_is_added():
+@pytest.mark.parametrize(
+    "module", [fc.nn.BipartiteMerge(2.0), fc.nn.IterativeFusion(4), fc.nn.GreedySegments(0.9)], ids=lambda m: str(m)
+)
+@pytest.mark.parametrize("before", [False, True])
+def test_compressors_that_merge(module: nn.Module, before: bool):
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
-    module = fc.nn.LearnedBoundary(32, 3.0, loss_weight=0.5).double()
+    stock = model(**inputs).logits.shape[1]
+    apply_to(model, module, before_projector=before)
+    out = model(**inputs)
+    assert out.compressed.inputs_embeds.shape[0] < stock * len(inputs["input_ids"])
+    assert out.loss.isfinite()
+    assert model.generate(**{k: v for k, v in inputs.items() if k != "labels"}, max_new_tokens=2).shape[0] > 0
+
+
+@pytest.mark.parametrize("kind", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire])
+def test_a_compressor_s_own_loss_is_added(kind: type[nn.Module]):
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    module = kind(32, 3.0, loss_weight=0.5).double()
     apply_to(model, module)
     with torch.no_grad():
         for p in module.parameters():
@@ -174,7 +190,7 @@ def test_a_compressor_s_own_loss_is_added():
     lm = nn.functional.cross_entropy(out.logits[0], told)
     torch.testing.assert_close(out.loss, lm + 0.5 * module.loss)
     out.loss.backward()
-    assert module.key.weight.grad.abs().sum() > 0
+    assert all(p.grad.abs().sum() > 0 for p in module.parameters())
     text = batch("qwen2_audio", model, (None, None), labels=True)
     stale = model(**text).loss  # the loss of an earlier batch is not this one's
     assert abs(stale - model(**text, num_items_in_batch=8).loss) <= 1e-9

@@ -13,6 +13,8 @@ from fastcompress.rules import LabelChange, Rule
 PADDINGS = ("window", "longest")
 #: Between what a rule takes distances.
 KEYS = ("frames", "ctc")
+#: How boundaries are learned.
+BOUNDARIES = ("h-net", "cif")
 
 
 class FastCompressConfig(PreTrainedConfig):
@@ -23,9 +25,11 @@ class FastCompressConfig(PreTrainedConfig):
         text_config: of the decoder likewise; ``None``: Qwen2's.
         rule: text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame of the encoder is kept.
             ``label-change`` takes the most likely unit of the CTC head.
-        boundary_ratio: frames a token that :class:`fastcompress.nn.LearnedBoundary` aims at, in place of a rule;
-            ``None``: nothing is learned.
-        boundary_weight: of its loss.
+        boundary_ratio: frames a token that boundaries which are learned aim at, in place of a rule; ``None``: nothing
+            is learned.
+        boundary_kind: how: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
+            :class:`fastcompress.nn.IntegrateAndFire`.
+        boundary_weight: of their loss.
         reduce: what a segment becomes, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
         keys: between what the rule takes distances: ``"frames"`` of the encoder, or ``"ctc"``, the CTC head's
             probabilities of them.
@@ -59,6 +63,7 @@ class FastCompressConfig(PreTrainedConfig):
         ctc_tokens: list[str] | None = None,
         ctc_weight: float = 1.0,
         boundary_ratio: float | None = None,
+        boundary_kind: str = "h-net",
         boundary_weight: float = 0.1,
         **kwargs: Any,
     ) -> None:
@@ -70,6 +75,7 @@ class FastCompressConfig(PreTrainedConfig):
             ("audio_padding", audio_padding, PADDINGS),
             ("reduce", reduce, REDUCTIONS),
             ("keys", keys, KEYS),
+            ("boundary_kind", boundary_kind, BOUNDARIES),
         ):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
@@ -82,6 +88,7 @@ class FastCompressConfig(PreTrainedConfig):
         if rule is not None and isinstance(Rule.from_string(rule), LabelChange) and not ctc_tokens:
             raise ValueError(f"rule {rule!r} needs ctc_tokens")
         self.boundary_ratio = boundary_ratio
+        self.boundary_kind = boundary_kind
         self.boundary_weight = boundary_weight
         self.rule = rule
         self.reduce = reduce

@@ -34,7 +34,8 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     """
     from peft import LoraConfig, get_peft_model
 
-    saved = ["projector"] + ([] if model.boundary is None else ["boundary"])
+    learns = model.compressor is not None and any(True for _ in model.compressor.parameters())
+    saved = ["projector"] + (["compressor"] if learns else [])
     if model.config.train_encoder:
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
     config = LoraConfig(

@@ -15,7 +15,7 @@ import fastcompress as fc
 from fastcompress import attention
 from fastcompress.lalm.configuration import FastCompressConfig
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
-from fastcompress.nn import LearnedBoundary
+from fastcompress.nn import IntegrateAndFire, LearnedBoundary
 from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
 
@@ -24,12 +24,12 @@ class FastCompressOutput(ModelOutput):
     """What the model returns.
 
     Attributes:
-        loss: ``lm_loss`` and, weighted, ``ctc_loss`` and ``boundary_loss``.
+        loss: ``lm_loss`` and, weighted, ``ctc_loss`` and ``compressor_loss``.
         logits: ``[1, T, V]`` of the packed rows; with labels ``[1, K, V]``, of those rows alone that a label is
             predicted from.
         lm_loss: cross-entropy of the labels.
         ctc_loss: of the encoder's frames.
-        boundary_loss: of boundaries that are learned.
+        compressor_loss: of a compression that is learned.
         packed: the decoder's input.
         num_audio_tokens: rows of audio in it, after the compression; 0-dim int64, like
         num_frames: those before.
@@ -39,7 +39,7 @@ class FastCompressOutput(ModelOutput):
     logits: Tensor | None = None
     lm_loss: Tensor | None = None
     ctc_loss: Tensor | None = None
-    boundary_loss: Tensor | None = None
+    compressor_loss: Tensor | None = None
     packed: fc.PackedInputs | None = None
     num_audio_tokens: Tensor | None = None
     num_frames: Tensor | None = None
@@ -76,11 +76,11 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             hidden = config.projector_hidden_size
             self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
         self.ctc_head = None if config.ctc_tokens is None else nn.Linear(width, len(config.ctc_tokens) + 1)
-        self.boundary: LearnedBoundary | None = None
+        self.compressor: nn.Module | None = None
         self.rule = config.rule
         self.post_init()
         if config.boundary_ratio is not None:  # after transformers has initialised linear layers in its way
-            self.learn_boundaries(config.boundary_ratio)
+            self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
         self._runs_packed = self._prepare_decoder()
         self.train_encoder(config.train_encoder)
 
@@ -127,23 +127,39 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @rule.setter
     def rule(self, rule: Rule | str | None) -> None:
-        if rule is not None and getattr(self, "boundary", None) is not None:
-            raise ValueError(f"this model has learned its boundaries: it takes no rule, got {rule}")
+        compressor = getattr(self, "compressor", None)
+        if rule is not None and compressor is not None:
+            raise ValueError(f"this model is compressed by {compressor}: it takes no rule, got {rule}")
         self._rule = Uniform(1) if rule is None else as_rule(rule)
         if isinstance(self._rule, LabelChange) and self.ctc_head is None:
             raise ValueError(f"rule {rule} needs ctc_tokens in the configuration, which is None")
         self.config.rule = None if rule is None else str(self._rule)
 
-    def learn_boundaries(self, ratio: float) -> None:
-        """From now on boundaries are learned, :class:`fastcompress.nn.LearnedBoundary`, in place of a rule.
+    def learn_boundaries(self, ratio: float, kind: str = "h-net") -> None:
+        """From now on boundaries are learned, in place of a rule.
 
         Args:
             ratio: frames a token that are aimed at.
+            kind: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
+                :class:`fastcompress.nn.IntegrateAndFire`.
+        """
+        width = self.config.audio_config.hidden_size
+        if kind == "cif":
+            self.use_compressor(IntegrateAndFire(width, ratio))
+        else:
+            self.use_compressor(LearnedBoundary(width, ratio, self.config.reduce))
+        self.config.boundary_ratio, self.config.boundary_kind = ratio, kind
+
+    def use_compressor(self, compressor: nn.Module) -> None:
+        """From now on this module compresses, in place of a rule.
+
+        Args:
+            compressor: is called with frames ``[A, F, D]`` and ``lengths=``, and returns ``values`` and ``cu_seqlens``,
+                as those of :mod:`fastcompress.nn` do. If it leaves a ``loss``, that is added, weighted. What it learns
+                is saved with the model, but not what it is: whoever loads the model must give it again.
         """
         self.rule = None
-        self.boundary = LearnedBoundary(self.config.audio_config.hidden_size, ratio, self.config.reduce)
-        self.boundary.to(self.projector_dtype).to(self.device)
-        self.config.boundary_ratio = ratio
+        self.compressor = compressor.to(self.projector_dtype).to(self.device)
 
     @property
     def projector_dtype(self) -> torch.dtype:
@@ -192,10 +208,11 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = self.config
             return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
 
-    def compress(self, frames: Tensor, lengths: Tensor) -> fc.Pooled:
-        """``[A, F, D]`` and ``[A]`` -> what becomes of the rule's segments, not yet projected."""
-        if self.boundary is not None:
-            return self.boundary(frames.to(self.projector_dtype), lengths=lengths)
+    def compress(self, frames: Tensor, lengths: Tensor) -> Any:
+        """``[A, F, D]`` and ``[A]`` -> :class:`fastcompress.Pooled`, or what else the compressor gives; not yet
+        projected."""
+        if self.compressor is not None:
+            return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
         if isinstance(self._rule, LabelChange):
             assert self.ctc_head is not None
             with torch.no_grad():
@@ -277,19 +294,19 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if ctc_labels is not None:
             ctc_loss = self._ctc_loss(frames, frame_lengths, ctc_labels)
         logits, lm_loss = self._decode(packed, num_items_in_batch, kwargs)
-        boundary_loss = None if self.boundary is None or frames is None else self.boundary.loss
+        compressor_loss = None if frames is None else getattr(self.compressor, "loss", None)
         loss = lm_loss
         if lm_loss is not None:
             if ctc_loss is not None:
                 loss = loss + self.config.ctc_weight * ctc_loss
-            if boundary_loss is not None:
-                loss = loss + self.config.boundary_weight * boundary_loss
+            if compressor_loss is not None:
+                loss = loss + self.config.boundary_weight * compressor_loss
             unused = self._unused(frames is not None, ctc_loss is not None)
             loss, lm_loss = loss + unused, lm_loss + unused
         count = packed.source >= input_ids.numel()
         frame_count = torch.zeros((), dtype=torch.int64) if frame_lengths is None else frame_lengths.sum()
         return FastCompressOutput(
-            loss, logits, lm_loss, ctc_loss, boundary_loss, packed, count.sum(), frame_count
+            loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count
         )  # fmt: skip
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
@@ -337,7 +354,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
         """0, in whose graph is what this batch did not use: processes that average gradients wait for all of them."""
-        unused = [] if has_audio else [self.audio_tower, self.projector, *filter(None, [self.boundary])]
+        unused = [] if has_audio else [self.audio_tower, self.projector, *filter(None, [self.compressor])]
         if self.ctc_head is not None and not has_ctc:
             unused.append(self.ctc_head)
         parameters = [p for module in unused for p in module.parameters() if p.requires_grad]

@@ -22,13 +22,14 @@ import torch
 import yaml
 
 from fastcompress.lalm.checkpoints import clean, write_file, write_folder
-from fastcompress.lalm.configuration import FastCompressConfig
+from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
 from fastcompress.lalm.examples import EncodedExamples, Examples
 from fastcompress.lalm.lora import add_lora, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
 from fastcompress.lalm.modeling import FastCompressForConditionalGeneration
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.lalm.training import Training, TrainingArguments
+from fastcompress.nn import LearnedBoundary
 from fastcompress.rules import Rule
 
 _BASE = "base.json"
@@ -51,6 +52,7 @@ class RunSettings:
         rule: of the compression; ``"none"``: every frame; ``None``: the model's.
         reduce, keys: of the compression, as in :class:`FastCompressConfig`; ``None``: the model's.
         boundary_ratio: frames a token that learned boundaries aim at, in place of a rule; ``None``: none are learned.
+        boundary_kind: how they are, as in :class:`FastCompressConfig`.
         lora_rank: of LoRA on the decoder, whose own weights, and the encoder's, are then frozen; 0: no LoRA.
         lora_alpha, lora_dropout: of LoRA.
         train_encoder: whether the encoder is trained; ``None``: only without LoRA and pretrained parts.
@@ -70,6 +72,7 @@ class RunSettings:
     reduce: str | None = None
     keys: str | None = None
     boundary_ratio: float | None = None
+    boundary_kind: str = "h-net"
     lora_rank: int = 0
     lora_alpha: float = 32.0
     lora_dropout: float = 0.0
@@ -89,6 +92,8 @@ class RunSettings:
             raise RunError("encode_once excludes augment: what is encoded once is the same each time")
         if self.lora_rank < 0:
             raise RunError(f"lora_rank must not be negative, got {self.lora_rank}")
+        if self.boundary_kind not in BOUNDARIES:
+            raise RunError(f"boundary_kind must be one of {', '.join(BOUNDARIES)}, got {self.boundary_kind!r}")
         if self.boundary_ratio is not None:
             if not self.boundary_ratio > 1:
                 raise RunError(f"boundary_ratio must be more than 1, got {self.boundary_ratio}")
@@ -161,7 +166,7 @@ def build_model(
     set_compression(model, settings.rule, settings.reduce, settings.keys)
     if settings.boundary_ratio is not None:
         torch.manual_seed(settings.training.seed)
-        model.learn_boundaries(settings.boundary_ratio)
+        model.learn_boundaries(settings.boundary_ratio, settings.boundary_kind)
     encoder = settings.train_encoder
     if encoder is None:
         encoder = model.config.train_encoder and not settings.lora_rank
@@ -206,8 +211,8 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
     except ValueError as error:
         raise RunError(str(error)) from error
     config.reduce, config.keys = checked.reduce, checked.keys
-    if unwrap(model).boundary is not None:
-        unwrap(model).boundary.reduce = config.reduce
+    if isinstance(unwrap(model).compressor, LearnedBoundary):
+        unwrap(model).compressor.reduce = config.reduce
 
 
 def load_model(
@@ -258,8 +263,8 @@ def _load_adapter(path: Path) -> Any:
         model, _ = _from_parts(base["audio_model"], base["text_model"])
     config = FastCompressConfig.from_pretrained(path)
     set_compression(model, config.rule or "none", config.reduce, config.keys)
-    if config.boundary_ratio is not None and model.boundary is None:
-        model.learn_boundaries(config.boundary_ratio)
+    if config.boundary_ratio is not None and model.compressor is None:
+        model.learn_boundaries(config.boundary_ratio, config.boundary_kind)
     model.train_encoder(config.train_encoder)
     return PeftModel.from_pretrained(model, str(path))
 

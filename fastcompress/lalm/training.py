@@ -235,9 +235,9 @@ class Training:
                 if out.ctc_loss is not None:
                     ctc = out.ctc_loss * (len(batch["ctc_labels"]) / max(1, audios))
                     loss = loss + unwrap(self._unwrapped).config.ctc_weight * ctc
-                if out.boundary_loss is not None:  # a mean over frames: of processes and parts, too
+                if out.compressor_loss is not None:  # a mean over frames: of processes and parts, too
                     parts_of_all = accelerator.num_processes * arguments.accumulate
-                    loss = loss + unwrap(self._unwrapped).config.boundary_weight * out.boundary_loss / parts_of_all
+                    loss = loss + unwrap(self._unwrapped).config.boundary_weight * out.compressor_loss / parts_of_all
                 # The processes' gradients are averaged, where their sum is meant.
                 accelerator.backward(loss * accelerator.num_processes)
             parts = (loss, out.lm_loss, ctc, out.num_audio_tokens, out.num_frames)

@@ -56,9 +56,10 @@ def apply_to(
     Args:
         model: such as ``Qwen2AudioForConditionalGeneration``, with peft around it or not.
         compressor: a rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
-            ``[A + 1]`` and returns :class:`fastcompress.Pooled`. It becomes ``model.audio_compressor``: what it learns
-            is saved with the model, and can be one of ``modules_to_save`` of peft. If it leaves a ``loss`` of its own,
-            as :class:`fastcompress.nn.LearnedBoundary` does, that is added, times its ``loss_weight``.
+            ``[A + 1]`` and returns ``values`` and ``cu_seqlens``, as those of :mod:`fastcompress.nn` do. It becomes
+            ``model.audio_compressor``: what it learns is saved with the model, and can be one of ``modules_to_save`` of
+            peft. If it leaves a ``loss`` of its own, as :class:`fastcompress.nn.LearnedBoundary` does, that is added,
+            times its ``loss_weight``.
         mode: ``"dynamic"`` or ``"budget"``.
         pack: run the decoder without padding, each sample attending to itself alone, where nothing is generated
             (``forward`` with labels, or without a cache). ``None``: in dynamic mode.

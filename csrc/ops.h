@@ -21,6 +21,8 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
                                                      OptionalTensor row_group, std::string rule, int64_t size,        \
                                                      double threshold, double prominence, int64_t min_len,            \
                                                      int64_t max_len, bool keep_tail, bool compact);                  \
+Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, double threshold,              \
+                         int64_t max_len);                                                                            \
 Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduce);                                   \
 Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tensor lengths);                          \
 Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor lengths);                                \
@@ -47,6 +49,7 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
   m.impl("adjacent_distance", TORCH_BOX(&fastcompress::device::adjacent_distance));                                   \
   m.impl("adjacent_distance_backward", TORCH_BOX(&fastcompress::device::adjacent_distance_backward));                 \
   m.impl("select_boundaries", TORCH_BOX(&fastcompress::device::select_boundaries));                                   \
+  m.impl("greedy_boundaries", TORCH_BOX(&fastcompress::device::greedy_boundaries));                                   \
   m.impl("segment_reduce", TORCH_BOX(&fastcompress::device::segment_reduce));                                         \
   m.impl("segment_max_backward", TORCH_BOX(&fastcompress::device::segment_max_backward));                             \
   m.impl("segment_weighted_mean", TORCH_BOX(&fastcompress::device::segment_weighted_mean));                           \

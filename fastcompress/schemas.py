@@ -16,6 +16,7 @@ SCHEMAS = (
     f"adjacent_distance(Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
     f"adjacent_distance_backward(Tensor grad, Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
     f"select_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, {RULE}, bool compact) -> (Tensor, Tensor, Tensor)",
+    f"greedy_boundaries(Tensor x, {LAYOUT}, float threshold, SymInt max_len) -> Tensor",
     f"segment_reduce(Tensor x, {SEGMENTS}, str reduce) -> Tensor",
     f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",
     f"segment_weighted_mean(Tensor x, Tensor weights, {SEGMENTS}) -> Tensor",

@@ -159,8 +159,8 @@ def test_aligned_kernels_move_16_bytes_at_a_time(kernels: dict[str, dict[str, Ke
             checked += 1
             if not {"LDG", "LDGSTS"} & set(kernel.wide):
                 problems.append(f"{arch} {name}: no 128-bit load from global memory")
-            # The distances, a number a row, are the only result that is no row.
-            if "STG" not in kernel.wide and not name.startswith("adjacent_distance_fwd"):
+            # Distances, norms and boundaries, a number a row, are the only results that are no row.
+            if "STG" not in kernel.wide and not name.startswith(("adjacent_distance_fwd", "greedy_")):
                 problems.append(f"{arch} {name}: no 128-bit store to global memory")
     assert not problems, "\n".join(problems)
     assert checked > 0
@@ -174,7 +174,8 @@ def test_floats_are_computed_as_the_reference_does(library: Path, kernels: dict[
     problems = []
     for name, text in found.items():
         wrong = set(INEXACT.findall(text))
-        if not re.search(r"<(Half|BFloat16)\b", name):  # whose products are exact, so that fusing changes nothing
+        # Products of half types are exact, so that fusing changes nothing; not so those with a sum.
+        if not re.search(r"<(Half|BFloat16)\b", name) or name.startswith("greedy_walk"):
             wrong |= set(FUSED.findall(text))
         problems += [f"{name}: {instruction}" for instruction in sorted(wrong)]
     assert not problems, "\n".join(problems)

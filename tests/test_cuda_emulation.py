@@ -143,6 +143,7 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
             f"distance backward {lag}",
             lambda lag=lag, slope=slope: ops.adjacent_distance_backward(slope, x, cu, lengths, lag),
         )
+    yield "greedy", lambda: ops.greedy_boundaries(x, cu, lengths, 0.3, 9)
     for reduce in ("mean", "sum", "max", "first", "last", "middle"):
         yield reduce, lambda reduce=reduce: ops.segment_reduce(rows, starts, sizes, reduce)
         if reduce != "max":

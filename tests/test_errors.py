@@ -168,6 +168,7 @@ def test_hostile_offsets_and_lengths(x: Tensor, name: str, values: tuple[int, ..
         lambda: fc.segment_pool(x, rule="local-max:prominence=0.1", **layout),
         lambda: fc.segment_pool(x, rule="uniform:2", compact=False, **layout),
         lambda: fc.adjacent_distance(x, **layout),
+        lambda: fc.greedy_segments(x, 0.5, **layout),
         lambda: fc.select_boundaries(x[..., 0], "threshold:0.5", **layout),
         lambda: fc.segments_from_mask(x[..., 0] > 0, **layout),
     ]
@@ -265,6 +266,10 @@ def direct_calls() -> list[tuple[str, Callable]]:
         "distance backward dtype": lambda: OPS.adjacent_distance_backward(D.half(), X, None, None, 1),
         "distance backward rank": lambda: OPS.adjacent_distance_backward(D, X.flatten(), None, None, 1),
         "distance backward lag": lambda: OPS.adjacent_distance_backward(D, X, None, None, -1),
+        "greedy rank": lambda: OPS.greedy_boundaries(D, None, None, 0.5, 0),
+        "greedy integers": lambda: OPS.greedy_boundaries(X.int(), None, None, 0.5, 0),
+        "greedy offsets of padded": lambda: OPS.greedy_boundaries(Y, cu, None, 0.5, 0),
+        "greedy max_len": lambda: OPS.greedy_boundaries(X, None, None, 0.5, -1),
         "select rank": lambda: OPS.select_boundaries(Y, None, None, None, *RULE, True),
         "select rank 0": lambda: OPS.select_boundaries(D[0], None, None, None, *RULE, True),
         "select rule": lambda: OPS.select_boundaries(D, None, None, None, "mode", *RULE[1:], True),

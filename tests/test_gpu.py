@@ -125,6 +125,7 @@ def every_op(x: Tensor, gpu: torch.device, lag: int, where: tuple[Tensor]) -> No
         d = fc.adjacent_distance(leaf, lag=lag)
         found["d"] = d.detach()
         found["d backward"] = torch.autograd.grad(d[:-lag].sum(), leaf)[0]
+        found["greedy"] = torch.ops.fastcompress.greedy_boundaries(x, None, None, 0.3, 0)
         segments = fc.select_boundaries(d, fc.Threshold(0.9))
         found |= {"starts": segments.starts, "lengths": segments.lengths, "cu": segments.cu_segments}
         weights = features("iid", len(x), 1, torch.float32, 5)[:, 0].abs().to(x.device).requires_grad_()

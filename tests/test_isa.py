@@ -49,6 +49,8 @@ def outputs(width: int, dtype: torch.dtype, kinds: tuple[str, ...], rows: int = 
             yield f"distance {kind} {lag}", d
             grad = features("iid", rows, 1, d.dtype, seed=1)[:, 0]
             yield f"distance backward {kind} {lag}", OPS.adjacent_distance_backward(grad, x, None, None, lag)
+        for threshold, max_len in ((0.15, 0), (0.9, 5)):
+            yield f"greedy {kind} {threshold}", OPS.greedy_boundaries(x, None, None, threshold, max_len)
         d = fc.adjacent_distance(x)
         for rule in (fc.LocalMax(), fc.LocalMax(2, max_len=9), fc.LocalMax(prominence=0.1), fc.Threshold(0.9)):
             for compact in (True, False):

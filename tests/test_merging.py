@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from tests.sample_inputs import features
+from tests.sample_inputs import DTYPES, features
 
 KINDS = ("iid", "smooth", "repeated", "zeros")
 
@@ -19,12 +19,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
     return float(a @ b / (a.norm().clamp_min(1e-8) * b.norm().clamp_min(1e-8)))
 
 
-def greedy(x: Tensor, threshold: float, max_len: int | None) -> list[int]:
+def greedy(x: Tensor, threshold: float, max_len: int | None, band: float) -> list[int]:
     """Mean cosine to every member, as it is written."""
     groups = [[0]] if len(x) else []
+    x = x.double()
     for t in range(1, len(x)):
         mean = sum(cosine(x[t], x[m]) for m in groups[-1]) / len(groups[-1])
-        if abs(mean - (1 - threshold)) < 1e-9:
+        if abs(mean - (1 - threshold)) < band:
             pytest.skip("too close to tell")
         if mean >= 1 - threshold and (max_len is None or len(groups[-1]) < max_len):
             groups[-1].append(t)
@@ -36,19 +37,22 @@ def greedy(x: Tensor, threshold: float, max_len: int | None) -> list[int]:
 @pytest.mark.parametrize("max_len", (None, 1, 4))
 @pytest.mark.parametrize("threshold", (0.15, 0.6, 1.1))
 @pytest.mark.parametrize("kind", KINDS)
-def test_greedy_segments(kind: str, threshold: float, max_len: int | None):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_segments(dtype: torch.dtype, kind: str, threshold: float, max_len: int | None):
     sizes = (30, 0, 1, 17)
-    x = features(kind, sum(sizes), 6, torch.float64)
+    x = features(kind, sum(sizes), 6, dtype)
+    band = 1e-9 if dtype == torch.float64 else 1e-5  # of what rounding may decide
     cu = torch.tensor([0, 30, 30, 31, 48])
     wanted = []
     for begin, size in zip(cu.tolist(), sizes, strict=False):
-        wanted += [begin + t for t in greedy(x[begin : begin + size], threshold, max_len)]
+        wanted += [begin + t for t in greedy(x[begin : begin + size], threshold, max_len, band)]
     found = fc.greedy_segments(x, threshold, max_len=max_len, cu_seqlens=cu)
     assert found.starts.tolist() == wanted
     padded = torch.nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), True, padding_value=9.0)
     by_lengths = fc.greedy_segments(padded, threshold, max_len=max_len, lengths=torch.tensor(sizes))
     assert by_lengths.lengths.tolist() == found.lengths.tolist()
-    assert fc.segment_reduce(padded, by_lengths, weights=torch.rand(4, 30)).shape == (len(wanted), 6)
+    weights = torch.rand(4, 30, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
+    assert fc.segment_reduce(padded, by_lengths, weights=weights).shape == (len(wanted), 6)
 
 
 def merge(

@@ -45,6 +45,7 @@ def samples() -> Iterator[Any]:
                 leaf = x.clone().requires_grad_()
                 yield sample("adjacent_distance", name, leaf, cu, lengths, 2)
                 yield sample("adjacent_distance_backward", name, torch.randn_like(d), x, cu, lengths, 2)
+                yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
             for compact in (True, False):
                 for rule in RULES:
                     what = f"{name}-{rule}-compact={compact}"

@@ -34,12 +34,13 @@ if triton.knobs.runtime.interpret:
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fastcompress.kernels.triton import OPS, boundaries, common, distance, integrate, pack, reduce, tiles
+from fastcompress.kernels.triton import OPS, boundaries, common, distance, greedy, integrate, pack, reduce, tiles
 
 ROOT = Path(__file__).resolve().parent.parent
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MODULES = (boundaries, common, distance, greedy, integrate, pack, reduce, tiles)
 POINTERS = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
     torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
@@ -102,7 +103,7 @@ def record(monkeypatch) -> Callable[..., list[Launch]]:
         def launch(kernel, grid, like, *args, num_warps=4, registers=0, **constants):
             launches[describe(kernel, args, constants, num_warps, registers)] = None
 
-        for module in (boundaries, common, distance, integrate, pack, reduce, tiles):
+        for module in MODULES:
             monkeypatch.setattr(module, "launch", launch)
         for f in calls:
             f()
@@ -135,6 +136,7 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
 
     yield call("adjacent_distance", x, cu, None, 1)
     yield call("adjacent_distance_backward", d, x, cu, None, 1)
+    yield call("greedy_boundaries", x, cu, None, 0.15, 9)
     for how in ("mean", "sum", "max", "first", "last", "middle") if thorough else ("mean", "max", "middle"):
         yield call("segment_reduce", x, *given, how)
         if how != "max":
@@ -185,7 +187,7 @@ def test_every_kernel_compiles_without_spills(record, target: str):
     kernels = {launch.name for launch in launches}
     defined = {
         name
-        for module in (boundaries, common, distance, integrate, pack, reduce, tiles)
+        for module in MODULES
         for name, value in vars(module).items()
         if name.endswith("_kernel") and value.fn.__module__ == module.__name__
     }
@@ -232,11 +234,12 @@ def test_every_kernel_compiles_with_the_oldest_triton(tmp_path: Path):
 
 
 def scoring(record, dtype: torch.dtype, width: int = 1280) -> list[Launch]:
-    """The launches of the scoring path."""
+    """The launches of the scoring path: distances, the fused op; norms and walk of greedy segments."""
     x, cu = torch.zeros(4096, width, dtype=dtype), torch.zeros(9, dtype=torch.int32)
     launches = record(
         lambda: OPS["adjacent_distance"](x, cu, None, 1),
         lambda: OPS["segment_pool"](x, None, cu, None, None, *fc.LocalMax().op_args(), False),
+        lambda: OPS["greedy_boundaries"](x, cu, None, 0.15, 0),
     )
     return [launch for launch in launches if launch.name != "prepare_sequences_kernel"]
 
@@ -244,26 +247,32 @@ def scoring(record, dtype: torch.dtype, width: int = 1280) -> list[Launch]:
 @pytest.mark.parametrize("target", NVIDIA)
 def test_scores_are_rounded_as_defined(record, target: str):
     launches = scoring(record, torch.float32)
-    assert len(launches) == 2
+    assert len(launches) == 4
     for launch in launches:
         ptx = compiled(launch, target).asm["ptx"]
         assert not INEXACT.findall(ptx), f"{launch.name}: {set(INEXACT.findall(ptx))}"
         # Rounding that is spelled out keeps the assembler from fusing.
         assert not re.findall(r"\b(?:mul|add|sub)\.f32", ptx)
-        for needed in ("mul.rn.f32", "add.rn.f32", "sqrt.rn.f64", "div.rn.f64"):
-            assert needed in ptx, f"{launch.name}: {needed}"
+        needed = ["mul.rn.f32", "add.rn.f32"]
+        if launch.name != "greedy_walk_kernel":  # which is given the norms
+            needed += ["sqrt.rn.f64", "div.rn.f64"]
+        assert all(word in ptx for word in needed), launch.name
 
 
 def test_scores_are_not_fused_on_amd(record):
-    launch = scoring(record, torch.float32)[0]  # the distances: no division in fp32, which has its own fused steps
-    assert launch.name == "adjacent_distance_fwd_kernel"
+    distances, _, *greedy = scoring(record, torch.float32)  # no division in fp32, which has its own fused steps
+    assert [launch.name for launch in (distances, *greedy)] == [
+        "adjacent_distance_fwd_kernel", "greedy_norms_kernel", "greedy_walk_kernel",
+    ]  # fmt: skip
     fused = re.compile(r"v_(?:pk_)?(?:fma|fmac|mad|mac)_f32")
-    assert not fused.findall(compiled(launch, "gfx942").asm["amdgcn"])
+    for launch in (distances, *greedy):
+        assert not fused.findall(compiled(launch, "gfx942").asm["amdgcn"]), launch.name
 
 
 def test_the_gate_finds_fused_sums(record):
-    launch = scoring(record, torch.float32)[0]
-    assert INEXACT.findall(compiled(launch, "sm_90", fused=True).asm["ptx"])
+    distances, _, _, walk = scoring(record, torch.float32)
+    for launch in (distances, walk):
+        assert INEXACT.findall(compiled(launch, "sm_90", fused=True).asm["ptx"]), launch.name
 
 
 def packing(width: int) -> tuple[Any, ...]:

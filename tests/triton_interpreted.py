@@ -127,6 +127,15 @@ def test_adjacent_distance(dtype: torch.dtype):
         check("adjacent_distance", batch.x, *layout(batch)[:2], 1, what=str(batch))
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_greedy_boundaries(dtype: torch.dtype):
+    x = features("smooth", 12, 2100, dtype)  # wider than a step
+    same = [Batch(name, same, {}) for name, same in (("wide", x), ("no column", x[:, :0]), *strided(x[:, :20]))]
+    ragged = [make(kind, 33, dtype, SHORT) for kind in ("nonfinite", "smooth") for make in (packed, padded)]
+    for i, batch in enumerate((*same, *ragged)):
+        check("greedy_boundaries", batch.x, *layout(batch)[:2], (0.3, 1.1)[i % 2], 4 * (i % 3), what=str(batch))
+
+
 def check_gradient(batch: Batch, lag: int) -> None:
     grad = torch.randn(batch.x.shape[:-1], dtype=torch.float64 if batch.x.dtype == torch.float64 else torch.float32)
     check("adjacent_distance_backward", grad, batch.x, *layout(batch)[:2], lag, what=f"{batch}, lag {lag}")
@@ -363,6 +372,7 @@ def test_hostile_offsets(values: list[int]):
             for a, b in zip(pooled, expected, strict=True):
                 assert_same_bits(a, b, str(rule))
     if sequences:
+        assert_same_bits(OPS["greedy_boundaries"](x, cu, None, 0.9, 0), OPS["greedy_boundaries"](x, None, None, 0.9, 0))
         one = DEFINITION["adjacent_distance"](x, None, None, 1)
         assert_same_bits(OPS["adjacent_distance"](x, cu, None, 1), one)
     assert OPS["adjacent_distance_backward"](torch.ones(40), x, cu, None, 1).isfinite().all()
@@ -430,6 +440,7 @@ def test_launches(monkeypatch):
         d = batch.x[:, 0].contiguous()
         assert launches("select_boundaries", d, cu, None, None, *rule.op_args(), False) == 3 + more, rule
     assert launches("adjacent_distance", batch.x, cu, None, 1) == 2
+    assert launches("greedy_boundaries", batch.x, cu, None, 0.3, 0) == 3
     starts, lengths, rows = given_segments()
     assert launches("segment_reduce", features("iid", rows, 8, torch.float32), starts, lengths, "mean") == 1
     assert launches("segment_expand", torch.ones(len(starts), 8), starts, lengths, rows, "mean") == 1

@@ -35,6 +35,9 @@ struct RowKernels {
   void (*expand)(const T* y, int64_t stride, SegmentList segments, int64_t width, bool mean, T* out);
   // out = a * x + b * y + c * z, from left to right; a null pointer leaves its term out, nothing at all gives 0.
   void (*combine)(const T* x, S a, const T* y, S b, const T* z, S c, int64_t width, T* out);
+  // total = scale * (the row before x), added to the total there is if `keep`; then dot = total . x, square = x . x.
+  // `total` has room for `width` elements, filled up to a multiple of 32, in an order of its own; aligned to 64 bytes.
+  void (*extend)(S* total, bool keep, S scale, const T* x, int64_t stride, int64_t width, double* dot, double* square);
 };
 
 // "avx512", "avx2" or "portable": the best that this machine has, or less if FASTCOMPRESS_CPU_ISA says so.

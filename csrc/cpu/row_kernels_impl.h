@@ -309,7 +309,64 @@ struct Impl {
     }
   }
 
-  static constexpr RowKernels<T> table() { return {dots, dot, reduce, integrate, expand, combine}; }
+  // ---- running sums ----
+
+  template <bool kKeep>
+  static FASTCOMPRESS_INLINE void extend_unit(S* total, const V& scale, const T* last, const T* x, Sums& dots,
+                                              Sums& squares) {
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalves; ++h) {
+      V sum[2], x0, x1;
+      X::load2(last, h, sum[0], sum[1]);
+      X::load2(x, h, x0, x1);
+#pragma GCC unroll 2
+      for (int j = 0; j < 2; ++j) {
+        S* place = total + (2 * h + j) * int64_t(sizeof(V) / sizeof(S));
+        sum[j] = sum[j] * scale;
+        if constexpr (kKeep) {
+          V before;
+          std::memcpy(&before, place, sizeof(V));
+          sum[j] = before + sum[j];
+        }
+        std::memcpy(place, &sum[j], sizeof(V));
+      }
+      dots.add(h, sum[0], sum[1], x0, x1);
+      squares.add(h, x0, x1, x0, x1);
+    }
+  }
+
+  template <bool kKeep>
+  static FASTCOMPRESS_INLINE void extend_row(S* total, S scale, const T* x, int64_t stride, int64_t width, double* dot,
+                                             double* square) {
+    Sums dots, squares;
+    dots.clear();
+    squares.clear();
+    const V factor = X::set1(scale);
+    const T* last = x - stride;
+    const int64_t whole = width - width % kUnit;
+    for (int64_t k = 0; k < whole; k += kUnit) {
+      prefetch_unit(x + kRowsAhead * stride + k);
+      extend_unit<kKeep>(total + k, factor, last + k, x + k, dots, squares);
+    }
+    if (whole < width) {
+      Tail tail_last, tail_x;
+      tail_last.read(last + whole, width - whole);
+      tail_x.read(x + whole, width - whole);
+      extend_unit<kKeep>(total + whole, factor, tail_last.v, tail_x.v, dots, squares);
+    }
+    *dot = X::tree(dots.v);
+    *square = X::tree(squares.v);
+  }
+
+  static void extend(S* total, bool keep, S scale, const T* x, int64_t stride, int64_t width, double* dot,
+                     double* square) {
+    if (keep)
+      extend_row<true>(total, scale, x, stride, width, dot, square);
+    else
+      extend_row<false>(total, scale, x, stride, width, dot, square);
+  }
+
+  static constexpr RowKernels<T> table() { return {dots, dot, reduce, integrate, expand, combine, extend}; }
 };
 
 }  // namespace

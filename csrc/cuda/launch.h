@@ -11,6 +11,11 @@ Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scr
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);
 
+// Two launches: norms, and a walk along each sequence with so many bytes of shared memory; 0 where the rows do not fit
+// there, or cannot be copied 16 bytes at a time.
+int64_t greedy_shared_bytes(const Device& device, DType dtype, const RowsIn& x);
+Error launch_greedy_boundaries(DType dtype, const GreedyParams& p, int64_t shared_bytes, Stream stream);
+
 // Two launches, three for a rule that needs a walk. `is_double`: the type of the distances.
 Error launch_select(bool is_double, const SelectParams& p, Stream stream);
 inline int64_t select_tiles(int64_t rows) { return rows == 0 ? 1 : (rows + kThreads - 1) / kThreads; }

@@ -155,6 +155,33 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
   return out;
 }
 
+Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, double threshold,
+                         int64_t max_len) {
+  STD_TORCH_CHECK(max_len >= 0, "max_len must not be negative, got ", max_len);
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  const RowsIn in = rows_in(rows);
+  const DType dtype = dtype_of("x", x);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  workspace.prepare(0, scope.stream);
+  const int64_t shared_bytes = greedy_shared_bytes(current_device(), dtype, in);
+  const Tensor inverse_norms = empty_like(x, {rows.count}, ScalarType::Double);
+  Tensor scratch;
+  if (shared_bytes == 0)
+    scratch = empty_like(x, {workspace.batch().count, 2 * padded_width(rows.width)}, accumulate_type(x.scalar_type()));
+  Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1)}, ScalarType::Bool)
+                            : empty_like(x, {x.size(0)}, ScalarType::Bool);
+  const GreedyParams p{in,
+                       workspace.sequences(),
+                       {1 - threshold, max_len},
+                       static_cast<double*>(inverse_norms.mutable_data_ptr()),
+                       shared_bytes == 0 ? scratch.mutable_data_ptr() : nullptr,
+                       static_cast<uint8_t*>(out.mutable_data_ptr())};
+  check(launch_greedy_boundaries(dtype, p, shared_bytes, scope.stream), "greedy_boundaries");
+  if (checks_at_once()) workspace.read_count(scope.stream);
+  return out;
+}
+
 std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths,
                                                      OptionalTensor row_group, std::string rule_name, int64_t size,
                                                      double threshold, double prominence, int64_t min_len,

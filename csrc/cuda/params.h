@@ -3,6 +3,7 @@
 
 #include <cstdint>
 
+#include "../greedy.h"
 #include "../reduce.h"
 #include "../rule.h"
 
@@ -88,6 +89,15 @@ struct DistanceParams {
   int64_t lag;
   const void* grad;  // backward
   void* out;         // distances [rows], or the gradient of x [rows, width]
+};
+
+struct GreedyParams {
+  RowsIn x;
+  Sequences sequences;
+  Linkage linkage;
+  double* inverse_norms;  // scratch, a value a row
+  void* scratch;          // two rows of padded_width a sequence, in the accumulation type; null: in shared memory
+  uint8_t* starts;        // a byte a row
 };
 
 struct SelectParams {

@@ -9,31 +9,33 @@ from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.dispatch import call
 from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.reference.distance import accumulate_dtype
 from fastcompress.segments import Segments, row_segments
 
+_greedy_op = torch.ops.fastcompress.greedy_boundaries.default
+
 
 def greedy_segments(
     x: Tensor, threshold: float, *, max_len: int | None = None, cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None,
+    lengths: Tensor | None = None, compact: bool = True,
 ) -> Segments:  # fmt: skip
     """Segments of frames that are alike on average (the merge of SA-MAP; average linkage).
 
     Left to right, a frame joins the open segment iff the mean of its cosines to all of the segment's frames is at least
     ``1 - threshold``; else it starts one. That mean is the frame's dot product with the segment's sum of unit frames,
-    divided by its length, so that nothing is compared twice. A zero frame has cosine 0 to all. Not differentiable;
-    :func:`segment_reduce` pools, with weights if there are some.
-
-    One step a frame, all sequences of the batch at once, in fp64.
+    divided by its length, so that each frame is read once. A zero frame has cosine 0 to all; a frame that is not finite
+    is a segment of its own. Not differentiable; :func:`segment_reduce` pools, with weights if there are some.
 
     Args:
-        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
+        x: ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64, summed in fp32 (fp64 for fp64).
         threshold: the largest mean distance; 0.15 for SA-MAP's cosine of 0.85.
         max_len: a segment that reaches this length is cut.
         cu_seqlens, lengths: as in :func:`adjacent_distance`.
+        compact: as in :func:`select_boundaries`; without it there are ``N + B`` segments, the tail of them empty.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -42,25 +44,18 @@ def greedy_segments(
     check_layout(x, 2, cu_seqlens, lengths)
     if max_len is not None and max_len < 1:
         raise ValueError(f"max_len must be at least 1, got {max_len}")
-    runs = _runs(x, cu_seqlens, lengths)
-    rows = x.detach().reshape(-1, x.shape[-1]).double()
-    unit = rows / rows.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    mask = torch.zeros(rows.shape[0], dtype=torch.bool, device=x.device)
-    first = runs.first.nonzero()[:, 0]
-    if len(first):
-        sizes = runs.length[first]
-        total, count = torch.zeros_like(unit[first]), sizes.new_zeros(len(first))
-        for step in range(int(sizes.max())):
-            open_ = step < sizes
-            place = torch.where(open_, first + step, 0)
-            mean = (total * unit[place]).sum(-1) / count.clamp_min(1)
-            joins = (count > 0) & (mean >= 1 - threshold)
-            if max_len is not None:
-                joins &= count < max_len
-            mask[place[open_]] = ~joins[open_]
-            total = torch.where(joins[:, None], total, 0.0) + unit[place]
-            count = torch.where(joins, count, 0) + 1
-    return segments_from_mask(mask.view(x.shape[:-1]), cu_seqlens=cu_seqlens, lengths=lengths)
+    mask = call(
+        _greedy_op,
+        (x.detach(), cu_seqlens, lengths, threshold, max_len or 0),
+        False,
+        lambda: check_layout_values(x.shape, cu_seqlens, lengths),
+    )
+    return segments_from_mask(mask, cu_seqlens=cu_seqlens, lengths=lengths, compact=compact)
+
+
+@torch.library.register_fake("fastcompress::greedy_boundaries")
+def _(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, threshold: float, max_len: int) -> Tensor:
+    return x.new_empty(x.shape[:-1], dtype=torch.bool)
 
 
 @dataclass(eq=False)

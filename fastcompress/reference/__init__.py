@@ -5,6 +5,7 @@ They are registered for every device, below the compiled kernels of a device whe
 
 from fastcompress.reference.boundaries import select_boundaries
 from fastcompress.reference.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.reference.greedy import greedy_boundaries
 from fastcompress.reference.integrate_and_fire import integrate_rows, integrate_rows_backward
 from fastcompress.reference.pack import pack_labels, pack_map, pack_rows
 from fastcompress.reference.pool import segment_pool
@@ -22,6 +23,7 @@ OPS = {
         adjacent_distance,
         adjacent_distance_backward,
         select_boundaries,
+        greedy_boundaries,
         segment_reduce,
         segment_max_backward,
         segment_weighted_mean,

@@ -48,7 +48,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
     Args:
         kind: a key of ``KINDS``.
         change: a file of ``csrc/cuda``, text that occurs in it once, and what to write instead: a seeded bug. Only
-            packing, if the file is its own, or the fused op is compiled with it.
+            packing or greedy segments, if the file is their own, or the fused op is compiled with it.
     """
     csrc = ROOT / "csrc"
     folder = ROOT / "build" / f"emulated-{kind}"
@@ -66,7 +66,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
         text = (csrc / "cuda" / name).read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         (seeded / "csrc" / "cuda" / name).write_text(text.replace(old, new))
-        unit = "pack" if name.startswith("pack") else "segment_pool"
+        unit = next((unit for unit in ("pack", "greedy_boundaries") if name.startswith(unit)), "segment_pool")
         objects = [seeded / f"{unit}.o" if path.stem == unit else path for path in objects]
         builds = {seeded / f"{unit}.o": seeded / "csrc" / "cuda" / f"{unit}.cu"}
         csrc, folder = seeded / "csrc", seeded

@@ -8,6 +8,7 @@ the dtype by a fixed rule; nothing is tuned at run time.
 
 from fastcompress.kernels.triton.boundaries import select_boundaries
 from fastcompress.kernels.triton.distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.kernels.triton.greedy import greedy_boundaries
 from fastcompress.kernels.triton.integrate import integrate_rows, integrate_rows_backward
 from fastcompress.kernels.triton.pack import pack_rows
 from fastcompress.kernels.triton.pool import segment_pool
@@ -25,6 +26,7 @@ OPS = {
         adjacent_distance,
         adjacent_distance_backward,
         select_boundaries,
+        greedy_boundaries,
         segment_reduce,
         segment_max_backward,
         segment_weighted_mean,

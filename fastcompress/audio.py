@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import lru_cache
+from typing import BinaryIO
 
 import numpy as np
 import soundfile
 import soxr
 import torch
+
+from fastcompress.wave_pipe import WavePipe
 
 SAMPLE_RATE = 16_000  # Hz, of everything after `load_audio`
 WINDOW = 400  # samples: 25 ms
@@ -37,8 +41,8 @@ def load_audio(
 ) -> np.ndarray:
     """Read any file that libsndfile reads (WAV, FLAC, MP3, Ogg Vorbis and Opus, ...) as mono samples.
 
-    The file is read, mixed (mean of the channels) and resampled (soxr, high quality, no delay) block by block, so that
-    memory holds the result and one block: 230 MB an hour at 16 kHz, whatever the file's own rate and channels.
+    Memory holds the result and one block (:func:`audio_blocks`): 230 MB an hour at 16 kHz, whatever the file's own rate
+    and channels.
 
     Args:
         path: the file.
@@ -50,41 +54,69 @@ def load_audio(
         A WAV or MP3 that was cut short gives what it still holds, as players do.
 
     Raises:
-        AudioError: no such file, a directory, no permission, not audio, damaged, 0 seconds, or NaN or infinite samples.
+        AudioError: as :func:`audio_blocks`.
     """
-    path = os.fspath(path)
     # A bytearray grows in place (its reserve is never touched) and becomes an array without a copy. The header's length
     # is not used for this: it is an estimate for some formats, missing in others.
     samples = bytearray()
-    with _open(path) as file:
+    for block in audio_blocks(path, sample_rate, progress=progress):
+        samples += block.tobytes()
+    return np.frombuffer(samples, dtype=np.float32)
+
+
+def audio_blocks(
+    source: str | os.PathLike[str] | BinaryIO, sample_rate: int = SAMPLE_RATE, seconds: float | None = None,
+    progress: Progress | None = None,
+) -> Iterator[np.ndarray]:  # fmt: skip
+    """Mono samples of a file, or of a stream, block by block as they are read.
+
+    Channels are averaged, and resampled (soxr, high quality, no delay) across the blocks: joined, they are the same
+    samples whatever the blocks.
+
+    Args:
+        source: a file that libsndfile reads, or a binary stream of WAV, which need not seek (:class:`WavePipe`).
+        sample_rate: of the result, Hz.
+        seconds: of a block before resampling; ``None``: 65,536 samples.
+        progress: called after each block with (seconds read, seconds the header promises).
+
+    Yields:
+        float32 ``[S]``, full scale at 1.0; may be empty.
+
+    Raises:
+        AudioError: no such file, a directory, no permission, not audio, damaged, 0 seconds, or NaN or infinite samples.
+    """
+    is_path = isinstance(source, str | os.PathLike)
+    name = os.fspath(source) if is_path else getattr(source, "name", "stream")
+    with _open(name) if is_path else nullcontext(_open_pipe(source, name)) as file:
+        size = _BLOCK_FRAMES if seconds is None else max(1, round(seconds * file.samplerate))
         resampler = None
         if file.samplerate != sample_rate:
             try:
                 resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
             except (RuntimeError, ValueError) as error:
                 rates = f"{file.samplerate} Hz to {sample_rate} Hz"
-                raise AudioError(f"{path}: cannot resample {rates} ({error})") from error
+                raise AudioError(f"{name}: cannot resample {rates} ({error})") from error
         frames_read = 0
         while True:
             try:
-                block = file.read(_BLOCK_FRAMES, dtype="float32", always_2d=True)  # [frames, channels]
+                # [frames, channels]
+                block = file.read(size, dtype="float32", always_2d=True) if is_path else file.read(size)
             except soundfile.SoundFileError as error:
                 second = frames_read / file.samplerate
-                raise AudioError(f"{path}: damaged after {second:.1f} s ({_cause(error)})") from error
+                raise AudioError(f"{name}: damaged after {second:.1f} s ({_cause(error)})") from error
             if not len(block):
                 break
             frames_read += len(block)
             mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
             if not np.isfinite(mono).all():
-                raise AudioError(f"{path}: holds NaN or infinite samples before {frames_read / file.samplerate:.1f} s")
-            samples += (resampler.resample_chunk(mono) if resampler else mono).tobytes()
+                raise AudioError(f"{name}: holds NaN or infinite samples before {frames_read / file.samplerate:.1f} s")
+            yield resampler.resample_chunk(mono) if resampler else mono
             if progress:
                 progress(frames_read / file.samplerate, max(file.frames, frames_read) / file.samplerate)
         if frames_read == 0:
-            raise AudioError(f"{path}: holds no audio (0 seconds)")
+            raise AudioError(f"{name}: holds no audio (0 seconds)")
         if resampler:
-            samples += resampler.resample_chunk(np.zeros(0, np.float32), last=True).tobytes()
-    return np.frombuffer(samples, dtype=np.float32)
+            yield resampler.resample_chunk(np.zeros(0, np.float32), last=True)
 
 
 def log_mel(
@@ -177,6 +209,13 @@ def _open(path: str) -> soundfile.SoundFile:
         return soundfile.SoundFile(path)
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless formats (.raw)
         raise AudioError(f"{path}: not an audio file that can be read ({_cause(error)})") from error
+
+
+def _open_pipe(stream: BinaryIO, name: str) -> WavePipe:
+    try:
+        return WavePipe(stream)
+    except ValueError as error:
+        raise AudioError(f"{name}: {error}") from error
 
 
 def _cause(error: Exception) -> str:

@@ -61,6 +61,11 @@ def takes_samples(config: Any) -> bool:
     return config.model_type in WAVEFORM
 
 
+def window_length(config: Any) -> int | None:
+    """Log-mel frames that an encoder takes at once; ``None``: as much as there is."""
+    return 2 * config.max_source_positions if config.model_type in WHISPER else None
+
+
 def encode(
     encoder: Any, features: Tensor, mask: Tensor | None, padding: str = "window", normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -115,7 +120,8 @@ def _checked(lengths: Tensor, frames: Tensor) -> Tensor:
 def _encode_windows(encoder: Any, features: Tensor, lengths: Tensor, padding: str, normalize: bool) -> Tensor:
     """Whisper's encoder, of any length of audio: ``[A, bins, T]`` -> ``[A, F, D]``."""
     audios, bins, longest = features.shape
-    window = 2 * encoder.config.max_source_positions
+    window = window_length(encoder.config)
+    assert window is not None
     count = -(-longest // window)
     width = window
     if padding == "longest" and count == 1:  # two more, so that the last frame sees silence in any batch

@@ -233,6 +233,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames: Tensor | None = None,
         frame_lengths: Tensor | None = None,
         labels: Tensor | None = None,
+        pooled: fc.Pooled | None = None,
     ) -> fc.PackedInputs:
         """The decoder's input: text looked up, frames compressed, projected and put in place.
 
@@ -241,10 +242,12 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask: ``[B, L]``, 0 for padding on either side.
             frames, frame_lengths: of :meth:`encode`; ``None``: no audio in the batch.
             labels: ``[B, L]``, -100 where nothing is predicted.
+            pooled: of :meth:`compress`, in place of frames.
         """
         audio = offsets = None
         if frames is not None:
             pooled = self.compress(frames, frame_lengths)
+        if pooled is not None:
             audio, offsets = self.projector(pooled.values.to(self.projector_dtype)), pooled.cu_seqlens
         table = self.get_input_embeddings()
         rest: dict[str, Any] = {
@@ -369,6 +372,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         frames: Tensor | None = None,
         frame_lengths: Tensor | None = None,
+        pooled: fc.Pooled | None = None,
         **kwargs: Any,
     ) -> Any:
         """Writes on from a prompt.
@@ -376,6 +380,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids, attention_mask, input_features, feature_attention_mask, frames, frame_lengths: as in
                 :meth:`forward`, padding on either side.
+            pooled: of :meth:`compress`, in place of frames.
             kwargs: of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...
 
         Returns:
@@ -384,7 +389,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """
         if input_features is not None:
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
-        packed = self.pack(input_ids, attention_mask, frames, frame_lengths)
+        packed = self.pack(input_ids, attention_mask, frames, frame_lengths, pooled=pooled)
         embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         tokens = out if isinstance(out, Tensor) else out.sequences

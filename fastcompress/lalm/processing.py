@@ -46,6 +46,11 @@ class FastCompressProcessor(ProcessorMixin):
         """Hz, of the audio that it takes."""
         return self.feature_extractor.sampling_rate
 
+    @property
+    def shortest(self) -> int:
+        """Samples of a frame: the least audio that it takes."""
+        return getattr(self.feature_extractor, "n_fft", 400)
+
     def __call__(
         self,
         text: str | Sequence[str],
@@ -94,10 +99,9 @@ class FastCompressProcessor(ProcessorMixin):
         samples = np.asarray(samples, dtype=np.float32)
         if sampling_rate != self.sampling_rate:
             raise ValueError(f"sampling_rate must be {self.sampling_rate} Hz, got {sampling_rate}")
-        least = getattr(self.feature_extractor, "n_fft", 400)
-        if samples.ndim != 1 or samples.shape[0] < least:
+        if samples.ndim != 1 or samples.shape[0] < self.shortest:
             raise ValueError(
-                f"audio must be [S] of at least {least} samples, one frame, got shape {list(samples.shape)}"
+                f"audio must be [S] of at least {self.shortest} samples, one frame, got shape {list(samples.shape)}"
             )
         if self._takes_samples:
             return self.feature_extractor(samples, sampling_rate=sampling_rate, return_tensors="pt").input_values[0]

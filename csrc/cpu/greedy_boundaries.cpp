@@ -9,6 +9,7 @@
 // cycles. So fp32 waits for memory, half types for arithmetic. Taking the square one frame ahead, which hides the root
 // and the quotient, was slower by 7 to 20 %: a third row to load and to widen (AMD EPYC 9004).
 #include <algorithm>
+#include <atomic>
 #include <cstdlib>
 #include <memory>
 
@@ -57,11 +58,16 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
     const T* data = rows.data<T>();
     const int64_t num_sequences = sequences.count();
     const size_t bytes = std::max<size_t>(64, size_t(padded_width(rows.width)) * sizeof(S));
+    std::atomic<bool> out_of_memory{false};
     // A thread takes the sequences that begin in its part of the rows, so that long and short ones are shared out.
     parallel(rows.count, rows.width * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
       const auto& begin = sequences.begin;
       int64_t b = std::lower_bound(begin.begin(), begin.end(), first) - begin.begin();
       const std::unique_ptr<void, Free> total(std::aligned_alloc(64, bytes));
+      if (total == nullptr) {
+        out_of_memory = true;
+        return;
+      }
       for (; b < num_sequences && begin[b] < last; ++b) {
         const int64_t end = sequences.end[b], next = b + 1 < num_sequences ? begin[b + 1] : sequences.rows;
         if (begin[b] < end)
@@ -70,6 +76,7 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
         std::fill(starts + end, starts + next, 0);  // padding
       }
     });
+    STD_TORCH_CHECK(!out_of_memory, "out of memory: ", bytes, " bytes for the sum of a segment");
   });
   return out;
 }

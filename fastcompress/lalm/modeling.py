@@ -129,7 +129,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def rule(self, rule: Rule | str | None) -> None:
         compressor = getattr(self, "compressor", None)
         if rule is not None and compressor is not None:
-            raise ValueError(f"this model is compressed by {compressor}: it takes no rule, got {rule}")
+            raise ValueError(f"this model is compressed by {type(compressor).__name__}: it takes no rule, got {rule}")
         self._rule = Uniform(1) if rule is None else as_rule(rule)
         if isinstance(self._rule, LabelChange) and self.ctc_head is None:
             raise ValueError(f"rule {rule} needs ctc_tokens in the configuration, which is None")

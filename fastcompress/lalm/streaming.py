@@ -277,7 +277,8 @@ def quietest(samples: np.ndarray, width: int) -> int:
 def _check_compression(model: Any) -> None:
     """Raises where pooling frame by frame would be another compression than the model's."""
     if model.compressor is not None:
-        raise NotImplementedError(f"what compresses in place of a rule, {model.compressor}, cannot be streamed")
+        name = type(model.compressor).__name__
+        raise NotImplementedError(f"{name}, which compresses in place of a rule, cannot be streamed")
     if model.rule is None:
         return
     if model.config.keys != "frames":

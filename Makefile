@@ -81,9 +81,12 @@ test-emulated: build
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python
 
+# FBGEMM's release for the torch that is pinned; another may not load it.
 bench: build
 	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
 	    echo "torch-scatter does not install here: its column will be missing"
+	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
+	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
 	$(BIN)/python -m benchmarks
 
 # Runs in $(VENV) if there is one, else in $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.

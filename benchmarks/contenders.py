@@ -128,6 +128,14 @@ def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     return importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
 
 
+def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """FBGEMM, whose jagged tensors become dense: segments padded to the longest, summed."""
+    importlib.import_module("fbgemm_gpu")
+    lengths = offsets.diff()
+    dense = torch.ops.fbgemm.jagged_to_padded_dense(x, [offsets], [int(lengths.max())])
+    return dense.sum(1) / lengths.unsqueeze(1).to(x.dtype)
+
+
 # --- whole forms -----------------------------------------------------------------------------------------------------
 
 

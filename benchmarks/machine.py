@@ -91,7 +91,7 @@ def _library() -> dict[str, Any]:
 def versions() -> dict[str, Any]:
     """Versions of what took part."""
     return {"python": platform.python_version(), "torch": torch.__version__, **_library()} | {
-        name: _version(name) for name in ("numpy", "torch-scatter")
+        name: _version(name) for name in ("numpy", "torch-scatter", "fbgemm-gpu-cpu")
     }
 
 

@@ -14,7 +14,7 @@ WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench gpu lint build wheel wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint build wheel wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
@@ -25,6 +25,7 @@ help:
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
 	@echo "make bench      the CPU benchmark against PyTorch"
+	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
 	@echo "make lint       ruff"
 	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
@@ -88,6 +89,9 @@ bench: build
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
 	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
 	$(BIN)/python -m benchmarks
+
+bench-check: build
+	$(BIN)/python -m benchmarks.gate
 
 # Runs in $(VENV) if there is one, else in $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
 gpu:

@@ -1,0 +1,113 @@
+"""``make bench-check``: have we become slower beside the others? Ratios against those that are committed.
+
+Times differ from machine to machine and from hour to hour, so none is compared. For each table that both documents
+have, the gate takes the time of every other form as a multiple of ours, then and now, and the geometric mean of the
+changes over those forms: one rival that a neighbour disturbed, or that a new torch made faster, moves it little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from benchmarks import machine, report
+from benchmarks.__main__ import main as measure
+from benchmarks.packing import OURS as PACK
+from benchmarks.registry import OURS
+
+RESULTS = Path(__file__).with_name("results")
+#: Names of ours, whatever the part.
+NAMES = (OURS, PACK)
+#: Parts that are looked at: none takes more than a few minutes.
+PARTS = ("pool", "methods", "packing")
+
+
+@dataclass(frozen=True)
+class Change:
+    """Of a table: what the others take as a multiple of ours, then and now, by form."""
+
+    table: str
+    then: Mapping[str, float]
+    now: Mapping[str, float]
+
+    @property
+    def factor(self) -> float:
+        """Geometric mean of now over then; below 1 we have lost ground."""
+        shared = self.then.keys() & self.now.keys()
+        return math.exp(math.fsum(math.log(self.now[name] / self.then[name]) for name in shared) / len(shared))
+
+
+def multiples(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each table of a document of the benchmark, what the other forms take as a multiple of ours."""
+    found = {}
+    for part in ("tables", "methods", "packing"):
+        for table in document.get(part, []):
+            case = table["case"] if isinstance(table["case"], str) else table["case"]["name"]
+            key = (part, case, table.get("method", ""), table["dtype"], f"{table['threads']} thr", table["direction"])
+            medians = {row.get("contender", row.get("form")): row["seconds"]["median"] for row in table["rows"]}
+            ours = next((medians[name] for name in NAMES if name in medians), None)
+            if ours is not None and len(medians) > 1:
+                others = {name: median / ours for name, median in medians.items() if name not in NAMES}
+                found[", ".join(filter(None, key))] = others
+    return found
+
+
+def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
+    """The tables that both documents have, with at least one form in common."""
+    before, after = multiples(then), multiples(now)
+    changes = [Change(name, before[name], after[name]) for name in before if name in after]
+    return [change for change in changes if change.then.keys() & change.now.keys()]
+
+
+def text(changes: Sequence[Change], least: float) -> str:
+    """A line a table, the worst first."""
+    lines = [["", "forms", "now / then", ""]]
+    for change in sorted(changes, key=lambda change: change.factor):
+        shared = len(change.then.keys() & change.now.keys())
+        verdict = "lost ground" if change.factor < least else ""
+        lines.append([change.table, str(shared), f"{change.factor:.2f}", verdict])
+    return report.align(lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """1 where we have lost ground, 2 where there is nothing to compare with."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
+    parser.add_argument("--committed", type=Path, help="results to compare with (default: this machine's)")
+    parser.add_argument("--now", type=Path, help="results of now (default: measures)")
+    parser.add_argument("--least", type=float, default=0.8, help="smallest change that passes (default 0.8)")
+    parser.add_argument("--threads", nargs="+", default=["1"], help="default 1")
+    options = parser.parse_args(argv)
+    committed = [options.committed] if options.committed else sorted(RESULTS.glob(f"{machine.slug()}*-cpu.json"))
+    then: dict[str, Any] = {}
+    for path in committed:
+        for part, tables in json.loads(path.read_text(encoding="utf-8")).items():
+            if part in ("tables", "methods", "packing") and tables:
+                then.setdefault(part, tables)
+    if not then:
+        print(f"no committed results of this machine, {machine.slug()}: give --committed", file=sys.stderr)
+        return 2
+    with tempfile.TemporaryDirectory() as folder:
+        path = options.now or Path(folder) / "now.json"
+        if options.now is None:
+            arguments = ["--parts", *PARTS, "--cases", "S1", "--threads", *options.threads, "--json", str(path)]
+            status = measure([*arguments, "--no-floor", "--no-memory", "--reps", "9"])
+            if status:
+                return status
+        now = json.loads(path.read_text(encoding="utf-8"))
+    changes = compare(then, now)
+    if not changes:
+        print("no table is in both results", file=sys.stderr)
+        return 2
+    print(text(changes, options.least))
+    return int(any(change.factor < options.least for change in changes))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

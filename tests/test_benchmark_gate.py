@@ -1,0 +1,90 @@
+"""The gate on ratios: what it compares, and when it fails."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
+
+from benchmarks import gate
+
+
+def rows(**seconds: float) -> list[dict[str, Any]]:
+    return [{"contender": name, "seconds": {"median": value}} for name, value in seconds.items()]
+
+
+SETTING = {"dtype": "float32", "threads": 1, "direction": "forward"}
+DOCUMENT: dict[str, Any] = {
+    "tables": [
+        {"case": "S1", **SETTING, "rows": rows(fastcompress=1, a=2, b=8)},
+        {"case": "S2", **SETTING, "rows": rows(fastcompress=1, a=3)},
+    ],
+    "methods": [
+        {
+            "case": {"name": "8 clips"}, "method": "CIF", **SETTING,
+            "rows": [{"form": "fastcompress", "seconds": {"median": 2}}, {"form": "loop", "seconds": {"median": 20}}],
+        }
+    ],
+    "packing": [],
+}  # fmt: skip
+
+
+def test_ratios_and_not_times():
+    slower = copy.deepcopy(DOCUMENT)
+    for part in ("tables", "methods"):
+        for table in slower[part]:
+            for row in table["rows"]:
+                row["seconds"]["median"] *= 3  # a slower machine
+    changes = gate.compare(DOCUMENT, slower)
+    assert [round(change.factor, 9) for change in changes] == [1, 1, 1]
+    ours = next(row for row in slower["tables"][0]["rows"] if row["contender"] == "fastcompress")
+    ours["seconds"]["median"] *= 2
+    del slower["tables"][1]
+    changes = gate.compare(DOCUMENT, slower)
+    assert [change.table for change in changes] == [
+        "tables, S1, float32, 1 thr, forward", "methods, 8 clips, CIF, float32, 1 thr, forward",
+    ]  # fmt: skip
+    assert changes[0].factor == pytest.approx(0.5) and changes[1].factor == pytest.approx(1)
+
+
+def test_one_rival_moves_it_little():
+    now = copy.deepcopy(DOCUMENT)
+    now["tables"][0]["rows"] += rows(new=1.0)  # which was not there then
+    now["tables"][0]["rows"][1]["seconds"]["median"] /= 1.5
+    assert gate.compare(DOCUMENT, now)[0].factor == pytest.approx(1.5**-0.5)
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+    then, now = tmp_path / "then.json", tmp_path / "now.json"
+    then.write_text(json.dumps(DOCUMENT))
+    now.write_text(json.dumps(DOCUMENT))
+    assert gate.main(["--committed", str(then), "--now", str(now)]) == 0
+    assert "lost ground" not in capsys.readouterr().out
+    slower = copy.deepcopy(DOCUMENT)
+    slower["methods"][0]["rows"][0]["seconds"]["median"] = 3
+    now.write_text(json.dumps(slower))
+    assert gate.main(["--committed", str(then), "--now", str(now)]) == 1
+    assert "0.67  lost ground" in capsys.readouterr().out
+    assert gate.main(["--committed", str(then), "--now", str(now), "--least", "0.6"]) == 0
+    now.write_text(json.dumps({"tables": []}))
+    assert gate.main(["--committed", str(then), "--now", str(now)]) == 2
+    assert "no table is in both" in capsys.readouterr().err
+    monkeypatch.setattr(gate, "RESULTS", tmp_path / "none")
+    assert gate.main([]) == 2
+    assert "no committed results of this machine" in capsys.readouterr().err
+
+
+def test_what_is_committed_can_be_compared():
+    """Every table of the results in the repository is found again in itself."""
+    documents = [json.loads(path.read_text()) for path in gate.RESULTS.glob("*-cpu.json")]
+    assert documents
+    for document in documents:
+        changes = gate.compare(document, document)
+        assert len(changes) == sum(len(document.get(part, [])) for part in ("tables", "methods", "packing"))
+        assert all(change.factor == pytest.approx(1) for change in changes)

@@ -19,12 +19,20 @@ from torch import Tensor
 
 from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.integrate_and_fire import check_firing, integrate_rows
+from fastcompress.ops.integrate_and_fire import (
+    check_firing,
+    fires_at_end,
+    integrate_rows,
+    left_over,
+    opening,
+    shares,
+    usable,
+)
 from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.reference.distance import accumulate_dtype
+from fastcompress.reference.reduce import BLOCK
 from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
 from fastcompress.segments import row_segments
-
-BLOCK = 64  # frames of a block of a sum, counted from the segment's first
 
 
 @dataclass(eq=False)
@@ -220,8 +228,9 @@ class StreamingSegmentPool:
         blocks = (self._decided - self._origin) // BLOCK
         if blocks > 0:
             self._sum = _add(self._sum, self._frames[: blocks * BLOCK])
-            self._frames = self._frames[blocks * BLOCK :].clone()
+            self._frames = self._frames[blocks * BLOCK :]
             self._origin += blocks * BLOCK
+        self._frames = self._frames.clone()  # a view would hold on to the chunk
 
 
 class StreamingIntegrateAndFire:
@@ -268,28 +277,28 @@ class StreamingIntegrateAndFire:
             raise ValueError(f"alpha must be finite and not negative, got {alpha.tolist()}")
         x = x.detach()
         if self._like is None:
-            self._like = x[:0]
+            self._like = x.new_empty(0, x.shape[1])  # and no view, which would hold on to the chunk
             self._total = torch.zeros(1, dtype=torch.float64, device=x.device)
-            self._rows = x[:0].to(self._weighed)
-        like, total, rows = self._like, self._total, self._rows
+            self._rows = self._like.to(accumulate_dtype(x.dtype))
+        like, total, rows, wide = self._like, self._total, self._rows, accumulate_dtype(x.dtype)
         assert total is not None and rows is not None
         _check_like(x, like)
         if not x.shape[0]:
             return x, torch.zeros(0, dtype=torch.int64, device=x.device)
-        weight = alpha.detach().double()
-        weight = torch.where((weight >= 0) & (weight < math.inf), weight, 0.0)
+        weight = usable(alpha.detach())
         sums = torch.cat([total, weight]).cumsum(0)
-        before, after = sums[:-1], sums[1:]
-        left, right = ((s / self.beta).floor().long() for s in (before, after))
-        share = torch.where(right > left, (left + 1) * self.beta - before, weight).to(self._weighed)
+        after = sums[1:]
+        _, right, share = shares(sums[:-1], after, weight, self.beta)
+        share = share.to(wide)
         first, last = self._fired, int(right[-1])
-        token = torch.arange(first, last + 1, device=x.device)  # those that fire, and the one that stays open
+        # Those that fire, and the one that stays open.
+        token = torch.arange(first, last + 1, device=x.device).double()
         ends = torch.searchsorted(right, token + 1)  # frames in which they do; of the last: none
         begins = torch.searchsorted(right, token)  # the first frame at whose end the token is open
-        rest = torch.where(token == right[begins], after[begins] - token * self.beta, self.beta).to(self._weighed)
+        rest = opening(token, right[begins], after[begins], self.beta).to(wide)
         # The open token goes on with what this chunk gives it.
         given = int(ends[0]) + 1 if last > first else x.shape[0]
-        rows = torch.cat([rows, x[:given].to(self._weighed) * share[:given, None]])
+        rows = torch.cat([rows, x[:given].to(wide) * share[:given, None]])
         values = like
         if last > first:
             total = _add(self._sum, rows)
@@ -300,13 +309,13 @@ class StreamingIntegrateAndFire:
             values = torch.cat([total.to(x.dtype)[None], more])
             self._sum, begin = None, int(begins[-1])
             weights = torch.cat([rest[-1:], share[begin + 1 :]])
-            rows = x[begin:].to(self._weighed) * weights[:, None]
+            rows = x[begin:].to(wide) * weights[:, None]
         blocks = rows.shape[0] // BLOCK * BLOCK
         if blocks:
             self._sum = _add(self._sum, rows[:blocks])
         self._rows = rows[blocks:].clone()
         seen, self._seen = self._seen, self._seen + x.shape[0]
-        self._total, self._fired = sums[-1:], last
+        self._total, self._fired = sums[-1:].clone(), last
         return values, ends[:-1] + seen
 
     def flush(self) -> tuple[Tensor, Tensor]:
@@ -315,21 +324,16 @@ class StreamingIntegrateAndFire:
             raise ValueError("nothing was streamed: there is nothing to flush")
         like, device = self._like, self._like.device
         assert self._total is not None and self._rows is not None
-        remainder = self._total[0] - self._fired * self.beta
+        _, remainder = left_over(self._total, self.beta)
         values, ends = like, torch.zeros(0, dtype=torch.int64, device=device)
-        if self.tail is not None and bool((remainder >= self.tail * self.beta) & (remainder > 0)):
+        if self.tail is not None and bool(fires_at_end(remainder, self.beta, self.tail)):
             total = _add(self._sum, self._rows)
             assert total is not None
-            values = (total / (remainder / self.beta).to(self._weighed)).to(like.dtype)[None]
+            divisor = (remainder / self.beta).to(self._rows.dtype)
+            values = (total / divisor).to(like.dtype)[None]
             ends = torch.tensor([self._seen - 1], device=device)
         self._reset()
         return values, ends
-
-    @property
-    def _weighed(self) -> torch.dtype:
-        """Of weighted frames, as in :func:`integrate_and_fire`."""
-        assert self._like is not None
-        return torch.float64 if self._like.dtype == torch.float64 else torch.float32
 
 
 def _check_like(x: Tensor, before: Tensor) -> None:
@@ -342,7 +346,7 @@ def _check_like(x: Tensor, before: Tensor) -> None:
 
 def _add(total: Tensor | None, frames: Tensor) -> Tensor | None:
     """A sum with more blocks, each in the order of its frames; the last may be short, or there is none."""
-    wide = frames.to(torch.float64 if frames.dtype == torch.float64 else torch.float32)
+    wide = frames.to(accumulate_dtype(frames.dtype))
     starts = torch.arange(0, len(wide), BLOCK, device=wide.device)
     lengths = (len(wide) - starts).clamp_max(BLOCK)
     for block in segment_reduce(wide, row_segments(starts, lengths, len(wide)), "sum"):

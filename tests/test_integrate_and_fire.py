@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 
 import numpy as np
@@ -168,6 +169,96 @@ def test_no_token_moves_when_the_order_of_a_batch_does():
     torch.testing.assert_close(flipped.values.split(flipped.cu_seqlens.diff().tolist())[2], parts[0])
 
 
+@pytest.mark.parametrize("beta", (1.0, 0.9, 0.3))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_any_beta_in_any_default_dtype(beta: float, dtype: torch.dtype):
+    """A product with an integer tensor would be in the default dtype."""
+    alpha = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) * 0.7
+    x = torch.ones(len(alpha), 1, dtype=torch.float64)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        fired = fc.integrate_and_fire(x, alpha, beta=beta)
+        scaled = fc.integrate_and_fire(x, alpha, beta=beta, target_lengths=torch.tensor([4001]))
+    finally:
+        torch.set_default_dtype(before)
+    assert len(scaled.values) == 4001
+    for values in (fired.values, scaled.values):
+        torch.testing.assert_close(values, torch.full_like(values, beta), rtol=0, atol=1e-10)
+    leaves = [t[:60].clone().requires_grad_() for t in (torch.randn(60, 3, dtype=torch.float64), alpha)]
+    wanted, ends, _ = by_loop(*leaves, [(0, 60)], beta, None, 0.5)
+    found = fc.integrate_and_fire(*leaves, beta=beta)
+    assert found.ends.tolist() == ends
+    assert_same_slopes(found.values, wanted, tuple(leaves), 1e-12)
+
+
+@pytest.mark.parametrize("tail", (None, 0.5))
+def test_a_sequence_is_its_own_whatever_is_beside_it(tail: float | None):
+    """In tenths, whose sums meet the threshold or miss it by rounding; and next to sums that would swallow them."""
+    g = torch.Generator().manual_seed(9)
+    for trial in range(30):
+        sizes = [int(n) for n in torch.randint(1, 9, (5,), generator=g)]
+        parts = [torch.randint(0, 11, (n,), generator=g).double() / 10 for n in sizes]
+        if trial == 0:
+            parts[0] = torch.full((sizes[0],), 1e8, dtype=torch.float64)
+        x = torch.randn(sum(sizes), 2, generator=g)
+        cu = torch.tensor([0, *np.cumsum(sizes)])
+        targets = torch.randint(0, 5, (5,), generator=g) if trial % 2 and tail is None else None
+        options = {"tail": tail, "beta": 1.0 if trial else 1e7}
+        together = fc.integrate_and_fire(x, torch.cat(parts), cu_seqlens=cu, target_lengths=targets, **options)
+        found = zip(together.values.split(together.cu_seqlens.diff().tolist()), together.total, strict=True)
+        for i, (values, total) in enumerate(found):
+            own = None if targets is None else targets[i : i + 1]
+            alone = fc.integrate_and_fire(x[cu[i] : cu[i + 1]], parts[i], target_lengths=own, **options)
+            assert_same_bits(alone.values, values, f"{trial} {i}")
+            assert alone.total == total
+
+
+def test_weights_too_small_to_scale_up_are_nothing():
+    for alpha in ([1e-50, 1e-50], [0.5, 0.5, 1e-45]):
+        fired = fc.integrate_and_fire(torch.ones(len(alpha), 1), torch.tensor(alpha, dtype=torch.float64), tail=0.0)
+        assert fired.values.isfinite().all() and len(fired.values) == int(sum(alpha))
+
+
+def test_wrong_offsets_where_nobody_looks_at_them(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU: some tokens, from inside the rows."""
+    module = importlib.import_module("fastcompress.ops.integrate_and_fire")
+    monkeypatch.setattr(module, "_check_values", lambda *args: None)
+    x, alpha = torch.ones(40, 2), torch.full((40,), 0.5)
+    for cu in ([0, 50, 40], [5, 90], [-7, 40], [0, 30, 10, 40], [0, 2**31 - 1]):
+        fired = fc.integrate_and_fire(x, alpha, cu_seqlens=torch.tensor(cu))
+        assert (fired.values >= 0).all() and (fired.ends < 40).all()
+    for lengths in ([20, 99], [-3, 5]):
+        fired = fc.integrate_and_fire(x.view(2, 20, 2), alpha.view(2, 20), lengths=torch.tensor(lengths))
+        assert (fired.ends < 40).all()
+    cu = torch.tensor([0, 20, 40])
+    fired = fc.integrate_and_fire(x, alpha, cu_seqlens=cu, target_lengths=torch.tensor([-5, 9]))
+    assert fired.cu_seqlens.tolist() == [0, 0, 9]
+
+
+@pytest.mark.parametrize("layout", ("packed", "padded"))
+@pytest.mark.parametrize("trained", (True, False))
+def test_compiles(layout: str, trained: bool):
+    def run(x: Tensor, alpha: Tensor, sizes: Tensor, targets: Tensor) -> Tensor:
+        where = {"cu_seqlens" if layout == "packed" else "lengths": sizes}
+        fired = fc.integrate_and_fire(x, alpha, target_lengths=targets if trained else None, **where)
+        return fired.values.square().sum() + fired.total.sum()
+
+    g = torch.Generator().manual_seed(3)
+    x, alpha = torch.randn(2, 15, 4, generator=g).requires_grad_(), torch.rand(2, 15, generator=g).requires_grad_()
+    sizes, targets = torch.tensor([15, 9]), torch.tensor([4, 3])
+    arguments = (x, alpha, sizes)
+    if layout == "packed":
+        arguments = (x.flatten(0, 1), alpha.flatten(), torch.tensor([0, 11, 30]))
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(*arguments, targets)
+    eager = run(*arguments, targets)
+    assert torch.equal(compiled, eager)
+    for a, b in zip(torch.autograd.grad(compiled, (x, alpha)), torch.autograd.grad(eager, (x, alpha)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_quantity_loss():
     alpha = torch.tensor([[0.5, 0.5, 0.5], [1.0, 9.0, 9.0]], requires_grad=True)
     x = torch.zeros(2, 3, 1)
@@ -202,7 +293,9 @@ def test_nothing():
         ({"alpha": torch.tensor([0.1, -0.5, 0.1, 0.1, 0.1])}, ValueError, "must be finite and not negative, got -0.5"),
         ({"alpha": torch.tensor([0.1, torch.nan, 0.1, 0.1, 0.1])}, ValueError, "not negative, got nan"),
         ({"alpha": torch.ones(5).long()}, TypeError, "alpha"),
-        ({"beta": 0.0}, ValueError, "beta must be positive, got 0.0"),
+        ({"beta": 0.0}, ValueError, "beta must be positive and finite, got 0.0"),
+        ({"beta": float("inf")}, ValueError, "beta must be positive and finite, got inf"),
+        ({"alpha": torch.full((5,), 1e30)}, ValueError, "alpha adds up to 5e+30: more tokens of beta 1"),
         ({"tail": 1.5}, ValueError, "tail must lie in [0, 1], got 1.5"),
         ({"target_lengths": torch.tensor([1, 2])}, ValueError, "target_lengths must have shape [1], got [2]"),
         ({"target_lengths": torch.tensor([-1])}, ValueError, "target_lengths must not be negative, got -1"),

@@ -184,6 +184,34 @@ def test_integrate_and_fire(kind: str, tail: float | None):
             assert torch.cat([ends for _, ends in parts]).tolist() == whole.ends.tolist()
 
 
+@pytest.mark.parametrize("beta", (1.0, 0.9, 0.3, 0.1))
+def test_integrate_and_fire_with_any_beta(beta: float):
+    """In tenths, whose sums meet the threshold or miss it by rounding."""
+    g = torch.Generator().manual_seed(4)
+    for trial in range(60):
+        tail = (None, 0.0, 0.5, 1.0)[trial % 4]
+        alpha = torch.randint(0, 11, (1 + trial,), generator=g).double() / 10
+        x = torch.randn(1 + trial, 2, generator=g)
+        whole = fc.integrate_and_fire(x, alpha, beta=beta, tail=tail)
+        fire = fc.StreamingIntegrateAndFire(beta, tail)
+        parts = [fire(x[i : i + 3], alpha[i : i + 3]) for i in range(0, len(x), 3)] + [fire.flush()]
+        assert_same(torch.cat([values for values, _ in parts]), whole.values)
+        assert torch.cat([ends for _, ends in parts]).tolist() == whole.ends.tolist()
+
+
+def test_no_state_holds_on_to_a_chunk():
+    chunk = torch.randn(20_000, 16)
+    rules = ("local-max", "uniform:3", "threshold:9", "lookback:2,threshold=0")
+    pools = [fc.StreamingSegmentPool(rule) for rule in rules]
+    fire = fc.StreamingIntegrateAndFire()
+    for pool in pools:
+        pool(chunk)
+    fire(chunk, torch.full((len(chunk),), 0.3))
+    for state in (*pools, fire):
+        held = [t.untyped_storage().nbytes() for t in vars(state).values() if isinstance(t, torch.Tensor)]
+        assert held and max(held) < 100_000, (state, held)
+
+
 def test_integrate_and_fire_fires_at_once():
     fire = fc.StreamingIntegrateAndFire()
     counts = [len(fire(torch.ones(1, 2), torch.tensor([w]))[0]) for w in (0.5, 0.5, 0.25, 2.0, 0.0, 0.75)]

@@ -7,6 +7,7 @@ of which frame is found over scalars, in fp64; one op, ``integrate_rows``, then 
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ class Fired:
     Attributes:
         values: ``[M, D]``, in the dtype of the frames.
         cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        ends: ``[M]`` int64, the row of ``x.reshape(-1, D)`` in which each token fired: when it is known.
+        ends: ``[M]`` int64, the row of ``x.reshape(-1, D)`` in which each token fired, from which on a stream has it.
         total: ``[B]`` fp64, the sum of each sequence's weights as they were given, with a gradient: for
             :func:`quantity_loss`.
         remainder: ``[B]`` fp64, what was left unfired at the end of each sequence, before ``tail`` was looked at.
@@ -79,8 +80,9 @@ def integrate_and_fire(
         tail: from 0 to 1; ``None``: what is left at the end is dropped.
 
     Returns:
-        The tokens. Their number is read from the device once. Gradients go to ``x`` and ``alpha``: where the sum
-        crosses a multiple of ``beta`` moves with the weights, and a token with it.
+        The tokens. Their number is read from the device, and with packed input the length of the longest sequence.
+        Gradients go to ``x`` and ``alpha``: where the sum crosses a multiple of ``beta`` moves with the weights, and a
+        token with it.
 
     Raises:
         TypeError: an argument of the wrong type or dtype.
@@ -98,53 +100,89 @@ def integrate_and_fire(
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     count = offsets.shape[0] - 1
     _check_values(x, alpha, cu_seqlens, lengths, target_lengths, count)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)
     if rows.shape[0] == 0 or count == 0:
-        nothing = x.new_zeros(count, dtype=torch.float64)
-        return Fired(rows[:0], offsets * 0, offsets[:0].long(), nothing, nothing)
+        nothing = (alpha.double() * 0).sum() * x.new_zeros(count, dtype=torch.float64)
+        return Fired(rows[:0], offsets * 0, offsets[:0].long(), nothing, nothing.detach())
     begin, end = _bounds(x, offsets)
     row = torch.arange(rows.shape[0], device=x.device)
     sequence = torch.searchsorted(begin[1:].contiguous(), row, right=True)
-    inside = row < end[sequence]
-    weight = alpha.reshape(-1).double()
-    # On a device whose values are not looked at, what is negative or no number counts for nothing: sums must rise.
-    weight = torch.where(inside & (weight >= 0) & (weight < torch.inf), weight, 0.0)
-    sums = torch.nn.functional.pad(weight.cumsum(0), (1, 0))
-    total = sums[end] - sums[begin]
+    inside = (row >= begin[sequence]) & (row < end[sequence])
+    weight = usable(alpha.reshape(-1)) * inside
+    before, after, total = _sums(x, weight, begin, end, sequence, row, inside)
+    reached = total
     if target_lengths is not None:
-        tokens = torch.where(total > 0, target_lengths.to(x.device), 0).long()
-        scale = torch.where(total > 0, tokens * beta / torch.where(total > 0, total, 1.0), 0.0)
-        weight = weight * scale[sequence]
-        sums = torch.nn.functional.pad(weight.cumsum(0), (1, 0))
-    before, after = sums[:-1] - sums[begin][sequence], sums[1:] - sums[begin][sequence]
-    reached = sums[end] - sums[begin]
-    fired = (reached / beta).floor().long()
-    remainder = reached - fired * beta
+        tokens = torch.where(total > 0, target_lengths.to(x.device).clamp_min(0), 0).long()
+        weight = weight * (tokens.double() * beta / torch.where(total > 0, total, 1.0))[sequence]
+        before, after, reached = _sums(x, weight, begin, end, sequence, row, inside)
+    fired, remainder = left_over(reached, beta)
     if target_lengths is None:
-        tokens = fired if tail is None else fired + ((remainder >= tail * beta) & (remainder > 0)).long()
+        if not torch.compiler.is_compiling() and x.device.type == "cpu" and float(fired.detach().sum()) >= 2**31:
+            much = float(total.detach().sum())
+            raise ValueError(f"alpha adds up to {much:g}: more tokens of beta {beta:g} than int32 counts")
+        tokens = fired.long() if tail is None else (fired + fires_at_end(remainder, beta, tail)).long()
     cu_tokens = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
-    most = tokens[sequence]
-    # Tokens that are open when a frame begins and when it ends; `most` of a sequence is for what is left over.
-    left = torch.where(inside, torch.minimum((before / beta).floor().long(), most), most)
-    right = torch.where(inside, torch.minimum((after / beta).floor().long(), most), most)
+    # Tokens that are open when a frame begins and when it ends; as many as there are is for what is left over.
+    most = tokens[sequence].double()
+    left, right, share = shares(before, after, weight, beta)
+    right = torch.where(inside, torch.minimum(right, most), most)
+    share = torch.where(left < most, share, weight)  # rounding may make `left` the token after the last of `targets`
     token = torch.arange(int(cu_tokens[-1]), device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
     # Slots, one a token and one a sequence for what is left over: `right` rises in them, so that a search finds where a
     # token is open at the end of a frame for the first time, and where it no longer is.
     slot = token + owner
-    opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right
+    opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right.long()
     ends = torch.minimum(torch.searchsorted(opened, slot + 1), end[owner] - 1)
     begins = torch.where(local > 0, torch.minimum(torch.searchsorted(opened, slot), ends), begin[owner])
-    # What a frame gives to the token that was open before it, and a token takes of the frame that opens it.
-    share = torch.where(right > left, (left + 1) * beta - before, weight)
-    rest = torch.where(local == right[begins], after[begins] - local * beta, beta)
+    rest = opening(local.double(), right[begins], after[begins], beta)
     first = torch.where(local > 0, rest, share[begins])
     divisors = None
     if target_lengths is None and tail is not None:  # what is left at the end is scaled up to `beta`
         divisors = torch.where(local == fired[owner], remainder[owner] / beta, 1.0)
     values = integrate_rows(rows, share, first, divisors, begins, ends - begins + 1)
-    return Fired(values, cu_tokens.int(), ends, total, remainder)
+    return Fired(values, cu_tokens.int(), ends, total, remainder.detach())
+
+
+# What the whole and the streamed form compute alike, all of it in fp64: numbers of tokens too, because an integer
+# tensor times a number would be in fp32.
+
+
+def usable(alpha: Tensor) -> Tensor:
+    """Weights in fp64. Where values are not looked at, what is negative or no number counts for nothing: sums rise."""
+    weight = alpha.double()
+    return torch.where((weight >= 0) & (weight < torch.inf), weight, 0.0)
+
+
+def shares(before: Tensor, after: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The tokens that are open before and after each frame, and what it gives to the former.
+
+    Args:
+        before, after: sums of the weights of a sequence.
+    """
+    left, right = (before / beta).floor(), (after / beta).floor()
+    return left, right, torch.where(right > left, (left + 1) * beta - before, weight)
+
+
+def opening(token: Tensor, right: Tensor, after: Tensor, beta: float) -> Tensor:
+    """What each token takes of the frame that opens it: what that frame leaves over, or all it needs.
+
+    Args:
+        right, after: of that frame, the token that is open after it, and the sum.
+    """
+    return torch.where(token == right, after - token * beta, beta)
+
+
+def left_over(total: Tensor, beta: float) -> tuple[Tensor, Tensor]:
+    """How often the sum reached ``beta``, and what is left of it."""
+    fired = (total / beta).floor()
+    return fired, (total - fired * beta).clamp_min(0)
+
+
+def fires_at_end(remainder: Tensor, beta: float, tail: float) -> Tensor:
+    """Whether what is left makes a token: not if it is so little that fp32 could not scale it up."""
+    return (remainder >= tail * beta) & (remainder > 1e-30 * beta)
 
 
 def integrate_rows(
@@ -207,15 +245,15 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
 
     Args:
         fired: of :func:`integrate_and_fire`.
-        target_lengths: ``[B]``, units of each sequence.
+        target_lengths: ``[B]``, units of each sequence; 0 for no sequence.
     """
-    return (fired.total - target_lengths.to(fired.total.device)).abs().mean()
+    return (fired.total - target_lengths.to(fired.total.device)).abs().sum() / max(1, fired.total.shape[0])
 
 
 def check_firing(beta: float, tail: float | None) -> None:
     """Checks when tokens fire."""
-    if not beta > 0:
-        raise ValueError(f"beta must be positive, got {beta}")
+    if not 0 < beta < math.inf:
+        raise ValueError(f"beta must be positive and finite, got {beta}")
     if tail is not None and not 0 <= tail <= 1:
         raise ValueError(f"tail must lie in [0, 1], got {tail}")
 
@@ -230,7 +268,7 @@ def _check_values(
             raise TypeError(f"target_lengths must be an int32 or int64 tensor, got {got}")
         if target_lengths.shape != (count,):
             raise ValueError(f"target_lengths must have shape [{count}], got {list(target_lengths.shape)}")
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     check_layout_values(x.shape, cu_seqlens, lengths)
     if target_lengths is not None and count and int(target_lengths.min()) < 0:
@@ -243,8 +281,28 @@ def _check_values(
 
 
 def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and end row of each sequence, int64 ``[B]``."""
+    """First row and end row of each sequence, int64 ``[B]``, inside the rows whatever the offsets hold."""
     if x.dim() == 2:
-        return offsets[:-1].long(), offsets[1:].long()
+        inside = offsets.long().clamp(0, x.shape[0]).cummax(0).values
+        return inside[:-1], inside[1:]
     begin = torch.arange(x.shape[0], device=x.device) * x.shape[1]
-    return begin, begin + offsets.diff()
+    return begin, begin + offsets.diff().clamp(0, x.shape[1])
+
+
+def _sums(
+    x: Tensor, weight: Tensor, begin: Tensor, end: Tensor, sequence: Tensor, row: Tensor, inside: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Sums of a sequence's weights before and after each row, and of all of them: each sequence for itself, so that no
+    other of the batch changes a digit."""
+    if x.dim() == 3:
+        padded = weight.view(x.shape[:2])
+        place = row - begin[sequence]
+    else:
+        place = torch.where(inside, row - begin[sequence], 0)
+        # Scalars: a traced program takes more room for them rather than a size that it does not know.
+        longest = weight.shape[0] if torch.compiler.is_compiling() else int((end - begin).max())
+        slots = torch.where(inside, sequence * longest + place, begin.shape[0] * longest)
+        flat = weight.new_zeros(begin.shape[0] * longest + 1).index_add(0, slots, weight)
+        padded = flat[:-1].view(begin.shape[0], longest)
+    sums = torch.nn.functional.pad(padded.cumsum(1), (1, 0))
+    return sums[sequence, place], sums[sequence, place + 1], sums[:, -1]

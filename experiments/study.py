@@ -11,6 +11,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -77,10 +78,10 @@ COMPRESSIONS = (
 #: Published methods, by what they are known as. Thresholds and the count were chosen for 3 frames a token on the
 #: development set of the digits, by the number of tokens alone; the rates of the others are what they are.
 METHODS = (
-    Compression("A-ToMe", module=lambda: BipartiteMerge(2.0)),
+    Compression("A-ToMe", module=partial(BipartiteMerge, 2.0)),
     Compression("FastAdaSP", "top-k:rate=3"),
-    Compression("FastLongSpeech", module=lambda: IterativeFusion(20)),
-    Compression("SA-MAP's merge", module=lambda: GreedySegments(0.3)),
+    Compression("FastLongSpeech", module=partial(IterativeFusion, 20)),
+    Compression("SA-MAP's merge", module=partial(GreedySegments, 0.3)),
     Compression("Affinity Pooling", "lookback:3,threshold=0.2"),
     Compression("CTC compression", "label-change"),
     Compression("UnsupSeg", "local-max:prominence=0.1,normalize=True"),

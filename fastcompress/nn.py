@@ -48,6 +48,25 @@ class SegmentPool(torch.nn.Module):
         return f"rule={self.rule}, reduce={self.reduce}, compact={self.compact}"
 
 
+class LearnedCompressor(torch.nn.Module):
+    """Base of those that learn at a rate, and leave a loss.
+
+    Attributes:
+        loss: of the last call, which is the caller's to add, times ``loss_weight``; ``None`` before it.
+    """
+
+    def __init__(self, ratio: float, loss_weight: float) -> None:
+        super().__init__()
+        if not ratio > 1:
+            raise ValueError(f"ratio must be more than 1, got {ratio}")
+        self.ratio, self.loss_weight = ratio, loss_weight
+        self.loss: Tensor | None = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the loss: its graph can neither be copied nor pickled."""
+        return {**self.__dict__, "loss": None}
+
+
 class BipartiteMerge(torch.nn.Module):
     """:func:`fastcompress.bipartite_merge` with a fixed rate and window; no parameters."""
 
@@ -91,31 +110,26 @@ class GreedySegments(torch.nn.Module):
         return f"threshold={self.threshold}, max_len={self.max_len}"
 
 
-class IntegrateAndFire(torch.nn.Module):
+class IntegrateAndFire(LearnedCompressor):
     """:func:`fastcompress.integrate_and_fire` with weights that are learned, at a rate (CIF, arXiv 1905.11235).
 
     The weight of a frame is the sigmoid of a linear layer, which begins as ``1 / ratio`` for every frame: as the mean
     of ``ratio`` frames. In training weights are scaled to ``ceil(T / ratio)`` tokens of ``T`` frames, and :attr:`loss`,
-    which is the caller's to add, brings their sum there; in evaluation they fire as they are.
+    which is the caller's to add, brings their sum there; in evaluation they fire as they are, and a short sequence may
+    fire nothing.
 
     Args:
         width: of the frames.
         ratio: frames a token that are aimed at.
         tail: as in :func:`fastcompress.integrate_and_fire`, in evaluation.
-        loss_weight: of ``loss`` in training, kept here for those who add it.
-
-    Attributes:
-        loss: :func:`fastcompress.quantity_loss` of the last call, over the tokens of a sequence that are aimed at;
-            ``None`` before it.
+        loss_weight: of ``loss``, which is :func:`fastcompress.quantity_loss` over the tokens of a sequence that are
+            aimed at.
     """
 
     def __init__(self, width: int, ratio: float = 3.0, tail: float = 0.5, loss_weight: float = 0.1) -> None:
-        super().__init__()
-        if not ratio > 1:
-            raise ValueError(f"ratio must be more than 1, got {ratio}")
-        self.ratio, self.tail, self.loss_weight = ratio, tail, loss_weight
+        super().__init__(ratio, loss_weight)
+        self.tail = tail
         self.weight = torch.nn.Linear(width, 1)
-        self.loss: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -126,14 +140,15 @@ class IntegrateAndFire(torch.nn.Module):
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Fired:
         """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
         :func:`fastcompress.segment_pool`."""
-        alpha = self.weight(x)[..., 0].float().sigmoid()
+        # A frame that is not finite weighs nothing: as a part of its token it spoils that, and no other.
+        alpha = self.weight(x)[..., 0].float().sigmoid().nan_to_num(0.0)
         frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
         wanted = (frames / self.ratio).ceil().long()
         fired = integrate_and_fire(
             x, alpha, cu_seqlens=cu_seqlens, lengths=lengths, tail=self.tail,
             target_lengths=wanted if self.training else None,
         )  # fmt: skip
-        self.loss = quantity_loss(fired, wanted).float() / wanted.float().mean().clamp_min(1.0)
+        self.loss = quantity_loss(fired, wanted).float() / (wanted.sum() / max(1, len(wanted))).clamp_min(1.0)
         return fired
 
     def extra_repr(self) -> str:
@@ -156,13 +171,13 @@ def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
     """
     if not ratio > 1:
         raise ValueError(f"ratio must be more than 1, got {ratio}")
-    if not probability.numel():
-        return probability.sum()
-    f, g = boundary.to(probability.dtype).mean(), probability.mean()
-    return ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
+    count = torch.sym_max(1, probability.shape[0])
+    f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
+    loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
+    return loss * torch.sym_min(1, probability.shape[0])  # 0 of no frame, also where their number is not known yet
 
 
-class LearnedBoundary(torch.nn.Module):
+class LearnedBoundary(LearnedCompressor):
     """Boundaries where two projections of neighbouring frames disagree (the router of H-Net, arXiv 2507.07955).
 
     ``p[t] = (1 - cos(W_q x[t - 1], W_k x[t])) / 2`` is the probability that frame ``t`` starts a segment, 1 for the
@@ -174,22 +189,16 @@ class LearnedBoundary(torch.nn.Module):
         width: of the frames.
         ratio: frames a token that are aimed at.
         reduce: ``"mean"``, or ``"first"`` as in H-Net; as in :func:`fastcompress.segment_reduce`.
-        loss_weight: of ``loss`` in training, which is the caller's to add; kept here for those who do.
-
-    Attributes:
-        loss: :func:`ratio_loss` of the last call; ``None`` before it.
+        loss_weight: of ``loss``, which is :func:`ratio_loss`.
     """
 
     def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean", loss_weight: float = 0.1) -> None:
-        super().__init__()
-        if not ratio > 1:
-            raise ValueError(f"ratio must be more than 1, got {ratio}")
+        super().__init__(ratio, loss_weight)
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-        self.ratio, self.reduce, self.loss_weight = ratio, reduce, loss_weight
+        self.reduce = reduce
         self.query = torch.nn.Linear(width, width, bias=False)
         self.key = torch.nn.Linear(width, width, bias=False)
-        self.loss: Tensor | None = None
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

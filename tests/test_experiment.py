@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import pickle
 import sys
 from pathlib import Path
 
@@ -91,6 +92,11 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
         draw(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
+
+
+def test_budgets_go_to_other_processes():
+    text = pickle.loads(pickle.dumps(Budget())).methods[0].text
+    assert text == METHODS[0].text == "BipartiteMerge(rate=2.0, window=0)"
 
 
 def test_spread():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from pathlib import Path
 
@@ -102,6 +103,31 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
     with pytest.raises(ValueError, match="boundary_kind must be one of h-net, cif, got 'cnn'"):
         FastCompressConfig(boundary_kind="cnn")
+
+
+def test_what_is_saved_of_a_compressor(tmp_path: Path):
+    model = learned()
+    inputs = batch()
+    model(**inputs).loss.backward()
+    copied = copy.deepcopy(model)  # though a loss with a graph was left
+    assert copied.compressor.loss is None and torch.equal(copied.compressor.key.weight, model.compressor.key.weight)
+    model.use_compressor(fc.nn.BipartiteMerge(2.0))
+    assert model.config.boundary_ratio is None
+    tokens = model(**inputs).num_audio_tokens
+    model.save_pretrained(tmp_path)
+    with pytest.warns(UserWarning, match="was compressed by BipartiteMerge, which is not saved with it"):
+        again = FastCompressForConditionalGeneration.from_pretrained(tmp_path)
+    again.use_compressor(fc.nn.BipartiteMerge(2.0))
+    assert again(**inputs).num_audio_tokens == tokens
+    with pytest.raises(ValueError, match="kind must be one of h-net, cif, got 'foo'"):
+        model.learn_boundaries(3.0, "foo")
+
+
+def test_a_compressor_s_loss_has_its_own_weight():
+    model = build()
+    model.use_compressor(fc.nn.IntegrateAndFire(24, 3.0, loss_weight=5.0).double())
+    out = model(**batch())
+    torch.testing.assert_close(out.loss, out.lm_loss + 5.0 * out.compressor_loss)
 
 
 @pytest.mark.parametrize(

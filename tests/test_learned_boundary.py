@@ -116,3 +116,14 @@ def test_refused():
         with pytest.raises(ValueError, match=re.escape(message)):
             call()
     assert "ratio=2.0, reduce=mean" in repr(LearnedBoundary(4, 2.0))
+
+
+def test_integrate_and_fire_on_odd_batches():
+    module = fc.nn.IntegrateAndFire(4, 3.0).train()
+    x = torch.randn(20, 4)
+    x[7] = torch.nan  # spoils its own token, and no other
+    fired = module(x, cu_seqlens=torch.tensor([0, 12, 20]))
+    assert fired.values.isnan().any(1).sum() == 1 and module.loss.isfinite()
+    for empty, layout in ((torch.zeros(0, 4), {}), (torch.zeros(0, 5, 4), {"lengths": torch.zeros(0).long()})):
+        assert module(empty, **layout).values.shape == (0, 4)
+        assert module.loss == 0

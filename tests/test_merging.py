@@ -135,6 +135,51 @@ def test_adjacent_merging_is_top_k_over_pairs():
     torch.testing.assert_close(mean, x.mean(0))
 
 
+def test_silence_is_alike_in_every_window():
+    x = torch.cat([torch.zeros(4, 3), features("iid", 4, 3, torch.float32)])
+    ids = [fc.bipartite_merge(x, 1.5, window=window).ids.tolist() for window in (0, 3, 8, None)]
+    assert all(found[:4] == [0, 0, 1, 1] for found in ids), ids
+
+
+def test_anywhere_in_odd_batches():
+    """Under autocast, of one frame, of none, and without much memory where one sequence is long."""
+    x = features("iid", 41, 4, torch.float32)
+    cu = torch.tensor([0, 20, 20, 21, 41])
+    plain = fc.bipartite_merge(x, 1.5, window=None, cu_seqlens=cu)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(fc.bipartite_merge(x, 1.5, window=None, cu_seqlens=cu).values, plain.values)
+    none = fc.bipartite_merge(torch.randn(2, 3, 3), 1.5, window=None, lengths=torch.tensor([0, 0]))
+    assert none.values.shape == (0, 3) and none.cu_seqlens.tolist() == [0, 0, 0]
+    many = torch.cat([torch.tensor([0, 3000]), 3000 + 2 * torch.arange(1, 3001)])
+    out = fc.bipartite_merge(torch.randn(9000, 2), 2.0, window=None, cu_seqlens=many)
+    assert len(out.values) == 4500
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        lambda x, w, cu: fc.bipartite_merge(x, 1.5, size=w, cu_seqlens=cu),
+        lambda x, w, cu: fc.bipartite_merge(x, 1.5, window=3, cu_seqlens=cu),
+        lambda x, w, cu: fc.iterative_fusion(x, 4, weights=w, cu_seqlens=cu),
+        lambda x, w, cu: fc.nn.GreedySegments(0.8)(x, cu_seqlens=cu),
+    ],
+    ids=["neighbours", "window", "fusion", "greedy"],
+)
+def test_compiles(merge):
+    x, cu = features("iid", 30, 4, torch.float32).requires_grad_(), torch.tensor([0, 11, 30])
+    weights = torch.rand(30) + 0.5
+
+    def run(x: Tensor, weights: Tensor, cu: Tensor) -> Tensor:
+        return merge(x, weights, cu).values.square().sum()
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        compiled = torch.compile(run, fullgraph=True, backend="aot_eager")(x, weights, cu)
+    eager = run(x, weights, cu)
+    assert torch.equal(compiled, eager)
+    assert torch.equal(torch.autograd.grad(compiled, x)[0], torch.autograd.grad(eager, x)[0])
+
+
 def fuse(x: Tensor, weights: list[float], count: int) -> tuple[list[Tensor], list[list[int]]]:
     """Of one sequence: each round merges the closest pair of neighbouring tokens of that round, one after the other."""
     groups = [[t] for t in range(len(x))]
@@ -219,12 +264,14 @@ def test_half_types_and_nothing():
     ("call", "message"),
     [
         (lambda x: fc.bipartite_merge(x, 0.5), "rate must be at least 1, got 0.5"),
-        (lambda x: fc.bipartite_merge(x, 2.0, window=-1), "window must not be negative, got -1"),
+        (lambda x: fc.bipartite_merge(x, 2.0, window=-1), "window must be a whole number from 0 on, or None, got -1"),
         (lambda x: fc.bipartite_merge(x, 2.0, keys=x[:2]), "keys must have shape [4, 'K'], got [2, 3]"),
         (lambda x: fc.bipartite_merge(x, 2.0, size=torch.ones(3)), "size must have shape [4], a value a row, got [3]"),
+        (lambda x: fc.bipartite_merge(x, 2.0, window=1.5), "window must be a whole number from 0 on, or None, got 1.5"),
+        (lambda x: fc.greedy_segments(x, 0.5, max_len=2.5), "max_len must be a whole number from 1 on"),
         (lambda x: fc.iterative_fusion(x, 0), "count must be a whole number from 1 on, got 0"),
         (lambda x: fc.iterative_fusion(x, 2, weights=torch.ones(3)), "weights must have shape [4], a value a row"),
-        (lambda x: fc.greedy_segments(x, 0.5, max_len=0), "max_len must be at least 1, got 0"),
+        (lambda x: fc.greedy_segments(x, 0.5, max_len=0), "max_len must be a whole number from 1 on, or None, got 0"),
         (lambda x: fc.greedy_segments(x, 0.5, cu_seqlens=torch.tensor([0, 9])), "cu_seqlens"),
     ],
 )

@@ -30,6 +30,8 @@ class FastCompressConfig(PreTrainedConfig):
         boundary_kind: how: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
             :class:`fastcompress.nn.IntegrateAndFire`.
         boundary_weight: of their loss.
+        compressor: name of a module that compresses in place of a rule
+            (:meth:`FastCompressForConditionalGeneration.use_compressor`): whoever loads the model has to give it again.
         reduce: what a segment becomes, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
         keys: between what the rule takes distances: ``"frames"`` of the encoder, or ``"ctc"``, the CTC head's
             probabilities of them.
@@ -65,6 +67,7 @@ class FastCompressConfig(PreTrainedConfig):
         boundary_ratio: float | None = None,
         boundary_kind: str = "h-net",
         boundary_weight: float = 0.1,
+        compressor: str | None = None,
         **kwargs: Any,
     ) -> None:
         self.audio_config = _as_config("audio_config", audio_config, "whisper")
@@ -90,6 +93,7 @@ class FastCompressConfig(PreTrainedConfig):
         self.boundary_ratio = boundary_ratio
         self.boundary_kind = boundary_kind
         self.boundary_weight = boundary_weight
+        self.compressor = compressor
         self.rule = rule
         self.reduce = reduce
         self.keys = keys

@@ -13,7 +13,7 @@ from transformers.utils import ModelOutput
 
 import fastcompress as fc
 from fastcompress import attention
-from fastcompress.lalm.configuration import FastCompressConfig
+from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
 from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
@@ -81,6 +81,12 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()
         if config.boundary_ratio is not None:  # after transformers has initialised linear layers in its way
             self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
+        elif config.compressor is not None:
+            warnings.warn(
+                f"this model was compressed by {config.compressor}, which is not saved with it: without "
+                "use_compressor every frame is kept",
+                stacklevel=3,
+            )
         self._runs_packed = self._prepare_decoder()
         self.train_encoder(config.train_encoder)
 
@@ -143,28 +149,37 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             kind: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
                 :class:`fastcompress.nn.IntegrateAndFire`.
         """
-        width = self.config.audio_config.hidden_size
+        if kind not in BOUNDARIES:
+            raise ValueError(f"kind must be one of {', '.join(BOUNDARIES)}, got {kind!r}")
+        width, weight = self.config.audio_config.hidden_size, self.config.boundary_weight
         if kind == "cif":
-            self.use_compressor(IntegrateAndFire(width, ratio))
+            self.use_compressor(IntegrateAndFire(width, ratio, loss_weight=weight))
         else:
-            self.use_compressor(LearnedBoundary(width, ratio, self.config.reduce))
-        self.config.boundary_ratio, self.config.boundary_kind = ratio, kind
+            self.use_compressor(LearnedBoundary(width, ratio, self.config.reduce, weight))
+        self.config.boundary_ratio, self.config.boundary_kind, self.config.compressor = ratio, kind, None
 
     def use_compressor(self, compressor: nn.Module) -> None:
         """From now on this module compresses, in place of a rule.
 
         Args:
             compressor: is called with frames ``[A, F, D]`` and ``lengths=``, and returns ``values`` and ``cu_seqlens``,
-                as those of :mod:`fastcompress.nn` do. If it leaves a ``loss``, that is added, weighted. What it learns
-                is saved with the model, but not what it is: whoever loads the model must give it again.
+                as those of :mod:`fastcompress.nn` do. If it leaves a ``loss``, that is added, times its
+                ``loss_weight``. What it learns is saved with the model, and its name, but not what it is: whoever loads
+                the model must give it again, and is told so.
         """
         self.rule = None
         self.compressor = compressor.to(self.projector_dtype).to(self.device)
+        self.config.boundary_ratio, self.config.compressor = None, type(compressor).__name__
 
     @property
     def projector_dtype(self) -> torch.dtype:
         """Of what is trained between the pretrained parts, which may differ."""
         return next(self.projector.parameters()).dtype
+
+    @property
+    def compressor_weight(self) -> float:
+        """Of the loss that the compressor leaves."""
+        return getattr(self.compressor, "loss_weight", 1.0)
 
     def train_encoder(self, mode: bool = True) -> None:
         """Whether the encoder, and its CTC head, are trained; else they are frozen and never in training mode."""
@@ -303,7 +318,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if ctc_loss is not None:
                 loss = loss + self.config.ctc_weight * ctc_loss
             if compressor_loss is not None:
-                loss = loss + self.config.boundary_weight * compressor_loss
+                loss = loss + self.compressor_weight * compressor_loss
             unused = self._unused(frames is not None, ctc_loss is not None)
             loss, lm_loss = loss + unused, lm_loss + unused
         count = packed.source >= input_ids.numel()

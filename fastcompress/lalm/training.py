@@ -237,7 +237,7 @@ class Training:
                     loss = loss + unwrap(self._unwrapped).config.ctc_weight * ctc
                 if out.compressor_loss is not None:  # a mean over frames: of processes and parts, too
                     parts_of_all = accelerator.num_processes * arguments.accumulate
-                    loss = loss + unwrap(self._unwrapped).config.boundary_weight * out.compressor_loss / parts_of_all
+                    loss = loss + unwrap(self._unwrapped).compressor_weight * out.compressor_loss / parts_of_all
                 # The processes' gradients are averaged, where their sum is meant.
                 accelerator.backward(loss * accelerator.num_processes)
             parts = (loss, out.lm_loss, ctc, out.num_audio_tokens, out.num_frames)

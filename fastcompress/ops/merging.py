@@ -42,8 +42,10 @@ def greedy_segments(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    if max_len is not None and max_len < 1:
-        raise ValueError(f"max_len must be at least 1, got {max_len}")
+    if not isinstance(threshold, (int, float)):
+        raise TypeError(f"threshold must be a number, got {threshold!r}")
+    if max_len is not None and (not isinstance(max_len, int) or not 1 <= max_len < 2**63):
+        raise ValueError(f"max_len must be a whole number from 1 on, or None, got {max_len}")
     mask = call(
         _greedy_op,
         (x.detach(), cu_seqlens, lengths, threshold, max_len or 0),
@@ -65,7 +67,8 @@ class Merged:
     Attributes:
         values: ``[M, D]``, in the dtype of the frames.
         cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        sizes: ``[M]`` fp32 (fp64 with fp64 frames), frames of each token, or their weight: ``size`` of a further round.
+        sizes: ``[M]`` fp32 (fp64 with fp64 frames), the frames of each token, or the sum of what was given for them:
+            ``size``, or ``weights``, of a further round.
         ids: ``[N]`` int64, the token of each row of ``x.reshape(-1, D)``; -1: none.
     """
 
@@ -105,12 +108,12 @@ def bipartite_merge(
         window: how far a partner may be beyond the next frame: 0, the next alone; ``w``, up to ``w`` frames away on
             either side; ``None``, anywhere in the sequence.
         keys: ``[..., K]``; ``None``: ``x``.
-        size: ``[...]``, frames that each row stands for already; ``None``: 1.
+        size: ``[...]`` floating, frames that each row stands for already; ``None``: 1.
         cu_seqlens, lengths: as in :func:`adjacent_distance`.
 
     Returns:
-        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None`` also how many
-        sequences there are, and how long the longest is.
+        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None``, which
+        ``torch.compile`` cannot take in one piece, also where each sequence is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -119,17 +122,20 @@ def bipartite_merge(
     check_layout(x, 2, cu_seqlens, lengths)
     if not rate >= 1:
         raise ValueError(f"rate must be at least 1, got {rate}")
-    if window is not None and window < 0:
-        raise ValueError(f"window must not be negative, got {window}")
+    if window is not None and (not isinstance(window, int) or window < 0):
+        raise ValueError(f"window must be a whole number from 0 on, or None, got {window}")
     keys = x if keys is None else keys
     check_float("keys", keys)
     check_same_device("keys", keys, x)
     if keys.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"keys must have shape {[*x.shape[:-1], 'K']}, got {list(keys.shape)}")
-    if size is not None and size.shape != x.shape[:-1]:
-        raise ValueError(f"size must have shape {list(x.shape[:-1])}, a value a row, got {list(size.shape)}")
+    if size is not None:
+        check_float("size", size)
+        check_same_device("size", size, x)
+        if size.shape != x.shape[:-1]:
+            raise ValueError(f"size must have shape {list(x.shape[:-1])}, a value a row, got {list(size.shape)}")
     runs = _runs(x, cu_seqlens, lengths)
-    rows = x.reshape(-1, x.shape[-1])
+    rows = x.flatten(0, -2)
     count = rows.shape[0]
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     if count == 0:
@@ -137,7 +143,7 @@ def bipartite_merge(
         return Merged(rows, offsets * 0, x.new_zeros(0, dtype=accumulate_dtype(x.dtype)), none)
     row = torch.arange(count, device=x.device)
     if window is None:
-        near, partner = _nearest_anywhere(keys.detach().reshape(count, -1), runs, row)
+        near, partner = _nearest_anywhere(keys.detach().flatten(0, -2), runs, row)
     else:
         layout = {"cu_seqlens": cu_seqlens, "lengths": lengths}
         near, partner = _nearest_within(keys.detach(), runs, row, max(1, window), window == 0, layout)
@@ -157,8 +163,9 @@ def bipartite_merge(
         segments = row_segments(starts, 1 + merged[starts].long(), count)
     else:
         sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
-        bounds = torch.searchsorted(sorted_ids, torch.arange(int(stays.sum()) + 1, device=x.device))
-        segments = row_segments(bounds[:-1], bounds.diff(), count)
+        token = torch.arange(int(stays.sum()), device=x.device)
+        starts = torch.searchsorted(sorted_ids, token)
+        segments = row_segments(starts, torch.searchsorted(sorted_ids, token, right=True) - starts, count)
         rows, weights = rows[by_token], None if weights is None else weights[by_token]
     values = segment_reduce(rows, segments, "mean", weights)
     if weights is None:
@@ -169,7 +176,7 @@ def bipartite_merge(
     if x.dim() == 3:
         begin = torch.arange(x.shape[0] + 1, device=x.device) * x.shape[1]
     else:
-        begin = offsets.long()
+        begin = offsets.long().clamp(0, count)
     return Merged(values, kept[begin].int(), sizes, ids)
 
 
@@ -192,7 +199,8 @@ def iterative_fusion(
 
     Returns:
         The tokens, in order, their ``sizes`` the sums of weights; gradients go to ``x`` and ``weights``. The number of
-        tokens is read from the device in each round, and before the first the length of the longest sequence.
+        tokens is read from the device in each round, and before the first, with packed input, the length of the longest
+        sequence.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -215,9 +223,14 @@ def iterative_fusion(
         sizes = (weights if x.dim() == 2 else weights[runs.inside.view(x.shape[:2])]).to(wide)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     ids = torch.where(runs.inside, runs.inside.long().cumsum(0) - 1, -1)
-    longest = int(runs.length.max()) if values.shape[0] else 0
+    if x.dim() == 3:
+        longest = x.shape[1]
+    elif torch.compiler.is_compiling():  # a round too many changes nothing
+        longest = x.shape[0]
+    else:
+        longest = int(runs.length.max()) if x.shape[0] else 0
     while longest > count:
-        runs = _runs(values, offsets, None)
+        runs = find_runs(values.shape[:-1], values.device, offsets, None, None)
         wanted = torch.where(runs.length > count, ((runs.length + 1) // 2).clamp_min(count), runs.length)
         d = adjacent_distance(values.detach(), cu_seqlens=offsets)
         segments = segments_from_mask(top_k_starts(wanted, d, runs), cu_seqlens=offsets)
@@ -249,34 +262,36 @@ def _nearest_within(
 
 
 def _nearest_anywhere(keys: Tensor, runs: Runs, row: Tensor) -> tuple[Tensor, Tensor]:
-    """The same among all rows of the sequence, for even ones: a matrix of even and odd rows for each sequence."""
+    """The same among all rows of the sequence, for even ones: a matrix of even and odd rows, sequence by sequence.
+
+    Products are those of the library for matrices: equal distances may differ in their last digit.
+    """
     wide = accumulate_dtype(keys.dtype)
-    unit = keys.to(wide)
-    unit = unit / unit.norm(dim=-1, keepdim=True).clamp_min(1e-8)
-    count, longest = torch.stack([runs.first.sum(), runs.length.max()]).tolist()
-    inside = runs.inside.nonzero()[:, 0]
-    run, place = runs.ids[inside], runs.place[inside]
-    half = (longest + 1) // 2
-    even, odd = unit.new_full((2, count, half, unit.shape[1]), torch.nan)
-    is_even = place % 2 == 0
-    even[run[is_even], place[is_even] // 2] = unit[inside[is_even]]
-    odd[run[~is_even], place[~is_even] // 2] = unit[inside[~is_even]]
-    distance = (1 - even @ odd.transpose(1, 2)).nan_to_num(torch.inf, torch.inf, torch.inf)  # [B, half, half]
-    least = distance.amin(2)
-    # Of equals the nearer, then the later: odd row j lies 2 (j - i) + 1 behind even row i.
-    steps = torch.arange(half, dtype=torch.int32, device=keys.device)
-    away = 2 * (steps[None, :] - steps[:, None]) + 1
-    order = 2 * away.abs() - (away > 0).int()
-    first = torch.where(distance == least[..., None], order, order.max() + 1).amin(2).long()
-    step = torch.where(first % 2 == 1, (first + 1) // 2, -(first // 2))
     best = torch.full(row.shape, torch.inf, dtype=wide, device=keys.device)
-    best[inside] = least[run, place // 2]
     partner = row.clone()
-    partner[inside] = inside + step[run, place // 2]
+    begins = runs.first.nonzero()[:, 0]
+    for begin, length in torch.stack([begins, runs.length[begins]], 1).tolist():
+        part = keys[begin : begin + length].to(wide)
+        norm = part.norm(dim=-1, keepdim=True)
+        unit = part / norm.clamp_min(1e-8)
+        with torch.autocast(keys.device.type, enabled=False):
+            distance = (1 - unit[::2] @ unit[1::2].T).nan_to_num(torch.inf, torch.inf, torch.inf)  # [even, odd]
+        if not distance.shape[1]:
+            continue
+        distance = distance.masked_fill((norm[::2] == 0) & (norm[1::2] == 0).T, 0.0)  # zero rows are alike
+        least = distance.amin(1)
+        # Of equals the nearer, then the later: odd row j lies 2 (j - i) + 1 behind even row i.
+        steps = torch.arange(distance.shape[0], dtype=torch.int32, device=keys.device)
+        away = 2 * (steps[None, : distance.shape[1]] - steps[:, None]) + 1
+        order = 2 * away.abs() - (away > 0).int()
+        first = torch.where(distance == least[:, None], order, 4 * length).amin(1).long()
+        step = torch.where(first % 2 == 1, (first + 1) // 2, -(first // 2))
+        best[begin : begin + length : 2] = least
+        partner[begin : begin + length : 2] += torch.where(first < 4 * length, step, 0)
     return best, partner
 
 
 def _runs(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Runs:
-    if x.device.type == "cpu":
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():
         check_layout_values(x.shape, cu_seqlens, lengths)
     return find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)

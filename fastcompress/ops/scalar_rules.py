@@ -66,7 +66,7 @@ def find_runs(
         first[1:] |= flat[1:] != flat[:-1]
     first = first & inside
     ids = torch.where(inside, first.cumsum(0) - 1, -1)
-    begin = torch.where(first, row, 0).cummax(0).values if count else row
+    begin = torch.nn.functional.pad(torch.where(first, row, 0), (1, 0)).cummax(0).values[1:]
     sizes = torch.zeros(count + 1, dtype=torch.int64, device=device)
     sizes = sizes.index_add(0, torch.where(inside, ids, count), torch.ones_like(ids))
     return Runs(ids, row - begin, torch.where(inside, sizes[ids], 0))
@@ -125,7 +125,7 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
 def top_k_starts(wanted: Tensor, d: Tensor, runs: Runs) -> Tensor:
     """``[N]`` bool: rows that start a segment if each run is cut into ``wanted`` of them, ``[N]``, at its largest
     distances."""
-    before = torch.cat([d.new_zeros(1), d[:-1]])  # the distance to the row before
+    before = torch.cat([d.new_zeros(1), d])[: d.shape[0]]  # the distance to the row before
     nan = before.isnan()
     score = torch.where(nan, -torch.inf, before)
     kind = torch.where(runs.place == 0, 0, torch.where(nan, 2, 1))  # the first row, numbers, NaN

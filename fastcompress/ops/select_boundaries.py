@@ -166,7 +166,7 @@ def segments_from_mask(
         raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
     _check_rank("mask", mask)
     # A boundary at t belongs to the pair (t - 1, t).
-    d = (mask != 0).roll(-1, dims=-1).float()
+    d = torch.nn.functional.pad((mask != 0).float(), (0, 1))[..., 1:]
     return select_boundaries(
         d,
         Threshold(0.5, min_len, max_len),

@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.fastcompress-ready
+DOCS_READY := $(VENV)/.fastcompress-docs-ready
 LIBRARY := fastcompress/_C.so
 SOURCES := $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -q
@@ -14,7 +15,7 @@ WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint build wheel wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint docs build wheel wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
@@ -28,6 +29,7 @@ help:
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
 	@echo "make lint       ruff"
+	@echo "make docs       the documentation as a site, in out/site"
 	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
 	@echo "make wheel-test the newest wheel in dist/ in empty environments; downloads gigabytes of torch"
 
@@ -101,6 +103,15 @@ gpu:
 lint: $(READY)
 	$(BIN)/ruff check .
 
+$(DOCS_READY): $(READY)
+	$(BIN)/python -m pip install -q 'fastcompress[docs]'
+	@touch $@
+
+# Not -q, with which mkdocs forgets to be strict.
+docs: $(DOCS_READY)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
+	@echo "wrote out/site/index.html"
+
 # What an earlier build left in build/lib would go into the wheel.
 wheel: $(READY)
 	rm -rf build/lib build/lib.*
@@ -111,4 +122,4 @@ wheel-test: $(READY)
 	$(BIN)/python scripts/wheel_test.py $(WHEEL)
 
 clean:
-	rm -rf build dist out *.egg-info $(LIBRARY) $(READY)
+	rm -rf build dist out *.egg-info $(LIBRARY) $(READY) $(DOCS_READY)

@@ -29,8 +29,8 @@ class _Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see: {self.prog} --help)")
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 (some files failed), 2 (nothing was done), 130 (interrupted)."""
+def make_parser() -> argparse.ArgumentParser:
+    """Every command and its options."""
     parser = _Parser(prog="fastcompress", description="Compression of audio frames for audio language models.")
     parser.add_argument("--version", action="version", version=f"fastcompress {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
@@ -38,8 +38,13 @@ def main(arguments: list[str] | None = None) -> int:
     _add_info(commands)
     cli_lalm.add_commands(commands)
     cli_integrations.add_commands(commands)
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs the command line; returns 0, or 1 (some files failed), 2 (nothing was done), 130 (interrupted)."""
     try:
-        options = parser.parse_args(arguments)
+        options = make_parser().parse_args(arguments)
         return options.run(options)
     except UserError as error:
         print_error(error)

@@ -22,6 +22,17 @@ from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.rules import Rule, as_rule
 from fastcompress.segments import Pooled
 
+__all__ = [
+    "BipartiteMerge",
+    "GreedySegments",
+    "IntegrateAndFire",
+    "IterativeFusion",
+    "LearnedBoundary",
+    "SegmentPool",
+    "ratio_loss",
+    "straight_through",
+]
+
 
 class SegmentPool(torch.nn.Module):
     """:func:`fastcompress.segment_pool` with a fixed rule and reduction; no parameters.

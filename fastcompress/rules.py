@@ -74,13 +74,14 @@ class Rule:
     def from_string(text: str) -> Rule:
         """Reads ``name``, ``name:value`` (the first field) or ``name:field=value,field=value``.
 
-        >>> Rule.from_string("uniform:3")
-        Uniform(size=3, tail='keep')
-        >>> str(Rule.from_string("local-max:order=2,min_len=3"))
-        'local-max:order=2,min_len=3'
-
         Raises:
             ValueError: an unknown rule or field, or a value that does not fit.
+
+        Examples:
+            >>> Rule.from_string("uniform:3")
+            Uniform(size=3, tail='keep')
+            >>> str(Rule.from_string("local-max:order=2,min_len=3"))
+            'local-max:order=2,min_len=3'
         """
         name, _, rest = text.strip().partition(":")
         fields = _field_names(_rule_class(name.strip()))

@@ -28,6 +28,7 @@ __all__ = [
     "IntegrateAndFire",
     "IterativeFusion",
     "LearnedBoundary",
+    "LearnedCompressor",
     "SegmentPool",
     "ratio_loss",
     "straight_through",

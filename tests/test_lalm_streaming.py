@@ -262,6 +262,18 @@ def test_audio_that_is_none(digits: tuple[Any, Any]):
         transcriber.feed(samples)
 
 
+def test_samples_of_other_types(digits: tuple[Any, Any]):
+    stream = StreamingTranscriber(*digits)
+    with pytest.raises(TypeError, match="samples must be floating, full scale at 1, got int16"):
+        stream.feed(np.zeros(100, np.int16))
+    with pytest.raises(TypeError, match="samples must be floating, full scale at 1, got list"):
+        stream.feed([0.0])
+    with pytest.raises(ValueError, match=r"samples must be \[S\] and finite, got shape \[1, 100\]"):
+        stream.feed(torch.zeros(1, 100))
+    for dtype in (torch.bfloat16, torch.float64):
+        assert stream.feed(torch.zeros(100, dtype=dtype)) == ""
+
+
 def test_settings_that_are_none(digits: tuple[Any, Any]):
     for settings, message in (
         ({"window": 9}, "window must be at most the encoder's, 8 s, got 9"),

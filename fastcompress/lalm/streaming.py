@@ -143,11 +143,17 @@ class StreamingTranscriber:
             the text that became final; with what was before it, it makes up :attr:`text`.
 
         Raises:
+            TypeError: samples that are not floating.
             ValueError: samples of another shape or not finite, or the stream has ended.
         """
         if self._over:
             raise ValueError("the stream has ended: another one takes another transcriber")
-        samples = np.asarray(samples, np.float32)
+        if isinstance(samples, Tensor):
+            samples = samples.detach().cpu().to(torch.float32 if samples.is_floating_point() else samples.dtype).numpy()
+        if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f":
+            got = getattr(samples, "dtype", type(samples).__name__)
+            raise TypeError(f"samples must be floating, full scale at 1, got {got}")
+        samples = samples.astype(np.float32)
         if samples.ndim != 1 or not np.isfinite(samples).all():
             raise ValueError(f"samples must be [S] and finite, got shape {list(samples.shape)}")
         before = self.text

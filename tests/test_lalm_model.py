@@ -158,6 +158,18 @@ def test_frames_in_place_of_features():
         model(**full, frames=frames, frame_lengths=lengths, input_features=frames)
 
 
+def test_frames_need_their_lengths():
+    """Without them the padding would be compressed as if it were speech."""
+    model = build()
+    full = batch()
+    frames, lengths = model.encode(full.pop("input_features"), full.pop("feature_attention_mask"))
+    for given in ({"frames": frames}, {"frame_lengths": lengths}):
+        with pytest.raises(ValueError, match="frames and frame_lengths go together"):
+            model(**full, **given)
+        with pytest.raises(ValueError, match="frames and frame_lengths go together"):
+            model.generate(full["input_ids"], full["attention_mask"], **given)
+
+
 # Encoders
 
 

@@ -255,13 +255,15 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, L]`` int64, one ``audio_token_id`` for each audio.
             attention_mask: ``[B, L]``, 0 for padding on either side.
-            frames, frame_lengths: of :meth:`encode`; ``None``: no audio in the batch.
+            frames, frame_lengths: of :meth:`encode`, both; ``None``: no audio in the batch.
             labels: ``[B, L]``, -100 where nothing is predicted.
             pooled: of :meth:`compress`, in place of frames.
         """
         audio = offsets = None
-        if frames is not None:
+        if frames is not None and frame_lengths is not None:
             pooled = self.compress(frames, frame_lengths)
+        elif frames is not None or frame_lengths is not None:
+            raise ValueError("frames and frame_lengths go together: encode returns both")
         if pooled is not None:
             audio, offsets = self.projector(pooled.values.to(self.projector_dtype)), pooled.cu_seqlens
         table = self.get_input_embeddings()

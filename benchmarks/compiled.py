@@ -118,6 +118,7 @@ def tuned(pool: str, **how: Any) -> Call:
 
     def call(inputs: Inputs) -> Tokens:
         offsets, ids = _find(ends, inputs)
-        return Tokens(_SegmentMean.apply(inputs.x, offsets, ids, mean, expand), offsets[:-1])
+        means = _SegmentMean.apply(inputs.x, offsets, ids, mean, expand)  # type: ignore[no-untyped-call]  # of torch
+        return Tokens(means, offsets[:-1])
 
     return call

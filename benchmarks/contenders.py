@@ -61,7 +61,8 @@ def bmm_scores(x: Tensor) -> Tensor:
     x = x.float()
     dot = torch.bmm(x[:-1].unsqueeze(1), x[1:].unsqueeze(2)).view(-1)
     norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8)
-    return 1 - dot / (norm[:-1] * norm[1:])
+    distances: Tensor = 1 - dot / (norm[:-1] * norm[1:])
+    return distances
 
 
 def blocked_scores(x: Tensor) -> Tensor:
@@ -125,14 +126,15 @@ def segment_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
 
 def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """torch-scatter."""
-    return importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
+    means: Tensor = importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
+    return means
 
 
 def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """FBGEMM, whose jagged tensors become dense: segments padded to the longest, summed."""
     importlib.import_module("fbgemm_gpu")
     lengths = offsets.diff()
-    dense = torch.ops.fbgemm.jagged_to_padded_dense(x, [offsets], [int(lengths.max())])
+    dense: Tensor = torch.ops.fbgemm.jagged_to_padded_dense(x, [offsets], [int(lengths.max())])
     return dense.sum(1) / lengths.unsqueeze(1).to(x.dtype)
 
 

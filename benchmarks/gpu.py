@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import importlib.util
 import json
 import os
@@ -117,8 +118,8 @@ def all_contenders(dry: bool) -> list[GpuContender]:
     inductor: dict[str, Any] = {"backend": "aot_eager"} if dry else {}
     tuned: dict[str, Any] = {"backend": "aot_eager"} if dry else {"mode": "max-autotune"}
     for group, how in (("compile", inductor), ("max-autotune", tuned)):
-        found.append(GpuContender(f"{group}, plain", group, lambda how=how: compiled.plain(**how)))
-        found.append(GpuContender(f"{group}, tuned", group, lambda how=how: compiled.tuned("gather", **how)))
+        found.append(GpuContender(f"{group}, plain", group, functools.partial(compiled.plain, **how)))
+        found.append(GpuContender(f"{group}, tuned", group, functools.partial(compiled.tuned, "gather", **how)))
     return found
 
 
@@ -144,7 +145,7 @@ def measure(
         with run.device:  # the checks make their tensors on the default device
             wanted.check(contender.name, tokens, grad, grad_x)
 
-        forward_graph = contender.graph and (lambda: contender.graph(inputs))
+        forward_graph = functools.partial(contender.graph, inputs) if contender.graph else None
         size = (forward_graph() if forward_graph else tokens).values.nbytes
         with torch.no_grad():
             found = timed(run, lambda: call(inputs), forward_graph)
@@ -196,6 +197,7 @@ def measure_all(run: Run, cases: Sequence[GpuCase], dry: bool) -> None:
             if contender.group == "cuda":  # the others are held to the segments of the library
                 with torch.no_grad(), run.device:
                     starts = contenders.fastcompress_pool(inputs).starts
+                    assert starts is not None
                     settings[number] = (case, dtype, inputs, Expected(inputs, starts))
         print(f"measured: {contender.name}", flush=True)
 

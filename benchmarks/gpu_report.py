@@ -49,6 +49,7 @@ def heading(copy_rate: float, dry: bool) -> str:
     if dry:
         return "dry run on the CPU: no figure below means anything"
     device, found = gpu(), info.collect()
+    assert device is not None
     return (
         f"{device['name']}, driver {device['driver']}, torch {torch.__version__}, "
         f"library: CUDA {found['library']['cuda_version']} for {found['library']['cuda_archs']}\n"

@@ -83,7 +83,8 @@ def measure_memory(dtype: torch.dtype, threads: int, frames: int = FRAMES, dim: 
     result = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if result.returncode:
         return {"error": (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]}
-    return json.loads(result.stdout)
+    found: dict[str, Any] = json.loads(result.stdout)
+    return found
 
 
 if __name__ == "__main__":

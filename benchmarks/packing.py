@@ -74,18 +74,20 @@ def batch(case: PackCase, dtype: torch.dtype, device: torch.device | str = "cpu"
     g = torch.Generator().manual_seed(0)
     places = tuple(text // 3 for text in case.text)
     short, long = [], []
-    for text, audio, place in zip(case.text, case.audio, places, strict=True):
+    for text, count, place in zip(case.text, case.audio, places, strict=True):
         ids = torch.randint(0, VOCABULARY, (text,), generator=g)
-        marker = torch.full((audio,), VOCABULARY)
+        marker = torch.full((count,), VOCABULARY)
         short.append(torch.cat([ids[:place], marker[:1], ids[place:]]))
         long.append(torch.cat([ids[:place], marker, ids[place:]]))
-    pads = [pad_sequence(rows, batch_first=True) for rows in (short, long)]
-    masks = [pad_sequence([torch.ones(len(ids)).long() for ids in rows], batch_first=True) for rows in (short, long)]
+    padded = [
+        (pad_sequence(rows, batch_first=True).to(device),
+         pad_sequence([torch.ones(len(ids)).long() for ids in rows], batch_first=True).to(device))
+        for rows in (short, long)
+    ]  # fmt: skip
     table = torch.randn(VOCABULARY, case.width, generator=g).to(dtype)
     audio = torch.randn(sum(case.audio), case.width, generator=g).to(dtype)
     cu = torch.tensor([0, *case.audio]).cumsum(0).int()
-    tensors = [t.to(device) for t in (pads[0], masks[0], pads[1], masks[1], table, audio, cu)]
-    return Batch(case, *tensors, places)
+    return Batch(case, *padded[0], *padded[1], table.to(device), audio.to(device), cu.to(device), places)
 
 
 def batches(case: PackCase, dtype: torch.dtype, last_level_cache: int) -> list[Batch]:

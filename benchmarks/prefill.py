@@ -69,7 +69,9 @@ def available() -> bool:
     return importlib.util.find_spec("transformers") is not None
 
 
-def build(size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> tuple[Any, dict]:
+def build(
+    size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Any, dict[str, Tensor]]:
     """The stock model, with random weights, and a batch for it."""
     import transformers
 
@@ -84,7 +86,7 @@ def build(size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = t
             "num_hidden_layers": size.layers, "num_attention_heads": size.heads, "num_key_value_heads": size.key_heads,
             "intermediate_size": size.inner, "max_position_embeddings": 32768, "tie_word_embeddings": False,
         },
-        audio_token_id=audio_id,
+        audio_token_index=audio_id,
     )  # fmt: skip
     before = torch.get_default_dtype()
     torch.set_default_dtype(dtype)
@@ -119,7 +121,8 @@ def compressed(model: Any, form: str) -> Any:
 @torch.inference_mode()
 def first_word(model: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Reads the prompt and writes one token."""
-    return model.generate(**inputs, max_new_tokens=1, do_sample=False)[:, -1]
+    written: Tensor = model.generate(**inputs, max_new_tokens=1, do_sample=False)
+    return written[:, -1]
 
 
 @torch.inference_mode()

@@ -200,8 +200,11 @@ def attention_forward(
         if q.shape != k.shape or (free and q.tolist() != k.tolist()):
             raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be equal, got {_shown(q)} and {_shown(k)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    query, key, value = (t[0].transpose(0, 1) for t in (query, key, value))
     out = packed_attention(
-        *(t[0].transpose(0, 1) for t in (query, key, value)),
+        query,
+        key,
+        value,
         cu_seq_lens_q,
         max_seqlen=longest,
         scale=scaling,

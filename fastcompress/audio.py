@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soundfile
@@ -85,9 +85,15 @@ def audio_blocks(
     Raises:
         AudioError: no such file, a directory, no permission, not audio, damaged, 0 seconds, or NaN or infinite samples.
     """
-    is_path = isinstance(source, str | os.PathLike)
-    name = os.fspath(source) if is_path else getattr(source, "name", "stream")
-    with _open(name) if is_path else nullcontext(_open_pipe(source, name)) as file:
+    opened: AbstractContextManager[Any]
+    options: dict[str, Any] = {}
+    if isinstance(source, str | os.PathLike):
+        name = os.fspath(source)
+        opened, options = _open(name), {"dtype": "float32", "always_2d": True}
+    else:
+        name = getattr(source, "name", "stream")
+        opened = nullcontext(_open_pipe(source, name))
+    with opened as file:
         size = _BLOCK_FRAMES if seconds is None else max(1, round(seconds * file.samplerate))
         resampler = None
         if file.samplerate != sample_rate:
@@ -99,8 +105,7 @@ def audio_blocks(
         frames_read = 0
         while True:
             try:
-                # [frames, channels]
-                block = file.read(size, dtype="float32", always_2d=True) if is_path else file.read(size)
+                block = file.read(size, **options)  # [frames, channels]
             except soundfile.SoundFileError as error:
                 second = frames_read / file.samplerate
                 raise AudioError(f"{name}: damaged after {second:.1f} s ({_cause(error)})") from error

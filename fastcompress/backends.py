@@ -54,7 +54,7 @@ class _Request:
 
 
 #: Whether the first CUDA tensor still has to come. Read by ``ops/dispatch.py`` at every call.
-undecided = True
+undecided: bool = True
 
 _settled = False  # whether there has been one
 _lock = threading.RLock()
@@ -114,8 +114,8 @@ def _apply() -> None:
     """Makes the last request hold."""
     global undecided
     name = _requests[-1].backend if _requests else None
-    undecided = name in (None, "cuda")
-    if not undecided:
+    undecided = name is None or name == "cuda"
+    if name is not None and not undecided:
         _replace(_kernels(name), ("CUDA", "CPU") if _covers_cpu(name) else ("CUDA",))
     elif _settled:
         settle()
@@ -170,7 +170,7 @@ def settle() -> bool:
 
 
 # Tracing runs it instead of tracing it: torch.compiler.assume_constant_result, without the seconds of importing Dynamo.
-settle._dynamo_marked_constant = True
+settle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads it of functions
 
 
 def choices() -> dict[str, dict[str, Choice]]:
@@ -206,7 +206,7 @@ def driver_version() -> tuple[int, int] | None:
     """The CUDA version of the driver; ``None``: not known. Initialises CUDA."""
     if torch.version.hip or not cuda_devices():
         return None
-    version = torch._C._cuda_getDriverVersion()
+    version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in torch's stubs
     return version // 1000, version % 1000 // 10
 
 

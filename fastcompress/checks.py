@@ -17,7 +17,7 @@ INDEX_DTYPES = (torch.int32, torch.int64)
 IGNORED_LABEL = -100
 
 
-def check_float(name: str, x: Tensor) -> None:
+def check_float(name: str, x: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.dtype not in DTYPES:

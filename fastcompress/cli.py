@@ -45,7 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs the command line; returns 0, or 1 (some files failed), 2 (nothing was done), 130 (interrupted)."""
     try:
         options = make_parser().parse_args(arguments)
-        return options.run(options)
+        code: int = options.run(options)
+        return code
     except UserError as error:
         print_error(error)
         return EXIT_ERROR

@@ -74,7 +74,7 @@ class LogMel:
 
     name = "log-mel"
     sample_rate = SAMPLE_RATE
-    default_rules = LOG_MEL_RULES
+    default_rules: tuple[str, ...] = LOG_MEL_RULES
 
     def frames(self, samples: np.ndarray, progress: Progress | None = None) -> tuple[Tensor, float]:
         """Frames ``[S // 160, 80]`` fp32, and 100.0. Raises ValueError for less than 25 ms."""
@@ -97,12 +97,12 @@ class Encoder:
         ModuleNotFoundError: transformers is not installed.
     """
 
-    default_rules = ENCODER_RULES
+    default_rules: tuple[str, ...] = ENCODER_RULES
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
 
-        self.path = os.fspath(path)
+        self.path: str = os.fspath(path)
         if not os.path.isdir(self.path):
             raise EncoderError(f"{self.path}: no such folder; --encoder takes a local folder with a transformers model")
         try:
@@ -120,7 +120,7 @@ class Encoder:
         self.sample_rate: int = self._extractor.sampling_rate
         #: Samples of the encoder's fixed window, None if it takes any length.
         self.window: int | None = getattr(self._extractor, "n_samples", None)
-        self.name = f"{config.model_type} encoder {Path(self.path).resolve().name}"
+        self.name: str = f"{config.model_type} encoder {Path(self.path).resolve().name}"
 
     @torch.no_grad()
     def frames(self, samples: np.ndarray, progress: Progress | None = None) -> tuple[Tensor, float]:
@@ -151,10 +151,11 @@ class Encoder:
     def _encode(self, piece: np.ndarray) -> Tensor:
         try:
             inputs = self._extractor(piece, sampling_rate=self.sample_rate, return_tensors="pt")
-            return self._model(inputs[self._input_name]).last_hidden_state[0]
+            frames: Tensor = self._model(inputs[self._input_name]).last_hidden_state[0]
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             seconds = len(piece) / self.sample_rate
             raise EncoderError(f"{self.path}: cannot encode {seconds:.2f} s of audio ({_first_line(error)})") from error
+        return frames
 
 
 @dataclass(frozen=True)
@@ -339,7 +340,7 @@ def to_dict(inspection: Inspection) -> dict[str, Any]:
     """The inspection as plain data for JSON: the table, and for the audio's own rows the segments in seconds."""
     rows = []
     for result in inspection.results:
-        row = {
+        row: dict[str, Any] = {
             "rule": str(result.rule),
             "input": "white noise" if result.on_noise else "audio",
             "frames": result.frames,

@@ -48,7 +48,7 @@ class SegmentPool(torch.nn.Module):
         super().__init__()
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-        self.rule = as_rule(rule)
+        self.rule: Rule = as_rule(rule)
         self.reduce = reduce
         self.compact = compact
 
@@ -71,7 +71,8 @@ class LearnedCompressor(torch.nn.Module):
         super().__init__()
         if not ratio > 1:
             raise ValueError(f"ratio must be more than 1, got {ratio}")
-        self.ratio, self.loss_weight = ratio, loss_weight
+        self.ratio: float = ratio
+        self.loss_weight: float = loss_weight
         self.loss: Tensor | None = None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -84,7 +85,8 @@ class BipartiteMerge(torch.nn.Module):
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
         super().__init__()
-        self.rate, self.window = rate, window
+        self.rate: float = rate
+        self.window: int | None = window
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
         return bipartite_merge(x, self.rate, window=self.window, **layout)
@@ -112,7 +114,8 @@ class GreedySegments(torch.nn.Module):
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
-        self.threshold, self.max_len = threshold, max_len
+        self.threshold: float = threshold
+        self.max_len: int | None = max_len
 
     def forward(self, x: Tensor, **layout: Any) -> Pooled:
         segments = greedy_segments(x, self.threshold, max_len=self.max_len, **layout)
@@ -140,8 +143,8 @@ class IntegrateAndFire(LearnedCompressor):
 
     def __init__(self, width: int, ratio: float = 3.0, tail: float = 0.5, loss_weight: float = 0.1) -> None:
         super().__init__(ratio, loss_weight)
-        self.tail = tail
-        self.weight = torch.nn.Linear(width, 1)
+        self.tail: float = tail
+        self.weight: torch.nn.Linear = torch.nn.Linear(width, 1)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -208,9 +211,9 @@ class LearnedBoundary(LearnedCompressor):
         super().__init__(ratio, loss_weight)
         if reduce not in REDUCTIONS:
             raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-        self.reduce = reduce
-        self.query = torch.nn.Linear(width, width, bias=False)
-        self.key = torch.nn.Linear(width, width, bias=False)
+        self.reduce: str = reduce
+        self.query: torch.nn.Linear = torch.nn.Linear(width, width, bias=False)
+        self.key: torch.nn.Linear = torch.nn.Linear(width, width, bias=False)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

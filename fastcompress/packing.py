@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NoReturn, cast
 
 import torch
 from torch import Tensor
@@ -81,7 +81,7 @@ class PackedInputs:
         if values.dim() < 1 or values.shape[0] != count:
             raise ValueError(f"values must have shape [{count}, ...], one a packed row, got {list(values.shape)}")
         lengths = self.cu_seqlens.diff()
-        longest = lengths.max().item() if lengths.shape[0] else 0
+        longest = cast(int, lengths.max().item()) if lengths.shape[0] else 0
         torch._check(longest >= 0)  # which torch.export cannot know
         first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # column of each sample's first
         column = torch.arange(longest, device=values.device) - first[:, None]
@@ -364,7 +364,7 @@ def pack(
         if rule is not None or keys is not None:
             raise ValueError("rule and keys go with inputs_embeds and no audio: audio that is given is pooled already")
         audio_values, audio_cu_seqlens = _check_audio(audio, audio_cu_seqlens, like)
-        rows = embedding if inputs_embeds is None else inputs_embeds.flatten(0, -2)
+        rows = like if inputs_embeds is None else like.flatten(0, -2)
         ids = input_ids if inputs_embeds is None else None
         num_audio_rows = audio_values.shape[0]
         if groups.numel() + num_audio_rows >= 2**31:
@@ -454,7 +454,7 @@ def _groups(
             check_layout(input_ids, 1, cu_seqlens, lengths)
             if _reads_values(input_ids):
                 check_layout_values(shape, None, lengths)
-            mask = torch.arange(shape[-1], device=device) < lengths[:, None]
+            mask: Tensor | None = torch.arange(shape[-1], device=device) < lengths[:, None]
         else:
             mask = attention_mask
             if lengths is not None:
@@ -473,6 +473,7 @@ def _check_audio(
     audio: Pooled | Tensor | None, audio_cu_seqlens: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Rows ``[M, H]`` and offsets ``[A + 1]``."""
+    offsets: Tensor | None
     width = like.shape[-1]
     if audio is None:
         return like.new_empty((0, width)), torch.zeros(1, dtype=torch.int32, device=like.device)

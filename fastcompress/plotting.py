@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -98,7 +99,7 @@ def _add_axes(figure: Figure, top: float, height: float) -> Axes:
     return axes
 
 
-def _write(figure: Figure, x: float, y: float, text: str, **style: object) -> None:
+def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
     """Text at inches from the left and from the top; a `$` in a file name is no formula."""
     width, total = figure.get_size_inches()
     figure.text(x / width, 1 - y / total, text, parse_math=False, **style)

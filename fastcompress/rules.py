@@ -144,10 +144,10 @@ def _check_bool(rule: Rule, field: str) -> None:
         raise ValueError(f"{type(rule).__name__}: {field} must be True or False, got {getattr(rule, field)!r}")
 
 
-def _check_lengths(rule: Rule) -> None:
+def _check_lengths(rule: LocalMax | Threshold | LabelChange | Lookback | PeakHeight) -> None:
     _check_int(rule, "min_len", 1)
     _check_int(rule, "max_len", 1, optional=True)
-    min_len, max_len = rule.min_len, rule.max_len  # type: ignore[attr-defined]
+    min_len, max_len = rule.min_len, rule.max_len
     if max_len is not None and min_len > max_len:
         raise ValueError(f"{type(rule).__name__}: min_len must not exceed max_len, got {min_len} > {max_len}")
 
@@ -282,10 +282,11 @@ class TopK(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """As :meth:`Uniform.num_segments`."""
+        if self.count is not None:
+            return min(length, self.count) if isinstance(length, int) else length.clamp_max(self.count)
+        assert self.rate is not None  # one of the two is given
         if isinstance(length, int):
-            return min(length, self.count) if self.rate is None else math.ceil(length / self.rate)
-        if self.rate is None:
-            return length.clamp_max(self.count)
+            return math.ceil(length / self.rate)
         return (length.double() / self.rate).ceil().to(length.dtype)
 
 

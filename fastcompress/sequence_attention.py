@@ -97,10 +97,12 @@ def packed_attention(
                 _read_offsets(cu_seqlens, query.shape[0], longest)
             return varlen(query, key, value, cu_seqlens.int(), longest, scale, causal, window)
     scale = query.shape[2] ** -0.5 if scale is None else scale
-    heads = [t.transpose(0, 1)[None] for t in (query, key, value)]  # [1, H, T, D]
+    q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # [1, H, T, D]
     offsets = _read_offsets(cu_seqlens, query.shape[0], max_seqlen)
     outputs = [
-        attend(*(t[:, :, begin:end] for t in heads), scale, causal, window, softcap, dropout)[0].transpose(0, 1)
+        attend(
+            q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], scale, causal, window, softcap, dropout
+        )[0].transpose(0, 1)
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
         if begin < end
     ]
@@ -222,7 +224,8 @@ class _Varlen:
             kwargs["enable_gqa"] = groups > 1
         elif groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-        return self.function(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **kwargs)
+        out: Tensor = self.function(query, key, value, cu_seqlens, cu_seqlens, max_seqlen, max_seqlen, **kwargs)
+        return out
 
 
 @functools.cache

@@ -63,7 +63,7 @@ class StreamingSegmentPool:
     """
 
     def __init__(self, rule: Rule | str = LocalMax()) -> None:  # noqa: B008  (immutable)
-        self.rule = as_rule(rule)
+        self.rule: Rule = as_rule(rule)
         if not (self.rule.fused or isinstance(self.rule, Lookback)):
             raise NotImplementedError(f"rule {self.rule} looks at all of a sequence and cannot be streamed")
         self._reset()
@@ -112,9 +112,9 @@ class StreamingSegmentPool:
             raise ValueError("nothing was streamed: there is nothing to flush")
         bounds = self._decide([], last=True)
         rule = self.rule
-        short = isinstance(rule, Uniform) and rule.tail == "drop"
         begin = bounds[-1] if bounds else self._start
-        if self._seen > begin and not (short and self._seen - begin < rule.size):  # type: ignore[attr-defined]
+        dropped = isinstance(rule, Uniform) and rule.tail == "drop" and self._seen - begin < rule.size
+        if self._seen > begin and not dropped:
             bounds.append(self._seen)
         found = self._emit(bounds)
         self._reset()
@@ -208,9 +208,10 @@ class StreamingSegmentPool:
             values = frames[:0]
         else:
             parts = []
-            whole = 0 if self._sum is None else 1  # the first of them is summed in part already
-            if whole:
-                total = _add(self._sum, frames[: bounds[0] - self._origin])
+            whole = 0
+            if self._sum is not None:  # the first of them is summed in part already
+                whole, total = 1, _add(self._sum, frames[: bounds[0] - self._origin])
+                assert total is not None
                 parts.append((total / lengths[0]).to(frames.dtype)[None])
             if len(bounds) > whole:
                 segments = row_segments(places[whole:] - self._origin, sizes[whole:], len(frames))
@@ -245,7 +246,8 @@ class StreamingIntegrateAndFire:
 
     def __init__(self, beta: float = 1.0, tail: float | None = 0.5) -> None:
         check_firing(beta, tail)
-        self.beta, self.tail = beta, tail
+        self.beta: float = beta
+        self.tail: float | None = tail
         self._reset()
 
     def _reset(self) -> None:

@@ -44,6 +44,8 @@ class WavePipe:
                 form = content
         if len(form) < 16:
             raise ValueError("has no format before its samples")
+        self.channels: int
+        self.samplerate: int
         kind, self.channels, self.samplerate, _, self._size, bits = struct.unpack("<HHIIHH", form[:16])
         if kind == _EXTENSIBLE and len(form) >= 26:
             kind = struct.unpack("<H", form[24:26])[0]
@@ -55,7 +57,7 @@ class WavePipe:
                 f"{self.samplerate} Hz"
             )
         self._width = bits // 8
-        self.frames = 0 if size >= _UNKNOWN else size // self._size
+        self.frames: int = 0 if size >= _UNKNOWN else size // self._size
         self._left = self.frames or None
 
     def read(self, frames: int) -> np.ndarray:
@@ -68,11 +70,11 @@ class WavePipe:
         if self._is_float:
             samples = np.frombuffer(data, f"<f{self._width}").astype(np.float32)
         elif self._width == 1:
-            samples = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / 128
+            samples = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / np.float32(128)
         else:
             wide = np.zeros((len(data) // self._width, 4), np.uint8)
             wide[:, 4 - self._width :] = np.frombuffer(data, np.uint8).reshape(-1, self._width)
-            samples = wide.view("<i4")[:, 0].astype(np.float32) / 2**31
+            samples = wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
         return samples.reshape(-1, self.channels)
 
     def _some(self, count: int) -> bytes:

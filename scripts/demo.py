@@ -38,7 +38,8 @@ def main() -> int:
     for title, name, rule in COLUMNS:
         model, processor = load_model(ROOT / "assets" / "models" / name, rule)
         examples = Examples(utterances, processor, cache=True)
-        written, totals = transcribe(model, examples, max_new_tokens=16, do_sample=False)
+        answers, totals = transcribe(model, examples, max_new_tokens=16, do_sample=False)
+        written = [answer or "" for answer in answers]
         rows.append(written)
         seconds = sum(u.duration or 0.0 for u in utterances)
         scores.append((title, totals["audio_tokens"], totals["audio_tokens"] / seconds, _prefill(model, examples),

@@ -15,6 +15,7 @@ import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import espeakng_loader
 import numpy as np
@@ -83,7 +84,7 @@ class Espeak:
         self._callback = SYNTH_CALLBACK(self._collect)  # kept: C holds only the pointer
         self._library.espeak_SetSynthCallback(self._callback)
 
-    def _collect(self, samples, count: int, events) -> int:
+    def _collect(self, samples: Any, count: int, events: Any) -> int:
         if samples and count > 0:
             self._blocks.append(np.ctypeslib.as_array(samples, (count,)).copy())
         return 0

@@ -18,6 +18,7 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "wheel-test"
@@ -118,7 +119,7 @@ def test(wheel: Path, spec: str, dry_run: bool) -> str | None:
     return None
 
 
-def wrong_library(wheel: Path, library: dict) -> str | None:
+def wrong_library(wheel: Path, library: dict[str, Any]) -> str | None:
     """What the wheel's name and its library do not agree on."""
     label = wheel.name.split("-")[1].partition("+")[2]
     version = library["cuda_version"]

@@ -30,7 +30,7 @@ class BatchPlan:
                 raise ValueError(f"{name} must be at least 1, got {value}")
         if not lengths:
             raise ValueError("lengths must hold at least one example, got none")
-        self.lengths = list(lengths)
+        self.lengths: list[float] = list(lengths)
         self.batch_size = batch_size
         self.num_processes = num_processes
         self.seed = seed

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
@@ -48,7 +48,7 @@ class FastCompressConfig(PreTrainedConfig):
     """
 
     model_type = "fastcompress"
-    sub_configs = {"audio_config": AutoConfig, "text_config": AutoConfig}
+    sub_configs: ClassVar[dict[str, Any]] = {"audio_config": AutoConfig, "text_config": AutoConfig}
 
     def __init__(
         self,
@@ -70,8 +70,8 @@ class FastCompressConfig(PreTrainedConfig):
         compressor: str | None = None,
         **kwargs: Any,
     ) -> None:
-        self.audio_config = _as_config("audio_config", audio_config, "whisper")
-        self.text_config = _as_config("text_config", text_config, "qwen2")
+        self.audio_config: PreTrainedConfig = _as_config("audio_config", audio_config, "whisper")
+        self.text_config: PreTrainedConfig = _as_config("text_config", text_config, "qwen2")
         if rule is not None:
             rule = str(rule if isinstance(rule, Rule) else Rule.from_string(rule))
         for name, value, known in (

@@ -12,35 +12,37 @@ import ctypes
 import json
 import os
 import sys
+from collections.abc import Callable
+from typing import Any
 
 SYNCHRONOUS = 2  # AUDIO_OUTPUT_SYNCHRONOUS: samples go to the callback before espeak_Synth returns, without threads
 UTF8 = 1
 RATE, PITCH = 1, 3  # espeak_PARAMETER
 
-Callback = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
+Callback: Any = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
 
 
-def answer(payload, failed=False):
+def answer(payload: bytes, failed: bool = False) -> None:
     data = (len(payload) + 1).to_bytes(8, "little") + bytes([failed]) + payload
     while data:
         data = data[os.write(1, data) :]
 
 
-def set_voice(library, voice):
+def set_voice(library: ctypes.CDLL, voice: str) -> None:
     if library.espeak_SetVoiceByName(voice.encode()) != 0:
         raise ValueError(f"espeak-ng has no voice {voice!r}")
 
 
-def speak(library, text, voice, rate, pitch):
-    blocks = []
+def speak(library: ctypes.CDLL, text: str, voice: str, rate: float, pitch: float) -> bytes:
+    blocks: list[bytes] = []
 
-    @Callback
-    def receive(samples, count, events):
+    def receive(samples: int | None, count: int, events: int | None) -> int:
         if samples and count > 0:
             blocks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    library.espeak_SetSynthCallback(receive)
+    callback = Callback(receive)  # kept: C holds only the pointer
+    library.espeak_SetSynthCallback(callback)
     set_voice(library, voice)
     for parameter, value in ((RATE, rate), (PITCH, pitch)):
         library.espeak_SetParameter(parameter, int(value), 0)
@@ -52,7 +54,7 @@ def speak(library, text, voice, rate, pitch):
     return b"".join(blocks)
 
 
-def phonemes(library, text, voice, separator):
+def phonemes(library: ctypes.CDLL, text: str, voice: str, separator: str) -> bytes:
     set_voice(library, voice)
     data = ctypes.create_string_buffer(text.encode())
     position = ctypes.c_void_p(ctypes.addressof(data))
@@ -63,7 +65,7 @@ def phonemes(library, text, voice, separator):
     return b" ".join(parts)
 
 
-def main():
+def main() -> None:
     try:
         import espeakng_loader
 
@@ -73,17 +75,19 @@ def main():
         if sample_rate <= 0:
             raise RuntimeError("espeak-ng does not start with its voices")
     except ImportError:
-        return answer(b"speech synthesis needs espeakng-loader: pip install 'fastcompress[synthesis]'", True)
+        answer(b"speech synthesis needs espeakng-loader: pip install 'fastcompress[synthesis]'", True)
+        return
     except (OSError, RuntimeError) as error:
-        return answer(str(error).encode(), True)
+        answer(str(error).encode(), True)
+        return
     answer(str(sample_rate).encode())
     for line in sys.stdin.buffer:
         child = os.fork()
         if child == 0:
             try:
                 request = json.loads(line)
-                function = {"speak": speak, "phonemes": phonemes}[request.pop("function")]
-                answer(function(library, **request))
+                functions: dict[str, Callable[..., bytes]] = {"speak": speak, "phonemes": phonemes}
+                answer(functions[request.pop("function")](library, **request))
             except BrokenPipeError:  # whoever asked is gone
                 pass
             except Exception as error:

@@ -62,7 +62,7 @@ class Result:
 
 @torch.inference_mode()
 def transcribe(
-    model: Any, examples: Examples, batch_size: int = 16, progress: Callable[[int], None] | None = None,
+    model: Any, examples: Examples, batch_size: int = 16, progress: Callable[[int], object] | None = None,
     **generation: Any,
 ) -> tuple[list[str | None], dict[str, float]]:  # fmt: skip
     """What the model writes for each utterance, and the counts of tokens, frames and seconds.
@@ -104,7 +104,7 @@ def transcribe(
 
 def evaluate(
     model: Any, examples: Examples, batch_size: int = 16, timed: int = 10,
-    progress: Callable[[int], None] | None = None, **generation: Any,
+    progress: Callable[[int], object] | None = None, **generation: Any,
 ) -> tuple[Result, list[str | None]]:  # fmt: skip
     """Scores a model on the utterances of a manifest.
 

@@ -95,9 +95,11 @@ class Examples:
     def __init__(
         self, utterances: Sequence[Utterance], processor: Any, cache: bool = False, phones: Sequence[str] | None = None
     ) -> None:
-        self.utterances = list(utterances)
+        self.utterances: list[Utterance] = list(utterances)
         self.processor = processor
-        self.phones = None if phones is None else {phone: i for i, phone in enumerate(phones, start=1)}
+        self.phones: dict[str, int] | None = None
+        if phones is not None:
+            self.phones = {phone: i for i, phone in enumerate(phones, start=1)}
         self.skipped: dict[int, str] = {}
         self._features: dict[int, Tensor] | None = {} if cache else None
 
@@ -208,7 +210,7 @@ class EncodedExamples(Examples):
 
     def __init__(self, examples: Examples, model: Any, batch_size: int = 16) -> None:
         super().__init__(examples.utterances, examples.processor)
-        self.skipped = examples.skipped
+        self.skipped: dict[int, str] = examples.skipped
         self._frames: dict[int, Tensor] = {}
         order = sorted(range(len(self)), key=lambda i: self.utterances[i].duration or 0.0)
         model.eval()

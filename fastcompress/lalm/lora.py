@@ -39,8 +39,9 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     if model.config.train_encoder:
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
     config = LoraConfig(
-        r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=lora_targets(model.language_model),
-        modules_to_save=saved, **kwargs,
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
+        lora_dropout=dropout, target_modules=lora_targets(model.language_model), modules_to_save=saved, **kwargs,
     )  # fmt: skip
     return get_peft_model(model, config)
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodalLM, GenerationMixin, PreTrainedModel
-from transformers.utils import ModelOutput
+from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import attention
@@ -51,10 +51,10 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     Decoders that cannot run packed (:func:`fastcompress.attention.prepare`) run padded.
     """
 
-    config_class = FastCompressConfig
+    config_class: type[FastCompressConfig] = FastCompressConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities = ("audio", "text")
+    input_modalities: Any = ("audio", "text")  # not the str or list of the base class: as transformers' own models
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -65,20 +65,21 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self, config: FastCompressConfig, audio_tower: nn.Module | None = None, language_model: Any = None
     ) -> None:
         super().__init__(config)
-        self.audio_tower = build_encoder(config.audio_config) if audio_tower is None else audio_tower
+        self.audio_tower: Any = build_encoder(config.audio_config) if audio_tower is None else audio_tower
         if language_model is None:
             language_model = AutoModelForCausalLM.from_config(config.text_config)
-        self.language_model = language_model
+        self.language_model: Any = language_model
         width, target = config.audio_config.hidden_size, config.text_config.hidden_size
         if config.projector_hidden_size is None:
             self.projector: nn.Module = nn.Linear(width, target)
         else:
             hidden = config.projector_hidden_size
             self.projector = nn.Sequential(nn.Linear(width, hidden), nn.GELU(), nn.Linear(hidden, target))
-        self.ctc_head = None if config.ctc_tokens is None else nn.Linear(width, len(config.ctc_tokens) + 1)
+        units = config.ctc_tokens
+        self.ctc_head: nn.Linear | None = None if units is None else nn.Linear(width, len(units) + 1)
         self.compressor: nn.Module | None = None
         self.rule = config.rule
-        self.post_init()
+        self.post_init()  # type: ignore[no-untyped-call]  # of transformers
         if config.boundary_ratio is not None:  # after transformers has initialised linear layers in its way
             self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
         elif config.compressor is not None:
@@ -103,19 +104,18 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             rule: of the compression.
             kwargs: more of :class:`FastCompressConfig`.
         """
-        encoder = load_encoder(audio_model) if isinstance(audio_model, str) else audio_model
-        if isinstance(text_model, str):
-            text_model = AutoModelForCausalLM.from_pretrained(text_model)
+        encoder: Any = load_encoder(audio_model) if isinstance(audio_model, str) else audio_model
+        decoder: Any = AutoModelForCausalLM.from_pretrained(text_model) if isinstance(text_model, str) else text_model
         config = FastCompressConfig(
             encoder.config,
-            text_model.config,
+            decoder.config,
             None if rule is None else str(as_rule(rule)),
             audio_token_id=audio_token_id,
             **kwargs,
         )
-        model = cls(config, encoder, text_model)
-        model.projector.to(text_model.dtype)
-        model.generation_config = text_model.generation_config
+        model = cls(config, encoder, decoder)
+        model.projector.to(decoder.dtype)
+        model.generation_config = decoder.generation_config
         return model
 
     def _prepare_decoder(self) -> bool:
@@ -315,8 +315,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             ctc_loss = self._ctc_loss(frames, frame_lengths, ctc_labels)
         logits, lm_loss = self._decode(packed, num_items_in_batch, kwargs)
         compressor_loss = None if frames is None else getattr(self.compressor, "loss", None)
-        loss = lm_loss
+        loss = None
         if lm_loss is not None:
+            loss = lm_loss
             if ctc_loss is not None:
                 loss = loss + self.config.ctc_weight * ctc_loss
             if compressor_loss is not None:
@@ -365,7 +366,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """Mean of the audios' losses, each a unit."""
         if self.ctc_head is None:
             raise ValueError("ctc_labels need ctc_tokens in the configuration, which is None")
-        if frames is None or labels.shape[0] != frames.shape[0]:
+        if frames is None or lengths is None or labels.shape[0] != frames.shape[0]:
             audios = 0 if frames is None else frames.shape[0]
             raise ValueError(f"ctc_labels must have a row for each of the {audios} audios, got {list(labels.shape)}")
         log_probs = self.ctc_head(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]

@@ -34,8 +34,8 @@ class FastCompressProcessor(ProcessorMixin):
         if audio_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(audio_token, special=True, normalized=False)])
         self.audio_token = audio_token
-        self.audio_token_id = tokenizer.convert_tokens_to_ids(audio_token)
-        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)
+        self.audio_token_id: int = tokenizer.convert_tokens_to_ids(audio_token)
+        super().__init__(feature_extractor, tokenizer, chat_template=chat_template)  # type: ignore[no-untyped-call]
 
     @property
     def model_input_names(self) -> list[str]:
@@ -139,7 +139,7 @@ class FastCompressProcessor(ProcessorMixin):
         begin = self.tokenizer.bos_token_id
         return self.tokenizer(content, add_special_tokens=False).input_ids + ([] if begin is None else [begin])
 
-    def apply_chat_template(
+    def apply_chat_template(  # type: ignore[override]  # the arguments that it does not know end in an error there, too
         self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
     ) -> Any:
         """Text of one conversation or several; with ``tokenize``, and ``return_dict``, what the model takes.

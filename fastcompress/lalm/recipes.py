@@ -101,4 +101,4 @@ def _initialize_encoder(encoder: nn.Module) -> None:
         if module.bias is not None:
             nn.init.zeros_(module.bias)
     with torch.no_grad():
-        encoder.get_submodule("embed_positions").weight.mul_(0.1)
+        encoder.get_parameter("embed_positions.weight").mul_(0.1)

@@ -295,13 +295,17 @@ class Run:
             raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
         if settings is None:
             raise RunError("settings are missing")
-        self.folder, self.settings, self.say = folder, settings, say
+        self.folder: Path = folder
+        self.settings: RunSettings = settings
+        self.say: Callable[[str], object] = say
         mixed = "bf16" if settings.training.precision == "bf16" else "no"
-        self.accelerator = Accelerator(mixed_precision=mixed)
+        self.accelerator: Any = Accelerator(mixed_precision=mixed)
         if not self.accelerator.is_main_process:
             self.say = lambda text: None
         train, skipped = self._read(settings.train)
         dev, _ = self._read(settings.dev) if settings.dev else ([], [])
+        self.processor: FastCompressProcessor
+        self.base: dict[str, Any]
         model, self.processor, self.base = build_model(settings, train)
         config = unwrap(model).config
         if settings.encode_once and config.train_encoder:
@@ -318,7 +322,7 @@ class Run:
         if settings.encode_once:
             examples = EncodedExamples(examples, unwrap(model))
             development = EncodedExamples(development, unwrap(model)) if development else None
-        self.training = Training(model, examples, settings.training, folder, development, self.accelerator)
+        self.training: Training = Training(model, examples, settings.training, folder, development, self.accelerator)
         if resume:
             self.say(f"going on after step {self.training.resume()} of {settings.training.steps}")
 

@@ -79,7 +79,8 @@ class StreamingTranscriber:
         self, model: Any, processor: Any, *, window: float | None = None, look_ahead: float = LOOK_AHEAD,
         hop: float = HOP, prompt: str = "", max_new_tokens: int = 256, **generation: Any,
     ) -> None:  # fmt: skip
-        self.model, self.processor = model.eval(), processor
+        self.model: Any = model.eval()
+        self.processor: Any = processor
         self.rate: int = processor.sampling_rate
         self._base = unwrap(model)
         _check_compression(self._base)

@@ -14,9 +14,10 @@ import random
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -244,5 +245,5 @@ class _NoPool:
     def __exit__(self, *error: object) -> None:
         pass
 
-    def imap(self, function: Callable, values: list, chunksize: int) -> map:
+    def imap(self, function: Callable[[Any], Any], values: list[Any], chunksize: int) -> Iterator[Any]:
         return map(function, values)

@@ -118,9 +118,10 @@ class Training:
 
         self.arguments = arguments
         self.folder = folder
-        self.examples, self.development = examples, development
+        self.examples: Examples = examples
+        self.development: Examples | None = development
         mixed = "bf16" if arguments.precision == "bf16" else "no"
-        self.accelerator = accelerator or Accelerator(mixed_precision=mixed)
+        self.accelerator: Any = accelerator or Accelerator(mixed_precision=mixed)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
         if not trained:
             raise ValueError("model has no parameter that requires gradients: nothing to train")
@@ -136,10 +137,12 @@ class Training:
         optimizer = torch.optim.AdamW(
             [g for g in groups if g["params"]], lr=rate, betas=arguments.betas, weight_decay=arguments.weight_decay
         )
+        self.model: Any
+        self.optimizer: Any
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
         lengths = [utterance.duration or 0.0 for utterance in examples.utterances]
-        self.plan = BatchPlan(lengths, arguments.batch_size, self.accelerator.num_processes, arguments.seed)
-        self.step = 0
+        self.plan: BatchPlan = BatchPlan(lengths, arguments.batch_size, self.accelerator.num_processes, arguments.seed)
+        self.step: int = 0
 
     @property
     def _checkpoints(self) -> Path:

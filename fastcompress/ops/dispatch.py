@@ -3,14 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 
 from fastcompress import backends
 
+Result = TypeVar("Result")
+Result_co = TypeVar("Result_co", covariant=True)
 
-def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explain: Callable[[], None]) -> Any:
+
+class Op(Protocol[Result_co]):
+    """An overload of ``torch.ops``, which has no types, with that of its result."""
+
+    def __call__(self, *args: Any) -> Result_co: ...
+
+    def name(self) -> str: ...
+
+
+def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Callable[[], None]) -> Result:
     """Calls ``op``, below the autograd key when no gradient is needed: the key's Python formula costs microseconds.
 
     ``args[0]`` is a tensor; if it is the first on CUDA, the backend is chosen. ``explain`` runs when a kernel refuses
@@ -37,7 +48,7 @@ def call(op: Callable[..., Any], args: tuple[Any, ...], needs_grad: bool, explai
         raise
 
 
-def _refuse_tangents(op: Callable[..., Any], args: tuple[Any, ...]) -> None:
+def _refuse_tangents(op: Op[Any], args: tuple[Any, ...]) -> None:
     """The ops have no forward-mode derivatives; PyTorch would drop the tangents of their inputs without a word."""
     for arg in args:
         if isinstance(arg, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(arg).tangent is not None:

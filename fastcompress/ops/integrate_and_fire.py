@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, check_token_values
-from fastcompress.ops.dispatch import call, differentiable_once
+from fastcompress.ops.dispatch import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
 
-_op = torch.ops.fastcompress.integrate_rows.default
-_backward_op = torch.ops.fastcompress.integrate_rows_backward.default
+_op: Op[Tensor] = torch.ops.fastcompress.integrate_rows.default
+_backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integrate_rows_backward.default
 
 
 @dataclass(eq=False)

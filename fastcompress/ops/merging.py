@@ -9,14 +9,14 @@ from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.dispatch import call
+from fastcompress.ops.dispatch import Op, call
 from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.reference.distance import accumulate_dtype
 from fastcompress.segments import Segments, row_segments
 
-_greedy_op = torch.ops.fastcompress.greedy_boundaries.default
+_greedy_op: Op[Tensor] = torch.ops.fastcompress.greedy_boundaries.default
 
 
 def greedy_segments(

@@ -12,13 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.ops.dispatch import Op
 from fastcompress.ops.select_boundaries import num_sequences
 from fastcompress.reference.pack import pack_bound
 
 _ops = torch.ops.fastcompress
-pack_map = _ops.pack_map.default
-pack_labels = _ops.pack_labels.default
-pack_rows = _ops.pack_rows.default
+pack_map: Op[tuple[Tensor, Tensor, Tensor, Tensor]] = _ops.pack_map.default
+pack_labels: Op[tuple[Tensor, Tensor]] = _ops.pack_labels.default
+pack_rows: Op[Tensor] = _ops.pack_rows.default
 
 
 @torch.library.register_fake("fastcompress::pack_map")
@@ -27,7 +28,7 @@ def _(
     num_embeddings: int, num_audio_rows: int, compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if compact:
-        size = torch.library.get_ctx().new_dynamic_size()
+        size: int | torch.SymInt = torch.library.get_ctx().new_dynamic_size()
     else:
         size = pack_bound(row_group.numel(), audio_cu_seqlens.shape[0] - 1, num_audio_rows)
     source = row_group.new_empty((size,), dtype=torch.int64)

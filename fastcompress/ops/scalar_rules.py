@@ -138,7 +138,7 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     count, device = d.shape[1], d.device
     states = max(rule.window, rule.min_len, rule.max_len or 1)  # lengths that are told apart: 1, 2, ..., or more
     length = torch.arange(1, states + 1, device=device)
-    near = []  # close to one of the last 1, 2, ... rows
+    near: list[Tensor] = []  # close to one of the last 1, 2, ... rows
     threshold = torch.tensor(rule.threshold, dtype=d.dtype, device=device)
     for lag in range(1, rule.window + 1):
         shifted = torch.cat([d.new_full((min(lag, count),), torch.nan), d[lag - 1, : max(0, count - lag)]])

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.dispatch import call
+from fastcompress.ops.dispatch import Op, call
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
 from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, as_rule
 from fastcompress.segments import Pooled, Segments
 
-_op = torch.ops.fastcompress.segment_pool.default
-_expand_op = torch.ops.fastcompress.segment_expand.default
+_op: Op[tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fastcompress.segment_pool.default
+_expand_op: Op[Tensor] = torch.ops.fastcompress.segment_expand.default
 
 
 def segment_pool(

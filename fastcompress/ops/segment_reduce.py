@@ -8,15 +8,15 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_same_device, check_segment_values, check_segments
-from fastcompress.ops.dispatch import call, differentiable_once
+from fastcompress.ops.dispatch import Op, call, differentiable_once
 from fastcompress.segments import Segments
 
 _ops = torch.ops.fastcompress
-_reduce_op = _ops.segment_reduce.default
-_max_backward_op = _ops.segment_max_backward.default
-_weighted_op = _ops.segment_weighted_mean.default
-_weighted_backward_op = _ops.segment_weighted_mean_backward.default
-_expand_op = _ops.segment_expand.default
+_reduce_op: Op[Tensor] = _ops.segment_reduce.default
+_max_backward_op: Op[Tensor] = _ops.segment_max_backward.default
+_weighted_op: Op[Tensor] = _ops.segment_weighted_mean.default
+_weighted_backward_op: Op[tuple[Tensor, Tensor]] = _ops.segment_weighted_mean_backward.default
+_expand_op: Op[Tensor] = _ops.segment_expand.default
 
 REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 
@@ -53,6 +53,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     if reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     starts, lengths = segments.starts, segments.lengths
+    args: tuple[Any, ...]
     if weights is None:
         op, args = _reduce_op, (rows, starts, lengths, reduce)
         needs_grad = torch.is_grad_enabled() and rows.requires_grad

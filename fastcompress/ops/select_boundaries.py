@@ -7,11 +7,11 @@ from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.ops import scalar_rules
-from fastcompress.ops.dispatch import call
+from fastcompress.ops.dispatch import Op, call
 from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
 from fastcompress.segments import Segments
 
-_op = torch.ops.fastcompress.select_boundaries.default
+_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundaries.default
 
 
 def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
@@ -64,15 +64,17 @@ def select_boundaries(
     if rule.scalar:
         return _select_scalar(d, rule, labels, cu_seqlens, lengths, attention_mask, row_group, compact)
     check_float("d", d)
+    assert d is not None
     groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LocalMax) and rule.normalize:
         runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
         d = scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
+    shape = d.shape
     starts, segment_lengths, cu_segments = call(
         _op,
         (d.detach(), cu_seqlens, lengths, groups, *rule.op_args(), compact),
         False,
-        lambda: check_layout_values(d.shape, cu_seqlens, lengths),
+        lambda: check_layout_values(shape, cu_seqlens, lengths),
     )
     padded = d.dim() == 2
     offsets = frame_offsets(d, padded, cu_seqlens, lengths)
@@ -233,7 +235,7 @@ def fake_segments(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fake starts, lengths and cu_segments of an op that selects."""
     if compact:
-        count = torch.library.get_ctx().new_dynamic_size()
+        count: int | torch.SymInt = torch.library.get_ctx().new_dynamic_size()
     else:
         count = num_rows if has_row_group else max_segments(rule, size, min_len, max_len, num_rows, num_sequences)
     starts = like.new_empty((count,), dtype=torch.int64)

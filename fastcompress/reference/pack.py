@@ -22,7 +22,9 @@ def pack_bound(num_rows: int, num_audios: int, num_audio_rows: int) -> int:
     return max(num_rows - num_audios, 0) + num_audio_rows
 
 
-def _sequence_rows(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, row: Tensor):
+def _sequence_rows(
+    shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, row: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
     """Whether each row is in a sequence, and is its first; and the rows before each sequence, [B + 1]."""
     if len(shape) == 2:
         position = row % max(shape[1], 1)

@@ -48,8 +48,8 @@ def run_starts(rule: Rule, frames: int, d: list[list[float]], labels: list[int])
 
         candidates = set()
         for t in range(len(z)):
-            near, far = height(t, 1), height(t, 2)
-            if near > 0 and (near > rule.threshold or far > rule.threshold):
+            h1, h2 = height(t, 1), height(t, 2)
+            if h1 > 0 and (h1 > rule.threshold or h2 > rule.threshold):
                 candidates.add(t + 1)
     found = [0]
     for t in range(1, frames):

@@ -83,10 +83,13 @@ def _merge(pool: SegmentPool) -> Callable[..., Any]:
 
 
 def _lengths(pool: SegmentPool) -> Callable[..., Any]:
+    rule = pool.rule
+    assert isinstance(rule, Uniform | TopK)  # see `check`
+
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
         _LENGTHS.set(rows)
-        counts = pool.rule.num_segments(rows)
+        counts = rule.num_segments(rows)
         if not bool((counts > 1).any()):  # it would take such a batch for one whose placeholders it is to expand
             raise NotImplementedError(
                 "Qwen2-Audio in budget mode needs an audio of two tokens or more in each batch, got "
@@ -165,8 +168,11 @@ class BudgetProcessor:
         mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
         kept = [self._kept(row, real) for row, real in zip(ids, mask, strict=True)]
         tokenizer = getattr(self.processor, "tokenizer", None)
-        side = "left" if not bool(mask[:, 0].all()) else "right" if not bool(mask[:, -1].all()) else None
-        side = side or getattr(tokenizer, "padding_side", "right")
+        side: str = getattr(tokenizer, "padding_side", "right")
+        if not bool(mask[:, 0].all()):
+            side = "left"
+        elif not bool(mask[:, -1].all()):
+            side = "right"
         fill = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": -100}
         for name, value in list(inputs.items()):
             if isinstance(value, Tensor) and value.shape == ids.shape:

@@ -218,7 +218,8 @@ def support() -> dict[str, dict[str, Any]]:
 def table() -> str:
     """:func:`support` for people."""
     columns = ("name", "tokens_per_second", "dynamic", "packed", "before_projector", "budget")
-    rows = [("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget")]
+    rows: list[tuple[str, ...]] = []
+    rows.append(("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget"))
     notes, refused = [], []
     for kind, found in support().items():
         if "refused" in found:

@@ -195,8 +195,10 @@ def add_lora(model: Any, settings: Finetuning) -> Any:
     core = {name for name, _ in model.model.named_children()}
     saved = [name for name in ("multi_modal_projector", "projector") if settings.train_projector and name in core]
     config = LoraConfig(
-        r=settings.lora_rank, lora_alpha=settings.lora_alpha, lora_dropout=settings.lora_dropout,
-        target_modules=lora_targets(model.model.language_model), modules_to_save=saved or None,
+        r=settings.lora_rank,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
+        lora_dropout=settings.lora_dropout, target_modules=lora_targets(model.model.language_model),
+        modules_to_save=saved or None,
     )  # fmt: skip
     return get_peft_model(model, config)
 

@@ -32,7 +32,8 @@ def replace(target: Any, name: str, function: Callable[..., Any], like: Callable
     current = getattr(target, name)
     before[name] = target.__dict__.get(name)  # set by others, such as accelerate
 
-    @torch.compiler.disable  # it looks at signatures and at values, and dynamo would find it again in its own original
+    # It looks at signatures and at values, and dynamo would find it again in its own original.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     @functools.wraps(current)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return function(self, *args, **kwargs)
@@ -40,8 +41,8 @@ def replace(target: Any, name: str, function: Callable[..., Any], like: Callable
     del method.__wrapped__
     signature = inspect.signature(current if like is None else like)
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
-    method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])  # type: ignore[attr-defined]
-    method.of_fastcompress = True  # type: ignore[attr-defined]
+    method.__signature__ = signature.replace(parameters=[itself, *signature.parameters.values()])
+    method.of_fastcompress = True
     target.__dict__[name] = types.MethodType(method, target)
 
 

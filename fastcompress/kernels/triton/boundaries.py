@@ -78,10 +78,10 @@ def select_boundaries(
     flags = mark_boundaries(
         flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
     )
-    _, *segments = collect_segments(
+    _, starts, segment_lengths, cu_segments = collect_segments(
         None, flags, sequences, tiles, (rule, size, min_len, max_len, groups is not None), compact
     )
-    return tuple(segments)
+    return starts, segment_lengths, cu_segments
 
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits", "prominence_bits"])

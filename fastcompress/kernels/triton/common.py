@@ -6,7 +6,7 @@ import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, overload
 
 import torch
 import triton
@@ -70,13 +70,22 @@ def warps(dtype: torch.dtype, tiles: int = 1) -> int:
 
 def column_block(width: int, dtype: torch.dtype, largest: int) -> int:
     """Columns a step: a power of two, 512 bytes of a row (a warp of 16-byte loads) but no more than the row has."""
-    return max(16, min(triton.next_power_of_2(width), 512 // dtype.itemsize, largest))
+    power: int = triton.next_power_of_2(width)
+    return max(16, min(power, 512 // dtype.itemsize, largest))
 
 
 def as_rows(x: Tensor) -> Tensor:
     """``[..., D]`` -> ``[N, D]`` whose columns are consecutive in memory; a copy only where strides demand it."""
     rows = x.flatten(0, -2)
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
+
+
+@overload
+def flat(tensor: Tensor) -> Tensor: ...
+
+
+@overload
+def flat(tensor: Tensor | None) -> Tensor | None: ...
 
 
 def flat(tensor: Tensor | None) -> Tensor | None:
@@ -91,7 +100,8 @@ def checks_at_once() -> bool:
 
 def double_bits(value: float) -> int:
     """The bits of a double as an integer: Triton would pass the number itself in fp32."""
-    return struct.unpack("<q", struct.pack("<d", value))[0]
+    (bits,) = struct.unpack("<q", struct.pack("<d", value))
+    return int(bits)
 
 
 @dataclass
@@ -114,6 +124,8 @@ class Sequences:
 
     def read_total(self) -> int:
         """The number of segments, once they are found: the only read from the device, the error comes with it."""
+        error: int
+        total: int
         error, total = self.state[: TILES.value - 1].tolist()
         if error:
             self.explain()
@@ -121,7 +133,9 @@ class Sequences:
         return total - 1
 
 
-def prepare_sequences(rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths: Tensor | None, num_tiles: int = 0):
+def prepare_sequences(
+    rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths: Tensor | None, num_tiles: int = 0
+) -> Sequences:
     """One launch: checks the batch, writes where its sequences lie, clears the state of ``num_tiles`` tiles.
 
     Args:

@@ -46,12 +46,14 @@ def segment_pool(
         sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths, tiles)
         bits = rounded_threshold(threshold, accumulate_dtype(scored.dtype))
         size = bounded_size(size, rows.shape[0])
-        scoring = Scoring(rule, as_rows(scored), groups, size, bits, keep_tail, window)
-        return collect_segments(rows, scoring, sequences, tiles, bound_args, compact)
-    d = adjacent_distance(scored, cu_seqlens, lengths, 1)
-    tiles = num_tiles(rows.shape[0], flag_window(True))
-    sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths, tiles)
-    flags = mark_boundaries(
-        flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
-    )
-    return collect_segments(rows, flags, sequences, tiles, bound_args, compact)
+        boundaries: Scoring | Tensor = Scoring(rule, as_rows(scored), groups, size, bits, keep_tail, window)
+    else:
+        d = adjacent_distance(scored, cu_seqlens, lengths, 1)
+        tiles = num_tiles(rows.shape[0], flag_window(True))
+        sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths, tiles)
+        boundaries = mark_boundaries(
+            flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
+        )
+    values, starts, lengths, cu_segments = collect_segments(rows, boundaries, sequences, tiles, bound_args, compact)
+    assert values is not None
+    return values, starts, lengths, cu_segments

@@ -73,7 +73,8 @@ def flag_window(means: bool) -> Window:
 
 def num_tiles(rows: int, window: Window | None) -> int:
     """At least one: it writes ``cu_segments``."""
-    return max(1, triton.cdiv(rows, (window or flag_window(False)).owned))
+    tiles: int = triton.cdiv(rows, (window or flag_window(False)).owned)
+    return max(1, tiles)
 
 
 def bounded_size(size: int, rows: int) -> int:
@@ -117,8 +118,10 @@ def collect_segments(
         sequences: prepared for ``tiles`` tiles.
         bound_args: rule, size, min_len, max_len, and whether there are row groups.
     """
-    *rule_args, has_group = bound_args
-    bound = sequences.rows if has_group else max_segments(*rule_args, sequences.rows, sequences.count)
+    rule, size, min_len, max_len, has_group = bound_args
+    bound = sequences.rows
+    if not has_group:
+        bound = max_segments(rule, size, min_len, max_len, sequences.rows, sequences.count)
     device = sequences.state.device
     # Not two halves of one allocation: results that share a storage break compiled graphs.
     starts, lengths = (torch.empty(bound, dtype=torch.int64, device=device) for _ in range(2))
@@ -130,13 +133,12 @@ def collect_segments(
         width, stride, acc = rows.shape[1], rows.stride(0), accumulate(rows.dtype)
         values = torch.empty((bound, width), dtype=rows.dtype, device=device)
         tile = segment_tile(width, rows.dtype)
-    flags = boundaries if isinstance(boundaries, Tensor) else None
-    if flags is not None:
-        window = flag_window(rows is not None)
-        boundaries = Scoring("flags", flags, None, 1, 0, True, window)
+    flags = isinstance(boundaries, Tensor)
+    if isinstance(boundaries, Tensor):
+        boundaries = Scoring("flags", boundaries, None, 1, 0, True, flag_window(rows is not None))
     keys, window, groups = boundaries.keys, boundaries.window, boundaries.row_group
     # The look-back asks for a word a thread, see there.
-    scores = flags is None and boundaries.rule != "uniform"
+    scores = not flags and boundaries.rule != "uniform"
     dtypes = [tensor.dtype for tensor in (keys, rows) if tensor is not None]
     num_warps = max(warps(dtype, max(1, window.rows // 64) if scores else 1) for dtype in dtypes)
     registers = 0
@@ -150,7 +152,7 @@ def collect_segments(
         starts, lengths, cu_segments, values, bound, boundaries.size, boundaries.threshold_bits,
         window.halo, window.judged, window.owned, RULE=boundaries.rule, HAS_GROUP=groups is not None,
         KEEP_TAIL=boundaries.keep_tail, ACC=acc,
-        KEY_ACC=tl.float32 if flags is not None else accumulate(keys.dtype), ROWS=window.rows,
+        KEY_ACC=tl.float32 if flags else accumulate(keys.dtype), ROWS=window.rows,
         WORDS=32 * num_warps, num_warps=num_warps, registers=registers, **tile,
     )  # fmt: skip
     if compact:

@@ -28,7 +28,7 @@ help:
 	@echo "make bench      the CPU benchmark against PyTorch"
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
-	@echo "make lint       ruff and mypy --strict"
+	@echo "make lint       ruff, clang-format, mypy --strict"
 	@echo "make docs       the documentation as a site, in out/site"
 	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
 	@echo "make wheel-test the newest wheel in dist/ in empty environments; downloads gigabytes of torch"
@@ -100,8 +100,10 @@ gpu:
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(DRY),--dry) \
 	    $(if $(filter command line,$(origin WHEEL)),--wheel $(WHEEL))
 
+FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(READY)
 	$(BIN)/ruff check .
+	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
 
 $(DOCS_READY): $(READY)

@@ -7,8 +7,8 @@
 
 namespace fastcompress {
 
-// Partial sums of the canonical dot product: partial sum j takes the elements i = j (mod kLanes) in increasing i, product and
-// sum rounded apart; the sums are then added in fp64, halving.
+// Partial sums of the canonical dot product: partial sum j takes the elements i = j (mod kLanes) in increasing i,
+// product and sum rounded apart; the sums are then added in fp64, halving.
 constexpr int kLanes = 32;
 
 constexpr double kDistanceEps = 1e-8;

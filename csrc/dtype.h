@@ -1,5 +1,5 @@
-// Half types as bits, with portable conversions. Free of torch headers and of the standard library's inline functions, so
-// that files compiled for one instruction set can include it.
+// Half types as bits, with portable conversions. Free of torch headers and of the standard library's inline functions,
+// so that files compiled for one instruction set can include it.
 #pragma once
 
 #include <cstdint>

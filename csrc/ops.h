@@ -1,4 +1,5 @@
-// The ops of a device, with the signatures of fastcompress/schemas.py: what implements them, and how they are registered.
+// The ops of a device, with the signatures of fastcompress/schemas.py: what implements them, and how they are
+// registered.
 #pragma once
 
 #include <optional>

@@ -2,7 +2,8 @@
 // fastcompress/reference/boundaries.py.
 //
 // A walk goes over the rows of a batch from left to right, deciding for each row whether it starts a segment. It may
-// stop at any row and go on later (chunks of the CPU kernel), as soon as the distances that the next row needs are known.
+// stop at any row and go on later (chunks of the CPU kernel), as soon as the distances that the next row needs are
+// known.
 #pragma once
 
 #include <cmath>
@@ -16,19 +17,20 @@ enum class RuleKind : int32_t { kUniform, kLocalMax, kThreshold };
 
 struct Rule {
   RuleKind kind;
-  int64_t size;        // Uniform: frames a segment; LocalMax: order
-  double threshold;    // rounded to the type of the distances before it is compared
-  double prominence;   // LocalMax; 0: none
+  int64_t size;       // Uniform: frames a segment; LocalMax: order
+  double threshold;   // rounded to the type of the distances before it is compared
+  double prominence;  // LocalMax; 0: none
   int64_t min_len;
-  int64_t max_len;     // 0: none
-  bool keep_tail;      // Uniform: keep the last segment of a run when it is short
+  int64_t max_len;  // 0: none
+  bool keep_tail;   // Uniform: keep the last segment of a run when it is short
 
   FASTCOMPRESS_HD bool needs_distance() const { return kind != RuleKind::kUniform; }
   // Distances behind the one that is judged which the judgement reads.
   FASTCOMPRESS_HD int64_t lookahead() const { return kind == RuleKind::kLocalMax ? size : 0; }
 };
 
-// Row groups: negative rows are dropped, 0 is a segment of its own, positive rows are pooled with neighbours of the same.
+// Row groups: negative rows are dropped, 0 is a segment of its own, positive rows are pooled with neighbours of the
+// same.
 constexpr int32_t kKeepRow = 0;
 
 // Distances of a batch, indexed by row: d[t] lies between rows t and t + 1. `group` may be null: all rows are alike.
@@ -56,8 +58,8 @@ FASTCOMPRESS_HD bool is_peak(const Scores<S>& scores, int64_t t, int64_t run, in
   return true;
 }
 
-// Height of the peak at t above the higher of the two lowest points between it and higher ground (or the end of the run,
-// or a NaN) on either side: scipy.signal.peak_prominences. Reads the whole run.
+// Height of the peak at t above the higher of the two lowest points between it and higher ground (or the end of the
+// run, or a NaN) on either side: scipy.signal.peak_prominences. Reads the whole run.
 template <class S>
 FASTCOMPRESS_HD double prominence(const Scores<S>& scores, int64_t t, int64_t run, int64_t end) {
   const S peak = scores.d[t];
@@ -69,9 +71,10 @@ FASTCOMPRESS_HD double prominence(const Scores<S>& scores, int64_t t, int64_t ru
   return double(peak) - double(left > right ? left : right);
 }
 
-// Whether the rule wants a boundary between row - 1 and `row`, two rows of the run that starts at row `run` in the sequence
-// that ends at `end`; without regard to min_len and max_len. Needs no walk, so that every row can be asked at once; what it
-// reads of `scores` is d[row - 1 - order] to d[row - 1 + order] and the groups of their rows, with a prominence the whole run.
+// Whether the rule wants a boundary between row - 1 and `row`, two rows of the run that starts at row `run` in the
+// sequence that ends at `end`; without regard to min_len and max_len. Needs no walk, so that every row can be asked at
+// once; what it reads of `scores` is d[row - 1 - order] to d[row - 1 + order] and the groups of their rows, with a
+// prominence the whole run.
 template <class S>
 FASTCOMPRESS_HD bool wants_boundary(const Rule& rule, const Scores<S>& scores, int64_t row, int64_t run, int64_t end) {
   if (rule.kind == RuleKind::kUniform) return (row - run) % rule.size == 0;

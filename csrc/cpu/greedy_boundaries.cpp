@@ -3,9 +3,9 @@
 // Model, for frames of D elements of E bytes: D E bytes a frame from memory, and as many again from the first-level
 // cache, when it is added to the sum of its segment, which stays there, 4 D bytes read and 4 D written. 3 D
 // multiplications and as many additions: scale and add, the product with the sum, the square. With AVX-512, one of each
-// a cycle, that is 240 cycles for D = 1280, 70 ns at 3.5 GHz, and about 40 more to widen a half type twice; memory at 25
-// GB/s takes 205 ns in fp32, 102 in bf16. On top comes what nothing else of the sequence can be done in, from the last
-// partial sum to the first of the next frame: two trees side by side, a root, a quotient, a comparison, about 100
+// a cycle, that is 240 cycles for D = 1280, 70 ns at 3.5 GHz, and about 40 more to widen a half type twice; memory at
+// 25 GB/s takes 205 ns in fp32, 102 in bf16. On top comes what nothing else of the sequence can be done in, from the
+// last partial sum to the first of the next frame: two trees side by side, a root, a quotient, a comparison, about 100
 // cycles. So fp32 waits for memory, half types for arithmetic. Taking the square one frame ahead, which hides the root
 // and the quotient, was slower by 7 to 20 %: a third row to load and to widen (AMD EPYC 9004).
 #include <algorithm>
@@ -48,8 +48,8 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
   STD_TORCH_CHECK(max_len >= 0, "max_len must not be negative, got ", max_len);
   const Rows rows = read_rows(x);
   const Sequences sequences = read_sequences(x, x.dim() - 1, cu_seqlens, lengths);
-  Tensor out = x.dim() == 3 ? empty_cpu({x.size(0), x.size(1)}, ScalarType::Bool)
-                            : empty_cpu({x.size(0)}, ScalarType::Bool);
+  Tensor out =
+      x.dim() == 3 ? empty_cpu({x.size(0), x.size(1)}, ScalarType::Bool) : empty_cpu({x.size(0)}, ScalarType::Bool);
   auto* starts = static_cast<uint8_t*>(out.mutable_data_ptr());
   const Linkage linkage{1 - threshold, max_len};
   dispatch_dtype("x", x.scalar_type(), [&](auto zero) {

@@ -25,8 +25,8 @@ CheckedSegments read_tokens(const Tensor& starts, const Tensor& lengths, int64_t
   return s;
 }
 
-// Row t of the gradient of x: weight * grad[covering], if that is not negative, and first[m] * grad[m] for m from `begin`
-// to `end`, from left to right.
+// Row t of the gradient of x: weight * grad[covering], if that is not negative, and first[m] * grad[m] for m from
+// `begin` to `end`, from left to right.
 template <class T, class S = accumulate_t<T>>
 void combine_tokens(const Rows& grad, int64_t covering, S weight, const S* first, int64_t begin, int64_t end, T* out) {
   const T* data = grad.data<T>();
@@ -43,7 +43,8 @@ void combine_tokens(const Rows& grad, int64_t covering, S weight, const S* first
     row_kernels<T>().combine(row[0], factor[0], row[1], factor[1], row[2], factor[2], width, out);
   } else {
     for (int64_t k = 0; k < width; ++k) {
-      S sum = covering < 0 ? first[begin] * widen(data[begin * stride + k]) : weight * widen(data[covering * stride + k]);
+      S sum =
+          covering < 0 ? first[begin] * widen(data[begin * stride + k]) : weight * widen(data[covering * stride + k]);
       for (int64_t m = covering < 0 ? begin + 1 : begin; m < end; ++m)
         sum = sum + first[m] * widen(data[m * stride + k]);
       narrow(sum, out[k]);

@@ -21,8 +21,8 @@ const Isa& chosen() {
     static const Isa isas[] = {
 #ifdef FASTCOMPRESS_X86_64
         {"avx512", &row_kernels_avx512,
-         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
-             __builtin_cpu_supports("avx512vl")},
+         __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
         {"avx2", &row_kernels_avx2, bool(__builtin_cpu_supports("avx2"))},  // and F16C, which came before
 #endif
         {"portable", &row_kernels_portable, true},

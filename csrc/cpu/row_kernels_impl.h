@@ -65,9 +65,9 @@ struct Impl {
     }
   }
 
-  // How many rows ahead the second-level cache is asked for while rows are scored. Without it rows of 1280 arrived at 15
-  // (fp32) and 11 GB/s (bf16), with it at 21 and 27, where reading alone reaches 25 and 29; 4 rows are too few, into the
-  // first level is no better than nothing, 8 to 32 are alike (AMD EPYC 9004, one thread).
+  // How many rows ahead the second-level cache is asked for while rows are scored. Without it rows of 1280 arrived at
+  // 15 (fp32) and 11 GB/s (bf16), with it at 21 and 27, where reading alone reaches 25 and 29; 4 rows are too few, into
+  // the first level is no better than nothing, 8 to 32 are alike (AMD EPYC 9004, one thread).
   static constexpr int64_t kRowsAhead = 8;
   static FASTCOMPRESS_INLINE void prefetch_unit(const T* p) {  // never faults, wherever p points
     for (size_t byte = 0; byte < kUnit * sizeof(T); byte += 64)
@@ -142,8 +142,8 @@ struct Impl {
     }
   }
 
-  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one; elements `ahead` of them
-  // are asked for. `head` is the weight of row 0.
+  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one; elements `ahead` of
+  // them are asked for. `head` is the weight of row 0.
   template <int kUnits, Mode kMode, class Row>
   static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* head, const S* weights, int64_t count, int64_t ahead,
                                                  V (&total)[kUnits][2]) {
@@ -229,15 +229,15 @@ struct Impl {
       } else if (reduce == Reduce::kMax) {
         reduce_segment<Mode::kMax>(rows, stride, nullptr, nullptr, count, width, ahead, false, 1, out);
       } else if (weights == nullptr) {
-        reduce_segment<Mode::kSum>(rows, stride, nullptr, nullptr, count, width, ahead, reduce == Reduce::kMean, S(count),
-                                   out);
+        reduce_segment<Mode::kSum>(rows, stride, nullptr, nullptr, count, width, ahead, reduce == Reduce::kMean,
+                                   S(count), out);
       } else {
         const S total = sum_of_weights(weights + start, count);
         if (total == 0)
           std::memset(out, 0, size_t(width) * sizeof(T));
         else
-          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, weights + start, count, width, ahead, true, total,
-                                          out);
+          reduce_segment<Mode::kWeighted>(rows, stride, weights + start, weights + start, count, width, ahead, true,
+                                          total, out);
       }
     }
   }
@@ -269,8 +269,7 @@ struct Impl {
     }
     for (int64_t i = 0; i < count; ++i, out += width)
 #pragma GCC unroll 8
-      for (int u = 0; u < kUnits; ++u)
-        X::store2(out + u / kHalves * kUnit, u % kHalves, values[u][0], values[u][1]);
+      for (int u = 0; u < kUnits; ++u) X::store2(out + u / kHalves * kUnit, u % kHalves, values[u][0], values[u][1]);
   }
 
   static void expand(const T* y, int64_t stride, SegmentList segments, int64_t width, bool mean, T* out) {
@@ -282,8 +281,7 @@ struct Impl {
       int64_t k = 0;
       for (; k + kColumns <= width; k += kColumns)
         expand_columns<kUnits>(y + k, mean, S(count), count, width, rows + k);
-      for (; k + kUnit <= width; k += kUnit)
-        expand_columns<kHalves>(y + k, mean, S(count), count, width, rows + k);
+      for (; k + kUnit <= width; k += kUnit) expand_columns<kHalves>(y + k, mean, S(count), count, width, rows + k);
       if (k < width && count > 0) {
         Tail tail;
         tail.read(y + k, width - k);

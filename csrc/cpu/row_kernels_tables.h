@@ -14,7 +14,7 @@ struct RowKernelTables {
 
 extern const RowKernelTables row_kernels_portable, row_kernels_avx2, row_kernels_avx512;
 
-#define FASTCOMPRESS_DEFINE_ROW_KERNELS(isa)                                                   \
+#define FASTCOMPRESS_DEFINE_ROW_KERNELS(isa)                                                         \
   extern constexpr RowKernelTables row_kernels_##isa = {Impl<float>::table(), Impl<double>::table(), \
                                                         Impl<BFloat16>::table(), Impl<Half>::table()};
 

@@ -22,8 +22,8 @@ namespace {
 // Rows of x a chunk. 256 KiB of 1 MiB second-level cache; 128 to 384 KiB differ by less than the noise (AMD EPYC 9004).
 constexpr int64_t kChunkBytes = 256 << 10;
 
-// While a chunk is averaged, memory works on the rows this many chunks ahead, a chunk of the same thread: 1.25 took 4.5 ms
-// where 1 took 4.9 and nothing 5.1 (11,333 x 1280 in fp32, one thread, same machine); bf16 shows no difference.
+// While a chunk is averaged, memory works on the rows this many chunks ahead, a chunk of the same thread: 1.25 took 4.5
+// ms where 1 took 4.9 and nothing 5.1 (11,333 x 1280 in fp32, one thread, same machine); bf16 shows no difference.
 constexpr double kChunksAhead = 1.25;
 
 // Where the walk stands between two chunks.

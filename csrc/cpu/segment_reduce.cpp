@@ -6,8 +6,8 @@
 namespace fastcompress::cpu {
 namespace {
 
-// Memory is asked for this many rows ahead of the sums: 8 to 64 are alike and save a third over none (1280 wide, AMD EPYC
-// 9004).
+// Memory is asked for this many rows ahead of the sums: 8 to 64 are alike and save a third over none (1280 wide, AMD
+// EPYC 9004).
 constexpr int64_t kRowsAhead = 16;
 
 // Bytes a segment of average length has, for sharing out work.
@@ -57,8 +57,8 @@ Tensor reduce_rows(const Rows& rows, ScalarType dtype, const Tensor* weights, co
                  if (part.lengths[m] == 0)
                    std::memset(static_cast<void*>(row), 0, size_t(width) * sizeof(T));
                  else
-                   std::copy_n(rows.data<T>() + picked_row(part.starts[m], part.lengths[m], reduce) * rows.stride, width,
-                               row);
+                   std::copy_n(rows.data<T>() + picked_row(part.starts[m], part.lengths[m], reduce) * rows.stride,
+                               width, row);
                }
              });
     result = out.finish(segments.list.count);
@@ -103,8 +103,7 @@ Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows,
       }
       for (int64_t m = 0; m < part.count; ++m) {
         if (part.lengths[m] == 0) continue;
-        std::memset(static_cast<void*>(data + part.starts[m] * width), 0,
-                    size_t(part.lengths[m]) * width * sizeof(T));
+        std::memset(static_cast<void*>(data + part.starts[m] * width), 0, size_t(part.lengths[m]) * width * sizeof(T));
         std::copy_n(y_data + m * rows.stride, width,
                     data + picked_row(part.starts[m], part.lengths[m], reduce) * width);
       }

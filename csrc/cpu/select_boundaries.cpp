@@ -36,8 +36,8 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   else
     walk(static_cast<const float*>(scores.const_data_ptr()));
   const int64_t count = int64_t(starts.size()), kept = compact ? count : bound;
-  return {int64_tensor(starts.data(), count, kept, sequences.rows), int64_tensor(segment_lengths.data(), count, kept, 0),
-          int32_tensor(cu_segments)};
+  return {int64_tensor(starts.data(), count, kept, sequences.rows),
+          int64_tensor(segment_lengths.data(), count, kept, 0), int32_tensor(cu_segments)};
 }
 
 }  // namespace fastcompress::cpu

@@ -66,7 +66,8 @@ struct ArraySimd {
   }
   static double tree(const V (&sums)[kHalves][2]) {
     double t[16];
-    for (int i = 0; i < 16; ++i) t[i] = double(sums[i / kWidth][0][i % kWidth]) + double(sums[i / kWidth][1][i % kWidth]);
+    for (int i = 0; i < 16; ++i)
+      t[i] = double(sums[i / kWidth][0][i % kWidth]) + double(sums[i / kWidth][1][i % kWidth]);
     for (int half = 8; half > 0; half /= 2)
       for (int i = 0; i < half; ++i) t[i] += t[i + half];
     return t[0];

@@ -32,15 +32,14 @@ struct Avx2Simd {
   static V set1(float value) { return _mm256_set1_ps(value); }
   // simd_array.h: later_max_generic
   static V later_max(V best, V row) {
-    const __m256 replace =
-        _mm256_and_ps(_mm256_cmp_ps(row, best, _CMP_NLE_UQ), _mm256_cmp_ps(best, best, _CMP_ORD_Q));
+    const __m256 replace = _mm256_and_ps(_mm256_cmp_ps(row, best, _CMP_NLE_UQ), _mm256_cmp_ps(best, best, _CMP_ORD_Q));
     return _mm256_blendv_ps(best, row, replace);
   }
   // Half h holds elements 8h..8h + 7 and 16 + 8h..16 + 8h + 7.
   static double tree(const V (&sums)[2][2]) {
     __m256d eight[2];  // elements 0..7 in two registers, after adding j + 16 and j + 8
-    eight[0] = _mm256_add_pd(_mm256_add_pd(low(sums[0][0]), low(sums[0][1])),
-                             _mm256_add_pd(low(sums[1][0]), low(sums[1][1])));
+    eight[0] =
+        _mm256_add_pd(_mm256_add_pd(low(sums[0][0]), low(sums[0][1])), _mm256_add_pd(low(sums[1][0]), low(sums[1][1])));
     eight[1] = _mm256_add_pd(_mm256_add_pd(high(sums[0][0]), high(sums[0][1])),
                              _mm256_add_pd(high(sums[1][0]), high(sums[1][1])));
     const __m128d two = halve(_mm256_add_pd(eight[0], eight[1]));

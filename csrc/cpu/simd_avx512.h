@@ -49,8 +49,9 @@ struct Avx512Simd {
 
 template <>
 struct Simd<float> : Avx512Simd {
-  // Fewer streams from memory than of the half types, which compute more a byte: the fused op on 11,333 x 1280 took 1.07
-  // to 1.2 times the floor of the benchmark with 1 or 2 rows, 1.39 to 1.45 with 4 (AMD EPYC 9004, one thread).
+  // Fewer streams from memory than of the half types, which compute more a byte: the fused op on 11,333 x 1280
+  // took 1.07 to 1.2 times the floor of the benchmark with 1 or 2 rows, 1.39 to 1.45 with 4 (AMD EPYC 9004, one
+  // thread).
   static constexpr int kRows = 2;
 
   static void load2(const float* p, int, V& a, V& b) {

@@ -6,14 +6,10 @@
 #include <cstdlib>
 
 // In torch from 2.11 on, while the library loads from 2.10 on.
-extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(void* data, int64_t ndim, const int64_t* sizes,
-                                                                const int64_t* strides, int64_t storage_offset,
-                                                                int32_t dtype, int32_t device_type, int32_t device_index,
-                                                                AtenTensorHandle* ret, int32_t layout,
-                                                                const uint8_t* opaque_metadata,
-                                                                int64_t opaque_metadata_size,
-                                                                void (*deleter)(void* data, void* context),
-                                                                void* deleter_context);
+extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
+    void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
+    int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
+    int64_t opaque_metadata_size, void (*deleter)(void* data, void* context), void* deleter_context);
 
 namespace fastcompress {
 
@@ -43,8 +39,8 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
     STD_TORCH_CHECK(!cu_seqlens.has_value(), "cu_seqlens goes with packed input");
     const int64_t batch = like.size(0), padded = like.size(1);
     s.rows = batch * padded;
-    std::vector<int64_t> sizes = lengths.has_value() ? read_integers("lengths", *lengths)
-                                                     : std::vector<int64_t>(batch, padded);
+    std::vector<int64_t> sizes =
+        lengths.has_value() ? read_integers("lengths", *lengths) : std::vector<int64_t>(batch, padded);
     STD_TORCH_CHECK(int64_t(sizes.size()) == batch, "lengths must have one value a sequence");
     s.begin.resize(batch);
     s.end.resize(batch);
@@ -96,11 +92,12 @@ CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64
 
 namespace {
 constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
-// From here on a fresh buffer is worth a system call: writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 in huge
-// ones, 7.1 when they need not be split at the start (AMD EPYC 9004, Linux 6.18, transparent huge pages on `madvise`).
+// From here on a fresh buffer is worth a system call: writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 in
+// huge ones, 7.1 when they need not be split at the start (AMD EPYC 9004, Linux 6.18, transparent huge pages on
+// `madvise`).
 constexpr size_t kHugeBytes = size_t(4) << 20;
-// glibc maps larger requests anew each time. Smaller ones it comes to serve from warm memory, once it has seen a block of
-// their size freed: a block cut to size, or aligned by leaving much out, would hide that size from it.
+// glibc maps larger requests anew each time. Smaller ones it comes to serve from warm memory, once it has seen a block
+// of their size freed: a block cut to size, or aligned by leaving much out, would hide that size from it.
 constexpr size_t kLargestRecycled = size_t(32) << 20;
 }  // namespace
 
@@ -137,8 +134,8 @@ Tensor OutputRows::finish(int64_t rows) {
   }
   AtenTensorHandle handle;
   TORCH_ERROR_CODE_CHECK(torch_from_blob(
-      memory_.get(), 2, sizes, strides, 0, shim_dtype(dtype_), aoti_torch_device_type_cpu(), -1, &handle, aoti_torch_layout_strided(),
-      nullptr, 0, [](void* data, void*) { std::free(data); }, nullptr));
+      memory_.get(), 2, sizes, strides, 0, shim_dtype(dtype_), aoti_torch_device_type_cpu(), -1, &handle,
+      aoti_torch_layout_strided(), nullptr, 0, [](void* data, void*) { std::free(data); }, nullptr));
   (void)memory_.release();
   return Tensor(handle);
 }

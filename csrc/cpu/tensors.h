@@ -36,8 +36,8 @@ struct CheckedSegments {
 CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths);
 CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows);
 
-// Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those that
-// were cost more than the arithmetic here, so large buffers ask for huge ones.
+// Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those
+// that were cost more than the arithmetic here, so large buffers ask for huge ones.
 class OutputRows {
  public:
   OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size);

@@ -6,11 +6,11 @@
 // 32 partial sums and D / 32 additions that wait for each other, 160 cycles for D = 1280. All that can be done side by
 // side comes before: the block adds the frame before to the sum of the segment and multiplies it with this frame, 16
 // bytes of a row a thread, some 80 instructions for each that it has (one or two for D = 1280), and leaves the products
-// in shared memory; then every warp, so that none has to tell the others, reads and adds them, a partial sum a lane. The
-// tree takes five exchanges and additions in fp64, about 200 cycles; a product and a comparison remain. With two
+// in shared memory; then every warp, so that none has to tell the others, reads and adds them, a partial sum a lane.
+// The tree takes five exchanges and additions in fp64, about 200 cycles; a product and a comparison remain. With two
 // barriers and the round trips to shared memory about 700 cycles a frame on paper, 0.4 us at 1.75 GHz; 1,200 for D =
-// 4096. Sequences walk side by side, so that the longest one decides. Norms taken in the walk would add a second chain, a
-// root and a quotient. The next frame is copied meanwhile; it has a frame's time.
+// 4096. Sequences walk side by side, so that the longest one decides. Norms taken in the walk would add a second chain,
+// a root and a quotient. The next frame is copied meanwhile; it has a frame's time.
 #pragma once
 
 #include "params.h"

@@ -22,8 +22,8 @@ Error launch_integrate_rows_bwd(DType dtype, const IntegrateParams& p, Stream st
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
     constexpr int64_t kItems = kWarps * (32 / kGroupLanes<T>);
-    const bool aligned = is_aligned(p.x, sizeof(T)) && is_aligned(p.grad, sizeof(T)) &&
-                         is_aligned(p.out, p.x.width, sizeof(T));
+    const bool aligned =
+        is_aligned(p.x, sizeof(T)) && is_aligned(p.grad, sizeof(T)) && is_aligned(p.out, p.x.width, sizeof(T));
     const dim3 grid(unsigned((items + kItems - 1) / kItems));
     FASTCOMPRESS_LAUNCH_ALIGNED(integrate_rows_bwd_kernel, T, aligned, grid, stream, p);
     return last_error();

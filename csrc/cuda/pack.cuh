@@ -132,8 +132,7 @@ static __global__ void __launch_bounds__(kThreads) pack_labels_kernel(PackLabels
   const int64_t position = inside ? t - p.cu_seqlens[low] : 0;
   p.position_ids[t] = position;
   if (p.labels == nullptr) return;
-  p.packed_labels[t] =
-      inside ? packed_label(p.source[t], position == 0, p.groups, p.rows, p.labels) : kIgnoredLabel;
+  p.packed_labels[t] = inside ? packed_label(p.source[t], position == 0, p.groups, p.rows, p.labels) : kIgnoredLabel;
 }
 
 // Units of a row that a lane has in flight.

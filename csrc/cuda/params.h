@@ -48,7 +48,7 @@ struct State {
   int32_t error;       // what was wrong with the input, an Invalid
   uint32_t next_tile;  // tiles are numbered in the order in which blocks start, so that none waits for one that has not
   uint32_t next_clear;  // of the pieces of the rows behind the last segment
-  uint64_t total;  // 1 + the number of segments, 0 as long as it is not known
+  uint64_t total;       // 1 + the number of segments, 0 as long as it is not known
 };
 
 enum Invalid : int32_t {
@@ -124,12 +124,12 @@ struct ReduceParams {
 
 // Tokens that share the row in which one fires and the next is opened (fastcompress/reference/integrate_and_fire.py).
 struct IntegrateParams {
-  RowsIn x, grad;       // the gradient of the tokens: backward
+  RowsIn x, grad;  // the gradient of the tokens: backward
   SegmentsIn tokens;
-  const void* weights;  // a value a row
-  const void* first;    // a value a token: the weight of its first row
+  const void* weights;   // a value a row
+  const void* first;     // a value a token: the weight of its first row
   const void* divisors;  // a value a token, or null; forward
-  void* out;            // tokens, or the gradient of x
+  void* out;             // tokens, or the gradient of x
   void* grad_weights;
   void* grad_first;
 };

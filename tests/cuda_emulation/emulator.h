@@ -7,8 +7,8 @@
 // * threads run in another order for every `schedule().seed`, so code that relies on warps in lockstep fails;
 // * an asynchronous copy arrives when it is waited for and not before;
 // * under AddressSanitizer shared memory has red zones;
-// * under ThreadSanitizer fibres are threads of their own, ordered by __syncthreads and release/acquire pairs alone (votes
-//   and shuffles order no memory), so that a missing barrier is a reported race.
+// * under ThreadSanitizer fibres are threads of their own, ordered by __syncthreads and release/acquire pairs alone
+//   (votes and shuffles order no memory), so that a missing barrier is a reported race.
 // What it does not have: weak memory ordering, timing, tensor cores, clusters.
 #pragma once
 

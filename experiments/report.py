@@ -87,9 +87,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
                 continue
             marker = next(m for kind, m in markers.items() if compression.startswith(kind))
             short = compression.replace("uniform pooling ", "").replace("uniform ", "")
-            _point(axis, same, name, short, marker, colours[stage])
-        for stage, colour in colours.items():
-            axis.plot([], [], "s", color=colour, label=STAGES[stage])
+            offset = (-18, -12) if short.endswith("x") and " " not in short else (6, 4)
+            _point(axis, same, name, short, marker, colours[stage], offset)
+        for stage in dict.fromkeys(stage for _, stage, _ in of_task if stage in colours):
+            axis.plot([], [], "s", color=colours[stage], label=STAGES[stage])
 
     _panels(rows, path, draw)
 
@@ -114,13 +115,16 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
     _panels(rows, path, draw)
 
 
-def _point(axis: Any, same: Sequence[dict[str, Any]], name: str, label: str, marker: str, colour: str) -> None:
+def _point(
+    axis: Any, same: Sequence[dict[str, Any]], name: str, label: str, marker: str, colour: str,
+    offset: tuple[int, int] = (6, 4),
+) -> None:  # fmt: skip
     errors = [row["scores"][name]["wer"] for row in same]
     rate, mean = spread([row["scores"][name]["tokens_per_second"] for row in same])[0], spread(errors)[0]
     axis.errorbar(
         rate, mean, yerr=[[mean - min(errors)], [max(errors) - mean]], fmt=marker, color=colour, capsize=3, markersize=7
     )  # fmt: skip
-    axis.annotate(label, (rate, mean), (6, 4), textcoords="offset points", fontsize=8)
+    axis.annotate(label, (rate, mean), offset, textcoords="offset points", fontsize=8)
 
 
 def _panels(

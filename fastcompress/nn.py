@@ -189,7 +189,8 @@ def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
     count = torch.sym_max(1, probability.shape[0])
     f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
     loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
-    return loss * torch.sym_min(1, probability.shape[0])  # 0 of no frame, also where their number is not known yet
+    any_frame: int = torch.sym_min(1, probability.shape[0])  # 0 of none, also where their number is not known yet
+    return loss * any_frame
 
 
 class LearnedBoundary(LearnedCompressor):

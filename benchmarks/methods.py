@@ -350,7 +350,7 @@ def measure(
         for direction, make in (("forward", forward), ("forward+backward", both)):
             with torch.set_grad_enabled(direction != "forward"):
                 functions = {name: make(form) for name, form in forms.items()}
-                samples, disturbance = interleave(functions, reps, max_seconds=6.0, tries=tries, recall=2 * size)
+                samples, disturbance = interleave(functions, reps, max_seconds=2.0, tries=tries, recall=2 * size)
             name = str(dtype).removeprefix("torch.")
             tokens = len(results[OURS])
             tables.append(MethodTable(case, method.name, name, threads, direction, tokens, samples, disturbance))

@@ -253,7 +253,7 @@ def test_json(tmp_path: Path):
     path.write_text(json.dumps(report.document(tables, [{"error": "none"}], {"reps": 2})))
     document = json.loads(path.read_text())
     assert set(document) == {
-        "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "packing",
+        "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "methods", "packing",
         "decoder", "prefill", "targets",
     }  # fmt: skip
     assert {"cpu", "cores", "caches", "memory", "transparent_hugepages"} <= set(document["machine"])

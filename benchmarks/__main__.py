@@ -62,10 +62,10 @@ def _floor(options: argparse.Namespace) -> Floor | None:
 
 def _methods(options: argparse.Namespace, cache: int) -> list[methods.MethodTable]:
     tables: list[methods.MethodTable] = []
-    size, tries = (methods.QUICK, 1) if options.quick else (methods.CASE, TRIES)
+    size, tries = (methods.QUICK, 1) if options.quick else (methods.CASE, 2)  # loops take seconds a call
     for dtype in options.dtypes:
         for threads in options.threads:
-            new = methods.measure(size, _DTYPES[dtype], threads, options.reps, cache, tries)
+            new = methods.measure(size, _DTYPES[dtype], threads, min(options.reps, 7), cache, tries)
             tables += new
             print(report.methods_text(new), end="\n\n", flush=True)
     return tables

@@ -88,9 +88,10 @@ def cosines(x: Tensor) -> Tensor:
 
 
 def means(x: Tensor, starts: Sequence[int]) -> Tensor:
-    """Of the segments that begin there, one after the other."""
-    ends = [*starts[1:], len(x)]
-    return torch.stack([x[a:b].mean(0) for a, b in zip(starts, ends, strict=True)])
+    """Of the segments that begin there, one after the other. By ``split``, whose backward is one concatenation: that of
+    a slice is as large as the sequence, for each segment."""
+    sizes = [b - a for a, b in zip(starts, [*starts[1:], len(x)], strict=True)]
+    return torch.stack([segment.mean(0) for segment in x.split(sizes)])
 
 
 def each(form: Callable[[Tensor], Tensor]) -> Callable[[Batch], Tensor]:

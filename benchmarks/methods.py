@@ -130,8 +130,9 @@ def fire_by_scatter(batch: Batch) -> Tensor:
 
 
 def fire_by_loop(batch: Batch) -> Tensor:
-    """As FunASR: frame after frame, all sequences at once."""
+    """As FunASR: frame after frame, all sequences at once. By ``unbind``, as in :func:`means`."""
     x, alpha = _padded(batch)
+    columns = x.unbind(1)
     filled, frame = alpha.new_zeros(len(x)), x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32)
     frames, fires = [], []
     for t in range(x.shape[1]):
@@ -139,10 +140,10 @@ def fire_by_loop(batch: Batch) -> Tensor:
         filled = filled + alpha[:, t]
         fires.append(filled >= 1.0)
         now = torch.where(fires[-1], room, alpha[:, t])
-        frame = frame + now.float()[:, None] * x[:, t]
+        frame = frame + now.float()[:, None] * columns[t]
         frames.append(frame)
         filled = torch.where(fires[-1], filled - 1.0, filled)
-        frame = torch.where(fires[-1][:, None], (alpha[:, t] - now).float()[:, None] * x[:, t], frame)
+        frame = torch.where(fires[-1][:, None], (alpha[:, t] - now).float()[:, None] * columns[t], frame)
     return torch.stack(frames, 1)[torch.stack(fires, 1)].to(x.dtype)
 
 

@@ -186,7 +186,7 @@ def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
     """
     if not ratio > 1:
         raise ValueError(f"ratio must be more than 1, got {ratio}")
-    count = torch.sym_max(1, probability.shape[0])
+    count: int = torch.sym_max(1, probability.shape[0])
     f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
     loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
     any_frame: int = torch.sym_min(1, probability.shape[0])  # 0 of none, also where their number is not known yet

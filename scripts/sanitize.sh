@@ -23,4 +23,4 @@ export PYTHONPATH="$PWD"
 "$python" -c 'import fastcompress; assert "build/sanitize" in fastcompress.__file__, fastcompress.__file__
 from fastcompress._library import COMPILED; assert COMPILED'
 "$python" -m pytest -q -x --capture=sys -p no:cacheprovider "$@" \
-    ${SANITIZE_TESTS:-tests/test_distance.py tests/test_greedy.py tests/test_boundaries.py tests/test_reduce.py tests/test_pool.py tests/test_packing.py tests/test_errors.py}
+    ${SANITIZE_TESTS:-tests/test_distance.py tests/test_greedy.py tests/test_integrate_and_fire.py tests/test_boundaries.py tests/test_reduce.py tests/test_pool.py tests/test_packing.py tests/test_errors.py}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from pathlib import Path
 
@@ -20,7 +21,7 @@ from fastcompress.lalm import (  # noqa: E402
 from fastcompress.lalm.examples import Examples  # noqa: E402
 from fastcompress.lalm.lora import add_lora  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
-from fastcompress.lalm.runs import Run, RunError, RunSettings, load_model, set_compression  # noqa: E402
+from fastcompress.lalm.runs import Run, RunError, RunSettings, _load_adapter, load_model, set_compression  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 from tests.test_lalm_model import batch, build  # noqa: E402
 
@@ -121,6 +122,35 @@ def test_what_is_saved_of_a_compressor(tmp_path: Path):
     assert again(**inputs).num_audio_tokens == tokens
     with pytest.raises(ValueError, match="kind must be one of h-net, cif, got 'foo'"):
         model.learn_boundaries(3.0, "foo")
+
+
+def test_what_changes_a_model_behind_its_back(tmp_path: Path):
+    """With LoRA, whose wrapper is in the compressor's place; when another rule or compressor comes, or both inputs."""
+    tuned = add_lora(build(boundary_ratio=3.0), rank=2)
+    set_compression(tuned, "none", reduce="first")
+    found = [m.reduce for m in tuned.modules() if isinstance(m, fc.nn.LearnedBoundary)]
+    assert found == ["first", "first"]  # peft's copy is the one that runs
+    model = build()
+    model.config.compressor = "BipartiteMerge"  # as it is loaded, without it
+    model.rule = "uniform:3"
+    assert model.config.compressor is None
+    inputs = batch()
+    frames, lengths = model.encode(inputs["input_features"], inputs["feature_attention_mask"])
+    pooled = model.compress(frames, lengths)
+    with pytest.raises(ValueError, match="pooled excludes frames"):
+        model.pack(inputs["input_ids"], inputs["attention_mask"], frames, lengths, pooled=pooled)
+    model = build()
+    model.save_pretrained(tmp_path / "base")
+    model.use_compressor(fc.nn.BipartiteMerge(2.0))
+    tuned = add_lora(model, rank=2)
+    tuned.save_pretrained(tmp_path / "lora")
+    model.config.save_pretrained(tmp_path / "lora")
+    (tmp_path / "lora" / "base.json").write_text(json.dumps({"model": str(tmp_path / "base")}))
+    with pytest.MonkeyPatch.context() as patch:
+        plain = FastCompressForConditionalGeneration.from_pretrained(tmp_path / "base")
+        patch.setattr("fastcompress.lalm.runs.load_model", lambda path: (plain, None))
+        with pytest.warns(UserWarning, match="was compressed by BipartiteMerge, which is not saved with it"):
+            _load_adapter(tmp_path / "lora")
 
 
 def test_a_compressor_s_loss_has_its_own_weight():

@@ -82,12 +82,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.post_init()  # type: ignore[no-untyped-call]  # of transformers
         if config.boundary_ratio is not None:  # after transformers has initialised linear layers in its way
             self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
-        elif config.compressor is not None:
-            warnings.warn(
-                f"this model was compressed by {config.compressor}, which is not saved with it: without "
-                "use_compressor every frame is kept",
-                stacklevel=3,
-            )
+        else:
+            warn_of_missing_compressor(config)
         self._runs_packed = self._prepare_decoder()
         self.train_encoder(config.train_encoder)
 
@@ -140,6 +136,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(self._rule, LabelChange) and self.ctc_head is None:
             raise ValueError(f"rule {rule} needs ctc_tokens in the configuration, which is None")
         self.config.rule = None if rule is None else str(self._rule)
+        if rule is not None:
+            self.config.compressor = None  # of a model that was loaded without it
 
     def learn_boundaries(self, ratio: float, kind: str = "h-net") -> None:
         """From now on boundaries are learned, in place of a rule.
@@ -248,7 +246,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         frames: Tensor | None = None,
         frame_lengths: Tensor | None = None,
         labels: Tensor | None = None,
-        pooled: fc.Pooled | None = None,
+        pooled: Any = None,
     ) -> fc.PackedInputs:
         """The decoder's input: text looked up, frames compressed, projected and put in place.
 
@@ -260,6 +258,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             pooled: of :meth:`compress`, in place of frames.
         """
         audio = offsets = None
+        if frames is not None and pooled is not None:
+            raise ValueError("pooled excludes frames: it is what compress makes of them")
         if frames is not None and frame_lengths is not None:
             pooled = self.compress(frames, frame_lengths)
         elif frames is not None or frame_lengths is not None:
@@ -390,7 +390,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         feature_attention_mask: Tensor | None = None,
         frames: Tensor | None = None,
         frame_lengths: Tensor | None = None,
-        pooled: fc.Pooled | None = None,
+        pooled: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Writes on from a prompt.
@@ -417,6 +417,16 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return tokens
         out.sequences = tokens
         return out
+
+
+def warn_of_missing_compressor(config: FastCompressConfig) -> None:
+    """Of a model that was saved with a compressor of somebody's own."""
+    if config.compressor is not None:
+        warnings.warn(
+            f"this model was compressed by {config.compressor}, which is not saved with it: without use_compressor "
+            "every frame is kept",
+            stacklevel=4,
+        )
 
 
 AutoModel.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)

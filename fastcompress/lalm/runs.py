@@ -26,7 +26,7 @@ from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
 from fastcompress.lalm.examples import EncodedExamples, Examples
 from fastcompress.lalm.lora import add_lora, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
-from fastcompress.lalm.modeling import FastCompressForConditionalGeneration
+from fastcompress.lalm.modeling import FastCompressForConditionalGeneration, warn_of_missing_compressor
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.lalm.training import Training, TrainingArguments
 from fastcompress.nn import LearnedBoundary
@@ -211,8 +211,9 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
     except ValueError as error:
         raise RunError(str(error)) from error
     config.reduce, config.keys = checked.reduce, checked.keys
-    if isinstance(unwrap(model).compressor, LearnedBoundary):
-        unwrap(model).compressor.reduce = config.reduce
+    for module in model.modules():  # with LoRA there is a copy, which is the one that runs
+        if isinstance(module, LearnedBoundary):
+            module.reduce = config.reduce
 
 
 def load_model(
@@ -265,6 +266,8 @@ def _load_adapter(path: Path) -> Any:
     set_compression(model, config.rule or "none", config.reduce, config.keys)
     if config.boundary_ratio is not None and model.compressor is None:
         model.learn_boundaries(config.boundary_ratio, config.boundary_kind)
+    else:
+        warn_of_missing_compressor(config)
     model.train_encoder(config.train_encoder)
     return PeftModel.from_pretrained(model, str(path))
 

@@ -100,6 +100,14 @@ def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor 
                 raise ValueError(f"lengths must lie in [0, {shape[1]}], the padded length, got {length} at index {i}")
 
 
+def check_values_of_rows(name: str, values: Tensor, x: Tensor) -> None:
+    """Checks floating values, one a row of ``x`` ``[..., D]``."""
+    check_float(name, values)
+    check_same_device(name, values, x)
+    if values.shape != x.shape[:-1]:
+        raise ValueError(f"{name} must have shape {list(x.shape[:-1])}, a value a row, got {list(values.shape)}")
+
+
 def check_segments(segments: Segments, like: Tensor) -> None:
     """Checks what can be seen of segments without reading their values."""
     if not isinstance(segments, Segments):

@@ -289,7 +289,7 @@ def test_nothing():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"alpha": torch.rand(6)}, ValueError, "alpha must have shape [5], a weight a frame, got [6]"),
+        ({"alpha": torch.rand(6)}, ValueError, "alpha must have shape [5], a value a row, got [6]"),
         ({"alpha": torch.tensor([0.1, -0.5, 0.1, 0.1, 0.1])}, ValueError, "must be finite and not negative, got -0.5"),
         ({"alpha": torch.tensor([0.1, torch.nan, 0.1, 0.1, 0.1])}, ValueError, "not negative, got nan"),
         ({"alpha": torch.ones(5).long()}, TypeError, "alpha"),

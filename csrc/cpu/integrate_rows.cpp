@@ -11,19 +11,7 @@ namespace fastcompress::cpu {
 namespace {
 
 constexpr int64_t kRowsAhead = 16;  // as in segment_reduce.cpp
-
-// Tokens, checked: they have rows, in order, inside `rows`, and share no more than a first row with those before.
-CheckedSegments read_tokens(const Tensor& starts, const Tensor& lengths, int64_t rows) {
-  const CheckedSegments s = read_pairs(starts, lengths);
-  int64_t last = 0;
-  for (int64_t m = 0; m < s.list.count; ++m) {
-    const int64_t start = s.list.starts[m], length = s.list.lengths[m];
-    STD_TORCH_CHECK(length >= 1 && start >= last && start < rows && length <= rows - start,
-                    "tokens must have rows, in order, inside ", rows, " rows, and share no more than a first row");
-    last = start + length - 1;
-  }
-  return s;
-}
+constexpr int64_t kShared = 1;      // rows that a token may share with the one before
 
 // Row t of the gradient of x: weight * grad[covering], if that is not negative, and first[m] * grad[m] for m from
 // `begin` to `end`, from left to right.
@@ -57,7 +45,7 @@ void combine_tokens(const Rows& grad, int64_t covering, S weight, const S* first
 Tensor integrate_rows(Tensor x, Tensor weights, Tensor first, OptionalTensor divisors, Tensor starts, Tensor lengths) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Rows rows = read_rows(x);
-  const CheckedSegments tokens = read_tokens(starts, lengths, rows.count);
+  const CheckedSegments tokens = read_segments(starts, lengths, rows.count, kShared);
   const int64_t count = tokens.list.count, width = rows.width;
   const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
   const Tensor f = read_weights("first", first, count, x.scalar_type());
@@ -87,7 +75,7 @@ std::tuple<Tensor, Tensor, Tensor> integrate_rows_backward(Tensor grad, Tensor x
                                                            Tensor starts, Tensor lengths) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Rows rows = read_rows(x);
-  const CheckedSegments tokens = read_tokens(starts, lengths, rows.count);
+  const CheckedSegments tokens = read_segments(starts, lengths, rows.count, kShared);
   const SegmentList& list = tokens.list;
   const int64_t width = rows.width;
   const Rows grad_rows = read_matrix("grad", grad, list.count, width, x.scalar_type());

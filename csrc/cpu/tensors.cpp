@@ -67,7 +67,7 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
   return s;
 }
 
-CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths) {
+CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows, int64_t shared) {
   STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
                   "starts and lengths must be int64");
   STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
@@ -75,17 +75,14 @@ CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths) {
   CheckedSegments s{torch::stable::contiguous(starts), torch::stable::contiguous(lengths), {}};
   s.list = {static_cast<const int64_t*>(s.starts.const_data_ptr()),
             static_cast<const int64_t*>(s.lengths.const_data_ptr()), starts.size(0)};
-  return s;
-}
-
-CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows) {
-  CheckedSegments s = read_pairs(starts, lengths);
-  int64_t end = 0;
+  int64_t earliest = 0;
   for (int64_t m = 0; m < s.list.count; ++m) {
     const int64_t start = s.list.starts[m], length = s.list.lengths[m];
-    STD_TORCH_CHECK(length >= 0 && start >= end && start <= rows && length <= rows - start,
-                    "segments must be in order, without overlap and inside ", rows, " rows");
-    end = start + length;
+    STD_TORCH_CHECK(length >= shared && start >= earliest && start <= rows && length <= rows - start,
+                    shared == 0 ? "segments must be in order, without overlap"
+                                : "tokens must have rows, in order, share no more than a first row",
+                    " and inside ", rows, " rows");
+    earliest = start + length - shared;
   }
   return s;
 }

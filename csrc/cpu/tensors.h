@@ -23,7 +23,7 @@ struct Sequences {
 Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::optional<Tensor>& cu_seqlens,
                          const std::optional<Tensor>& lengths);
 
-// Segments, checked: in order, without overlap, inside `rows`.
+// Segments, checked.
 struct CheckedSegments {
   Tensor starts, lengths;  // contiguous int64
   SegmentList list;
@@ -32,9 +32,8 @@ struct CheckedSegments {
     return {list.starts + begin, list.lengths + begin, end - begin};
   }
 };
-// Contiguous, their values not looked at.
-CheckedSegments read_pairs(const Tensor& starts, const Tensor& lengths);
-CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows);
+// In order, inside `rows`; each may share `shared` rows, 0 or 1, with the one before, and has at least as many.
+CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows, int64_t shared = 0);
 
 // Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those
 // that were cost more than the arithmetic here, so large buffers ask for huge ones.

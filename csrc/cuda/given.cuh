@@ -19,6 +19,17 @@ __device__ inline int64_t segment_end(const SegmentsIn& segments, int64_t m) {
   return int64_t(uint64_t(segments.starts[m]) + uint64_t(segments.lengths[m]));
 }
 
+// Segment m; empty, and the error noted, if it is out of order or leaves the rows. It may share `shared` rows with the
+// one before, and then has as many.
+__device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m, int64_t shared = 0) {
+  const int64_t start = segments.starts[m], length = segments.lengths[m];
+  const int64_t earliest = m == 0 ? 0 : int64_t(uint64_t(segment_end(segments, m - 1)) - uint64_t(shared));
+  if (length >= shared && start >= earliest && start >= 0 && start <= segments.rows && length <= segments.rows - start)
+    return {start, length};
+  if (segments.error != nullptr) atomicOr(segments.error, int32_t(kInvalidSegments));
+  return {0, 0};
+}
+
 // What a thread works on.
 struct SegmentThread {
   int64_t m, vector;

@@ -10,16 +10,8 @@
 
 namespace fastcompress::cuda {
 
-// Token m; empty, and the error noted, if it is out of order or leaves the rows. Where it begins it may share the last
-// row of the token before.
-__device__ inline Segment read_token(const SegmentsIn& tokens, int64_t m) {
-  const int64_t start = tokens.starts[m], length = tokens.lengths[m];
-  const int64_t earliest = m == 0 ? 0 : int64_t(uint64_t(segment_end(tokens, m - 1)) - 1);
-  if (length >= 1 && start >= earliest && start >= 0 && start < tokens.rows && length <= tokens.rows - start)
-    return {start, length};
-  if (tokens.error != nullptr) atomicOr(tokens.error, int32_t(kInvalidSegments));
-  return {0, 0};
-}
+// Rows that a token may share with the one before, and has at least.
+constexpr int64_t kShared = 1;
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_kernel(IntegrateParams p) {
@@ -27,7 +19,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_
   const SegmentThread at;
   const int64_t column = at.column<T>(), width = p.x.width;
   if (at.m >= p.tokens.count || column >= width) return;
-  const Segment token = read_token(p.tokens, at.m);
+  const Segment token = read_segment(p.tokens, at.m, kShared);
   T* out = static_cast<T*>(p.out) + at.m * width;
   if (token.length == 0) {
     store_vector<T, kAligned>(out, column, width, zero_vector<T>());
@@ -82,7 +74,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_
     wanted = next > 0 && segment_end(p.tokens, next - 1) > t;
     m = wanted ? next - 1 : 0;
   } else if (is_token) {
-    const Segment token = read_token(p.tokens, item - rows);
+    const Segment token = read_segment(p.tokens, item - rows, kShared);
     wanted = token.length > 0;
     t = token.start;
     m = item - rows;

@@ -10,16 +10,6 @@
 
 namespace fastcompress::cuda {
 
-// Segment m; empty, and the error noted, if it is out of order or leaves the rows.
-__device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m) {
-  const int64_t start = segments.starts[m], length = segments.lengths[m];
-  const int64_t earliest = m == 0 ? 0 : segment_end(segments, m - 1);
-  if (length >= 0 && start >= earliest && start >= 0 && start <= segments.rows && length <= segments.rows - start)
-    return {start, length};
-  if (segments.error != nullptr) atomicOr(segments.error, int32_t(kInvalidSegments));
-  return {0, 0};
-}
-
 // `row` where it is greater than `best`, or NaN where `best` is not: the first maximum stays, NaN wins.
 template <class S>
 struct LaterMax {

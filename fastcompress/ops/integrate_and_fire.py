@@ -14,9 +14,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, check_token_values
+from fastcompress.checks import (
+    check_float,
+    check_layout,
+    check_layout_values,
+    check_token_values,
+    check_values_of_rows,
+)
 from fastcompress.ops.dispatch import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
+from fastcompress.reference.distance import accumulate_dtype
 
 _op: Op[Tensor] = torch.ops.fastcompress.integrate_rows.default
 _backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integrate_rows_backward.default
@@ -89,12 +96,9 @@ def integrate_and_fire(
         ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_float("x", x)
-    check_float("alpha", alpha)
-    check_same_device("alpha", alpha, x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
-    if alpha.shape != x.shape[:-1]:
-        raise ValueError(f"alpha must have shape {list(x.shape[:-1])}, a weight a frame, got {list(alpha.shape)}")
+    check_values_of_rows("alpha", alpha, x)
     check_firing(beta, tail)
     check_layout(x, 2, cu_seqlens, lengths)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
@@ -197,7 +201,7 @@ def integrate_rows(
         starts, lengths: ``[M]`` int64: tokens have rows, in order, and share no more than a first row with those
             before.
     """
-    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    wide = accumulate_dtype(x.dtype)
     scalars = [None if t is None else t.to(wide) for t in (weights, first, divisors)]
     needs_grad = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *scalars))
     return call(

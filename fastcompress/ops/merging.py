@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, check_values_of_rows
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.dispatch import Op, call
 from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
@@ -130,10 +130,7 @@ def bipartite_merge(
     if keys.shape[:-1] != x.shape[:-1]:
         raise ValueError(f"keys must have shape {[*x.shape[:-1], 'K']}, got {list(keys.shape)}")
     if size is not None:
-        check_float("size", size)
-        check_same_device("size", size, x)
-        if size.shape != x.shape[:-1]:
-            raise ValueError(f"size must have shape {list(x.shape[:-1])}, a value a row, got {list(size.shape)}")
+        check_values_of_rows("size", size, x)
     runs = _runs(x, cu_seqlens, lengths)
     rows = x.flatten(0, -2)
     count = rows.shape[0]
@@ -211,10 +208,7 @@ def iterative_fusion(
         raise ValueError(f"count must be a whole number from 1 on, got {count}")
     wide = accumulate_dtype(x.dtype)
     if weights is not None:
-        check_float("weights", weights)
-        check_same_device("weights", weights, x)
-        if weights.shape != x.shape[:-1]:
-            raise ValueError(f"weights must have shape {list(x.shape[:-1])}, a value a row, got {list(weights.shape)}")
+        check_values_of_rows("weights", weights, x)
     runs = _runs(x, cu_seqlens, lengths)
     values = x if x.dim() == 2 else x[runs.inside.view(x.shape[:2])]
     if weights is None:

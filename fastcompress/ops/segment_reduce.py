@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_same_device, check_segment_values, check_segments
+from fastcompress.checks import check_float, check_segment_values, check_segments, check_values_of_rows
 from fastcompress.ops.dispatch import Op, call, differentiable_once
 from fastcompress.segments import Segments
 
@@ -60,10 +60,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     else:
         if reduce != "mean":
             raise ValueError(f"weights go with reduce='mean', got reduce={reduce!r}")
-        check_float("weights", weights)
-        check_same_device("weights", weights, x)
-        if weights.shape != x.shape[:-1]:
-            raise ValueError(f"weights must have shape {list(x.shape[:-1])}, a value a row, got {list(weights.shape)}")
+        check_values_of_rows("weights", weights, x)
         weights = weights.reshape(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         op, args = _weighted_op, (rows, weights, starts, lengths)
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or weights.requires_grad)

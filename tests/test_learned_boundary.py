@@ -118,6 +118,14 @@ def test_refused():
     assert "ratio=2.0, reduce=mean" in repr(LearnedBoundary(4, 2.0))
 
 
+def test_integrate_and_fire_begins_as_a_mean():
+    for ratio in (2.0, 3.0, 4.5):
+        module = fc.nn.IntegrateAndFire(4, ratio).eval()
+        fired = module(torch.randn(90, 4))
+        torch.testing.assert_close(fired.total, torch.tensor([90 / ratio], dtype=torch.float64), rtol=1e-6, atol=0)
+        assert module.loss < 1e-4
+
+
 def test_integrate_and_fire_on_odd_batches():
     module = fc.nn.IntegrateAndFire(4, 3.0).train()
     x = torch.randn(20, 4)

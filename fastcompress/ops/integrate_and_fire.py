@@ -126,11 +126,10 @@ def integrate_and_fire(
             raise ValueError(f"alpha adds up to {much:g}: more tokens of beta {beta:g} than int32 counts")
         tokens = fired.long() if tail is None else (fired + fires_at_end(remainder, beta, tail)).long()
     cu_tokens = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
-    # Tokens that are open when a frame begins and when it ends; as many as there are is for what is left over.
+    # The token that is open when a frame ends; as many as there are is for what is left over.
     most = tokens[sequence].double()
-    left, right, share = shares(before, after, weight, beta)
+    _, right, share = shares(before, after, weight, beta)
     right = torch.where(inside, torch.minimum(right, most), most)
-    share = torch.where(left < most, share, weight)  # rounding may make `left` the token after the last of `targets`
     token = torch.arange(int(cu_tokens[-1]), device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
@@ -138,6 +137,7 @@ def integrate_and_fire(
     # token is open at the end of a frame for the first time, and where it no longer is.
     slot = token + owner
     opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right.long()
+    # A GPU adds in an order in which sums may fall by a rounding: what is found stays a run of frames nevertheless.
     ends = torch.minimum(torch.searchsorted(opened, slot + 1), end[owner] - 1)
     begins = torch.where(local > 0, torch.minimum(torch.searchsorted(opened, slot), ends), begin[owner])
     rest = opening(local.double(), right[begins], after[begins], beta)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import dataclasses
 import json
 import multiprocessing
 import platform
@@ -17,8 +16,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIONS = {"digits": "recognition", "numbers": "translation", "commands": "recognition"}
-#: Tasks of which models are also trained with compression from the start, and with the published methods: hours more.
-IN_FULL = ("digits",)
 SEEDS = (1, 2, 3)  # 0 was used to choose
 
 
@@ -31,23 +28,23 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="minutes: LoRA on the shipped model of the digits")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experiment", help="folder (default out/experiment)")
     options = parser.parse_args()
-    from experiments.study import COMPRESSIONS, Budget, run_study
+    from experiments.study import BUDGETS, COMPRESSIONS, METHODS, Budget, run_study
 
-    budget = Budget()
+    budgets = BUDGETS
     if options.quick:
         options.tasks, options.seeds, options.train = ["digits"], [1, 2], 1500
         options.out = options.out / "quick"
         chosen = tuple(c for c in COMPRESSIONS if c.name in QUICK)
-        budget = Budget(
+        small = Budget(
             lora_steps=200, lora_utterances=1500, scored=100, base=str(SHIPPED), compressions=chosen, methods=(),
             from_the_start=(),
         )  # fmt: skip
+        budgets = {"digits": small}
     since = time.monotonic()
     for task in options.tasks:
         _make_data(options.out / "data" / task, task, options.train, options.jobs)
-    short = dataclasses.replace(budget, methods=(), from_the_start=())
     work = [
-        (task, options.out / "data" / task, options.out, seed, budget if task in IN_FULL else short)
+        (task, options.out / "data" / task, options.out, seed, budgets[task])
         for task in options.tasks
         for seed in options.seeds
     ]
@@ -62,9 +59,10 @@ def main() -> int:
     rows = report.load(records)
     text = report.table(rows)
     report.plot(rows, options.out / "report.png")
-    tried = [row for row in rows if budget.methods and row["task"] in IN_FULL]
+    methods = {method.name for method in METHODS}
+    tried = {row["task"] for row in rows if row["compression"] in methods}
     if tried:
-        report.plot_methods(tried, options.out / "methods.png")
+        report.plot_methods([row for row in rows if row["task"] in tried], options.out / "methods.png")
     (options.out / "report.md").write_text(text, encoding="utf-8")
     details = {"machine": machine(), "python": platform.python_version(), "torch": torch.__version__}
     details |= {"tasks": options.tasks, "seeds": options.seeds, "train": options.train, "quick": options.quick}

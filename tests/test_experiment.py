@@ -25,7 +25,9 @@ pytestmark = [
 ]
 
 BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, methods=())
-OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=METHODS, from_the_start=FROM_THE_START[:1])
+OTHER = dataclasses.replace(
+    BUDGET, compressions=COMPRESSIONS[:1], methods=METHODS, longer=COMPRESSIONS[:1], from_the_start=FROM_THE_START[:1]
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +48,12 @@ def test_every_row_is_there(records: list[Path]):
     rows = report.load(records)
     for seed, budget in enumerate((BUDGET, OTHER), 1):
         tuned = (*budget.compressions, *budget.methods)
-        for stage, wanted in (("zero-shot", tuned), ("lora", tuned), ("start", budget.from_the_start)):
+        stages = {"zero-shot": tuned, "lora": tuned, "longer": budget.longer, "start": budget.from_the_start}
+        for stage, wanted in stages.items():
             found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
             assert sorted(found) == sorted(c.name for c in wanted)
+        steps = {"zero-shot": 0, "lora": 2, "longer": 6, "start": 2}
+        assert all(row["steps"] == steps[row["stage"]] for row in rows)
     for row in rows:
         assert set(row["scores"]) == {"dev", "test", "test-voice"}
         test = row["scores"]["test"]
@@ -87,7 +92,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | exact % | prefill ms |")
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
         (*COMPRESSIONS, *METHODS)
-    ) + len(FROM_THE_START)
+    ) + len(FROM_THE_START) + len(OTHER.longer)
     for draw in (report.plot, report.plot_methods):
         draw(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

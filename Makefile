@@ -8,14 +8,15 @@ LIBRARY := fastcompress/_C.so
 SOURCES := $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -q
 
-# Wheels: the CUDA toolkit to build with and the GPUs to build for (`make wheel CUDA=13.0 ARCHS="80;90;100;120"`).
+# A wheel: the CUDA toolkit to build with and the GPUs to build for, by default those of wheels.json
+# (`make wheel CUDA=13.0 ARCHS="80;90;100;120"`); `make wheels` has all of them from wheels.json.
 CUDA ?= none
 ARCHS ?=
-WHEEL ?= $(shell ls -t dist/fastcompress-*.whl 2>/dev/null | head -n 1)
+WHEEL ?=
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint docs build wheel wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint docs build wheel wheels wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
@@ -31,7 +32,8 @@ help:
 	@echo "make lint       ruff, clang-format, mypy --strict"
 	@echo "make docs       the documentation as a site, in out/site"
 	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
-	@echo "make wheel-test the newest wheel in dist/ in empty environments; downloads gigabytes of torch"
+	@echo "make wheels     every wheel of wheels.json whose CUDA toolkit can be had, for any Linux of its age, and the sdist"
+	@echo "make wheel-test the wheels in dist/ in empty environments beside several torch; downloads gigabytes of torch"
 
 # A torch that is there already is used, from 2.10 on; else the pinned one is fetched. Likewise triton, of any version.
 $(READY): pyproject.toml requirements-torch.txt requirements-triton.txt
@@ -98,7 +100,7 @@ bench-check: build
 # Runs in $(VENV) if there is one, else in $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
 gpu:
 	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(DRY),--dry) \
-	    $(if $(filter command line,$(origin WHEEL)),--wheel $(WHEEL))
+	    $(if $(WHEEL),--wheel $(WHEEL))
 
 FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(READY)
@@ -120,6 +122,10 @@ wheel: $(READY)
 	rm -rf build/lib build/lib.*
 	FASTCOMPRESS_CUDA="$(CUDA)" FASTCOMPRESS_CUDA_ARCHS="$(ARCHS)" \
 	    $(BIN)/python -m pip wheel -q --no-build-isolation --no-deps -w dist .
+
+wheels: $(READY)
+	$(BIN)/python -m pip install -q 'fastcompress[wheels]'
+	$(BIN)/python scripts/wheels.py --sdist
 
 wheel-test: $(READY)
 	$(BIN)/python scripts/wheel_test.py $(WHEEL)

@@ -3,13 +3,15 @@
 torch is imported for its header and library paths only, and may be a CPU build, also for CUDA kernels. Environment:
     CXX                      the C++ compiler (g++)
     FASTCOMPRESS_CUDA        ``none`` (the default), or the CUDA toolkit to build CUDA kernels with, such as ``13.0``
-    FASTCOMPRESS_CUDA_ARCHS  the GPUs to build for, such as ``80;90;100;120``; PTX of the last serves later ones
+    FASTCOMPRESS_CUDA_ARCHS  the GPUs to build for, such as ``80;90;100;120``; PTX of the last serves later ones;
+                             by default those of wheels.json
     CUDA_HOME                where the toolkit is; else the one of the nvcc on the PATH
     FASTCOMPRESS_SANITIZE    sanitizers to build with, such as ``address,undefined``
     MAX_JOBS                 how many compilers run at a time
 """
 
 import functools
+import json
 import os
 import platform
 import re
@@ -39,7 +41,6 @@ ISA_FLAGS = {
 # gcc 12 does not see that a segment has at least one row, and warns of its own intrinsics' undefined registers.
 ROW_KERNEL_FLAGS = "-Wno-maybe-uninitialized -Wno-uninitialized"
 X86_64 = platform.machine() in ("x86_64", "AMD64")
-DEFAULT_ARCHS = "80;90;100;120"
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,15 @@ def cuda() -> Cuda | None:
         return None
     if not re.fullmatch(r"\d+\.\d+", wanted):
         sys.exit(f"fastcompress: FASTCOMPRESS_CUDA must be none or a version such as 13.0, got {wanted!r}")
-    archs = (os.environ.get("FASTCOMPRESS_CUDA_ARCHS") or DEFAULT_ARCHS).split(";")
+    wheels = json.loads((ROOT / "wheels.json").read_text(encoding="utf-8"))
+    archs = os.environ.get("FASTCOMPRESS_CUDA_ARCHS", "").split(";")
+    if archs == [""]:
+        if wanted not in wheels:
+            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90;120")
+        archs = wheels[wanted]["archs"]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
-            sys.exit(f"fastcompress: FASTCOMPRESS_CUDA_ARCHS must be such as {DEFAULT_ARCHS}, got {arch!r} in it")
+            sys.exit(f"fastcompress: FASTCOMPRESS_CUDA_ARCHS must be such as 80;90;100;120, got {arch!r} in it")
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():

@@ -1,11 +1,11 @@
-"""Installs a wheel in empty environments beside several builds of torch, and runs it on the CPU.
+"""Installs wheels in empty environments beside several builds of torch, and runs them on the CPU.
 
-usage: python scripts/wheel_test.py WHEEL [--dry-run] [--torch SPEC ...]
+usage: python scripts/wheel_test.py [WHEEL ...] [--dry-run] [--torch SPEC ...]
 
-By default: torch 2.10, the oldest that the wheel is for, the newest release, both as they come from the index (on
-Linux with CUDA, several gigabytes each), and the one of requirements-torch.txt. ``===`` asks for that very build, where
-an index also has others of the version. No GPU and no driver is needed. ``--torch here`` takes the torch of this
-Python instead of downloading one.
+By default: every wheel in dist/ that is repaired, beside torch 2.10, the oldest that they are for, 2.11, the newest
+release, these as they come from the index (on Linux with CUDA, several gigabytes each), and the one of
+requirements-torch.txt. ``===`` asks for that very build, where an index also has others of the version. No GPU and no
+driver is needed. ``--torch here`` takes the torch of this Python instead of downloading one.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ print(json.dumps([len(compiled), found["versions"], found["library"]]))
 
 def specs() -> list[str]:
     pinned = (ROOT / "requirements-torch.txt").read_text().split()
-    return ["torch===2.10.0", "torch", *pinned]
+    return ["torch===2.10.0", "torch===2.11.0", *pinned, "torch"]
 
 
 def show(command: list[str]) -> str:
@@ -79,14 +79,20 @@ def environment(name: str) -> tuple[Path, Path]:
     return folder, folder / "bin" / "python"
 
 
-def commands(wheel: Path, spec: str, folder: Path, python: Path) -> list[list[str]]:
-    """What makes an environment, and then uses the wheel in it."""
-    pip = [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+def made_by(spec: str, folder: Path, python: Path) -> list[list[str]]:
+    """What makes an environment."""
     made = [[sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)]]
-    if spec != "here":
-        made.append([*pip, spec])
-    made.append([*pip, "--no-deps", str(wheel)])
-    return [*made, [str(python), "-I", "-c", USE], [str(folder / "bin" / "fastcompress"), "info"]]
+    return made if spec == "here" else [*made, [*pip(python), spec]]
+
+
+def used_by(wheel: Path, folder: Path, python: Path) -> list[list[str]]:
+    """What puts a wheel into an environment in place of the one before, and uses it."""
+    install = [*pip(python), "--no-deps", "--force-reinstall", str(wheel)]
+    return [install, [str(python), "-I", "-c", USE], [str(folder / "bin" / "fastcompress"), "info"]]
+
+
+def pip(python: Path) -> list[str]:
+    return [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
 
 
 def share_torch(folder: Path) -> None:
@@ -98,25 +104,38 @@ def share_torch(folder: Path) -> None:
     (site / "torch-from-elsewhere.pth").write_text("\n".join(sorted(paths)) + "\n")
 
 
-def test(wheel: Path, spec: str, dry_run: bool) -> str | None:
+def test(wheels: list[Path], spec: str, dry_run: bool) -> list[str]:
     """Returns what went wrong."""
     folder, python = environment("".join(c if c.isalnum() else "-" for c in spec))
-    print(f"\n== {wheel.name} with {spec}", flush=True)
-    for command in commands(wheel, spec, folder, python):
-        print(f"$ {show(command)}", flush=True)
-        if dry_run:
-            continue
-        if command[-1] == USE and spec == "here":
-            share_torch(folder)
-        done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ENVIRONMENTS)
-        print(done.stdout, end="", flush=True)
-        if done.returncode:
-            return f"{spec}: failed with exit code {done.returncode}: {show(command)}"
-        if command[-1] == USE and (problem := wrong_library(wheel, json.loads(done.stdout.splitlines()[-1])[2])):
-            return f"{spec}: {problem}"
+    print(f"\n== {spec}", flush=True)
+    problems: list[str] = []
+    for command in made_by(spec, folder, python):
+        if problem := run(command, dry_run)[1]:
+            return [f"{spec}: {problem}"]
+    if spec == "here" and not dry_run:
+        share_torch(folder)
+    for wheel in wheels:
+        print(f"\n-- {wheel.name} with {spec}", flush=True)
+        for command in used_by(wheel, folder, python):
+            said, problem = run(command, dry_run)
+            if problem is None and command[-1] == USE and not dry_run:
+                problem = wrong_library(wheel, json.loads(said.splitlines()[-1])[2])
+            if problem:
+                problems.append(f"{wheel.name} with {spec}: {problem}")
+                break
     if not dry_run:
         shutil.rmtree(folder)  # gigabytes
-    return None
+    return problems
+
+
+def run(command: list[str], dry_run: bool) -> tuple[str, str | None]:
+    """What a command says, and what went wrong."""
+    print(f"$ {show(command)}", flush=True)
+    if dry_run:
+        return "", None
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, cwd=ENVIRONMENTS)
+    print(done.stdout, end="", flush=True)
+    return done.stdout, f"failed with exit code {done.returncode}: {show(command)}" if done.returncode else None
 
 
 def wrong_library(wheel: Path, library: dict[str, Any]) -> str | None:
@@ -124,23 +143,30 @@ def wrong_library(wheel: Path, library: dict[str, Any]) -> str | None:
     label = wheel.name.split("-")[1].partition("+")[2]
     version = library["cuda_version"]
     inside = f"cu{version.replace('.', '')}" if version else ""
-    return None if label == inside else f"the wheel is labelled {label!r}, its library is for {inside or 'no CUDA'}"
+    if label != inside:
+        return f"the wheel is labelled {label!r}, its library is for {inside or 'no CUDA'}"
+    wanted = json.loads((ROOT / "wheels.json").read_text()).get(version)
+    if wanted and "manylinux" in wheel.name:  # of `make wheels`: one of `make wheel` may be for any GPU
+        archs = ";".join(wanted["archs"]) + "+PTX"
+        if library["cuda_archs"] != archs:
+            return f"the wheel's library is for {library['cuda_archs']}, wheels.json says {archs}"
+    return None
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("wheel", type=Path, nargs="?", metavar="WHEEL", help="such as dist/fastcompress-....whl")
+    parser.add_argument("wheels", type=Path, nargs="*", metavar="WHEEL", help="default: dist/*manylinux*.whl")
     parser.add_argument("--torch", action="append", metavar="SPEC", help=f"default: {', '.join(specs())}")
     parser.add_argument("--dry-run", action="store_true", help="print the commands only")
     options = parser.parse_args()
-    if options.wheel is None or not options.wheel.exists():
-        parser.error(f"no wheel {options.wheel or ''}: build one with `make wheel`")
+    wheels = [path.resolve() for path in options.wheels or sorted(ROOT.glob("dist/*manylinux*.whl"))]
+    missing = [str(path) for path in wheels if not path.exists()]
+    if missing or not wheels:
+        parser.error(f"no wheel {', '.join(missing) or 'in dist'}: build some with `make wheels`")
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
-    wheel = options.wheel.resolve()
-    problems = [test(wheel, spec, options.dry_run) for spec in options.torch or specs()]
-    found = [problem for problem in problems if problem]
-    print("\n" + ("\n".join(found) or ("dry run: nothing was run" if options.dry_run else "all passed")))
-    return 1 if found else 0
+    problems = [problem for spec in options.torch or specs() for problem in test(wheels, spec, options.dry_run)]
+    print("\n" + ("\n".join(problems) or ("dry run: nothing was run" if options.dry_run else "all passed")))
+    return 1 if problems else 0
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = Path(__file__).with_name("cuda_resources.json")
-ARCHS = ("80", "90", "100", "120")  # what a wheel is built for
+ARCHS = tuple(json.loads((ROOT / "wheels.json").read_text())["13.0"]["archs"])
 _WIDE = re.compile(r"\b(LDG|LDGSTS|STG|LDS|STS)(?:\.\w+)*\.128\b")
 
 

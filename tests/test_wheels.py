@@ -1,19 +1,25 @@
-"""What the build refuses, the version of a CUDA build, and the script of `make wheel-test`. No nvcc is needed.
+"""What the build refuses, the version of a CUDA build, the scripts of `make wheels` and `make wheel-test`. No nvcc is
+needed.
 
 The library itself with CUDA kernels: tests/test_cuda_build.py.
 """
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
 
 import fastcompress as fc
-from scripts import wheel_test
+from fastcompress._library import LIBRARY_PATH
+from scripts import symbols, wheel_test, wheels
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,6 +45,7 @@ def setup(*arguments: str, **env: str) -> subprocess.CompletedProcess:
         ("12.8", "90", True, "FASTCOMPRESS_CUDA=12.8, but {home}/bin/nvcc is 13.0"),
         ("yes", "90", True, "FASTCOMPRESS_CUDA must be none or a version such as 13.0, got 'yes'"),
         ("13.0", "80;9.0", True, "FASTCOMPRESS_CUDA_ARCHS must be such as 80;90;100;120, got '9.0' in it"),
+        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90;120"),
         ("13.0", "90", False, "FASTCOMPRESS_CUDA=13.0 needs nvcc, but {home}/bin/nvcc (CUDA_HOME) does not exist"),
         ("13.0", "90", True, "libcudart_static.a is in none of {home}/lib64, {home}/lib"),
     ],
@@ -72,32 +79,123 @@ def test_a_source_distribution_has_no_cuda(toolkit: Path, tmp_path: Path):
     assert [file.name for file in (tmp_path / "dist").iterdir()] == [f"fastcompress-{fc.__version__}.tar.gz"]
 
 
-def script(*arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "scripts/wheel_test.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, f"scripts/{name}.py", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
 
 
 def test_dry_run_of_the_wheel_test(tmp_path: Path):
-    wheel = tmp_path / "fastcompress-0.1.0+cu130-py3-none-linux_x86_64.whl"
-    wheel.touch()
-    done = script(str(wheel), "--dry-run")
+    made = [tmp_path / f"fastcompress-0.1.0{label}-py3-none-linux_x86_64.whl" for label in ("+cu130", "")]
+    for wheel in made:
+        wheel.touch()
+    done = script("wheel_test", *map(str, made), "--dry-run")
     assert (done.returncode, done.stderr) == (0, "")
     lines = done.stdout.splitlines()
-    assert len(wheel_test.specs()) == 3
+    assert len(wheel_test.specs()) == 4
     for spec in wheel_test.specs():
-        assert f"== {wheel.name} with {spec}" in lines
-        assert any(line.startswith("$ ") and line.endswith(f" install -q {spec}") for line in lines)
-    assert sum(line.endswith(f"--no-deps {wheel}") for line in lines) == 3
-    assert sum(line.endswith("fastcompress info") for line in lines) == 3
-    assert "no wheel" in script().stderr
+        assert sum(line.startswith("$ ") and line.endswith(f" install -q {spec}") for line in lines) == 1
+        assert all(f"-- {wheel.name} with {spec}" in lines for wheel in made)
+    for wheel in made:
+        assert sum(line.endswith(f"--no-deps --force-reinstall {wheel}") for line in lines) == 4
+    assert sum(line.endswith("fastcompress info") for line in lines) == 8
+    assert f"no wheel {tmp_path}/other.whl" in script("wheel_test", f"{tmp_path}/other.whl").stderr
 
 
 def test_a_wheel_that_is_not_what_its_name_says():
-    name = "fastcompress-0.1.0{}-py3-none-linux_x86_64.whl"
+    name = "fastcompress-0.1.0{}-py3-none-{}_x86_64.whl"
     cases = ("+cu130", "13.0", True), ("", None, True), ("", "13.0", False), ("+cu128", None, False)
     for label, version, right in cases:
-        problem = wheel_test.wrong_library(Path(name.format(label)), {"cuda_version": version})
+        library = {"cuda_version": version, "cuda_archs": "90+PTX" if version else None}
+        problem = wheel_test.wrong_library(Path(name.format(label, "linux")), library)
         assert (problem is None) is right
+    library = {"cuda_version": "13.0", "cuda_archs": "80;90;100;120+PTX"}
+    released = Path(name.format("+cu130", "manylinux_2_34"))
+    assert wheel_test.wrong_library(released, library) is None
+    problem = wheel_test.wrong_library(released, {**library, "cuda_archs": "90+PTX"})
+    assert problem == "the wheel's library is for 90+PTX, wheels.json says 80;90;100;120+PTX"
+
+
+def test_the_table_of_wheels():
+    table = wheels.table()
+    assert {"cpu", "12.6", "12.8", "13.0"} <= set(table) and table["cpu"].archs == ()
+    for version, wheel in table.items():
+        assert version == "cpu" or (wheel.archs and all(re.fullmatch(r"\d{2,3}", arch) for arch in wheel.archs))
+        assert wheel.untested is None or not wheel.toolkit
+        # What was never built is said where people look for it.
+        for page in ("README.md", "docs/wheels.md"):
+            said = re.search(rf"{version}.{{0,60}}untested", (ROOT / page).read_text(), re.DOTALL)
+            assert wheel.untested is None or said, (page, version)
+    matrix = json.loads(script("wheels", "--matrix").stdout)
+    assert [line["version"] for line in matrix["include"]] == list(table)
+    assert "9.9: not in wheels.json" in script("wheels", "9.9").stderr
+
+
+def test_the_workflow_builds_the_matrix():
+    yaml = pytest.importorskip("yaml")
+    jobs = yaml.safe_load((ROOT / ".github" / "workflows" / "wheels.yml").read_text())["jobs"]
+    assert jobs["build"]["container"] == "${{ matrix.image }}" and jobs["build"]["needs"] == "matrix"
+    commands = [step["run"] for job in jobs.values() for step in job["steps"] if "run" in step]
+    for name in re.findall(r"scripts/(\w+)\.py", "\n".join(commands)):
+        usage = script(name, "--help").stdout
+        flags = re.findall(rf"scripts/{name}\.py.*?(--[a-z]+)", "\n".join(commands))
+        assert flags and all(flag in usage for flag in flags), name
+
+
+def test_where_a_toolkit_is_found(toolkit: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    table = wheels.table()
+    monkeypatch.setattr(wheels, "TOOLKITS", tmp_path / "toolkits")
+    monkeypatch.setenv("CUDA_HOME", str(toolkit))
+    assert wheels.toolkit(table["13.0"]) == toolkit
+    assert wheels.toolkit(table["13.2"], install=False) is None
+    monkeypatch.delenv("CUDA_HOME")
+    installed = tmp_path / "toolkits" / "13.2" / "nvidia" / "cu13"
+    shutil.copytree(toolkit, installed)
+    nvcc = installed / "bin" / "nvcc"
+    nvcc.write_text(nvcc.read_text().replace("13.0", "13.2"))
+    assert wheels.toolkit(table["13.2"], install=False) == installed
+
+
+def test_the_library_is_on_the_stable_abi(tmp_path: Path):
+    if not LIBRARY_PATH.exists():
+        pytest.skip("nothing is compiled")
+    assert symbols.problems(LIBRARY_PATH) == []
+    assert not any(name.startswith("_Z") for name in symbols.stable_functions())
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
+def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
+    source, library = tmp_path / "x.cpp", tmp_path / "_C.so"
+    source.write_text(
+        "namespace at { int get_num_threads(); }\n"
+        'extern "C" { void Py_Initialize(); void aoti_torch_get_current_cuda_stream(); double sqrt(double);\n'
+        "double use(double x) { Py_Initialize(); aoti_torch_get_current_cuda_stream();\n"
+        "return at::get_num_threads() + sqrt(x); } }\n"
+    )
+    libraries = ["-Wl,--no-as-needed", "-l:libz.so.1", "-lm"]
+    subprocess.check_call(["g++", "-shared", "-fPIC", "-o", library, source, *libraries])
+    found = symbols.problems(library)
+    assert "undefined symbol Py_Initialize" in found
+    assert "undefined symbol _ZN2at15get_num_threadsEv" in found
+    assert "undefined symbol aoti_torch_get_current_cuda_stream, which a torch without CUDA has not" in found
+    assert any(problem.startswith("libtorch.so is not needed") for problem in found)
+    assert [problem for problem in found if problem.startswith("needed library")] == ["needed library libz.so.1"]
+    for name, members, message in (
+        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", ["fastcompress/_C.so"], "undefined symbol Py_Initialize"),
+        ("fastcompress-0.1.0-cp311-cp311-linux_x86_64.whl", ["fastcompress/_C.so"], "is not for any Python"),
+        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", ["fastcompress/_C.so", "libx.so"], "and no other library"),
+        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", [], "must have fastcompress/_C.so"),
+    ):
+        with zipfile.ZipFile(tmp_path / name, "w") as archive:
+            for member in members:
+                archive.write(library, member)
+        with pytest.raises(RuntimeError, match=message):
+            wheels.check(tmp_path / name)
+
+
+def test_an_sdist_is_built_with_the_torch_that_is_pinned():
+    pinned = (ROOT / "requirements-torch.txt").read_text().strip()
+    project = (ROOT / "pyproject.toml").read_text()
+    assert f'"{pinned}"' in project.partition("[project]")[0]
 
 
 def test_no_extra_pins_a_triton():

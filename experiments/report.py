@@ -34,7 +34,8 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[di
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
     """Markdown: word error rates, mean and standard deviation over the seeds; of the first test set the 95 % interval
-    over its utterances as well, as the seeds have it on average, and the share of utterances without an error."""
+    over its utterances as well, as the seeds have it on average, and the share of utterances without an error. A dash:
+    not scored, as the other engine where none was installed."""
     sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -57,6 +58,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     _mean(same, "test", field, digits) for field, digits in (("tokens_per_second", 1), ("ratio", 2))
                 ]
                 for name in sets:
+                    if any(name not in row["scores"] for row in same):
+                        cells.append("–")
+                        continue
                     mean, deviation = spread([row["scores"][name]["wer"] for row in same])
                     interval = f" [{_mean(same, name, 'wer_low', 1)}, {_mean(same, name, 'wer_high', 1)}]"
                     cells.append(f"{mean:.1f} ± {deviation:.1f}{interval if name == 'test' else ''}")

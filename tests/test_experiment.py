@@ -93,6 +93,11 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
         (*COMPRESSIONS, *METHODS)
     ) + len(FROM_THE_START) + len(OTHER.longer)
+    for row in rows[1:]:
+        row["scores"]["test-engine"] = row["scores"]["test"]
+    lines = report.table(rows).splitlines()
+    assert lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | other engine | exact % | prefill ms |")
+    assert sum("| – |" in line for line in lines) == 1
     for draw in (report.plot, report.plot_methods):
         draw(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
 from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
 from fastcompress.ops.scalar_rules import find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
-from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
-from fastcompress.rules import Rule, as_rule
+from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask, select_boundaries
+from fastcompress.rules import Rule, Threshold, as_rule
 from fastcompress.segments import Pooled
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "IterativeFusion",
     "LearnedBoundary",
     "LearnedCompressor",
+    "NoveltyPool",
     "SegmentPool",
     "ratio_loss",
     "straight_through",
@@ -60,6 +62,36 @@ class SegmentPool(torch.nn.Module):
         return f"rule={self.rule}, reduce={self.reduce}, compact={self.compact}"
 
 
+class NoveltyPool(torch.nn.Module):
+    """Segments of frames that are near to the one before, in which what is new weighs most (AdaTS); no parameters.
+
+    A frame starts a segment iff its distance ``d`` to the frame before is more than ``threshold``, as with
+    :class:`fastcompress.Threshold`; a token is the mean of its frames, weighted by ``max(d, 0) + 1e-6``. The first
+    frame of a sequence, of which the published code says nothing, weighs 1, as one unlike any before. A distance that
+    is not a number weighs ``1e-6``. Gradients go to ``x`` as if the weights were given.
+
+    Args:
+        threshold: the largest distance, 1 - cosine, within a segment; 0.15 in AdaTS.
+    """
+
+    def __init__(self, threshold: float = 0.15) -> None:
+        super().__init__()
+        self.rule: Threshold = Threshold(threshold)
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
+        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
+        :func:`fastcompress.segment_pool`."""
+        d = adjacent_distance(x.detach(), cu_seqlens=cu_seqlens, lengths=lengths)
+        segments = select_boundaries(d, self.rule, cu_seqlens=cu_seqlens, lengths=lengths)
+        runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
+        before = torch.nn.functional.pad(d.reshape(-1), (1, 0))[:-1]
+        novelty = torch.where(runs.first, 1.0, before.nan_to_num(0.0).clamp_min(0.0) + 1e-6)
+        return Pooled(segment_reduce(x, segments, "mean", novelty.view(x.shape[:-1])), segments)
+
+    def extra_repr(self) -> str:
+        return f"threshold={self.rule.threshold}"
+
+
 class LearnedCompressor(torch.nn.Module):
     """Base of those that learn at a rate, and leave a loss.
 
@@ -81,15 +113,30 @@ class LearnedCompressor(torch.nn.Module):
 
 
 class BipartiteMerge(torch.nn.Module):
-    """:func:`fastcompress.bipartite_merge` with a fixed rate and window; no parameters."""
+    """:func:`fastcompress.bipartite_merge` with a fixed rate and window; no parameters.
+
+    A rate above 2 takes as many rounds as it needs, each at the same root of it, the later ones on the tokens of those
+    before, with their sizes.
+    """
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
         super().__init__()
+        if not 1 <= rate < math.inf:
+            raise ValueError(f"rate must be at least 1 and finite, got {rate}")
         self.rate: float = rate
         self.window: int | None = window
+        self.rounds: int = max(1, math.ceil(math.log2(rate)))
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
-        return bipartite_merge(x, self.rate, window=self.window, **layout)
+        rate = self.rate ** (1 / self.rounds)
+        merged = bipartite_merge(x, rate, window=self.window, **layout)
+        for _ in range(self.rounds - 1):
+            further = bipartite_merge(
+                merged.values, rate, window=self.window, size=merged.sizes, cu_seqlens=merged.cu_seqlens
+            )
+            ids = torch.where(merged.ids >= 0, further.ids[merged.ids], -1)
+            merged = Merged(further.values, further.cu_seqlens, further.sizes, ids)
+        return merged
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}, window={self.window}"

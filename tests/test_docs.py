@@ -271,12 +271,10 @@ def test_every_method_runs():
     assert len(lines) >= 19
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 8, generator=g).cumsum(0)  # frames that are alike
-    d = fc.adjacent_distance(x).nan_to_num()
     names = {
         "fc": fc, "torch": torch, "x": x, "keys": torch.randn(60, 4, generator=g),
         "labels": torch.randint(0, 4, (60,), generator=g), "attention": torch.rand(60, generator=g),
         "blank": torch.rand(60, generator=g), "alpha": torch.rand(60, generator=g),
-        "novelty": d.roll(1).clamp_min(0) + 1e-6,
     }  # fmt: skip
     rules = set()
     for _, code, _ in lines:

@@ -135,6 +135,40 @@ def test_adjacent_merging_is_top_k_over_pairs():
     torch.testing.assert_close(mean, x.mean(0))
 
 
+@pytest.mark.parametrize("window", (0, 5, None))
+@pytest.mark.parametrize("rate, rounds", ((1.0, 1), (2.0, 1), (3.0, 2), (5.5, 3)))
+def test_rates_above_two_take_rounds(rate: float, rounds: int, window: int | None):
+    module = fc.nn.BipartiteMerge(rate, window)
+    assert module.rounds == rounds and str(module) == f"BipartiteMerge(rate={rate}, window={window})"
+    sizes = (41, 0, 1, 2, 30)
+    x = features("iid", sum(sizes), 5, torch.float64)
+    cu = torch.tensor([0, *sizes]).cumsum(0)
+    values, groups, counts = [], [], []
+    for part in x.split(list(sizes)):
+        members = [[t] for t in range(len(part))]
+        for _ in range(rounds):
+            size = [float(len(group)) for group in members]
+            tokens, found = merge(part, part, size, rate ** (1 / rounds), window)
+            part = torch.stack(tokens) if tokens else part
+            members = [sorted(t for old in group for t in members[old]) for group in found]
+        begin = sum(map(len, groups))
+        groups += [[begin + t for t in group] for group in members]
+        values.append(part)
+        counts.append(len(part))
+    out = module(x, cu_seqlens=cu)
+    assert out.cu_seqlens.diff().tolist() == counts and sum(counts) <= 74 / rate + 5 * rounds
+    assert [[r for r in range(len(x)) if out.ids[r] == i] for i in range(len(groups))] == groups
+    assert out.sizes.tolist() == [len(group) for group in groups]
+    torch.testing.assert_close(out.values, torch.cat(values), rtol=1e-12, atol=1e-12)
+    lengths = torch.tensor(sizes)
+    padded = module(torch.nn.utils.rnn.pad_sequence(list(x.split(list(sizes))), True), lengths=lengths)
+    assert torch.equal(padded.values, out.values)
+    inside = torch.arange(41) < lengths[:, None]
+    assert torch.equal(padded.ids[inside.flatten()], out.ids) and (padded.ids[~inside.flatten()] == -1).all()
+    with pytest.raises(ValueError, match="rate must be at least 1 and finite, got 0.5"):
+        fc.nn.BipartiteMerge(0.5)
+
+
 def test_silence_is_alike_in_every_window():
     x = torch.cat([torch.zeros(4, 3), features("iid", 4, 3, torch.float32)])
     ids = [fc.bipartite_merge(x, 1.5, window=window).ids.tolist() for window in (0, 3, 8, None)]

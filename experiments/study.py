@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from experiments.selection import AttentionSelection, BlankRemoval, FrameSelection
 from fastcompress.lalm.checkpoints import write_file
 from fastcompress.lalm.evaluation import evaluate
 from fastcompress.lalm.examples import EncodedExamples, Examples
@@ -25,7 +26,7 @@ from fastcompress.lalm.manifest import read_manifest
 from fastcompress.lalm.recipes import build_small
 from fastcompress.lalm.runs import load_model, set_compression
 from fastcompress.lalm.training import Training, TrainingArguments
-from fastcompress.nn import BipartiteMerge, GreedySegments, IterativeFusion
+from fastcompress.nn import BipartiteMerge, GreedySegments, IterativeFusion, NoveltyPool
 
 #: Manifests that scores are reported on; ``dev`` is for choosing.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")
@@ -37,7 +38,7 @@ class Compression:
 
     Attributes:
         rule, reduce, keys: of the model's configuration; or in place of a rule
-        module: a compressor (``fastcompress.nn``), made anew for each model; or
+        module: a compressor (``fastcompress.nn`` or :class:`FrameSelection`), made anew for each model; or
         learned: how boundaries are learned, at 3 frames a token.
     """
 
@@ -59,7 +60,10 @@ class Compression:
         """Makes a model compress in this way."""
         set_compression(model, self.rule, self.reduce, self.keys)
         if self.module is not None:
-            model.use_compressor(self.module())
+            module = self.module()
+            if isinstance(module, FrameSelection):
+                module.attach(model)
+            model.use_compressor(module)
         if self.learned is not None:
             model.learn_boundaries(3.0, self.learned)
 
@@ -76,8 +80,9 @@ COMPRESSIONS = (
     Compression("local maxima", "local-max"),
     Compression("CTC change", "threshold:0.3,min_len=2,max_len=5", "mean", "ctc"),
 )
-#: Published methods, by what they are known as. Thresholds and the count were chosen for 3 frames a token on the
-#: development set of the digits, by the number of tokens alone; the rates of the others are what they are.
+#: Published methods, by what they are known as. Thresholds, the count and rates were chosen for 3 frames a token on the
+#: development set of the digits, by the number of tokens alone; what A-ToMe merges in one round, and the rates of those
+#: without such a number, are what they are.
 METHODS = (
     Compression("A-ToMe", module=partial(BipartiteMerge, 2.0)),
     Compression("FastAdaSP", "top-k:rate=3"),
@@ -89,6 +94,11 @@ METHODS = (
     Compression("Segmental CPC", "peak-height:0.04"),
     Compression("H-Net's router", learned="h-net"),
     Compression("CIF", learned="cif"),
+    Compression("AdaTS", module=partial(NoveltyPool, 0.2)),
+    Compression("LTBM", module=partial(BipartiteMerge, 3.0, 5)),
+    Compression("blank removal", module=partial(BlankRemoval, 0.5)),
+    Compression("CTC without blanks", "label-change:blank=0"),
+    Compression("first-layer attention", module=partial(AttentionSelection, 3.0)),
 )
 FROM_THE_START = (
     Compression("uniform pooling 4x", "uniform:4"),

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
 
@@ -16,7 +17,13 @@ pytest.importorskip("transformers")
 pytest.importorskip("peft")
 
 from experiments import report, share  # noqa: E402
-from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Study, spread  # noqa: E402
+from experiments.__main__ import SHIPPED  # noqa: E402
+from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread  # noqa: E402
+from fastcompress.lalm.examples import EncodedExamples, Examples  # noqa: E402
+from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
+from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.runs import load_model  # noqa: E402
+from fastcompress.lalm.training import Training, TrainingArguments  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 
 pytestmark = [
@@ -24,9 +31,14 @@ pytestmark = [
     pytest.mark.xdist_group("training"),
 ]
 
+DIGITS = SHIPPED.parents[1] / "digits" / "test.jsonl"
 BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, methods=())
+#: Methods that go through all of a study, by the frames a token that they aim at (short audio is rounded up to more
+#: tokens, in each round); each of the others, too, is tried on the shipped model.
+RATIOS = {"A-ToMe": 2, "FastAdaSP": 3, "CIF": 3, "LTBM": 3, "first-layer attention": 3}
+TRIED = tuple(method for method in METHODS if method.name in RATIOS)
 OTHER = dataclasses.replace(
-    BUDGET, compressions=COMPRESSIONS[:1], methods=METHODS, longer=COMPRESSIONS[:1], from_the_start=FROM_THE_START[:1]
+    BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, longer=COMPRESSIONS[:1], from_the_start=FROM_THE_START[:1]
 )
 
 
@@ -63,10 +75,10 @@ def test_every_row_is_there(records: list[Path]):
     sampling = next(row for row in rows if row["compression"] == "uniform sampling 3x")
     assert sampling["reduce"] == "first"
     assert next(row for row in rows if row["compression"] == "CTC change")["keys"] == "ctc"
-    for name, ratio in (("A-ToMe", 2), ("FastAdaSP", 3), ("CIF", 3)):
+    for name, ratio in RATIOS.items():
         for row in rows:
             if row["compression"] == name:
-                assert row["scores"]["test"]["ratio"] == pytest.approx(ratio, rel=0.1), name
+                assert row["scores"]["test"]["ratio"] == pytest.approx(ratio, rel=0.15), name
 
 
 def test_what_is_there_is_not_computed_again(records: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch):
@@ -91,7 +103,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert "2 seeds" in lines[0]
     assert lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | exact % | prefill ms |")
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
-        (*COMPRESSIONS, *METHODS)
+        (*COMPRESSIONS, *TRIED)
     ) + len(FROM_THE_START) + len(OTHER.longer)
     for row in rows[1:]:
         row["scores"]["test-engine"] = row["scores"]["test"]
@@ -102,6 +114,33 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
         draw(rows, tmp_path / "plot.png")
         assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
         (tmp_path / "plot.png").unlink()
+
+
+@pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
+def test_methods_on_the_shipped_model(method: Compression, tmp_path: Path):
+    """Compress as they say, learn without changing what they do not, and write."""
+    model, processor = load_model(SHIPPED)
+    examples = EncodedExamples(Examples(read_manifest(DIGITS)[:4], processor), model)
+    batch = examples.batch(range(4), targets=False)
+    frames, lengths = batch["frames"], batch["frame_lengths"]
+    before = frames.clone()
+    model.train_encoder(False)
+    method.apply(model)
+    tokens = model.compress(frames, lengths).cu_seqlens.diff()
+    assert (tokens < lengths).all() and tokens.sum() > 0 and torch.equal(frames, before)
+    head = model.ctc_head.weight.clone()
+    model = add_lora(model, rank=4)
+    arguments = TrainingArguments(steps=2, batch_size=4, augment=False, save_every=0, log_every=1, warmup_steps=0)
+    rows: list[dict[str, float]] = []
+    Training(model, examples, arguments, tmp_path).run(lambda step, row: rows.append(row))
+    assert len(rows) == 2 and all(0 < row["grad_norm"] < float("inf") for row in rows)
+    assert 0 < rows[0]["audio_tokens"] < rows[0]["audio_frames"] == lengths.sum()
+    changed = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert any("lora" in name for name in changed) and any("projector" in name for name in changed)
+    assert not any("ctc_head" in name for name in changed) and torch.equal(unwrap(model).ctc_head.weight, head)
+    model.eval()
+    written = unwrap(model).generate(**batch, max_new_tokens=3)
+    assert written.shape[0] == 4 and written.shape[1] > batch["input_ids"].shape[1]
 
 
 def test_budgets_go_to_other_processes():

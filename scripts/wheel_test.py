@@ -92,7 +92,7 @@ def used_by(wheel: Path, folder: Path, python: Path) -> list[list[str]]:
 
 
 def pip(python: Path) -> list[str]:
-    return [sys.executable, "-m", "pip", "--python", str(python), "install", "-q"]
+    return [sys.executable, "-m", "pip", "--python", str(python), "install", "-q", "--no-compile"]
 
 
 def share_torch(folder: Path) -> None:

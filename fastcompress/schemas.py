@@ -28,6 +28,8 @@ SCHEMAS = (
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
+    # Of PyTorch's own kernels on every device.
+    f"nearest_odd(Tensor keys, {LAYOUT}) -> (Tensor, Tensor)",
     # Packing: row_group and audios to the rows of the packed input; see fastcompress/ops/pack.py.
     f"pack_map(Tensor row_group, Tensor? ids, {LAYOUT}, Tensor audio_cu_seqlens, SymInt num_embeddings,"
     " SymInt num_audio_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",

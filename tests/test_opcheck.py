@@ -46,6 +46,7 @@ def samples() -> Iterator[Any]:
                 yield sample("adjacent_distance", name, leaf, cu, lengths, 2)
                 yield sample("adjacent_distance_backward", name, torch.randn_like(d), x, cu, lengths, 2)
                 yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
+                yield sample("nearest_odd", name, x, cu, lengths)
             for compact in (True, False):
                 for rule in RULES:
                     what = f"{name}-{rule}-compact={compact}"

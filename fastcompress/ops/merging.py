@@ -14,9 +14,11 @@ from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.reference.distance import accumulate_dtype
+from fastcompress.schemas import LIBRARY
 from fastcompress.segments import Segments, row_segments
 
 _greedy_op: Op[Tensor] = torch.ops.fastcompress.greedy_boundaries.default
+_nearest_op: Op[tuple[Tensor, Tensor]] = torch.ops.fastcompress.nearest_odd.default
 
 
 def greedy_segments(
@@ -112,8 +114,8 @@ def bipartite_merge(
         cu_seqlens, lengths: as in :func:`adjacent_distance`.
 
     Returns:
-        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None``, which
-        ``torch.compile`` cannot take in one piece, also where each sequence is.
+        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None`` also where
+        each sequence is.
 
     Raises:
         TypeError, ValueError: an argument that does not fit.
@@ -135,12 +137,9 @@ def bipartite_merge(
     rows = x.flatten(0, -2)
     count = rows.shape[0]
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
-    if count == 0:
-        none = torch.zeros(0, dtype=torch.int64, device=x.device)
-        return Merged(rows, offsets * 0, x.new_zeros(0, dtype=accumulate_dtype(x.dtype)), none)
     row = torch.arange(count, device=x.device)
     if window is None:
-        near, partner = _nearest_anywhere(keys.detach().flatten(0, -2), runs, row)
+        near, partner = _nearest_op(keys.detach(), cu_seqlens, lengths)
     else:
         layout = {"cu_seqlens": cu_seqlens, "lengths": lengths}
         near, partner = _nearest_within(keys.detach(), runs, row, max(1, window), window == 0, layout)
@@ -247,25 +246,28 @@ def _nearest_within(
     for lag in range(1, window + 1, 2):
         d = adjacent_distance(keys, lag=lag, **layout).reshape(-1).nan_to_num(torch.inf)
         candidates = [(d, lag)]
-        if not ahead and lag < count:
-            candidates.append((torch.nn.functional.pad(d[:-lag], (lag, 0), value=torch.inf), -lag))
+        if not ahead:
+            candidates.append((torch.nn.functional.pad(d, (lag, 0), value=torch.inf)[:count], -lag))
         for found, step in candidates:
             better = found < best  # of equals the nearer, then the later
             best, partner = torch.where(better, found, best), torch.where(better, row + step, partner)
     return best, partner
 
 
-def _nearest_anywhere(keys: Tensor, runs: Runs, row: Tensor) -> tuple[Tensor, Tensor]:
+def _nearest_odd(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
     """The same among all rows of the sequence, for even ones: a matrix of even and odd rows, sequence by sequence.
 
-    Products are those of the library for matrices: equal distances may differ in their last digit.
+    An op, as tracing would take the loop for that of one batch. Products are those of the library for matrices: equal
+    distances may differ in their last digit.
     """
+    runs = find_runs(keys.shape[:-1], keys.device, cu_seqlens, lengths, None)
+    rows = keys.flatten(0, -2)
     wide = accumulate_dtype(keys.dtype)
-    best = torch.full(row.shape, torch.inf, dtype=wide, device=keys.device)
-    partner = row.clone()
+    best = torch.full(rows.shape[:1], torch.inf, dtype=wide, device=keys.device)
+    partner = torch.arange(rows.shape[0], device=keys.device)
     begins = runs.first.nonzero()[:, 0]
     for begin, length in torch.stack([begins, runs.length[begins]], 1).tolist():
-        part = keys[begin : begin + length].to(wide)
+        part = rows[begin : begin + length].to(wide)
         norm = part.norm(dim=-1, keepdim=True)
         unit = part / norm.clamp_min(1e-8)
         with torch.autocast(keys.device.type, enabled=False):
@@ -283,6 +285,16 @@ def _nearest_anywhere(keys: Tensor, runs: Runs, row: Tensor) -> tuple[Tensor, Te
         best[begin : begin + length : 2] = least
         partner[begin : begin + length : 2] += torch.where(first < 4 * length, step, 0)
     return best, partner
+
+
+LIBRARY.impl("nearest_odd", _nearest_odd, "CompositeExplicitAutograd")
+
+
+@torch.library.register_fake("fastcompress::nearest_odd")
+def _(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
+    rows = keys.flatten(0, -2).shape[0]
+    best = keys.new_empty(rows, dtype=accumulate_dtype(keys.dtype))
+    return best, keys.new_empty(rows, dtype=torch.int64)
 
 
 def _runs(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Runs:

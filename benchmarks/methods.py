@@ -1,4 +1,4 @@
-"""Published methods against the form in which they are published: a loop, or tensor operations, in PyTorch.
+"""Published methods against the form in which they are published (:mod:`benchmarks.published`).
 
 Every form takes the same batch and gives the tokens of all sequences, one after the other. Ours is held to the form
 next to it before either is timed: as many tokens, values equal to rounding.
@@ -6,63 +6,27 @@ next to it before either is timed: as many tokens, values equal to rounding.
 
 from __future__ import annotations
 
-import itertools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
-from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
+from benchmarks import published
 from benchmarks.cases import buffer_count, cu_seqlens, features, random_lengths
 from benchmarks.checks import WrongResult
+from benchmarks.published import Batch, MethodCase, each
 from benchmarks.timing import Disturbance, Samples, interleave
 
 OURS = "fastcompress"
 #: A CTC head's units, the blank first.
 UNITS = 40
-
-
-@dataclass(frozen=True)
-class MethodCase:
-    """Frames of each sequence, and their width."""
-
-    name: str
-    lengths: tuple[int, ...]
-    dim: int
-
-    @property
-    def few(self) -> int:
-        """A number of tokens that takes a few halvings."""
-        return max(self.lengths) // 7
-
-
+PROMINENCE = "local-max:prominence=0.1,normalize=True"
 CASE = MethodCase("8 clips", random_lengths(8, 1350, 1500, seed=5), 1280)
 QUICK = MethodCase("quick", random_lengths(3, 60, 90, seed=5), 128)
-
-
-@dataclass(frozen=True)
-class Batch:
-    """A batch as the forms take it.
-
-    Attributes:
-        x: ``[N, D]``; ``cu_seqlens`` ``[B + 1]`` int32.
-        alpha: ``[N]`` fp32, weights of integrate-and-fire that fire every third frame or so; below 1.
-        labels: ``[N]`` int64, of a CTC head: runs of a few frames.
-    """
-
-    case: MethodCase
-    x: Tensor
-    cu_seqlens: Tensor
-    alpha: Tensor
-    labels: Tensor
-
-    def parts(self) -> list[Tensor]:
-        """The frames of each sequence."""
-        return list(self.x.split(list(self.case.lengths)))
 
 
 def batches(case: MethodCase, dtype: torch.dtype, last_level_cache: int) -> list[Batch]:
@@ -73,81 +37,17 @@ def batches(case: MethodCase, dtype: torch.dtype, last_level_cache: int) -> list
     alpha = 0.66 * torch.rand(count, generator=g)
     runs = torch.randint(1, 6, (count,), generator=g)
     labels = torch.randint(0, UNITS, (count,), generator=g).repeat_interleave(runs)[:count]
-    first = Batch(case, x, cu_seqlens(case.lengths), alpha, labels)
+    blank = torch.where(torch.rand(count, generator=g) < 2 / 3, 0.95, 0.1)
+    router = fc.nn.LearnedBoundary(case.dim, reduce="first").requires_grad_(False)
+    for projection in (router.query, router.key):
+        projection.weight.normal_(std=case.dim**-0.5, generator=g)
+    first = Batch(case, x, cu_seqlens(case.lengths), alpha, labels, blank, router.to(dtype))
     copies = buffer_count(x.nbytes, last_level_cache) - 1
     return [first, *(Batch(**(vars(first) | {"x": x.clone()})) for _ in range(copies))]
 
 
-# --- what the published forms share ----------------------------------------------------------------------------------
-
-
-def cosines(x: Tensor) -> Tensor:
-    """``[T - 1]`` fp32, of neighbours."""
-    x = x.float()
-    return F.cosine_similarity(x[:-1], x[1:], dim=-1)
-
-
-def means(x: Tensor, starts: Sequence[int]) -> Tensor:
-    """Of the segments that begin there, one after the other. By ``split``, whose backward is one concatenation: that of
-    a slice is as large as the sequence, for each segment."""
-    sizes = [b - a for a, b in zip(starts, [*starts[1:], len(x)], strict=True)]
-    return torch.stack([segment.mean(0) for segment in x.split(sizes)])
-
-
-def each(form: Callable[[Tensor], Tensor]) -> Callable[[Batch], Tensor]:
-    """A form of one sequence, for sequence after sequence."""
-    return lambda batch: torch.cat([form(part) for part in batch.parts()])
-
-
-# --- integrate-and-fire ----------------------------------------------------------------------------------------------
-
-
 def fire(batch: Batch) -> Tensor:
     return fc.integrate_and_fire(batch.x, batch.alpha, cu_seqlens=batch.cu_seqlens, tail=None).values
-
-
-def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
-    lengths = list(batch.case.lengths)
-    return pad_sequence(batch.parts(), True), pad_sequence(list(batch.alpha.split(lengths)), True).double()
-
-
-def fire_by_scatter(batch: Batch) -> Tensor:
-    """As torch_cif: each frame is added to the token that is open before it and to the one that is open behind it.
-
-    Sums of weights in fp64, for the same tokens; no frame fires twice here, so that its loop over further ones is gone.
-    """
-    x, alpha = _padded(batch)
-    sums = alpha.cumsum(1)
-    right = sums.floor().long()
-    left = right.roll(1, 1)
-    left[:, 0] = 0
-    counts = right[:, -1]
-    over = torch.where(right > left, sums - right, 0.0)
-    out = x.new_zeros(x.shape[0], int(counts.max()) + 1, x.shape[2], dtype=torch.float32)
-    out = out.scatter_add(1, left[..., None].expand(x.shape), (alpha - over).float()[..., None] * x)
-    out = out.scatter_add(1, right[..., None].expand(x.shape), over.float()[..., None] * x)
-    return torch.cat([row[:n] for row, n in zip(out, counts.tolist(), strict=True)]).to(x.dtype)
-
-
-def fire_by_loop(batch: Batch) -> Tensor:
-    """As FunASR: frame after frame, all sequences at once. By ``unbind``, as in :func:`means`."""
-    x, alpha = _padded(batch)
-    columns = x.unbind(1)
-    filled, frame = alpha.new_zeros(len(x)), x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32)
-    frames, fires = [], []
-    for t in range(x.shape[1]):
-        room = 1.0 - filled
-        filled = filled + alpha[:, t]
-        fires.append(filled >= 1.0)
-        now = torch.where(fires[-1], room, alpha[:, t])
-        frame = frame + now.float()[:, None] * columns[t]
-        frames.append(frame)
-        filled = torch.where(fires[-1], filled - 1.0, filled)
-        frame = torch.where(fires[-1][:, None], (alpha[:, t] - now).float()[:, None] * columns[t], frame)
-    return torch.stack(frames, 1)[torch.stack(fires, 1)].to(x.dtype)
-
-
-# --- merging ---------------------------------------------------------------------------------------------------------
 
 
 def greedy(batch: Batch) -> Tensor:
@@ -155,136 +55,83 @@ def greedy(batch: Batch) -> Tensor:
     return fc.segment_reduce(batch.x, segments)
 
 
-def greedy_by_loop(x: Tensor) -> Tensor:
-    """As SA-MAP: frame after frame against the members of the open group."""
-    unit = F.normalize(x.float(), dim=-1)
-    starts = [0]
-    for t in range(1, len(x)):
-        if not bool((unit[starts[-1] : t] @ unit[t]).mean() >= 0.5):
-            starts.append(t)
-    return means(x, starts)
-
-
 def adjacent_merge(batch: Batch) -> Tensor:
     return fc.bipartite_merge(batch.x, 1.6, cu_seqlens=batch.cu_seqlens).values
 
 
-def adjacent_merge_published(x: Tensor) -> Tensor:
-    """As A-ToMe: the most similar pairs of an even and the next odd frame."""
-    order = cosines(x)[::2].argsort(descending=True, stable=True)
-    merged = order[: len(x) - _kept(len(x), 1.6)]
-    total = x.float()
-    count = x.new_ones(len(x), dtype=torch.float32)
-    total = total.index_add(0, 2 * merged + 1, x[2 * merged].float())
-    count = count.index_add(0, 2 * merged + 1, torch.ones(len(merged)))
-    stays = torch.ones(len(x), dtype=torch.bool).index_fill(0, 2 * merged, False)
-    return (total[stays] / count[stays, None]).to(x.dtype)
-
-
-def _kept(length: int, rate: float) -> int:
-    return -int(-length // rate)
-
-
-def anywhere(batch: Batch) -> Tensor:
-    return fc.bipartite_merge(batch.x, 2.0, window=None, cu_seqlens=batch.cu_seqlens).values
-
-
-def anywhere_published(x: Tensor) -> Tensor:
-    """As ToMe: each even frame's best odd one; tokens put back in order."""
-    unit = F.normalize(x.float(), dim=-1)
-    best, partner = (unit[::2] @ unit[1::2].T).max(1)
-    merged = best.argsort(descending=True, stable=True)[: len(x) - _kept(len(x), 2.0)]
-    target = 2 * partner[merged] + 1
-    total = x.float().index_add(0, target, x[2 * merged].float())
-    count = x.new_ones(len(x), dtype=torch.float32).index_add(0, target, torch.ones(len(merged)))
-    stays = torch.ones(len(x), dtype=torch.bool).index_fill(0, 2 * merged, False)
-    return (total[stays] / count[stays, None]).to(x.dtype)
-
-
-# --- rules -----------------------------------------------------------------------------------------------------------
+def merge(window: int | None) -> Callable[[Batch], Tensor]:
+    return lambda batch: fc.bipartite_merge(batch.x, 2.0, window=window, cu_seqlens=batch.cu_seqlens).values
 
 
 def pool(rule: str) -> Callable[[Batch], Tensor]:
     return lambda batch: fc.segment_pool(batch.x, cu_seqlens=batch.cu_seqlens, rule=rule).values
 
 
-def top_k_published(x: Tensor) -> Tensor:
-    """As FastAdaSP: the most similar neighbours are merged, chains of them into one."""
-    keep = _kept(len(x), 3.0)
-    merged = cosines(x).argsort(descending=True, stable=True)[: len(x) - keep]
-    starts = torch.ones(len(x), dtype=torch.bool).index_fill(0, merged + 1, False)
-    ids = starts.long().cumsum(0) - 1
-    total = x.new_zeros(keep, x.shape[1], dtype=torch.float32).index_add(0, ids, x.float())
-    return (total / torch.bincount(ids, minlength=keep)[:, None]).to(x.dtype)
+def novelty(batch: Batch) -> Tensor:
+    tokens: Tensor = fc.nn.NoveltyPool(0.2)(batch.x, cu_seqlens=batch.cu_seqlens).values
+    return tokens
 
 
-def lookback_published(x: Tensor) -> Tensor:
-    """As Affinity Pooling: the last three members of the open group."""
-    near = [(1 - F.cosine_similarity(x[:-lag].float(), x[lag:].float()) <= 0.5).tolist() for lag in (1, 2, 3)]
-    starts = [0]
-    for t in range(1, len(x)):
-        if not any(near[lag - 1][t - lag] for lag in range(1, min(3, t - starts[-1]) + 1)):
-            starts.append(t)
-    return means(x, starts)
+def route(batch: Batch) -> Tensor:
+    tokens: Tensor = batch.router(batch.x, cu_seqlens=batch.cu_seqlens).values
+    return tokens
 
 
-def label_change(batch: Batch) -> Tensor:
+def label_change(batch: Batch, weights: Tensor | None = None) -> Tensor:
     rule = fc.LabelChange()
-    return fc.segment_pool(batch.x, cu_seqlens=batch.cu_seqlens, rule=rule, labels=batch.labels).values
+    pooled = fc.segment_pool(batch.x, cu_seqlens=batch.cu_seqlens, rule=rule, labels=batch.labels, weights=weights)
+    return pooled.values
 
 
-def label_change_published(batch: Batch) -> Tensor:
-    """As CTC compression: a matrix of weights for each sequence, and a batched product."""
-    lengths = list(batch.case.lengths)
-    runs = [[len(list(run)) for _, run in itertools.groupby(row.tolist())] for row in batch.labels.split(lengths)]
-    x = pad_sequence(batch.parts(), True)
-    weights = x.new_zeros(len(x), max(map(len, runs)), x.shape[1])
-    for b, sizes in enumerate(runs):
-        begin = 0
-        for i, size in enumerate(sizes):
-            weights[b, i, begin : begin + size] = 1.0 / size
-            begin += size
-    out = torch.bmm(weights, x)
-    return torch.cat([row[: len(sizes)] for row, sizes in zip(out, runs, strict=True)])
+def weighted_label_change(batch: Batch) -> Tensor:
+    return label_change(batch, batch.alpha)
+
+
+def keep_speech(batch: Batch) -> Tensor:
+    groups = torch.where(batch.blank > 0.9, -1, 1).int()
+    return fc.segment_pool(batch.x, cu_seqlens=batch.cu_seqlens, rule="uniform:1", row_group=groups).values
 
 
 def fusion(batch: Batch) -> Tensor:
     return fc.iterative_fusion(batch.x, batch.case.few, weights=batch.alpha, cu_seqlens=batch.cu_seqlens).values
 
 
-def fusion_published(batch: Batch) -> Tensor:
-    """As FastLongSpeech: rounds of the most similar neighbours, sequence after sequence, weights carried along."""
-    tokens = []
-    for x, weight in zip(batch.parts(), batch.alpha.split(list(batch.case.lengths)), strict=True):
-        while len(x) > batch.case.few:
-            keep = max(-(-len(x) // 2), batch.case.few)
-            merged = cosines(x).argsort(descending=True, stable=True)[: len(x) - keep]
-            ids = torch.ones(len(x), dtype=torch.long).index_fill(0, merged + 1, 0).cumsum(0) - 1
-            total = x.new_zeros(keep, x.shape[1], dtype=torch.float32).index_add(0, ids, x.float() * weight[:, None])
-            weight = weight.new_zeros(keep).index_add(0, ids, weight)
-            x = (total / weight[:, None]).to(x.dtype)
-        tokens.append(x)
-    return torch.cat(tokens)
-
-
 @dataclass(frozen=True)
 class Method:
-    """A method: our line, and how it is published; the first form is what ours is held to."""
+    """A method.
+
+    Attributes:
+        ours: our line.
+        published: how it is published; ours is held to each.
+        needs: a package without which the method is left out.
+    """
 
     name: str
     ours: Callable[[Batch], Tensor]
     published: dict[str, Callable[[Batch], Tensor]]
+    needs: str | None = None
+
+    @property
+    def available(self) -> bool:
+        return self.needs is None or importlib.util.find_spec(self.needs) is not None
 
 
 METHODS = (
-    Method("CIF", fire, {"scatter_add, padded": fire_by_scatter, "loop over frames": fire_by_loop}),
-    Method("SA-MAP's merge", greedy, {"loop over frames": each(greedy_by_loop)}),
-    Method("A-ToMe", adjacent_merge, {"per sequence": each(adjacent_merge_published)}),
-    Method("ToMe", anywhere, {"per sequence": each(anywhere_published)}),
-    Method("FastAdaSP", pool("top-k:rate=3"), {"per sequence": each(top_k_published)}),
-    Method("FastLongSpeech", fusion, {"per sequence": fusion_published}),
-    Method("Affinity Pooling", pool("lookback:3,threshold=0.5"), {"loop over frames": each(lookback_published)}),
-    Method("CTC compression", label_change, {"bmm, padded": label_change_published}),
+    Method("CIF", fire, {"scatter_add, padded": published.fire_by_scatter, "loop over frames": published.fire_by_loop}),
+    Method("SA-MAP's merge", greedy, {"loop over frames": each(published.greedy_by_loop)}),
+    Method("A-ToMe", adjacent_merge, {"per sequence": each(published.adjacent_merge)}),
+    Method("ToMe", merge(None), {"per sequence": each(published.anywhere)}),
+    Method("LTBM", merge(5), {"per sequence": each(published.nearby)}),
+    Method("FastAdaSP", pool("top-k:rate=3"), {"per sequence": each(published.top_k)}),
+    Method("FastLongSpeech", fusion, {"per sequence": published.fusion}),
+    Method("Affinity Pooling", pool("lookback:3,threshold=0.5"), {"loop over frames": each(published.lookback)}),
+    Method("AdaTS", novelty, {"loop over frames": each(published.novelty)}),
+    Method("UnsupSeg", pool(PROMINENCE), {"per sequence": each(published.prominent_peaks)}, needs="scipy"),
+    Method("Segmental CPC", pool("peak-height:0.04"), {"per sequence": each(published.high_peaks)}),
+    Method("H-Net's router", route, {"packed": published.route}),
+    Method("CTC compression", label_change, {"bmm, padded": published.label_change}),
+    Method("CTC compression, weighted", weighted_label_change, {"bmm, padded": published.weighted_label_change}),
+    Method("blank removal", keep_speech, {"per sequence": published.speech}),
 )
 
 
@@ -328,6 +175,9 @@ def measure(
     leaves = [Batch(**(vars(b) | {"x": b.x.detach().requires_grad_()})) for b in inputs]
     tables = []
     for method in METHODS:
+        if not method.available:
+            print(f"no {method.name}: {method.needs} is not installed")
+            continue
         forms = {OURS: method.ours, **method.published}
         with torch.no_grad():
             results = {name: form(inputs[0]) for name, form in forms.items()}

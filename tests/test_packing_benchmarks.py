@@ -57,7 +57,7 @@ def test_published_methods(dtype: torch.dtype):
     """Every published form gives our tokens, and the same gradients."""
     (batch, *_) = methods.batches(methods.QUICK, dtype, 1 << 10)
     batch = methods.Batch(**(vars(batch) | {"x": batch.x.requires_grad_()}))
-    for method in methods.METHODS:
+    for method in filter(lambda method: method.available, methods.METHODS):
         ours = method.ours(batch)
         grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
         mine = torch.autograd.grad(ours, batch.x, grad)[0]

@@ -15,7 +15,8 @@ _UNKNOWN = 0x7FFFF000
 class WavePipe:
     """Samples of a WAV stream: PCM of 8, 16, 24 or 32 bits, or floating of 32 or 64.
 
-    Where the header does not know the length, or promises 2 GiB and more, the stream's end is the end.
+    Where the header does not know the length, or promises 2 GiB and more, the stream's end is the end. A length of 0 is
+    one that is not known, unless another chunk follows at once, within the length of the whole.
 
     Args:
         stream: binary, at the first byte.
@@ -23,7 +24,7 @@ class WavePipe:
     Attributes:
         samplerate: Hz.
         channels: how many.
-        frames: samples of a channel that the header promises; 0: not known.
+        frames: samples of a channel that the header promises; 0: not known, or none.
 
     Raises:
         ValueError: no WAV, or an encoding that is not known here.
@@ -31,15 +32,18 @@ class WavePipe:
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
+        self._ahead = b""  # read from it already
         head = self._exactly(12)
         if head[:4] != b"RIFF" or head[8:] != b"WAVE":
             raise ValueError(f"must be WAV with its header, but begins with {head[:4]!r}")
-        form = b""
+        form, place, end = b"", 12, 8 + struct.unpack("<I", head[4:8])[0]
         while True:
             name, size = struct.unpack("<4sI", self._exactly(8))
+            place += 8
             if name == b"data":
                 break
             content = self._exactly(size + size % 2)
+            place += len(content)
             if name == b"fmt ":
                 form = content
         if len(form) < 16:
@@ -58,7 +62,8 @@ class WavePipe:
             )
         self._width = bits // 8
         self.frames: int = 0 if size >= _UNKNOWN else size // self._size
-        self._left = self.frames or None
+        is_known = self._is_chunk(end - place) if size == 0 and place < end < _UNKNOWN else 0 < size < _UNKNOWN
+        self._left = self.frames if is_known else None
 
     def read(self, frames: int) -> np.ndarray:
         """The next samples, float32 ``[frames, channels]``, full scale at 1; fewer at the end, and then none."""
@@ -77,9 +82,19 @@ class WavePipe:
             samples = wide.view("<i4")[:, 0].astype(np.float32) / np.float32(2**31)
         return samples.reshape(-1, self.channels)
 
+    def _is_chunk(self, most: int) -> bool:
+        """Whether what comes next is a name and the size of a chunk of so many bytes at most, and no samples."""
+        self._ahead = self._some(8)
+        if len(self._ahead) < 8:
+            return False
+        name, size = self._ahead[:4], int.from_bytes(self._ahead[4:], "little")
+        return name.isascii() and name.decode().isprintable() and 8 + size <= most
+
     def _some(self, count: int) -> bytes:
         """So many bytes, or those up to the end."""
-        parts = []
+        parts = [self._ahead[:count]]
+        self._ahead = self._ahead[count:]
+        count -= len(parts[0])
         while count and (part := self._stream.read(count)):
             parts.append(part)
             count -= len(part)

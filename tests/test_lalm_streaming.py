@@ -6,6 +6,7 @@ import io
 import os
 import random
 import signal
+import struct
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -399,6 +400,22 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
     assert "".join(text for text, _ in seen) == "five four five seven four six\n"
     assert seen[0] == ("five", False)
     assert capsys.readouterr().err.startswith("-: 2.97 s, computed in ")
+
+
+def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Its header knows no length and says first what wrote it, which is not heard, nor what follows a known length."""
+    content = DIGITS[1].read_bytes()
+    place = content.index(b"data")
+    tag = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+    loud = b"LIST" + struct.pack("<I", 16_000) + bytes(range(1, 251)) * 64
+    streams = [content[:4] + struct.pack("<I", len(content) + len(loud) - 8) + content[8:] + loud]
+    for size in (b"\0\0\0\0", b"\xff\xff\xff\xff"):
+        streams.append(content[:4] + size + content[8:place] + tag + b"data" + size + content[place + 8 :])
+    for piped in streams:
+        monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=io.BytesIO(piped)))
+        assert main(command("-", "--stream")) == 0
+        captured = capsys.readouterr()
+        assert captured.out == "five four five seven four six\n" and captured.err.startswith("-: 2.97 s, computed in ")
 
 
 def test_the_first_interrupt_ends_the_input_alone():

@@ -74,6 +74,41 @@ def test_other_chunks(tmp_path: Path):
     np.testing.assert_array_equal(WavePipe(Pipe(more)).read(1000), WavePipe(Pipe(content)).read(1000))
 
 
+LIST = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
+
+
+def as_riff(content: bytes, size: int) -> bytes:
+    """All of it promises as much."""
+    return content[:4] + struct.pack("<I", size) + content[8:]
+
+
+@pytest.mark.parametrize("riff", [0, 36, 36 + len(LIST), 236 + len(LIST), 0x7FFFF024, 0xFFFFFFFF])
+@pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
+def test_as_ffmpeg_writes_to_a_pipe(tmp_path: Path, riff: int, size: int):
+    """What wrote it stands between format and samples, and no length is known; or a header that nobody came back to."""
+    content = written(tmp_path / "a.wav", channels=1, subtype="PCM_16")
+    place = content.index(b"data")
+    piped = as_riff(content[:place] + LIST + with_size(content, size)[place:], riff)
+    wanted = soundfile.read(tmp_path / "a.wav", dtype="float32", always_2d=True)[0]
+    for most in (1 << 20, 7):
+        pipe = WavePipe(Pipe(piped, most))
+        assert pipe.frames == 0
+        np.testing.assert_array_equal(pipe.read(1000), wanted)
+    np.testing.assert_array_equal(np.concatenate(list(audio_blocks(Pipe(piped)))), wanted[:, 0])
+
+
+@pytest.mark.parametrize("size, heard", [(0, 0), (1, 0), (3, 0), (4, 1), (400, 100)])
+def test_chunks_behind_the_samples_are_not_heard(tmp_path: Path, size: int, heard: int):
+    content = written(tmp_path / "a.wav", subtype="PCM_16")  # a frame is four bytes
+    begin = content.index(b"data") + 8
+    whole = with_size(content, size)[: begin + size] + b"\0" * (size % 2) + LIST
+    pipe = WavePipe(Pipe(as_riff(whole, len(whole) - 8)))
+    assert pipe.frames == heard and len(pipe.read(1000)) == heard and not len(pipe.read(1000))
+    if not heard:
+        with pytest.raises(AudioError, match=r"<stdin>: holds no audio \(0 seconds\)"):
+            list(audio_blocks(Pipe(as_riff(whole, len(whole) - 8))))
+
+
 def test_a_stream_that_breaks_off_gives_what_it_held(tmp_path: Path):
     content = written(tmp_path / "a.wav", subtype="PCM_16")
     assert len(WavePipe(Pipe(content[:-6])).read(1000)) == 98

@@ -13,20 +13,39 @@ from fastcompress.segments import Segments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
+_INTEGERS = (*INDEX_DTYPES, torch.int16, torch.int8, torch.uint8)
 #: Label of a row that takes no part in the loss: what ``torch.nn.functional.cross_entropy`` and transformers ignore.
 IGNORED_LABEL = -100
 
 
-def check_float(name: str, x: Tensor | None) -> None:
+def check_dense(name: str, x: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
+    if x.layout != torch.strided:  # sparse, nested
+        raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+
+
+def check_float(name: str, x: Tensor | None) -> None:
+    check_dense(name, x)
+    assert x is not None
     if x.dtype not in DTYPES:
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {x.dtype}")
 
 
+def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
+    """Checks that a tensor holds integers of any size; ``bools``: or those."""
+    check_dense(name, x)
+    if x.dtype not in _INTEGERS and not (bools and x.dtype == torch.bool):
+        raise TypeError(f"{name} must be {'bool or integer' if bools else 'integers'}, got {x.dtype}")
+
+
+def check_number(name: str, value: float) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
+        raise TypeError(f"{name} must be a number, got {value!r}")
+
+
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
-    if not isinstance(tensor, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(tensor).__name__}")
+    check_dense(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
 
@@ -118,6 +137,8 @@ def check_segments(segments: Segments, like: Tensor) -> None:
             raise TypeError(f"{name} must be int64, got {tensor.dtype}")
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have shape [M], got {list(tensor.shape)}")
+    if not isinstance(segments.num_rows, (int, torch.SymInt)) or segments.num_rows < 0:
+        raise ValueError(f"segments.num_rows must be a whole number, got {segments.num_rows!r}")
     if segments.starts.shape != segments.lengths.shape:
         raise ValueError(
             f"segments.starts and segments.lengths must have one shape, got {list(segments.starts.shape)} "

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcompress.checks import (
     INDEX_DTYPES,
+    check_dense,
     check_float,
     check_layout,
     check_layout_values,
@@ -127,8 +128,7 @@ torch.export.register_dataclass(PackedInputs, serialized_type_name="fastcompress
 
 
 def _check_ids(name: str, ids: Tensor, shape: torch.Size | None = None) -> None:
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"{name} must be a tensor, got {type(ids).__name__}")
+    check_dense(name, ids)
     if ids.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
     if shape is not None and ids.shape != shape:

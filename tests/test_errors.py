@@ -48,6 +48,17 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.select_boundaries(3, "local-max"), TypeError, "d must be a tensor, got int"),
     (lambda: fc.select_boundaries(D.bool(), "local-max"), TypeError, "got torch.bool"),
     (lambda: fc.select_boundaries(Y, "local-max"), ValueError, "the input must have shape [N] or [B, T], got [2, 4, 3]"),
+    (lambda: fc.adjacent_distance(X.to_sparse()), TypeError, "x must be a dense tensor, got layout torch.sparse_coo"),
+    (lambda: fc.segment_pool(X, row_group=X[:, 0].int().to_sparse()), TypeError, "row_group must be a dense tensor"),
+    (lambda: fc.segments_from_ids(X[:, 0].int().to_sparse()), TypeError, "ids must be a dense tensor, got layout torch.sparse_coo"),
+    (lambda: fc.row_groups(X[:, 0].int().to_sparse(), 3), TypeError, "input_ids must be a dense tensor"),
+    (lambda: fc.segment_pool(X[:1].expand(2**31, 3)), ValueError, "the input must have fewer than 2**31 rows, which int32 offsets count, got 2147483648"),
+    (lambda: fc.select_boundaries(D[:1].expand(2**20, 2**11), "uniform:2"), ValueError, "the input must have fewer than 2**31 rows"),
+    # Numbers
+    (lambda: fc.integrate_and_fire(X, D, beta="1"), TypeError, "beta must be a number, got '1'"),
+    (lambda: fc.integrate_and_fire(X, D, tail=True), TypeError, "tail must be a number, got True"),
+    (lambda: fc.bipartite_merge(X, D), TypeError, "rate must be a number, got tensor"),
+    (lambda: fc.greedy_segments(X, None), TypeError, "threshold must be a number, got None"),
     # The rule
     (lambda: fc.segment_pool(X, rule=3), TypeError, "rule must be a fastcompress.Rule or a string, got int"),
     (lambda: fc.segment_pool(X, rule="mode"), ValueError, "unknown rule 'mode'"),
@@ -98,6 +109,8 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_expand(X, GOOD), ValueError, "y must have shape [2, D], a row a segment, got [5, 3]"),
     (lambda: fc.segment_expand(X[0, :2], GOOD), ValueError, "y must have shape [2, D], a row a segment, got [2]"),
     (lambda: fc.segment_expand(X.int(), GOOD), TypeError, "y must be float32"),
+    (lambda: fc.segment_expand(X[:2], segments(ints(0, 2), ints(2, 3), -1)), ValueError, "segments.num_rows must be a whole number, got -1"),
+    (lambda: fc.segment_reduce(X, segments(ints(0, 2), ints(2, 3), 5.0)), ValueError, "segments.num_rows must be a whole number, got 5.0"),
     (lambda: GOOD.seconds(0), ValueError, "frame_rate must be positive, got 0"),
     (lambda: fc.segments_from_mask([True]), TypeError, "mask must be a tensor, got list"),
     (lambda: fc.segments_from_mask(D), TypeError, "mask must be bool or integer, got torch.float32"),
@@ -206,6 +219,15 @@ def test_hostile_segments(starts: tuple[int, ...], lengths: tuple[int, ...], mes
         with pytest.raises(ValueError) as caught:
             call()
         assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("rows", [2**59, 2**60, 2**60 + 1, 2**63 - 1])
+def test_more_rows_than_memory(rows: int):
+    """The size of the output wrapped around: memory of 16 bytes for them was written, or the process ended."""
+    y = torch.ones(1, 4)
+    for dtype in (torch.float32, torch.float64):
+        with pytest.raises(RuntimeError, match="out of memory|overflow|alloc"):
+            fc.segment_expand(y.to(dtype), segments(ints(0), ints(1), rows))
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,14 @@ def test_lookback_over_everything(rows: int, width: int, shortest: int, more: in
     assert parts(fc.select_boundaries(d, rule)) == wanted
 
 
+@pytest.mark.parametrize("lengths", [(2**63 - 1, None), (1, 2**63 - 1), (2**40, 2**41)], ids=str)
+def test_lookback_with_lengths_that_no_segment_has(lengths: tuple[int, int | None]):
+    """Memory is for the segments that there can be."""
+    d = distances("iid", 40, 3, torch.float64)
+    rule = fc.Lookback(3, 0.5, *lengths)
+    assert parts(fc.select_boundaries(d, rule)) == expected(rule, d, torch.zeros(40).long(), [(0, 40)])
+
+
 # What the papers say
 
 

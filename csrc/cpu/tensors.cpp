@@ -4,6 +4,7 @@
 
 #include <algorithm>
 #include <cstdlib>
+#include <limits>
 
 // In torch from 2.11 on, while the library loads from 2.10 on.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
@@ -96,11 +97,16 @@ constexpr size_t kHugeBytes = size_t(4) << 20;
 // glibc maps larger requests anew each time. Smaller ones it comes to serve from warm memory, once it has seen a block
 // of their size freed: a block cut to size, or aligned by leaving much out, would hide that size from it.
 constexpr size_t kLargestRecycled = size_t(32) << 20;
+// What no machine has: sizes up to here can be added to and rounded up.
+constexpr size_t kLargest = size_t(1) << 62;
 }  // namespace
 
 OutputRows::OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size)
     : width_(width), dtype_(dtype), row_bytes_(size_t(width) * element_size) {
-  const size_t wanted = size_t(max_rows) * row_bytes_, alignment = wanted < kLargestRecycled ? kAlignment : kHugePage;
+  size_t wanted = 0;
+  STD_TORCH_CHECK(!__builtin_mul_overflow(size_t(max_rows), row_bytes_, &wanted) && wanted < kLargest,
+                  "out of memory: ", max_rows, " rows of ", row_bytes_, " bytes");
+  const size_t alignment = wanted < kLargestRecycled ? kAlignment : kHugePage;
   bytes_ = std::max(kAlignment, (wanted + kAlignment - 1) / kAlignment * kAlignment);
   void* memory = nullptr;
   const int failed = posix_memalign(&memory, alignment, bytes_);
@@ -150,6 +156,8 @@ Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, 
 }
 
 Tensor int32_tensor(const std::vector<int64_t>& values) {
+  STD_TORCH_CHECK(values.empty() || values.back() <= std::numeric_limits<int32_t>::max(),
+                  "offsets are int32, which cannot count ", values.empty() ? 0 : values.back());
   Tensor out = empty_cpu({int64_t(values.size())}, ScalarType::Int);
   std::copy(values.begin(), values.end(), static_cast<int32_t*>(out.mutable_data_ptr()));
   return out;

@@ -18,6 +18,7 @@ from fastcompress.checks import (
     check_float,
     check_layout,
     check_layout_values,
+    check_number,
     check_token_values,
     check_values_of_rows,
 )
@@ -256,9 +257,13 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
 
 def check_firing(beta: float, tail: float | None) -> None:
     """Checks when tokens fire."""
+    check_number("beta", beta)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    if tail is not None and not 0 <= tail <= 1:
+    if tail is None:
+        return
+    check_number("tail", tail)
+    if not 0 <= tail <= 1:
         raise ValueError(f"tail must lie in [0, 1], got {tail}")
 
 

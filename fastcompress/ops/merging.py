@@ -7,7 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, check_values_of_rows
+from fastcompress.checks import (
+    check_float,
+    check_layout,
+    check_layout_values,
+    check_number,
+    check_same_device,
+    check_values_of_rows,
+)
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.dispatch import Op, call
 from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
@@ -44,8 +51,7 @@ def greedy_segments(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    if not isinstance(threshold, (int, float)):
-        raise TypeError(f"threshold must be a number, got {threshold!r}")
+    check_number("threshold", threshold)
     if max_len is not None and (not isinstance(max_len, int) or not 1 <= max_len < 2**63):
         raise ValueError(f"max_len must be a whole number from 1 on, or None, got {max_len}")
     mask = call(
@@ -122,6 +128,7 @@ def bipartite_merge(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
+    check_number("rate", rate)
     if not rate >= 1:
         raise ValueError(f"rate must be at least 1, got {rate}")
     if window is not None and (not isinstance(window, int) or window < 0):

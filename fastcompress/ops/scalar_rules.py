@@ -137,6 +137,8 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     associative: log2(N) rounds for all rows at once."""
     count, device = d.shape[1], d.device
     states = max(rule.window, rule.min_len, rule.max_len or 1)  # lengths that are told apart: 1, 2, ..., or more
+    if not torch.compiler.is_compiling():  # none is longer than all rows; a traced program would be for as many
+        states = min(states, count)
     length = torch.arange(1, states + 1, device=device)
     near: list[Tensor] = []  # close to one of the last 1, 2, ... rows
     threshold = torch.tensor(rule.threshold, dtype=d.dtype, device=device)

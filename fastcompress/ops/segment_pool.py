@@ -102,6 +102,7 @@ def segment_pool(
         )
         return Pooled(segment_reduce(x, segments, reduce, weights), segments)
     groups = check_layout(x, 2, cu_seqlens, lengths, attention_mask, row_group)
+    offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     values, starts, segment_lengths, cu_segments = call(
         _op,
         (x, keys, cu_seqlens, lengths, groups, *rule.op_args(), compact),
@@ -109,12 +110,10 @@ def segment_pool(
         lambda: check_layout_values(x.shape, cu_seqlens, lengths),
     )
     if x.dim() == 3:
-        offsets = frame_offsets(x, True, cu_seqlens, lengths)
         return Pooled(
             values,
             Segments(starts, segment_lengths, cu_segments, offsets, x.shape[0] * x.shape[1], x.shape[1]),
         )
-    offsets = frame_offsets(x, False, cu_seqlens, lengths)
     return Pooled(values, Segments(starts, segment_lengths, cu_segments, offsets, x.shape[0]))
 
 

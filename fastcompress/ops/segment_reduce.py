@@ -50,7 +50,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     check_segments(segments, rows)
     if segments.num_rows != rows.shape[0]:
         raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")
-    if reduce not in REDUCTIONS:
+    if not isinstance(reduce, str) or reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     starts, lengths = segments.starts, segments.lengths
     args: tuple[Any, ...]

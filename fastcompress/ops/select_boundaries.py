@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.checks import check_float, check_integers, check_layout, check_layout_values, check_same_device
 from fastcompress.ops import scalar_rules
 from fastcompress.ops.dispatch import Op, call
 from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
@@ -15,7 +15,14 @@ _op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundarie
 
 
 def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """``[B + 1]`` int32: frames before each sequence."""
+    """``[B + 1]`` int32: frames before each sequence.
+
+    Raises:
+        ValueError: more rows than int32 counts.
+    """
+    count = rows.shape[0] * rows.shape[1] if padded else rows.shape[0]
+    if not torch.compiler.is_compiling() and count >= 2**31:
+        raise ValueError(f"the input must have fewer than 2**31 rows, which int32 offsets count, got {count}")
     if not padded:
         if cu_seqlens is None:
             if rows.is_cuda:  # a copy from the host waits for the device, and cannot be in a CUDA graph
@@ -69,15 +76,14 @@ def select_boundaries(
     if isinstance(rule, LocalMax) and rule.normalize:
         runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
         d = scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
-    shape = d.shape
+    shape, padded = d.shape, d.dim() == 2
+    offsets = frame_offsets(d, padded, cu_seqlens, lengths)
     starts, segment_lengths, cu_segments = call(
         _op,
         (d.detach(), cu_seqlens, lengths, groups, *rule.op_args(), compact),
         False,
         lambda: check_layout_values(shape, cu_seqlens, lengths),
     )
-    padded = d.dim() == 2
-    offsets = frame_offsets(d, padded, cu_seqlens, lengths)
     return Segments(starts, segment_lengths, cu_segments, offsets, d.numel(), d.shape[1] if padded else None)
 
 
@@ -131,10 +137,7 @@ def normalize_distance(
 
 
 def _check_labels(labels: Tensor) -> None:
-    if not isinstance(labels, Tensor):
-        raise TypeError(f"labels must be a tensor, got {type(labels).__name__}")
-    if labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool:
-        raise TypeError(f"labels must be integers, got {labels.dtype}")
+    check_integers("labels", labels)
     _check_rank("labels", labels)
 
 
@@ -162,10 +165,7 @@ def segments_from_mask(
         min_len, max_len: as in :class:`Threshold`.
         cu_seqlens, lengths, attention_mask, row_group, compact: as in :func:`select_boundaries`.
     """
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"mask must be a tensor, got {type(mask).__name__}")
-    if mask.is_floating_point() or mask.is_complex():
-        raise TypeError(f"mask must be bool or integer, got {mask.dtype}")
+    check_integers("mask", mask, bools=True)
     _check_rank("mask", mask)
     # A boundary at t belongs to the pair (t - 1, t).
     d = torch.nn.functional.pad((mask != 0).float(), (0, 1))[..., 1:]
@@ -191,10 +191,7 @@ def segments_from_ids(
         ids: ``[N]`` packed or ``[B, T]`` padded, integer.
         cu_seqlens, lengths, compact: as in :func:`select_boundaries`.
     """
-    if not isinstance(ids, Tensor):
-        raise TypeError(f"ids must be a tensor, got {type(ids).__name__}")
-    if ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise TypeError(f"ids must be integers, got {ids.dtype}")
+    check_integers("ids", ids)
     _check_rank("ids", ids)
     changed = ids != ids.roll(1, dims=-1)
     groups = torch.where(ids < 0, -1, 1).int()

@@ -5,13 +5,15 @@ The library is held to fp64 scores and fp64 means computed here; the contenders 
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from benchmarks.cases import Inputs
-from benchmarks.contenders import Tokens, last_frames, local_max_ends, offsets_and_ids
+import fastcompress as fc
+from benchmarks.cases import Inputs, exact_distances
+from benchmarks.contenders import Tokens, last_frames, offsets_and_ids, segment_ends
 
 #: Share of the boundaries that must be equal: rounding may flip a few, another rule flips more.
 MIN_EQUAL_BOUNDARIES = 0.999
@@ -39,15 +41,12 @@ class Agreement:
 
 
 def exact_starts(inputs: Inputs) -> Tensor:
-    """``[M]``, first rows of the segments by fp64 scores."""
-    x = inputs.x.detach()
-    rows = x.shape[0]
-    d = torch.zeros(rows, dtype=torch.float64)
-    for start in range(0, rows - 1, _BLOCK):
-        part = x[start : min(start + _BLOCK, rows - 1) + 1].double()
-        norm = part.square().sum(1).sqrt().clamp_min(1e-8)
-        d[start : start + part.shape[0] - 1] = 1 - (part[:-1] * part[1:]).sum(1) / (norm[:-1] * norm[1:])
-    return offsets_and_ids(local_max_ends(d, last_frames(inputs)))[0][:-1]
+    """``[M]``, first rows of the segments by fp64 scores; those of ``Uniform`` by counting."""
+    if isinstance(inputs.rule, fc.Uniform):
+        offsets, size = inputs.cu_seqlens.tolist(), inputs.rule.size
+        return torch.cat([torch.arange(a, b, size) for a, b in itertools.pairwise(offsets)])
+    d = exact_distances(inputs.x.detach())
+    return offsets_and_ids(segment_ends(d, last_frames(inputs), inputs.rule))[0][:-1]
 
 
 def _lengths(starts: Tensor, rows: int) -> Tensor:
@@ -131,13 +130,14 @@ def _check_gradient(name: str, grad: Tensor, grad_x: Tensor, lengths: Tensor) ->
         raise WrongResult(f"{name}: {wrong} of {grad_x.numel()} gradients are off by more than rounding")
 
 
-def check_average_pool(name: str, padded: Tensor, tokens: Tokens) -> None:
-    """Raises :class:`WrongResult` unless ``tokens.values`` are the means of windows of 3 of ``padded`` [B, T, D]."""
-    windows = padded.detach()[:, : padded.shape[1] // 3 * 3].unflatten(1, (-1, 3))
+def check_average_pool(name: str, inputs: Inputs, tokens: Tokens) -> None:
+    """Raises :class:`WrongResult` unless ``tokens.values`` are the means of the windows of ``inputs.x`` [B, T, D]."""
+    padded, size = inputs.x.detach(), inputs.window
+    windows = padded[:, : padded.shape[1] // size * size].unflatten(1, (-1, size))
     if tokens.values.shape != (windows.shape[0], windows.shape[1], windows.shape[3]):
         raise WrongResult(f"{name}: {list(tokens.values.shape)} for windows {list(windows.shape)}")
     for value, window in zip(tokens.values.detach(), windows, strict=True):
         window = window.double()
-        bound = torch.finfo(padded.dtype).eps * 4 * window.abs().mean(1)
+        bound = torch.finfo(padded.dtype).eps * (size + 1) * window.abs().mean(1)
         if not bool(((value.double() - window.mean(1)).abs() <= bound).all()):
             raise WrongResult(f"{name}: means are off by more than rounding")

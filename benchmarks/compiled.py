@@ -12,8 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastcompress as fc
 from benchmarks.cases import Inputs
-from benchmarks.contenders import Call, Tokens, cosine_scores, embedding_bag, last_frames, local_max_ends
+from benchmarks.contenders import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
 
 
 def prepare(threads: int) -> None:
@@ -28,12 +29,12 @@ def prepare(threads: int) -> None:
     inductor.compile_threads = 1  # no pool of compiler processes beside what is timed
 
 
-def _ends_plain(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
-    end = local_max_ends(F.pad(cosine_scores(x), (0, 1)), last)
+def _ends_plain(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
+    end = segment_ends(F.pad(cosine_scores(x), (0, 1)), last, rule)
     return end, end.cumsum(0) - end.long()
 
 
-def _ends_tuned(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
+def _ends_tuned(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
     """Dot product and norm of each row as two sums of one loop; ``cosine_similarity`` compiles to three.
 
     The roll pairs the last row with the first, which ``last`` masks.
@@ -41,7 +42,7 @@ def _ends_tuned(x: Tensor, last: Tensor) -> tuple[Tensor, Tensor]:
     x = x.float()
     dot = (x * x.roll(-1, 0)).sum(-1)
     norm = (x * x).sum(-1).sqrt().clamp_min(1e-8)
-    end = local_max_ends(1 - dot / (norm * norm.roll(-1, 0)), last)
+    end = segment_ends(1 - dot / (norm * norm.roll(-1, 0)), last, rule)
     return end, end.cumsum(0) - end.long()
 
 
@@ -64,7 +65,7 @@ def _expand(grad: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
 
 def _find(ends: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[Tensor, Tensor]:
     with torch.no_grad():
-        end, ids = ends(inputs.x.detach(), last_frames(inputs))
+        end, ids = ends(inputs.x.detach(), last_frames(inputs), inputs.rule)
         return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), ids
 
 

@@ -1,4 +1,4 @@
-"""The same job in PyTorch without a compiler, and by other libraries: segments at local maxima, averaged.
+"""The same job in PyTorch without a compiler, and by other libraries: segments by the distance of frames, averaged.
 
 Each form takes :class:`Inputs` and returns :class:`Tokens`, the least that is of use to somebody: values and where
 the segments start. Scores are always in fp32: cosines in half precision find other segments.
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import fastcompress as fc
 from benchmarks.cases import Inputs
 
 #: Frames of a block of the blocked scores: 64 x 1280 fp32 is a third of a megabyte.
@@ -41,9 +42,7 @@ Call = Callable[[Inputs], Tokens]
 
 def fastcompress_pool(inputs: Inputs) -> Tokens:
     """The library."""
-    import fastcompress as fc
-
-    pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=fc.LocalMax())
+    pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=inputs.rule)
     return Tokens(pooled.values, pooled.segments.starts)
 
 
@@ -85,6 +84,19 @@ def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
     before = F.pad(scores[:-1], (1, 0), value=inf)
     after = F.pad(scores[1:], (0, 1), value=inf)
     return ((scores > before) & (scores > after)) | last
+
+
+def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
+    """:func:`local_max_ends`, or the same where a score exceeds that of a ``Threshold``.
+
+    Raises:
+        ValueError: another rule.
+    """
+    if isinstance(rule, fc.Threshold):
+        return (scores > rule.threshold) | last
+    if rule != fc.LocalMax():
+        raise ValueError(f"rule must be LocalMax() or a Threshold, got {rule}")
+    return local_max_ends(scores, last)
 
 
 def last_frames(inputs: Inputs) -> Tensor:
@@ -147,7 +159,7 @@ def vectorised(scores: Scores, pool: Pool) -> Call:
     def call(inputs: Inputs) -> Tokens:
         with torch.no_grad():
             d = F.pad(scores(inputs.x), (0, 1))
-            offsets, ids = offsets_and_ids(local_max_ends(d, last_frames(inputs)))
+            offsets, ids = offsets_and_ids(segment_ends(d, last_frames(inputs), inputs.rule))
         return Tokens(pool(inputs.x, offsets, ids), offsets[:-1])
 
     return call
@@ -183,5 +195,5 @@ def loop(split: str) -> Call:
 
 
 def average_pool(inputs: Inputs) -> Tokens:
-    """AvgPool1d(3) of padded ``[B, T, D]``: fixed windows, so no scores, no boundaries and no ragged output."""
-    return Tokens(F.avg_pool1d(inputs.x.transpose(1, 2), 3).transpose(1, 2), None)
+    """AvgPool1d of padded ``[B, T, D]``: fixed windows, so no scores, no boundaries and no ragged output."""
+    return Tokens(F.avg_pool1d(inputs.x.transpose(1, 2), inputs.window).transpose(1, 2), None)

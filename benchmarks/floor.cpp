@@ -1,12 +1,21 @@
-// The least that segment pooling must move, and nothing else: the memory floor of the benchmarks.
+// The least that segment pooling must move, and nothing else: the memory floor of the benchmarks. And arithmetic alone,
+// in registers: the other side of the roofline.
 //
-// Built at run time with g++ -O3 -march=native and called through ctypes. Values are meaningless, traffic is exact.
+// Built at run time with g++ -O3 -march=native and called through ctypes. Values are meaningless; traffic and numbers
+// of operations are exact.
 #include <cstdint>
 #include <sys/mman.h>
 
 namespace {
 
 using Line = long long __attribute__((vector_size(64), aligned(16), may_alias));
+
+#ifdef __AVX512F__
+constexpr int kVectorBytes = 64, kChains = 24;  // of 32 registers
+#else
+constexpr int kVectorBytes = 32, kChains = 12;  // of 16
+#endif
+using Floats = float __attribute__((vector_size(kVectorBytes)));
 
 constexpr int kStreams = 4;  // read positions a thread; one is as fast here, some machines want several
 
@@ -17,9 +26,31 @@ inline const Line* at(const void* base, int64_t row, int64_t row_bytes) {
   return reinterpret_cast<const Line*>(static_cast<const char*>(base) + row * row_bytes);
 }
 
+// Each chain waits for itself alone: enough of them keep every unit busy.
+template <bool kFused>
+void arithmetic(int64_t steps, Floats factor, Floats summand) {
+  Floats chain[kChains];
+  for (Floats& value : chain) value = factor;
+  for (int64_t i = 0; i < steps; ++i)
+#pragma GCC unroll 24
+    for (int k = 0; k < kChains; ++k)
+      chain[k] = kFused ? chain[k] * factor + summand : k % 2 == 0 ? chain[k] * factor : chain[k] + summand;
+  for (Floats& value : chain) asm volatile("" ::"m"(value));
+}
+
 }  // namespace
 
 extern "C" {
+
+// Multiplies and adds in fp32: in one instruction, or in two on chains of their own, as many of each. Returns the
+// operations.
+int64_t floor_arithmetic(int64_t steps, int fused, int threads) {
+  volatile float one = 1.0f, zero = 0.0f;  // unknown to the compiler
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+  for (int t = 0; t < threads; ++t)
+    (fused != 0 ? arithmetic<true> : arithmetic<false>)(steps, Floats{} + one, Floats{} + zero);
+  return steps * threads * kChains * (kVectorBytes / int64_t(sizeof(float))) * (fused != 0 ? 2 : 1);
+}
 
 // Reads x [rows] once and writes out [out_rows], a row after every rows / out_rows rows read.
 void floor_pool(const void* x, int64_t rows, void* out, int64_t out_rows, int64_t row_bytes, int threads) {

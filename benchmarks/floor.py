@@ -1,4 +1,4 @@
-"""The memory floor: reading the input once and writing the output, nothing more.
+"""The memory floor: reading the input once and writing the output, nothing more; and the machine's ceilings.
 
 Three kinds of output memory, because pages that the kernel has yet to give cost more than the traffic:
 
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor
 
 KINDS = ("fresh", "huge", "warm")
+#: Bytes of a row of memory that is read or copied.
+LINE = 4096
 
 _SOURCE = Path(__file__).with_name("floor.cpp")
 #: Bytes from which the library asks for huge pages.
@@ -75,6 +77,8 @@ class Floor:
             getattr(self._library, name).argtypes = (pointer, integer, pointer, integer, integer, ctypes.c_int)
             getattr(self._library, name).restype = None
         self._library.floor_advise.argtypes, self._library.floor_advise.restype = (pointer, integer), None
+        self._library.floor_arithmetic.argtypes = (integer, ctypes.c_int, ctypes.c_int)
+        self._library.floor_arithmetic.restype = integer
 
     def _output(self, kind: str, size: int, warm: Tensor | None) -> Tensor:
         if warm is not None:
@@ -116,3 +120,24 @@ class Floor:
             return out, grad_x
 
         return call
+
+    def read(self, memory: Tensor, threads: int) -> None:
+        """Reads ``memory``, whose size is a multiple of ``LINE`` bytes, and writes nothing."""
+        rows = memory.nbytes // LINE
+        self._library.floor_pool(memory.data_ptr(), rows, memory.data_ptr(), 0, LINE, threads)
+
+    def copy(self, source: Tensor, target: Tensor, threads: int) -> None:
+        """Writes ``source`` to ``target``; both of one size, a multiple of ``LINE`` bytes."""
+        rows = source.nbytes // LINE
+        self._library.floor_expand(source.data_ptr(), rows, target.data_ptr(), rows, LINE, threads)
+
+    def arithmetic(self, steps: int, fused: bool, threads: int) -> int:
+        """Multiplies and adds fp32 in registers and returns how many operations these were.
+
+        Args:
+            steps: of each thread.
+            fused: a multiplication and an addition in one instruction, else in two.
+            threads: threads.
+        """
+        operations: int = self._library.floor_arithmetic(steps, int(fused), threads)
+        return operations

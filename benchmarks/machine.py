@@ -66,10 +66,10 @@ def machine() -> dict[str, Any]:
     }
 
 
-def slug() -> str:
-    """A file name for this machine: the CPU and its cores."""
-    name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", _cpu_model().lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{cores()}c"])
+def slug(cpu: str | None = None, count: int | None = None) -> str:
+    """A file name for a machine, this one if not told: the CPU and its cores."""
+    name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", (cpu or _cpu_model()).lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{count or cores()}c"])
 
 
 def _version(package: str) -> str | None:

@@ -70,7 +70,7 @@ class Table:
 
 
 @dataclass
-class _Entrant:
+class Entrant:
     """A contender that is to be timed on its inputs."""
 
     contender: Contender
@@ -90,12 +90,12 @@ def _backward(call: Call, inputs: Inputs, grads: Tensor) -> tuple[Tokens, Tensor
     return tokens, grad, torch.autograd.grad(tokens.values, inputs.x, grad)[0]
 
 
-def _check(entrant: _Entrant, expected: Expected, grads: Tensor, backward: bool) -> Agreement | None:
+def _check(entrant: Entrant, expected: Expected, grads: Tensor, backward: bool) -> Agreement | None:
     name = entrant.contender.name
     with torch.no_grad():
         tokens = entrant.call(entrant.inputs[0])
     if entrant.contender.padded:
-        check_average_pool(name, entrant.inputs[0].x, tokens)
+        check_average_pool(name, entrant.inputs[0], tokens)
         return None
     agreement = expected.check(name, tokens)
     if backward:
@@ -103,22 +103,43 @@ def _check(entrant: _Entrant, expected: Expected, grads: Tensor, backward: bool)
     return agreement
 
 
-def _admit(
-    contenders: Sequence[Contender], case: Case, dtype: torch.dtype, last_level_cache: int
-) -> tuple[list[_Entrant], dict[str, str], int, list[Tensor], int]:
-    """Builds inputs and calls and checks every result: entrants, who was left out, M, gradients, buffers.
+@dataclass(frozen=True)
+class Admitted:
+    """Who takes part in a setting.
+
+    Attributes:
+        skipped: contender to the reason why it was left out.
+        tokens: M.
+        grads: what the backward pass starts from, to rotate through.
+    """
+
+    entrants: list[Entrant]
+    skipped: dict[str, str]
+    tokens: int
+    grads: list[Tensor]
+
+
+def admit(
+    contenders: Sequence[Contender], case: Case, dtype: torch.dtype, threads: int, last_level_cache: int
+) -> Admitted:
+    """Sets the number of threads, builds inputs and calls of the case's contenders and checks every result.
 
     Raises:
         WrongResult: the library is wrong, so nothing can be compared.
     """
+    torch.set_num_threads(threads)
+    if case.contenders is not None:
+        contenders = [contender for contender in contenders if contender.name in case.contenders]
+    if any(contender.group == "compile" for contender in contenders):
+        compiled.prepare(threads)
     packed = packed_buffers(case, dtype, last_level_cache)
     exact = Expected(packed[0], exact_starts(packed[0]))
     padded: list[Inputs] = []
     if any(contender.padded and contender.available for contender in contenders):
         padded = padded_buffers(packed, case.lengths, last_level_cache)
     generator = torch.Generator().manual_seed(1)
-    size = max(case.frames, *(inputs.x.shape[0] * inputs.x.shape[1] // 3 for inputs in padded[:1]), 0) * case.dim
-    first = torch.randn(size, generator=generator).to(dtype)
+    most = max(case.frames, *(inputs.x.shape[0] * inputs.x.shape[1] // case.window for inputs in padded[:1]), 0)
+    first = torch.randn(most * case.dim, generator=generator).to(dtype)
     grads = [first, *(first.clone() for _ in range(min(len(packed), _GRADIENTS) - 1 if case.backward else 0))]
 
     entrants, skipped = [], {}
@@ -128,7 +149,7 @@ def _admit(
             skipped[contender.name] = f"{contender.module} is not installed"
             continue
         try:
-            entrant = _Entrant(contender, contender.build(), padded if contender.padded else packed)
+            entrant = Entrant(contender, contender.build(), padded if contender.padded else packed)
             entrant.agreement = _check(entrant, expected, grads[0], case.backward)
         except WrongResult as error:
             if contender.name == OURS:
@@ -146,15 +167,16 @@ def _admit(
             assert starts is not None
             expected = Expected(packed[0], starts)
         entrants.append(entrant)
-    return entrants, skipped, expected.starts.shape[0], grads, len(packed)
+    return Admitted(entrants, skipped, expected.starts.shape[0], grads)
 
 
-def _forward_call(entrant: _Entrant) -> Callable[[int], Any]:
+def forward_call(entrant: Entrant) -> Callable[[int], Any]:
+    """The function to time; its argument is a running number that picks the buffer."""
     call, inputs = entrant.call, entrant.inputs
     return lambda i: call(inputs[i % len(inputs)])
 
 
-def _backward_call(entrant: _Entrant, grads: Sequence[Tensor]) -> Callable[[int], Any]:
+def _backward_call(entrant: Entrant, grads: Sequence[Tensor]) -> Callable[[int], Any]:
     call, leaves = entrant.call, entrant.leaves
     return lambda i: _backward(call, leaves[i % len(leaves)], grads[i % len(grads)])
 
@@ -175,12 +197,8 @@ def measure(
     Raises:
         WrongResult: the library is wrong.
     """
-    torch.set_num_threads(threads)
-    if case.contenders is not None:
-        contenders = [contender for contender in contenders if contender.name in case.contenders]
-    if any(contender.group == "compile" for contender in contenders):
-        compiled.prepare(threads)
-    entrants, skipped, tokens, grads, buffers = _admit(contenders, case, dtype, last_level_cache)
+    admitted = admit(contenders, case, dtype, threads, last_level_cache)
+    entrants, tokens, grads = admitted.entrants, admitted.tokens, admitted.grads
     read, written = case.input_bytes(dtype), tokens * case.dim * dtype.itemsize
     xs = [inputs.x for inputs in next(e.inputs for e in entrants if not e.contender.padded)]
     # What the slowest forms allocate: a few fp32 copies of the input.
@@ -191,7 +209,7 @@ def measure(
         backward = direction == BOTH
         functions: dict[str, Callable[[int], Any]] = {}
         for entrant in entrants:
-            functions[entrant.contender.name] = _backward_call(entrant, grads) if backward else _forward_call(entrant)
+            functions[entrant.contender.name] = _backward_call(entrant, grads) if backward else forward_call(entrant)
         if floor is not None and case.floors:
             for kind in KINDS:
                 functions[f"floor, {kind}"] = floor.calls(kind, xs, rows_of_grads, tokens, threads, backward)
@@ -205,5 +223,6 @@ def measure(
             rows.append(Row(name, group, sample.median, sample.p10, sample.p90, len(sample.seconds), differing))
         moved = (read + written) * (2 if backward else 1)
         name = str(dtype).removeprefix("torch.")
-        tables.append(Table(case, name, threads, direction, tokens, buffers, moved, rows, dict(skipped), disturbance))
+        skipped = dict(admitted.skipped)
+        tables.append(Table(case, name, threads, direction, tokens, len(xs), moved, rows, skipped, disturbance))
     return tables

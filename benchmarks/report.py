@@ -1,18 +1,16 @@
-"""Tables for people and JSON for programs."""
+"""Tables for people. What programs read is in ``record.py``."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import decoder, machine, methods, packing, prefill
+from benchmarks import decoder, energy, machine, methods, packing, prefill, roofline, scaling, share
 from benchmarks.floor import KINDS
 from benchmarks.measure import Row, Table
 from benchmarks.registry import OURS
-from benchmarks.targets import TARGETS, Outcome, outcomes
-from benchmarks.timing import Disturbance, Samples
-
-SCHEMA = 1
+from benchmarks.targets import TARGETS, Outcome
+from benchmarks.timing import Disturbance
 
 _DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
@@ -139,18 +137,32 @@ def prefill_text(table: prefill.PrefillTable) -> str:
     return "\n".join([title, align(prefill.rows(table)), _disturbance_text(table.disturbance)])
 
 
+def scaling_text(points: Sequence[scaling.Point]) -> str:
+    """A table an axis."""
+    axes = dict.fromkeys(axis for point in points for axis in point.axes)
+    return "\n\n".join(align(scaling.rows(points, axis)) for axis in axes)
+
+
+def ceilings_text(found: Sequence[roofline.Ceilings]) -> str:
+    """A line a number of threads."""
+    return "\n".join([align(roofline.rows(found)), *(_disturbance_text(one.disturbance) for one in found)])
+
+
+def share_text(found: Sequence[share.Share]) -> str:
+    """Of one number of threads: a line a rule."""
+    return "\n".join([align(share.rows(found)), _disturbance_text(found[0].disturbance)])
+
+
+def energy_text(found: Sequence[energy.Energy], reason: str | None) -> str:
+    """A line a contender, or why there is none."""
+    return align(energy.rows(found)) if reason is None else f"energy: not told by this machine ({reason})"
+
+
 def _disturbance_text(disturbance: Disturbance) -> str:
     return (
         f"{disturbance.samples} samples, {disturbance.retried} taken again because of other load, "
         f"{disturbance.kept} kept although disturbed; other work took {disturbance.foreign:.2f} cores meanwhile"
     )
-
-
-def _samples_json(samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
-    return [
-        {"form": name, "seconds": {"median": s.median, "p10": s.p10, "p90": s.p90}, "reps": len(s.seconds)}
-        for name, s in sorted(samples.items(), key=lambda item: item[1].median)
-    ]
 
 
 def memory_text(entries: Sequence[Mapping[str, Any]]) -> str:
@@ -183,118 +195,3 @@ def heading(settings: Mapping[str, Any]) -> str:
     if not versions["fastcompress_compiled"]:
         lines.append("NOTE: the compiled library is missing; this times the pure PyTorch reference of fastcompress.")
     return "\n".join(lines)
-
-
-def _row_json(row: Row, table: Table) -> dict[str, Any]:
-    ours, floor = table.row(OURS), table.row("floor, fresh")
-    return {
-        "contender": row.contender,
-        "group": row.group,
-        "seconds": {"median": row.median, "p10": row.p10, "p90": row.p90},
-        "reps": row.reps,
-        "gigabytes_per_second": table.moved / row.median / 1e9,
-        "multiple_of_floor": row.median / floor.median if floor else None,
-        "multiple_of_fastcompress": row.median / ours.median if ours else None,
-        "differing_boundaries": row.differing,
-    }
-
-
-def document(
-    tables: Sequence[Table],
-    memory: Sequence[Mapping[str, Any]],
-    settings: Mapping[str, Any],
-    published: Sequence[methods.MethodTable] = (),
-    packed: Sequence[packing.PackTable] = (),
-    decoders: Sequence[decoder.DecoderTable] = (),
-    prefills: Sequence[prefill.PrefillTable] = (),
-) -> dict[str, Any]:
-    """Everything, for a JSON file."""
-    return {
-        "schema": SCHEMA,
-        "date": machine.now(),
-        "commit": machine.commit(),
-        "machine": machine.machine(),
-        "versions": machine.versions(),
-        "settings": dict(settings),
-        "tables": [
-            {
-                "case": table.case.name,
-                "sequences": len(table.case.lengths),
-                "frames": table.case.frames,
-                "dim": table.case.dim,
-                "tokens": table.tokens,
-                "dtype": table.dtype,
-                "threads": table.threads,
-                "direction": table.direction,
-                "input_buffers": table.buffers,
-                "bytes_moved": table.moved,
-                "samples": vars(table.disturbance),
-                "rows": [_row_json(row, table) for row in sorted(table.rows, key=lambda row: row.median)],
-                "not_timed": table.skipped,
-            }
-            for table in tables
-        ],
-        "memory": [dict(entry) for entry in memory],
-        "methods": [
-            {
-                "case": vars(table.case),
-                "method": table.method,
-                "dtype": table.dtype,
-                "threads": table.threads,
-                "direction": table.direction,
-                "tokens": table.tokens,
-                "samples": vars(table.disturbance),
-                "rows": _samples_json(table.samples),
-            }
-            for table in published
-        ],
-        "packing": [
-            {
-                "case": vars(table.case),
-                "dtype": table.dtype,
-                "threads": table.threads,
-                "direction": table.direction,
-                "bytes_moved": table.moved,
-                "samples": vars(table.disturbance),
-                "rows": _samples_json(table.samples),
-            }
-            for table in packed
-        ],
-        "decoder": [
-            {
-                "direction": table.direction,
-                "threads": table.threads,
-                "lengths": table.sizes,
-                "padding": decoder.padding(table.sizes),
-                "peak_bytes": table.peaks,
-                "samples": vars(table.disturbance),
-                "rows": _samples_json(table.samples),
-            }
-            for table in decoders
-        ],
-        "prefill": [
-            {
-                "threads": table.threads,
-                "size": vars(table.size),
-                "tokens": table.tokens,
-                "cache_bytes": table.cache,
-                "peak_bytes": table.peaks,
-                "samples": vars(table.disturbance),
-                "rows": _samples_json(table.samples),
-            }
-            for table in prefills
-        ],
-        "targets": [
-            {
-                "name": one.target.name,
-                "goal": one.target.goal,
-                "at_most": one.target.at_most,
-                "case": one.case,
-                "threads": one.threads,
-                "figure": one.figure,
-                "against": one.against,
-                "reached": one.reached,
-            }
-            for one in outcomes(tables)
-        ],
-    }

@@ -22,6 +22,7 @@ from benchmarks.contenders import Tokens
 from benchmarks.floor import KINDS, Floor, FloorUnavailable
 from benchmarks.measure import BOTH, FORWARD, Table, measure
 from benchmarks.memory import measure_memory
+from benchmarks.record import Record
 from benchmarks.registry import CASES, CONTENDERS, OURS, Contender, case
 from benchmarks.targets import TARGETS, outcomes
 from benchmarks.timing import Disturbance, Samples, interleave
@@ -185,10 +186,12 @@ def test_a_contender_that_raises_is_named_and_left_out():
 
 def test_average_pool_check():
     x = features(24, 64, torch.float32).view(2, 12, 64)
-    tokens = contenders.average_pool(Inputs(x, cu_seqlens((12, 12))))
-    check_average_pool("right", x, tokens)
-    with pytest.raises(WrongResult):
-        check_average_pool("wrong", x, Tokens(tokens.values * 1.01, None))
+    for window in (3, 5):
+        inputs = Inputs(x, cu_seqlens((12, 12)), window=window)
+        tokens = contenders.average_pool(inputs)
+        check_average_pool("right", inputs, tokens)
+        with pytest.raises(WrongResult):
+            check_average_pool("wrong", inputs, Tokens(tokens.values * 1.01, None))
 
 
 def test_a_few_flipped_boundaries_are_counted_and_more_are_refused():
@@ -250,11 +253,11 @@ def test_targets_compare_with_the_best():
 def test_json(tmp_path: Path):
     tables = run([CONTENDERS[0], *(c for c in CONTENDERS if c.group == "less work")], floor=build_floor())
     path = tmp_path / "result.json"
-    path.write_text(json.dumps(report.document(tables, [{"error": "none"}], {"reps": 2})))
+    path.write_text(json.dumps(Record(pool=tables, memory=[{"error": "none"}]).document({"reps": 2})))
     document = json.loads(path.read_text())
     assert set(document) == {
         "schema", "date", "commit", "machine", "versions", "settings", "tables", "memory", "methods", "packing",
-        "decoder", "prefill", "targets",
+        "decoder", "prefill", "scaling", "ceilings", "share", "energy", "no_energy", "targets",
     }  # fmt: skip
     assert {"cpu", "cores", "caches", "memory", "transparent_hugepages"} <= set(document["machine"])
     assert document["versions"]["torch"] == torch.__version__

@@ -21,11 +21,15 @@ from benchmarks import machine, report
 from benchmarks.__main__ import main as measure
 from benchmarks.packing import OURS as PACK
 from benchmarks.registry import OURS
+from benchmarks.report import DTYPES
+from benchmarks.scaling import FORMS
 
 RESULTS = Path(__file__).with_name("results")
 #: Names of ours, whatever the part.
 NAMES = (OURS, PACK)
-#: Parts that are looked at: none takes more than a few minutes.
+#: Parts and the keys of their tables in a document. Those of ``scaling`` are compared if they are given (``--now``).
+KEYS = {"pool": "tables", "methods": "methods", "packing": "packing", "scaling": "scaling"}
+#: Parts that are measured: none takes more than a few minutes.
 PARTS = ("pool", "methods", "packing")
 
 
@@ -47,7 +51,7 @@ class Change:
 def multiples(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Of each table of a document of the benchmark, what the other forms take as a multiple of ours."""
     found = {}
-    for part in ("tables", "methods", "packing"):
+    for part in KEYS.values():
         for table in document.get(part, []):
             case = table["case"] if isinstance(table["case"], str) else table["case"]["name"]
             key = (part, case, table.get("method", ""), table["dtype"], f"{table['threads']} thr", table["direction"])
@@ -76,6 +80,16 @@ def text(changes: Sequence[Change], least: float) -> str:
     return report.align(lines)
 
 
+def _measured(part: str, dtypes: Sequence[str], threads: Sequence[str], folder: Path) -> tuple[int, dict[str, Any]]:
+    """The status and the document of a part, measured now; of ``segment_pool`` against the fastest of each group."""
+    path = folder / f"{part}.json"
+    arguments = ["--parts", part, "--dtypes", *dtypes, "--threads", *threads, "--reps", "9", "--json", str(path)]
+    if part == "pool":
+        arguments += ["--cases", "S1", "--contenders", *FORMS, "--no-floor", "--no-memory"]
+    status = measure(arguments)
+    return status, {} if status else json.loads(path.read_text(encoding="utf-8"))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """1 where we have lost ground, 2 where there is nothing to compare with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
@@ -83,24 +97,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--now", type=Path, help="results of now (default: measures)")
     parser.add_argument("--least", type=float, default=0.8, help="smallest change that passes (default 0.8)")
     parser.add_argument("--threads", nargs="+", default=["1"], help="default 1")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure (default: all)")
     options = parser.parse_args(argv)
     committed = [options.committed] if options.committed else sorted(RESULTS.glob(f"{machine.slug()}*-cpu.json"))
     then: dict[str, Any] = {}
     for path in committed:
-        for part, tables in json.loads(path.read_text(encoding="utf-8")).items():
-            if part in ("tables", "methods", "packing") and tables:
-                then.setdefault(part, tables)
+        for key, tables in json.loads(path.read_text(encoding="utf-8")).items():
+            if key in KEYS.values() and tables:
+                then.setdefault(key, tables)
     if not then:
         print(f"no committed results of this machine, {machine.slug()}: give --committed", file=sys.stderr)
         return 2
-    with tempfile.TemporaryDirectory() as folder:
-        path = options.now or Path(folder) / "now.json"
-        if options.now is None:
-            arguments = ["--parts", *PARTS, "--cases", "S1", "--threads", *options.threads, "--json", str(path)]
-            status = measure([*arguments, "--no-floor", "--no-memory", "--reps", "9"])
-            if status:
-                return status
-        now = json.loads(path.read_text(encoding="utf-8"))
+    now: dict[str, Any] = {}
+    if options.now is not None:
+        now = json.loads(options.now.read_text(encoding="utf-8"))
+    else:
+        with tempfile.TemporaryDirectory() as folder:
+            for part in options.parts:
+                key = KEYS[part]
+                dtypes = sorted({DTYPES[table["dtype"]] for table in then.get(key, [])})
+                if dtypes:  # else there is nothing to compare with
+                    status, found = _measured(part, dtypes, options.threads, Path(folder))
+                    if status:
+                        return status
+                    now[key] = found[key]
     changes = compare(then, now)
     if not changes:
         print("no table is in both results", file=sys.stderr)

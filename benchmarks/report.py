@@ -12,7 +12,8 @@ from benchmarks.registry import OURS
 from benchmarks.targets import TARGETS, Outcome
 from benchmarks.timing import Disturbance
 
-_DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+#: The short name of a dtype.
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 
 
 def align(lines: Sequence[Sequence[str]]) -> str:
@@ -46,7 +47,7 @@ def table_text(table: Table) -> str:
         lines.append([row.contender, *times, str(row.reps), speed, *ratios, differing])
     case = table.case
     text = [
-        f"{case.name}, {_DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
+        f"{case.name}, {DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
         f"{len(case.lengths)} sequences, {case.frames} x {case.dim} to {table.tokens} tokens, "
         f"{table.moved / 1e6:.1f} MB moved, {table.buffers} input buffers in turn",
         align(lines),
@@ -85,7 +86,7 @@ def methods_text(tables: Sequence[methods.MethodTable]) -> str:
         of_direction = [table for table in tables if table.direction == direction]
         one = of_direction[0]
         title = (
-            f"published methods, {_DTYPES.get(one.dtype, one.dtype)}, {_threads(one.threads)}, {direction}: "
+            f"published methods, {DTYPES.get(one.dtype, one.dtype)}, {_threads(one.threads)}, {direction}: "
             f"{len(one.case.lengths)} sequences, {sum(one.case.lengths)} x {one.case.dim}"
         )
         taken = sum(table.disturbance.samples for table in of_direction)
@@ -99,7 +100,7 @@ def packing_text(table: packing.PackTable) -> str:
     """One table of packing."""
     case = table.case
     title = (
-        f"pack, {case.name}, {_DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
+        f"pack, {case.name}, {DTYPES.get(table.dtype, table.dtype)}, {_threads(table.threads)}, {table.direction}: "
         f"{len(case.text)} samples, {sum(case.audio)} rows of audio and {sum(case.text)} of text x {case.width}"
     )
     return "\n".join([title, align(packing.rows(table)), _disturbance_text(table.disturbance)])
@@ -110,7 +111,7 @@ def packing_targets_text(tables: Sequence[packing.PackTable]) -> str:
     found = [table for table in tables if table.direction == "forward" and len(table.case.text) > 1]
     if not found:
         return ""
-    lines = [["pack", "target", *(f"{t.case.name}, {_DTYPES.get(t.dtype, t.dtype)}, {t.threads} thr" for t in found)]]
+    lines = [["pack", "target", *(f"{t.case.name}, {DTYPES.get(t.dtype, t.dtype)}, {t.threads} thr" for t in found)]]
     for name, goal, others in packing.TARGETS:
         cells = [f"{t.ratio(*others):.2f} {'reached' if t.ratio(*others) >= goal else 'missed'}" for t in found]
         lines.append([name, f">= {goal:g}", *cells])
@@ -172,7 +173,7 @@ def memory_text(entries: Sequence[Mapping[str, Any]]) -> str:
         if "error" in entry:
             lines.append(f"memory not measured: {entry['error']}")
             continue
-        setting = f"{_DTYPES.get(entry['dtype'], entry['dtype'])}, {_threads(entry['threads'])}"
+        setting = f"{DTYPES.get(entry['dtype'], entry['dtype'])}, {_threads(entry['threads'])}"
         extra, output, reserved = (entry[f"{key}_bytes"] / 1e6 for key in ("extra", "output", "reserved"))
         lines.append(
             f"memory, {setting}, {entry['frames']} x {entry['dim']}: {entry['extra_bytes_per_frame']:.1f} bytes a frame"

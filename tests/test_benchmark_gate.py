@@ -80,11 +80,34 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     assert "no committed results of this machine" in capsys.readouterr().err
 
 
+def test_it_measures_what_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Parts and dtypes of the committed tables, and no others."""
+    then = tmp_path / "then.json"
+    then.write_text(json.dumps(DOCUMENT))
+    calls = []
+
+    def measure(arguments: list[str]) -> int:
+        names = ("--parts", "--dtypes", "--threads", "--json")
+        *chosen, path = (arguments[arguments.index(name) + 1] for name in names)
+        calls.append(tuple(chosen))
+        Path(path).write_text(json.dumps(DOCUMENT))
+        return 0
+
+    monkeypatch.setattr(gate, "measure", measure)
+    assert gate.main(["--committed", str(then)]) == 0
+    assert calls == [("pool", "fp32", "1"), ("methods", "fp32", "1")]
+    calls.clear()
+    assert gate.main(["--committed", str(then), "--parts", "packing", "pool", "--threads", "2"]) == 0
+    assert calls == [("pool", "fp32", "2")]
+    monkeypatch.setattr(gate, "measure", lambda arguments: 3)  # the library is wrong
+    assert gate.main(["--committed", str(then)]) == 3
+
+
 def test_what_is_committed_can_be_compared():
     """Every table of the results in the repository is found again in itself."""
     documents = [json.loads(path.read_text()) for path in gate.RESULTS.glob("*-cpu.json")]
     assert documents
     for document in documents:
         changes = gate.compare(document, document)
-        assert len(changes) == sum(len(document.get(part, [])) for part in ("tables", "methods", "packing"))
+        assert len(changes) == sum(len(document.get(part, [])) for part in gate.KEYS.values())
         assert all(change.factor == pytest.approx(1) for change in changes)

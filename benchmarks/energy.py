@@ -6,6 +6,7 @@ Both count everything that the chip does meanwhile, idling and other processes i
 from __future__ import annotations
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import Any, Protocol
 import torch
 
 from benchmarks.cases import Case
-from benchmarks.measure import admit, forward_call
+from benchmarks.measure import admit
 from benchmarks.registry import CONTENDERS, OURS
 
 #: An hour of audio at 25 frames a second, the rate of Qwen2-Audio's encoder, in clips of a minute.
@@ -107,14 +108,14 @@ class Nvml:
         return millijoules.value / 1e3
 
 
-def joules_a_call(meter: Meter, call: Callable[[int], Any], seconds: float, wait: Callable[[], None]) -> float:
+def joules_a_call(meter: Meter, call: Callable[[], Any], seconds: float, wait: Callable[[], None]) -> float:
     """Of calls one after the other for so many seconds; ``wait`` returns when the device has done them."""
-    call(0)
+    call()
     wait()
     before, start, calls = meter.joules(), time.perf_counter(), 0
     while calls == 0 or time.perf_counter() - start < seconds:
         calls += 1
-        call(calls)
+        call()
         wait()
     return (meter.joules() - before) / calls
 
@@ -137,12 +138,12 @@ def measure(
     Raises:
         WrongResult: the library is wrong.
     """
-    entrants = admit(CONTENDERS, case, dtype, threads, last_level_cache).entrants
+    joules = {}
     with torch.no_grad():
-        joules = {
-            entrant.contender.name: joules_a_call(meter, forward_call(entrant), seconds, lambda: None)
-            for entrant in entrants
-        }
+        for entrant in admit(CONTENDERS, case, dtype, threads, last_level_cache).entrants:
+            # The hour is larger than any cache: one buffer will do.
+            pool = functools.partial(entrant.call, entrant.inputs[0])
+            joules[entrant.contender.name] = joules_a_call(meter, pool, seconds, lambda: None)
     return Energy(case, str(dtype).removeprefix("torch."), threads, joules)
 
 

@@ -29,7 +29,7 @@ import torch._functorch.config
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import compiled, contenders, gpu_packing, gpu_report
+from benchmarks import compiled, contenders, energy, gpu_packing, gpu_report
 from benchmarks.cases import Inputs, cu_seqlens, features
 from benchmarks.checks import Expected, exact_starts
 from benchmarks.contenders import Call, Tokens
@@ -202,6 +202,24 @@ def measure_all(run: Run, cases: Sequence[GpuCase], dry: bool) -> None:
         print(f"measured: {contender.name}", flush=True)
 
 
+def measure_energy(run: Run, dry: bool) -> dict[str, Any]:
+    """Joules of pooling an hour of audio, by contender; ``{"error": ...}`` where the GPU does not tell."""
+    try:
+        meter = energy.Nvml("no GPU" if dry else f"GPU-{torch.cuda.get_device_properties(run.device).uuid}")
+    except energy.EnergyUnavailable as error:
+        return {"error": str(error)}
+    hour = next(case for case in CASES if case.rows == energy.HOUR.frames)
+    _, dtype, inputs = next(batches((hour,), run.device))
+    joules = {}
+    for contender in all_contenders(dry):
+        if contender.group in ("cuda", "eager") and time.monotonic() < run.deadline:  # compiling takes too long
+            pool = functools.partial(contender.build(), inputs)
+            with torch.no_grad(), fc.backend(contender.backend) if contender.backend else contextlib.nullcontext():
+                wait = functools.partial(synchronize, run.device)
+                joules[contender.name] = energy.joules_a_call(meter, pool, 1.0, wait)
+    return {"case": str(hour), "dtype": str(dtype).removeprefix("torch."), "joules": joules}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the benchmark; 1 when the library is wrong, 2 when there is no GPU."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description="The GPU benchmark.")
@@ -225,7 +243,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     gpu_packing.measure_decoder(run, options.dry)
     gpu_packing.measure_prefill(run, options.dry)
     rows = [asdict(row) for row in run.rows]
-    document = gpu_report.document(rows, run.copy_rate, run.skipped, run.wrong, {"reps": reps, "dry": options.dry})
+    settings, used = {"reps": reps, "dry": options.dry}, measure_energy(run, options.dry)
+    document = gpu_report.document(rows, run.copy_rate, run.skipped, run.wrong, settings, used)
     path = options.json or ROOT / "benchmarks" / "results" / f"{gpu_report.slug()}-cuda.json"
     if options.dry and not options.json:
         path = ROOT / "build" / "gpu-dry" / "benchmark.json"

@@ -58,8 +58,9 @@ def heading(copy_rate: float, dry: bool) -> str:
 
 
 def document(
-    rows: Sequence[dict[str, Any]], copy_rate: float, skipped: list[str], wrong: list[str], settings: dict[str, Any]
-) -> dict[str, Any]:
+    rows: Sequence[dict[str, Any]], copy_rate: float, skipped: list[str], wrong: list[str], settings: dict[str, Any],
+    energy: dict[str, Any],
+) -> dict[str, Any]:  # fmt: skip
     """Everything, for JSON."""
     return {
         "schema": SCHEMA,
@@ -72,6 +73,7 @@ def document(
         "copy_bytes_per_second": copy_rate,
         "rows": list(rows),
         "summary": summary(rows, copy_rate),
+        "energy": energy,
         "skipped": skipped,
         "wrong": wrong,
     }
@@ -118,5 +120,9 @@ def text(document: dict[str, Any]) -> str:
         if row.get("peak") is not None:
             name = f"{row['case']}, {row['direction']}: {row['contender']}"
             notes.append(f"{name}: {row['peak'] / 1e6:.0f} MB at most, {row['median'] * 1e3:.1f} ms")
+    for name, joules in document["energy"].get("joules", {}).items():
+        notes.append(f"{document['energy']['case']}: {name}: {joules:.3f} J of the board, idling included")
+    if "error" in document["energy"]:
+        notes.append(f"energy: not told by this machine ({document['energy']['error']})")
     notes.append("x: the best of a group, in multiples of our time; call: end to end, with launching and waiting")
     return "\n".join([*notes, "", align(lines)])

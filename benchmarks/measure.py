@@ -170,8 +170,7 @@ def admit(
     return Admitted(entrants, skipped, expected.starts.shape[0], grads)
 
 
-def forward_call(entrant: Entrant) -> Callable[[int], Any]:
-    """The function to time; its argument is a running number that picks the buffer."""
+def _forward_call(entrant: Entrant) -> Callable[[int], Any]:
     call, inputs = entrant.call, entrant.inputs
     return lambda i: call(inputs[i % len(inputs)])
 
@@ -209,7 +208,7 @@ def measure(
         backward = direction == BOTH
         functions: dict[str, Callable[[int], Any]] = {}
         for entrant in entrants:
-            functions[entrant.contender.name] = _backward_call(entrant, grads) if backward else forward_call(entrant)
+            functions[entrant.contender.name] = _backward_call(entrant, grads) if backward else _forward_call(entrant)
         if floor is not None and case.floors:
             for kind in KINDS:
                 functions[f"floor, {kind}"] = floor.calls(kind, xs, rows_of_grads, tokens, threads, backward)

@@ -14,12 +14,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the chec
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks import energy, report, roofline, scaling, share
+from benchmarks import energy, gpu, gpu_report, report, roofline, scaling, share
 from benchmarks.cases import Case, cu_seqlens, features, packed_buffers, threshold_of
 from benchmarks.checks import WrongResult, exact_starts
 from benchmarks.contenders import segment_ends
+from benchmarks.device import Flush
 from benchmarks.energy import EnergyUnavailable, Nvml, Rapl
 from benchmarks.floor import LINE, Floor, FloorUnavailable
+from benchmarks.gpu_run import Run
 from benchmarks.measure import BOTH, FORWARD
 from benchmarks.registry import CONTENDERS, OURS
 
@@ -199,7 +201,7 @@ def test_joules_of_a_gpu():
     library = FakeNvml()
     meter = Nvml("GPU-0", library)
     assert library.uuid == b"GPU-0"
-    assert energy.joules_a_call(meter, lambda i: i, 0.0, lambda: None) == 1
+    assert energy.joules_a_call(meter, lambda: None, 0.0, lambda: None) == 1
 
 
 def test_energy_is_measured_a_call():
@@ -209,13 +211,12 @@ def test_energy_is_measured_a_call():
         def joules(self) -> float:
             return self.used
 
-    meter, calls = Meter(), []
+    meter = Meter()
 
-    def call(i: int) -> None:
-        calls.append(i)
-        meter.used += 2 if i else 100  # the first one warms up
+    def call() -> None:
+        meter.used += 2 if meter.used else 100  # the first one warms up
 
-    assert energy.joules_a_call(meter, call, 0.001, lambda: None) == 2 and calls == list(range(len(calls)))
+    assert energy.joules_a_call(meter, call, 0.001, lambda: None) == 2 and meter.used >= 102
     one = energy.measure(FakeMeter(), energy.QUICK, torch.float32, 1, 1 << 10, seconds=0.0)
     assert one.joules == dict.fromkeys((OURS, "blocked + embedding_bag"), 1.0)
     assert "blocked + embedding_bag" in report.energy_text([one], None)
@@ -230,3 +231,19 @@ class FakeMeter:
     def joules(self) -> float:
         self.used += 1
         return self.used
+
+
+def test_energy_of_a_gpu_is_measured_by_contender(monkeypatch: pytest.MonkeyPatch):
+    run = Run(torch.device("cpu"), 1, float("inf"), Flush(torch.device("cpu")))
+    assert "error" in gpu.measure_energy(run, dry=True)  # no GPU has that name
+    case = gpu.GpuCase(2, 60, 48)
+    monkeypatch.setattr(gpu, "CASES", (case,))
+    monkeypatch.setattr(energy, "HOUR", Case("", (60, 60), 48))
+    monkeypatch.setattr(energy, "Nvml", lambda uuid: FakeMeter())
+    monkeypatch.setattr(energy.time, "perf_counter", iter(range(1000)).__next__)  # a second a call
+    found = gpu.measure_energy(run, dry=True)
+    eager = [c.name for c in gpu.all_contenders(dry=True) if c.group == "eager"]
+    assert (found["case"], found["dtype"]) == (str(case), "bfloat16")
+    assert found["joules"] == dict.fromkeys(["fastcompress, cuda", *eager], 1.0)
+    document = gpu_report.document([], 1.0, [], [], {}, found)
+    assert "2 x 60 x 48: fastcompress, cuda: 1.000 J of the board" in gpu_report.text(document)

@@ -39,6 +39,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", metavar="TEXT", help="only those whose name has one of these in it")
     parser.add_argument("--reps", type=int, help="rounds (default 15)")
     parser.add_argument("--max-seconds", type=float, default=10.0, help="for a contender in a table (default 10)")
+    parser.add_argument("--most", type=float, metavar="MB", help="of input in fp32, of a case of scaling")
     parser.add_argument("--no-floor", action="store_true", help="leave out the memory floor")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write everything there")
@@ -129,8 +130,8 @@ def _prefill(options: argparse.Namespace, record: Record) -> None:
 
 def _scaling(options: argparse.Namespace, record: Record) -> None:
     axes = scaling.QUICK if options.quick else scaling.AXES
-    # Cases one after the other, so that what they are made of is made once a dtype.
-    for (one, threads), on in scaling.plan(axes, options.threads).items():
+    most = None if options.most is None else options.most * 1e6
+    for (one, threads), on in scaling.plan(axes, options.threads, most).items():
         for dtype in options.dtypes:
             tables = measure(
                 one, _DTYPES[dtype], threads, scaling.contenders(options.quick), options.floor, min(options.reps, 9),
@@ -144,11 +145,9 @@ def _scaling(options: argparse.Namespace, record: Record) -> None:
 def _roofline(options: argparse.Namespace, record: Record) -> None:
     if options.floor is None:
         return _print("no roofline without the floor's kernels")
-    size, steps = (1 << 20, 1000) if options.quick else (roofline.SIZE, roofline.STEPS)
+    rounds, steps = (options.reps, 1000) if options.quick else (roofline.ROUNDS, roofline.STEPS)
     for threads in options.threads:
-        # Ceilings are best cases, of milliseconds a sample: many rounds find the moments without other work.
-        reps = 4 * options.reps
-        record.ceilings.append(roofline.measure(options.floor, threads, reps, options.tries, size, steps))
+        record.ceilings.append(roofline.measure(options.floor, threads, rounds, steps))
     _print(report.ceilings_text(record.ceilings))
 
 
@@ -194,6 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="torch")
     settings = {
         "reps": options.reps, "max_seconds": options.max_seconds, "quick": options.quick, "threads": options.threads,
+        "most": options.most,
     }  # fmt: skip
     _print(report.heading(settings))
     record = Record()

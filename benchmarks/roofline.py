@@ -16,10 +16,13 @@ from benchmarks.floor import Floor
 from benchmarks.measure import BOTH
 from benchmarks.timing import Disturbance, interleave
 
-#: Bytes that are read or copied: above every last-level cache on the market but the stacked ones.
-SIZE = 256 << 20
-#: Steps of arithmetic: some 10 ms.
-STEPS = 1_000_000
+#: Bytes that are read or copied in turn, above every last-level cache on the market but the stacked ones, and bytes of
+#: a sample: a millisecond, for which even a busy machine leaves a core to us now and then.
+SIZE, PART = 256 << 20, 16 << 20
+#: Steps of arithmetic, about as long.
+STEPS = 100_000
+#: Rounds, of the rate of whose best tenth we speak.
+ROUNDS = 200
 
 
 def operations(frames: int, width: int, tokens: int, direction: str, scores: bool = True) -> int:
@@ -55,19 +58,19 @@ class Ceilings:
     disturbance: Disturbance
 
 
-def measure(floor: Floor, threads: int, reps: int, tries: int, size: int = SIZE, steps: int = STEPS) -> Ceilings:
+def measure(floor: Floor, threads: int, rounds: int = ROUNDS, steps: int = STEPS) -> Ceilings:
     """All four, interleaved."""
-    source, target = torch.ones(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    sources, targets = (torch.ones(SIZE, dtype=torch.uint8).split(PART) for _ in range(2))
     functions: dict[str, Callable[[int], Any]] = {
-        "read": lambda i: floor.read(source, threads),
-        "copy": lambda i: floor.copy(source, target, threads),
+        "read": lambda i: floor.read(sources[i % len(sources)], threads),
+        "copy": lambda i: floor.copy(sources[i % len(sources)], targets[i % len(targets)], threads),
         "separate": lambda i: floor.arithmetic(steps, False, threads),
         "fused": lambda i: floor.arithmetic(steps, True, threads),
     }
-    samples, disturbance = interleave(functions, reps, tries=tries)
+    samples, disturbance = interleave(functions, rounds, tries=1)
     work = {
-        "read": size,
-        "copy": 2 * size,
+        "read": PART,
+        "copy": 2 * PART,
         "separate": floor.arithmetic(steps, False, threads),
         "fused": floor.arithmetic(steps, True, threads),
     }

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
+
 import fastcompress as fc
 from benchmarks.cases import Case
 from benchmarks.measure import Table
@@ -78,14 +80,19 @@ QUICK = (
 )
 
 
-def plan(axes: Sequence[Axis], threads: Sequence[int]) -> dict[tuple[Case, int], tuple[str, ...]]:
+def plan(
+    axes: Sequence[Axis], threads: Sequence[int], most: float | None = None
+) -> dict[tuple[Case, int], tuple[str, ...]]:
     """What to measure, a case and a number of threads each, and the axes that it lies on.
 
-    The axis of threads takes all of ``threads``, the others the last.
+    The axis of threads takes all of ``threads``, the others the last. Cases with more than ``most`` bytes of input in
+    fp32 are left out: a machine that is small or busy takes minutes for each.
     """
     found: dict[tuple[Case, int], tuple[str, ...]] = {}
     for axis in axes:
         for case in axis.cases:
+            if most is not None and case.input_bytes(torch.float32) > most:
+                continue
             for count in threads if axis.name == THREADS else threads[-1:]:
                 found[case, count] = (*found.get((case, count), ()), axis.name)
     return found

@@ -65,6 +65,8 @@ def test_each_case_is_measured_once():
     assert plan[scaling.BASE, 1] == (scaling.THREADS,)
     assert [threads for case, threads in plan if case is not scaling.BASE] == [2] * (len(plan) - 2)
     assert len({case.name for case, _ in plan}) == len(plan) - 1
+    few = scaling.plan(scaling.AXES, (1,), most=4 * 10_000 * 256)
+    assert {case.name for case, _ in few} == {"1 clip", "width 64", "width 256"}
     names = {contender.name for contender in CONTENDERS}
     assert set(scaling.FORMS) <= names and set(energy.HOUR.contenders or ()) <= names
     frames = [case.frames for case in scaling.AXES[0].cases]

@@ -122,6 +122,7 @@ class Record:
                     "threads": one.threads,
                     "tokens_per_frame": one.tokens,
                     "step": _seconds(one.samples),
+                    "busy_seconds": one.busy,
                     "reps": len(one.samples.seconds),
                     "ops": one.ops,
                     "share": one.share,

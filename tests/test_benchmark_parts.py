@@ -134,7 +134,7 @@ def test_share_of_a_step(monkeypatch: pytest.MonkeyPatch):
     every, third = share.measure(1, 1, 1, rules=("uniform:1", "uniform:3"), steps=1)
     assert every.tokens == 1 and 0.33 < third.tokens < 0.4
     assert {"segment_pool", "segment_expand", "pack_rows"} <= third.ops.keys()
-    assert 0 < third.share < 0.1
+    assert 0 < third.share < 0.1 and 0 < third.busy < 2 * third.samples.median
     assert "uniform:3, 1 thr" in report.share_text([every, third])
     monkeypatch.setattr(share, "_PREFIX", "another::")
     with pytest.raises(WrongResult, match="none of fastcompress's ops ran"):

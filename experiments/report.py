@@ -12,7 +12,6 @@ from experiments.study import METHODS, spread
 STAGES = {
     "zero-shot": "no finetuning",
     "lora": "LoRA on the frame-level model",
-    "longer": "LoRA for three times as long",
     "start": "compression from the start",
 }
 #: Names of test sets in tables.
@@ -76,7 +75,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) ->
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Error against tokens a second, a panel for each task and test set; bars from the lowest to the highest seed."""
-    colours = {"lora": "tab:blue", "longer": "tab:orange", "start": "tab:green"}
+    colours = {"lora": "tab:blue", "start": "tab:green"}
     markers = {
         "every frame": "o",
         "uniform pooling": "s",

@@ -37,9 +37,7 @@ BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, m
 #: tokens, in each round); each of the others, too, is tried on the shipped model.
 RATIOS = {"A-ToMe": 2, "FastAdaSP": 3, "CIF": 3, "LTBM": 3, "first-layer attention": 3}
 TRIED = tuple(method for method in METHODS if method.name in RATIOS)
-OTHER = dataclasses.replace(
-    BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, longer=COMPRESSIONS[:1], from_the_start=FROM_THE_START[:1]
-)
+OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, from_the_start=FROM_THE_START[:1])
 
 
 @pytest.fixture(scope="module")
@@ -60,11 +58,11 @@ def test_every_row_is_there(records: list[Path]):
     rows = report.load(records)
     for seed, budget in enumerate((BUDGET, OTHER), 1):
         tuned = (*budget.compressions, *budget.methods)
-        stages = {"zero-shot": tuned, "lora": tuned, "longer": budget.longer, "start": budget.from_the_start}
+        stages = {"zero-shot": tuned, "lora": tuned, "start": budget.from_the_start}
         for stage, wanted in stages.items():
             found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
             assert sorted(found) == sorted(c.name for c in wanted)
-        steps = {"zero-shot": 0, "lora": 2, "longer": 6, "start": 2}
+        steps = {"zero-shot": 0, "lora": 2, "start": 2}
         assert all(row["steps"] == steps[row["stage"]] for row in rows)
     for row in rows:
         assert set(row["scores"]) == {"dev", "test", "test-voice"}
@@ -104,7 +102,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert lines[2].startswith("|  |  | tokens/s | ratio | test | new voices | exact % | prefill ms |")
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
         (*COMPRESSIONS, *TRIED)
-    ) + len(FROM_THE_START) + len(OTHER.longer)
+    ) + len(FROM_THE_START)
     for row in rows[1:]:
         row["scores"]["test-engine"] = row["scores"]["test"]
     lines = report.table(rows).splitlines()

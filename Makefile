@@ -78,7 +78,7 @@ test-slow: build
 test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow
 
-EMULATED := distance greedy boundaries reduce pool packing errors properties opcheck
+EMULATED := distance greedy boundaries reduce pool packing packing_errors errors properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.cuda_emulation import build; build()'
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/test_%.py)

@@ -12,8 +12,8 @@ import fastcompress as fc
 from tests.sample_inputs import DTYPES, assert_same_bits, features, packed, strided
 
 pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
-from tests.cuda_emulation import DEFAULT_DEVICE, build, emulated, load  # noqa: E402
-from tests.test_cuda_emulation import BAD_OFFSETS, SCHEDULES, run  # noqa: E402
+from tests.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run  # noqa: E402
+from tests.test_cuda_emulation import BAD_OFFSETS, SCHEDULES  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),

@@ -39,21 +39,14 @@ from tests.sample_inputs import (
     padded,
     row_groups,
     strided,
-)
+)  # fmt: skip
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
 
 FUSED = (
-    fc.Uniform(1),
-    fc.Uniform(3),
-    fc.Uniform(3, tail="drop"),
-    fc.Uniform(100),
-    fc.Threshold(0.15),
-    fc.LocalMax(),
-    fc.LocalMax(order=2, threshold=0.3),
-    fc.LocalMax(order=3),
-    fc.LocalMax(order=16),
-)
+    fc.Uniform(1), fc.Uniform(3), fc.Uniform(3, tail="drop"), fc.Uniform(100), fc.Threshold(0.15),
+    fc.LocalMax(), fc.LocalMax(order=2, threshold=0.3), fc.LocalMax(order=3), fc.LocalMax(order=16),
+)  # fmt: skip
 SHORT = (0, 1, 2, 3, 17, 5)
 REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 

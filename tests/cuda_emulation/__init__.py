@@ -119,3 +119,21 @@ def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
         yield module
     finally:
         library._destroy()
+
+
+def run(command: list[str], module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python with ``command`` on the kernels of ``module``, which were built for a sanitizer or for none."""
+    environment = {**os.environ, "FASTCOMPRESS_EMULATED": str(module), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *command]
+    if sanitizer is not None:
+        paths = [
+            subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            for name in (f"lib{sanitizer}.so", "libstdc++.so")
+        ]
+        environment |= {
+            "LD_PRELOAD": " ".join(paths),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+            "OMP_NUM_THREADS": "1",  # torch's threads synchronize in ways that ThreadSanitizer does not see
+        }
+        command = ["setarch", "-R", *command]  # ThreadSanitizer wants the usual layout of memory
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -31,7 +31,11 @@ _FREE_WAIT = 2e-5
 
 @dataclass
 class Samples:
-    """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed."""
+    """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed.
+
+    Of the latter what the thread waited for a core is taken off, if there is one thread; of more, whose waits overlap,
+    nobody can tell how much it cost.
+    """
 
     quiet: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
@@ -141,14 +145,15 @@ def _sample(
         for i in turn:
             result = call(i)
         elapsed = time.perf_counter() - start
-        wait = (_waited() - waited - _FREE_WAIT) / elapsed
+        waited = _waited() - waited
+        wait = (waited - _FREE_WAIT) / elapsed
         del result  # freeing the result is not part of the call, for anybody
         noted.samples += 1
-        if wait < least:
-            best, least = elapsed / calls, wait
         if wait < MAX_WAIT:
-            samples.quiet.append(best)
+            samples.quiet.append(elapsed / calls)
             return
+        if wait < least:
+            best, least = (elapsed - waited if torch.get_num_threads() == 1 else elapsed) / calls, wait
     samples.disturbed.append(best)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from collections.abc import Iterator
@@ -15,7 +16,7 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, machine, report
+from benchmarks import contenders, machine, report, timing
 from benchmarks.cases import Case, Inputs, cu_seqlens, features, packed_buffers
 from benchmarks.checks import Expected, WrongResult, check_average_pool, exact_starts
 from benchmarks.contenders import Tokens
@@ -232,6 +233,20 @@ def test_interleave_rotates_buffers_and_is_fair():
 def test_disturbed_samples_count_only_when_there_are_no_others():
     assert Samples([1.0, 2.0, 3.0], [100.0]).median == 2.0
     assert Samples([1.0], [5.0, 6.0]).median == 5.0
+
+
+@pytest.mark.parametrize("threads, seconds", [(1, 0.1), (2, 1.0)])
+def test_waiting_is_taken_off_a_disturbed_sample_of_one_thread(
+    monkeypatch: pytest.MonkeyPatch, threads: int, seconds: float
+):
+    """A second, 0.9 of which somebody else had the core; then one in which nobody did."""
+    torch.set_num_threads(threads)
+    monkeypatch.setattr(timing, "_waited", iter([5.0, 5.9, 7.0, 7.0]).__next__)
+    monkeypatch.setattr(timing.time, "perf_counter", iter([2.0, 3.0, 10.0, 11.0]).__next__)
+    samples, noted = Samples(), Disturbance()
+    for _ in range(2):
+        timing._sample(lambda i: None, itertools.count(), 1, 1, 0, samples, noted)
+    assert samples.disturbed == [pytest.approx(seconds)] and samples.quiet == [1.0]
 
 
 def test_targets_compare_with_the_best():

@@ -16,7 +16,8 @@ WHEEL ?=
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check gpu lint docs build wheel wheels wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check bench-report gpu lint docs build \
+    wheel wheels wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
@@ -28,6 +29,7 @@ help:
 	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
 	@echo "make bench      the CPU benchmark against PyTorch"
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
+	@echo "make bench-report  benchmarks/report.md and its plots, from the results that are committed"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
 	@echo "make lint       ruff, clang-format, mypy --strict"
 	@echo "make docs       the documentation as a site, in out/site"
@@ -93,6 +95,9 @@ bench: build
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
 	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
 	$(BIN)/python -m benchmarks
+
+bench-report: $(READY)
+	$(BIN)/python -m benchmarks.document
 
 bench-check: build
 	$(BIN)/python -m benchmarks.gate

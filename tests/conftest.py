@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -15,6 +17,7 @@ from tests.on_device import on_device
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="run the long forms of the tests as well")
+    parser.addoption("--run-sanitizers", action="store_true", help="run the emulated kernels under sanitizers as well")
     parser.addoption(
         "--emulated",
         metavar="SEED",
@@ -23,6 +26,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda (tests/on_device.py)")
     parser.addoption("--backend", choices=BACKENDS, help="run every op by this backend")
+    parser.addoption("--fuzz-seconds", type=float, help="how long each test of tests/test_fuzz_ops.py looks")
 
 
 def pytest_configure() -> None:
@@ -32,12 +36,13 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    if config.getoption("--run-slow"):
-        return
-    skip = pytest.mark.skip(reason="slow: needs --run-slow")
-    for item in items:
-        if "slow" in item.keywords:
-            item.add_marker(skip)
+    for marker, option in (("slow", "--run-slow"), ("sanitizer", "--run-sanitizers")):
+        if config.getoption(option):
+            continue
+        skip = pytest.mark.skip(reason=f"{marker}: needs {option}")
+        for item in items:
+            if marker in item.keywords:
+                item.add_marker(skip)
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +81,14 @@ def device(pytestconfig: pytest.Config):
             os.environ["FASTCOMPRESS_CHECK"] = "1"
             stack.enter_context(on_device(device))
         yield device
+
+
+@pytest.fixture
+def fuzz(pytestconfig: pytest.Config) -> Callable[..., None]:
+    """``fuzz(check, strategy)``, for as long as ``--fuzz-seconds`` says."""
+    from tests.fuzzing import fuzz  # not above: hypothesis is not everywhere where the tests of a GPU run
+
+    return functools.partial(fuzz, seconds=pytestconfig.getoption("--fuzz-seconds"))
 
 
 @pytest.fixture(autouse=True)

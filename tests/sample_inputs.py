@@ -68,7 +68,7 @@ def features(kind: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0
     elif kind == "nonfinite":
         bad = torch.rand(rows, generator=g)
         x[bad < 0.1] = torch.nan
-        x[(bad >= 0.1) & (bad < 0.15), -1] = torch.inf
+        x[(bad >= 0.1) & (bad < 0.15), -1:] = torch.inf
     elif kind in ("huge", "tiny"):
         some = torch.rand(rows, generator=g) < 0.3
         x[some] *= 1e25 if kind == "huge" else 1e-25

@@ -2,90 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
-from hypothesis import HealthCheck, example, given, settings
+from hypothesis import example, given
 from hypothesis import strategies as st
-from torch import Tensor
 
 import fastcompress as fc
 from fastcompress.reference import OPS
 from fastcompress.rules import max_segments
-from tests.sample_inputs import DTYPES, FEATURES, assert_same_bits, features, offsets, row_groups, strided
-
-LAYOUTS = ("one-sequence", "packed", "grouped", "padded", "masked", "grouped-padded")
-
-
-@dataclass
-class Case:
-    """A batch, a rule and the rows that some segment must have."""
-
-    x: Tensor
-    layout: dict[str, Tensor]
-    rule: fc.Rule
-    inside: Tensor  # [rows] bool: neither padding nor dropped
-    sequence: Tensor  # [rows], of the rows inside
-
-
-@st.composite
-def rules(draw) -> fc.Rule:
-    if draw(st.booleans()):
-        return fc.Uniform(draw(st.integers(1, 9)), draw(st.sampled_from(["keep", "drop"])))
-    min_len = draw(st.integers(1, 6))
-    max_len = draw(st.none() | st.integers(min_len, 9))
-    threshold = draw(st.sampled_from([-1.0, 0.0, 0.15, 0.9, 1.0]))
-    if draw(st.booleans()):
-        return fc.Threshold(threshold, min_len, max_len)
-    prominence = draw(st.none() | st.just(0.2))
-    return fc.LocalMax(draw(st.integers(1, 12)), draw(st.none() | st.just(threshold)), prominence, min_len, max_len)
-
-
-widths = st.sampled_from([1, 2, 31, 32, 33, 95, 1023]) | st.integers(1, 80)
-
-
-@st.composite
-def batch(draw, widths: st.SearchStrategy[int] = widths) -> Case:
-    lengths = tuple(draw(st.lists(st.integers(0, 3) | st.integers(0, 40), max_size=6)))
-    layout = draw(st.sampled_from(LAYOUTS))
-    dtype, index = draw(st.sampled_from(DTYPES)), draw(st.sampled_from([torch.int32, torch.int64]))
-    width, kind, seed = draw(widths), draw(st.sampled_from(FEATURES)), draw(st.integers(0, 99))
-    arguments: dict[str, Tensor] = {}
-    if layout in ("one-sequence", "packed", "grouped"):
-        x = features(kind, sum(lengths), width, dtype, seed)
-        inside = torch.ones(len(x), dtype=torch.bool)
-        sequence = torch.arange(len(lengths)).repeat_interleave(torch.tensor(lengths, dtype=torch.int64))
-        if layout == "one-sequence":
-            sequence = torch.zeros(len(x), dtype=torch.int64)
-        else:
-            arguments["cu_seqlens"] = offsets(lengths, index)
-    else:
-        padded = max(lengths, default=0) + draw(st.integers(0, 3))
-        x = features(kind, len(lengths) * padded, width, dtype, seed).view(len(lengths), padded, width)
-        inside = torch.ones(len(lengths), padded, dtype=torch.bool)
-        if layout != "masked" and draw(st.booleans()):
-            arguments["lengths"] = torch.tensor(lengths, dtype=index)
-            inside = torch.arange(padded) < arguments["lengths"][:, None]
-        sequence = torch.arange(len(lengths))[:, None].expand(-1, padded)
-    if "grouped" in layout:
-        group = row_groups(inside.numel(), seed).view(inside.shape)
-        arguments["row_group"] = group
-        inside = inside & (group >= 0)
-    if layout == "masked":
-        arguments["attention_mask"] = torch.rand(inside.shape) < 0.8
-        inside = arguments["attention_mask"]
-    memory = draw(st.sampled_from(["plain", "row gap", "column slice", "column step", "transposed", "unaligned"]))
-    if memory != "plain":
-        x = dict(strided(x))[memory]
-    return Case(x, arguments, draw(rules()), inside.flatten(), sequence.flatten())
+from tests.sample_inputs import assert_same_bits, offsets
+from tests.strategies import Case, batch, check
 
 
 def pool(case: Case, compact: bool = True) -> fc.Pooled:
     return fc.segment_pool(case.x, rule=case.rule, compact=compact, **case.layout)
-
-
-def check(examples: int):
-    return settings(max_examples=examples, deadline=None, suppress_health_check=list(HealthCheck))
 
 
 @check(150)

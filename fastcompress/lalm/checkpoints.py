@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -23,8 +24,12 @@ _UNFINISHED = "unfinished-"
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.pt", "state.json"
 
 
+#: What a full disk, or a folder that may not be written to, raises out of the libraries that write.
+WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+
+
 class CheckpointError(ValueError):
-    """A checkpoint that does not fit what it is loaded into; the message is one line."""
+    """A checkpoint that cannot be written, or does not fit what it is loaded into; the message is one line."""
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
@@ -57,9 +62,13 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 def write_file(target: Path, text: str) -> None:
     """Makes ``target`` hold ``text``, whole or not at all."""
     unfinished = target.with_name(f"{_UNFINISHED}{target.name}")
-    unfinished.write_text(text, encoding="utf-8")
-    _flush(unfinished)
-    os.replace(unfinished, target)
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        _flush(unfinished)
+        os.replace(unfinished, target)
+    except BaseException:
+        unfinished.unlink(missing_ok=True)
+        raise
     _flush(target.parent)
 
 
@@ -72,7 +81,11 @@ def _flush(path: Path) -> None:
 
 
 def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Writes the checkpoint after ``step`` steps, and then deletes all but the last ``keep``."""
+    """Writes the checkpoint after ``step`` steps, and then deletes all but the last ``keep``.
+
+    Raises:
+        CheckpointError: it cannot be written; those before it are whole.
+    """
     target = folder / f"step-{step:08d}"
 
     def write(path: Path) -> None:
@@ -80,10 +93,22 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
         torch.save(optimizer.state_dict(), path / _OPTIMIZER)
         (path / _STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
 
-    write_folder(target, write)
-    for old in found(folder)[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+    try:
+        write_folder(target, write)
+    except WRITE_ERRORS as error:
+        whole = found(folder)
+        kept = f"the last whole one is {whole[-1]}" if whole else "there is none before it"
+        raise CheckpointError(f"{target}: cannot be written ({one_line(error)}); {kept}") from error
+    for old in found(folder)[:-keep]:  # under another name first, or a kill would leave it half deleted
+        gone = old.with_name(f"{_UNFINISHED}{old.name}")
+        os.rename(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
     return target
+
+
+def one_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 def found(folder: Path) -> list[Path]:
@@ -116,6 +141,7 @@ def load(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimize
         state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
         saved = load_file(path / _WEIGHTS)
         optimizer_state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+        step = int(state["step"])
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
     copy_weights(path, saved, weights)
@@ -123,7 +149,7 @@ def load(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimize
         optimizer.load_state_dict(optimizer_state)
     except ValueError as error:
         raise CheckpointError(f"{path}: the optimizer has other parameters ({error})") from error
-    return int(state["step"])
+    return step
 
 
 def copy_weights(path: Path, saved: dict[str, Tensor], weights: dict[str, Tensor]) -> None:

@@ -16,12 +16,12 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_origin, get_type_hints
 
 import torch
 import yaml
 
-from fastcompress.lalm.checkpoints import clean, write_file, write_folder
+from fastcompress.lalm.checkpoints import WRITE_ERRORS, clean, one_line, write_file, write_folder
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
 from fastcompress.lalm.examples import EncodedExamples, Examples
 from fastcompress.lalm.lora import add_lora, unwrap
@@ -110,14 +110,16 @@ class RunSettings:
         """From one level of names, those of training among the others, as a YAML file or flags have them."""
         own = {f.name for f in dataclasses.fields(cls)} - {"training"}
         of_training = {f.name for f in dataclasses.fields(TrainingArguments)}
-        unknown = sorted(values.keys() - own - of_training)
+        unknown = sorted(map(str, values.keys() - own - of_training))
         if unknown:
             raise RunError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(own | of_training))}")
         if not values.get("train"):
             raise RunError("train is missing: the manifest to train on")
         training = {name: values[name] for name in values.keys() & of_training}
-        if "betas" in training:
+        if isinstance(training.get("betas"), list):
             training["betas"] = tuple(training["betas"])
+        _check_types(cls, {name: values[name] for name in values.keys() & own})
+        _check_types(TrainingArguments, training)
         try:
             return cls(**{name: values[name] for name in values.keys() & own}, training=TrainingArguments(**training))
         except (TypeError, ValueError) as error:
@@ -130,6 +132,29 @@ class RunSettings:
         return values | training | {"betas": list(training["betas"])}
 
 
+def _check_types(cls: type, values: dict[str, Any]) -> None:
+    """Checks values against the annotations of a dataclass: what a YAML file holds may be anything."""
+    hints = get_type_hints(cls)
+    for name, value in values.items():
+        hint = hints[name]
+        if get_origin(hint) is tuple:
+            fits = isinstance(value, tuple) and [_fits(v, kind) for v, kind in zip(value, get_args(hint), strict=False)]
+            if not fits or not all(fits) or len(value) != len(get_args(hint)):
+                raise RunError(f"{name} must be {len(get_args(hint))} numbers, got {value!r}")
+        elif not any(_fits(value, kind) for kind in get_args(hint) or (hint,)):
+            kinds = " or ".join(_KINDS[kind] for kind in get_args(hint) or (hint,))
+            raise RunError(f"{name} must be {kinds}, got {value!r}")
+
+
+_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
+
+
+def _fits(value: Any, kind: type) -> bool:
+    if isinstance(value, bool):
+        return kind is bool
+    return isinstance(value, (int, float) if kind is float else kind)
+
+
 def read_settings(path: Path) -> dict[str, Any]:
     """The settings in a YAML file, one level of names.
 
@@ -138,8 +163,9 @@ def read_settings(path: Path) -> dict[str, Any]:
     """
     try:
         values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: {' '.join(str(error).split())}") from error
+    # ValueError: no UTF-8, or what looks like a date and is none. RecursionError: nested too deeply.
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
+        raise RunError(f"{path}: {one_line(error)}") from error
     if not isinstance(values, dict):
         raise RunError(f"{path}: must hold names and values, got {type(values).__name__}")
     return values
@@ -244,7 +270,7 @@ def load_model(
     except RunError:
         raise
     except Exception as error:
-        raise RunError(f"{path}: cannot be loaded ({type(error).__name__}: {' '.join(str(error).split())})") from error
+        raise RunError(f"{path}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
     set_compression(model, rule)
     device = torch.device(device)
     if device.type == "cpu" and model.dtype == torch.float16:
@@ -358,7 +384,10 @@ class Run:
         self.training.run(progress)
         final = self.folder / "final"
         if self.accelerator.is_main_process:
-            write_folder(final, self._write_final)
+            try:
+                write_folder(final, self._write_final)
+            except WRITE_ERRORS as error:
+                raise RunError(f"{final}: cannot be written ({one_line(error)}); resume to try again") from error
             damaged = self.training.examples.skipped
             if damaged:
                 self.say(f"{len(damaged)} utterances turned out to be damaged: {'; '.join(damaged.values())}")

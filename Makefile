@@ -16,8 +16,8 @@ WHEEL ?=
 # `make gpu DRY=1`: every step of it on a machine without a GPU.
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize bench bench-check bench-report gpu lint docs build \
-    wheel wheels wheel-test clean
+.PHONY: help demo experiment test test-slow test-full test-emulated sanitize fuzz bench bench-check bench-report gpu lint docs \
+    build wheel wheels wheel-test clean
 
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
@@ -27,6 +27,7 @@ help:
 	@echo "make test-full  the long forms of the tests as well"
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
+	@echo "make fuzz       look for input that breaks an op or a reader, for SECONDS=240"
 	@echo "make bench      the CPU benchmark against PyTorch"
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
 	@echo "make bench-report  benchmarks/report.md and its plots, from the results that are committed"
@@ -87,6 +88,11 @@ test-emulated: build
 
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python
+
+SECONDS ?= 240
+fuzz: build
+	$(BIN)/python -m pip install -q atheris || echo "atheris does not install here: only the ops will be fuzzed"
+	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 # FBGEMM's release for the torch that is pinned; another may not load it.
 bench: build

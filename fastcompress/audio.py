@@ -112,7 +112,8 @@ def audio_blocks(
             if not len(block):
                 break
             frames_read += len(block)
-            mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
+            with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is refused
+                mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
             if not np.isfinite(mono).all():
                 raise AudioError(f"{name}: holds NaN or infinite samples before {frames_read / file.samplerate:.1f} s")
             yield resampler.resample_chunk(mono) if resampler else mono
@@ -206,8 +207,9 @@ def _open(path: str) -> soundfile.SoundFile:
     try:
         with open(path, "rb") as file:  # first, because libsndfile calls all of these "System error"
             empty = not file.read(1)
-    except OSError as error:
-        raise AudioError(f"{path}: {(error.strerror or str(error)).lower()}") from error
+    except (OSError, ValueError) as error:  # ValueError: a name that none can have
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise AudioError(f"{path}: {reason.lower()}") from error
     if empty:
         raise AudioError(f"{path}: the file is empty (0 bytes)")
     try:

@@ -10,6 +10,8 @@ import numpy as np
 _PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
 #: Who writes to a pipe does not know the length: sox, ffmpeg and arecord promise at least this much, or nothing.
 _UNKNOWN = 0x7FFFF000
+#: Bytes that are asked for at once: a stream may take memory for all of them, and a header may lie.
+_PIECE = 1 << 20
 
 
 class WavePipe:
@@ -73,7 +75,8 @@ class WavePipe:
         if self._left is not None:
             self._left -= len(data) // self._size
         if self._is_float:
-            samples = np.frombuffer(data, f"<f{self._width}").astype(np.float32)
+            with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite
+                samples = np.frombuffer(data, f"<f{self._width}").astype(np.float32)
         elif self._width == 1:
             samples = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / np.float32(128)
         else:
@@ -95,7 +98,7 @@ class WavePipe:
         parts = [self._ahead[:count]]
         self._ahead = self._ahead[count:]
         count -= len(parts[0])
-        while count and (part := self._stream.read(count)):
+        while count and (part := self._stream.read(min(count, _PIECE))):
             parts.append(part)
             count -= len(part)
         return b"".join(parts)

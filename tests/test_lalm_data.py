@@ -58,6 +58,37 @@ def test_a_manifest_is_read_and_written(tmp_path: Path):
     assert "über" in (tmp_path / "again.jsonl").read_text(encoding="utf-8")
 
 
+@pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c", "\x1e", "\r", "\n", "\ufeff", "\U0001f600"])
+def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
+    """Some are ends of lines to Python and none to JSON."""
+    text = f"one{character}two"
+    utterances = [Utterance(None, text, text, more={"note": text}), Utterance(None, "three", "three")]
+    write_manifest(tmp_path / "m.jsonl", utterances)
+    assert read_manifest(tmp_path / "m.jsonl") == utterances
+
+
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ({"text": "a", "offset": 10**400}, "offset must be a number of seconds, got 1000"),
+        ({"text": "a", "duration": 1e300}, "duration must be a number of seconds, got 1e+300"),
+        ({"audio_filepath": "a\0", "text": "a"}, r"audio_filepath must be a path, got 'a\x00'"),
+        ({"text": "\ud800"}, r"holds '\ud800', which is no character"),
+        ("[" * 100_000, "nested too deeply"),
+    ],
+    ids=lambda value: str(value)[:30],
+)
+def test_lines_that_no_reader_should_choke_on(line: Any, reason: str, tmp_path: Path):
+    with pytest.raises(ManifestError) as caught:
+        read_manifest(write(tmp_path, line))
+    assert reason in str(caught.value)
+
+
+def test_a_name_that_is_too_long_is_skipped(tmp_path: Path):
+    good, skipped = check_audio(read_manifest(write(tmp_path, {"audio_filepath": "a" * 5000, "text": "a"})))
+    assert not good and skipped[0][1] == "file name too long"
+
+
 @pytest.mark.parametrize(
     "line, reason",
     [

@@ -45,6 +45,21 @@ def with_size(content: bytes, size: int) -> bytes:
     return content[:place] + struct.pack("<I", size) + content[place + 4 :]
 
 
+def test_a_length_that_lies_takes_no_memory(tmp_path: Path):
+    class Recorded(Pipe):
+        asked = 0
+
+        def read(self, count: int = -1) -> bytes:
+            self.asked = max(self.asked, count)
+            return super().read(count)
+
+    content = written(tmp_path / "a.wav")
+    pipe = Recorded(content[:12] + b"LIST" + struct.pack("<I", 2**32 - 2) + content[12:])
+    with pytest.raises(ValueError, match="ends before its samples begin"):
+        WavePipe(pipe)
+    assert pipe.asked <= 1 << 20
+
+
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
 @pytest.mark.parametrize("subtype", ["PCM_U8", "PCM_16", "PCM_24", "PCM_32", "FLOAT", "DOUBLE"])
 @pytest.mark.parametrize("channels, most", [(1, 1 << 20), (3, 5)])

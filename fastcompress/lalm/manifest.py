@@ -22,6 +22,7 @@ from fastcompress.lalm.checkpoints import write_file
 
 #: The least audio that an encoder can make a frame of, in seconds.
 SHORTEST = 0.025
+_TOO_LONG = 1e9  # seconds: no audio is, and samples can still be counted
 
 
 class ManifestError(ValueError):
@@ -79,8 +80,9 @@ def read_manifest(path: str | Path) -> list[Utterance]:
     """
     path = Path(path)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
+        # Not splitlines, which also splits at characters that JSON may have in its strings, such as U+2028.
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a 0 in it
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
         raise ManifestError(f"{path}: {reason}") from error
     utterances = []
@@ -101,6 +103,13 @@ def _parse(line: str, folder: Path) -> Utterance:
         values = json.loads(line)
     except json.JSONDecodeError as error:
         raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from error
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    if "\\u" in line:  # half of a pair, which no file can be written with
+        try:
+            json.dumps(values, ensure_ascii=False).encode("utf-8")
+        except UnicodeEncodeError as error:
+            raise ValueError(f"holds {error.object[error.start : error.end]!r}, which is no character") from error
     if not isinstance(values, dict):
         raise ValueError(f"must be an object, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if value is not None}
@@ -108,8 +117,10 @@ def _parse(line: str, folder: Path) -> Utterance:
         if key in values and (not isinstance(values[key], types) or isinstance(values[key], bool)):
             raise ValueError(f"{key} must be {types[-1].__name__}, got {values[key]!r}")
     for key in ("duration", "offset"):
-        if not 0 <= values.get(key, 0) < math.inf:
+        if not 0 <= values.get(key, 0) < _TOO_LONG:
             raise ValueError(f"{key} must be a number of seconds, got {values[key]!r}")
+    if "\0" in values.get("audio_filepath", ""):
+        raise ValueError(f"audio_filepath must be a path, got {values['audio_filepath']!r}")
     if not values.get("target", values.get("text")):
         raise ValueError("has neither text nor target")
     known = {key: values.pop(key) for key in list(_TYPES) if key in values}
@@ -197,6 +208,8 @@ def check_audio(
             good.append(u)
         except (AudioError, soundfile.SoundFileError) as error:
             skipped.append((u, str(error).splitlines()[0]))
+        except OSError as error:  # a name too long, a folder that may not be read
+            skipped.append((u, (error.strerror or str(error)).lower()))
     return good, skipped
 
 

@@ -1,0 +1,41 @@
+"""Fuzzing for a bounded time: every op by hypothesis, then every reader by atheris; ``make fuzz SECONDS=300``.
+
+What is found stays: hypothesis prints the smallest example and the seed (``FASTCOMPRESS_FUZZ_SEED`` repeats it), for
+which a test is then written; bytes that a reader fails on are written to ``tests/fuzz_corpus``, which ``make test``
+replays.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+
+from tests.calls import CALLS
+from tests.fuzz_readers import ROOT, TARGETS, run
+
+#: Share of the time that the ops get; the readers share the rest.
+OPS_SHARE = 0.6
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", type=float, nargs="?", default=240)
+    seconds = parser.parse_args().seconds
+    begin = time.monotonic()
+    each = OPS_SHARE * seconds / (2 * len(CALLS))  # two tests an op
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_fuzz_ops.py", f"--fuzz-seconds={each}"]
+    failed = subprocess.run(command, cwd=ROOT).returncode != 0
+    if importlib.util.find_spec("atheris") is None:
+        sys.exit("atheris is not installed (pip install 'fastcompress[fuzz]'): the readers were not fuzzed")
+    for number, target in enumerate(TARGETS):
+        left = seconds - (time.monotonic() - begin)
+        print(f"fuzzing the reader {target!r}", flush=True)
+        failed |= run(target, max(5, round(left / (len(TARGETS) - number)))) != 0
+    sys.exit("fuzzing found something: see above, and git status" if failed else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -55,6 +55,14 @@ def test_greedy_segments(dtype: torch.dtype, kind: str, threshold: float, max_le
     assert fc.segment_reduce(padded, by_lengths, weights=weights).shape == (len(wanted), 6)
 
 
+def test_a_window_wider_than_there_are_frames():
+    """It looked for partners at each distance, and so forever."""
+    x = features("iid", 30, 6, torch.float32)
+    cu = torch.tensor([0, 17, 30])
+    wide, enough = (fc.bipartite_merge(x, 2.0, window=window, cu_seqlens=cu) for window in (2**62, 29))
+    assert wide.ids.tolist() == enough.ids.tolist() and wide.values.equal(enough.values)
+
+
 def merge(
     x: Tensor, keys: Tensor, size: list[float], rate: float, window: int | None
 ) -> tuple[list[Tensor], list[list[int]]]:

@@ -163,6 +163,14 @@ def test_lookback_with_lengths_that_no_segment_has(lengths: tuple[int, int | Non
     assert parts(fc.select_boundaries(d, rule)) == expected(rule, d, torch.zeros(40).long(), [(0, 40)])
 
 
+def test_lookback_further_than_there_are_frames():
+    """It took a distance for each lag, and so forever."""
+    x = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
+    far, all_of_them = (fc.segment_pool(x, rule=fc.Lookback(window, 0.8)) for window in (2**62, 12))
+    assert far.segments.starts.tolist() == all_of_them.segments.starts.tolist()
+    assert len(far.segments.starts) > 2
+
+
 # What the papers say
 
 

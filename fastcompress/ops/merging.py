@@ -250,6 +250,8 @@ def _nearest_within(
     count = row.shape[0]
     best = torch.full((count,), torch.inf, dtype=accumulate_dtype(keys.dtype), device=keys.device)
     partner = row.clone()
+    if not torch.compiler.is_compiling():  # no two rows are further apart; a traced program would be for as many
+        window = min(window, max(1, count - 1))
     for lag in range(1, window + 1, 2):
         d = adjacent_distance(keys, lag=lag, **layout).reshape(-1).nan_to_num(torch.inf)
         candidates = [(d, lag)]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -82,6 +83,8 @@ def segment_pool(
         with torch.no_grad():
             d: Tensor | None = None
             if isinstance(rule, Lookback):
+                if not torch.compiler.is_compiling():  # no frame has more before it
+                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))
                 lags = range(1, rule.window + 1)
                 d = torch.stack(
                     [adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in lags], -1

@@ -100,23 +100,31 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Published methods after LoRA, beside uniform pooling as a line."""
-    methods = {method.name for method in METHODS}
+    """Published methods after LoRA, beside uniform pooling as a line. Errors are on a scale of their logarithm, as many
+    methods lie together at 3 frames a token, and a few far above."""
+    methods = ["local maxima", *(method.name for method in METHODS)]
+    markers = "o^vDPX*"
 
     def draw(axis: Any, of_task: dict[tuple[str, str, str], list[dict[str, Any]]], name: str) -> None:
         pooling = []
         for (_, stage, compression), same in of_task.items():
             if stage != "lora":
                 continue
-            if compression in methods or compression == "local maxima":
-                _point(axis, same, name, compression, "o", "tab:blue")
+            if compression in methods:
+                number = methods.index(compression)
+                marker, colour = markers[number % len(markers)], f"C{number % 10}"
+                axis.plot([], [], marker, color=colour, label=compression)
+                _point(axis, same, name, "", marker, colour)
             elif compression == "every frame" or compression.startswith("uniform pooling"):
                 _point(axis, same, name, "", "s", "tab:gray")
                 scores = [row["scores"][name] for row in same]
                 pooling.append(tuple(spread([s[key] for s in scores])[0] for key in ("tokens_per_second", "wer")))
         axis.plot(*zip(*sorted(pooling), strict=True), color="tab:gray", label="uniform pooling: 1x to 4x")
+        axis.set_yscale("log", nonpositive="clip")
+        axis.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
+        axis.minorticks_off()
 
-    _panels(rows, path, draw)
+    _panels(rows, path, draw, beside=True)
 
 
 def _point(
@@ -133,8 +141,9 @@ def _point(
 
 def _panels(
     rows: Sequence[dict[str, Any]], path: Path,
-    draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
+    draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None], beside: bool = False,
 ) -> None:  # fmt: skip
+    """A row of panels a task; ``beside``: one legend, beside them."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -154,8 +163,11 @@ def _panels(
             )
             axis.set_xticks([6, 8, 10, 13, 17, 25, 50], ["6", "8", "10", "13", "17", "25", "50"])
             axis.minorticks_off()
-            axis.set_ylim(bottom=0)
             axis.grid(alpha=0.3)
-            axis.legend(fontsize=8)
+            if not beside:
+                axis.set_ylim(bottom=0)
+                axis.legend(fontsize=8)
+    if beside:
+        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

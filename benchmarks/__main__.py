@@ -39,6 +39,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--contenders", nargs="+", metavar="TEXT", help="only those whose name has one of these in it")
     parser.add_argument("--reps", type=int, help="rounds (default 15)")
     parser.add_argument("--max-seconds", type=float, default=10.0, help="for a contender in a table (default 10)")
+    parser.add_argument("--axes", nargs="+", choices=[a.name for a in scaling.AXES], help="of scaling; default: all")
     parser.add_argument("--most", type=float, metavar="MB", help="of input in fp32, of a case of scaling")
     parser.add_argument("--no-floor", action="store_true", help="leave out the memory floor")
     parser.add_argument("--no-memory", action="store_true", help="leave out the peak memory")
@@ -129,7 +130,7 @@ def _prefill(options: argparse.Namespace, record: Record) -> None:
 
 
 def _scaling(options: argparse.Namespace, record: Record) -> None:
-    axes = scaling.QUICK if options.quick else scaling.AXES
+    axes = [a for a in (scaling.QUICK if options.quick else scaling.AXES) if a.name in (options.axes or [a.name])]
     most = None if options.most is None else options.most * 1e6
     for (one, threads), on in scaling.plan(axes, options.threads, most).items():
         for dtype in options.dtypes:

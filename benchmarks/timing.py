@@ -9,6 +9,7 @@ import mmap
 import os
 import random
 import statistics
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -33,8 +34,8 @@ _FREE_WAIT = 2e-5
 class Samples:
     """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed.
 
-    Of the latter what the thread waited for a core is taken off, if there is one thread; of more, whose waits overlap,
-    nobody can tell how much it cost.
+    Of the latter what the calling thread waited for a core is taken off, if it works alone; of more threads, whose
+    waits overlap, nobody can tell how much they cost.
     """
 
     quiet: list[float] = field(default_factory=list)
@@ -83,10 +84,10 @@ class Disturbance:
     foreign: float = 0.0
 
 
-def _waited() -> float:
-    """Seconds that the threads of this process have waited for a core so far; 0 where the system does not tell."""
+def _waited(thread: int | str = "*") -> float:
+    """Seconds that the threads of this process, or one, have waited for a core; 0 where the system does not tell."""
     total = 0
-    for path in Path("/proc/self/task").glob("*/schedstat"):
+    for path in Path("/proc/self/task").glob(f"{thread}/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
             total += int(path.read_text().split()[1])
     return total / 1e9
@@ -140,20 +141,19 @@ def _sample(
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         turn = list(itertools.islice(numbers, calls))
         recall_memory(recall)
-        waited = _waited()
+        waited, mine = _waited(), _waited(threading.get_native_id())
         start = time.perf_counter()
         for i in turn:
             result = call(i)
         elapsed = time.perf_counter() - start
-        waited = _waited() - waited
-        wait = (waited - _FREE_WAIT) / elapsed
+        wait, mine = (_waited() - waited - _FREE_WAIT) / elapsed, _waited(threading.get_native_id()) - mine
         del result  # freeing the result is not part of the call, for anybody
         noted.samples += 1
         if wait < MAX_WAIT:
             samples.quiet.append(elapsed / calls)
             return
         if wait < least:
-            best, least = (elapsed - waited if torch.get_num_threads() == 1 else elapsed) / calls, wait
+            best, least = (elapsed - mine if torch.get_num_threads() == 1 else elapsed) / calls, wait
     samples.disturbed.append(best)
 
 

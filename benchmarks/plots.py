@@ -172,4 +172,4 @@ def _packing_panel(panel: Axes, ceilings: Mapping[int, Mapping[str, Any]], table
     panel.set_yticks(range(len(names)), names, fontsize=8)
     panel.set_xlabel("GB/s, rows read and written")
     threads = " and ".join(f"{table['threads']} thr" for table in tables)
-    panel.set_title(f"pack, {tables[0]['case']['name']}, {DTYPES[tables[0]['dtype']]}, forward, {threads}")
+    panel.set_title(f"pack, {tables[0]['case']['name']}, {DTYPES[tables[0]['dtype']]}, forward, {threads}", fontsize=10)

@@ -132,3 +132,16 @@ def test_the_roof():
 def test_figures():
     found = [document.figure(value) for value in (0.0123, 1.0, 150, 999.7, 8310)]
     assert found == ["0.0123", "1.00", "150", "1,000", "8,310"]
+
+
+def test_committed_times_are_possible():
+    """Of every form of every table: positive, and in order."""
+    found = 0
+    for path in document.RESULTS.glob("*-cpu.json"):
+        result = json.loads(path.read_text())
+        for table in (table for part in document.PARTS for table in result.get(part) or () if part != "no_energy"):
+            for row in table.get("rows", []):
+                seconds = row["seconds"]
+                assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"], (path.name, row)
+                found += 1
+    assert found > 500

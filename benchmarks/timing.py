@@ -9,7 +9,6 @@ import mmap
 import os
 import random
 import statistics
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -34,8 +33,8 @@ _FREE_WAIT = 2e-5
 class Samples:
     """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed.
 
-    Of the latter what the calling thread waited for a core is taken off, if it works alone; of more threads, whose
-    waits overlap, nobody can tell how much they cost.
+    Of one thread the latter are its CPU time, without the time that it waited for a core; of more, whose waits overlap,
+    nobody can tell how much they cost.
     """
 
     quiet: list[float] = field(default_factory=list)
@@ -84,10 +83,10 @@ class Disturbance:
     foreign: float = 0.0
 
 
-def _waited(thread: int | str = "*") -> float:
-    """Seconds that the threads of this process, or one, have waited for a core; 0 where the system does not tell."""
+def _waited() -> float:
+    """Seconds that the threads of this process have waited for a core so far; 0 where the system does not tell."""
     total = 0
-    for path in Path("/proc/self/task").glob(f"{thread}/schedstat"):
+    for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
             total += int(path.read_text().split()[1])
     return total / 1e9
@@ -141,19 +140,19 @@ def _sample(
             time.sleep(_PAUSE * 2 ** (attempt - 1))
         turn = list(itertools.islice(numbers, calls))
         recall_memory(recall)
-        waited, mine = _waited(), _waited(threading.get_native_id())
-        start = time.perf_counter()
+        waited = _waited()
+        start, busy = time.perf_counter(), time.process_time()
         for i in turn:
             result = call(i)
-        elapsed = time.perf_counter() - start
-        wait, mine = (_waited() - waited - _FREE_WAIT) / elapsed, _waited(threading.get_native_id()) - mine
+        elapsed, busy = time.perf_counter() - start, time.process_time() - busy
+        wait = (_waited() - waited - _FREE_WAIT) / elapsed
         del result  # freeing the result is not part of the call, for anybody
         noted.samples += 1
         if wait < MAX_WAIT:
             samples.quiet.append(elapsed / calls)
             return
         if wait < least:
-            best, least = (elapsed - mine if torch.get_num_threads() == 1 else elapsed) / calls, wait
+            best, least = (busy if torch.get_num_threads() == 1 else elapsed) / calls, wait
     samples.disturbed.append(best)
 
 

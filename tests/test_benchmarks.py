@@ -239,11 +239,11 @@ def test_disturbed_samples_count_only_when_there_are_no_others():
 def test_waiting_is_taken_off_a_disturbed_sample_of_one_thread(
     monkeypatch: pytest.MonkeyPatch, threads: int, seconds: float
 ):
-    """A second, 0.9 of which somebody else had the core, and a helper waited, too; then one in which nobody did."""
+    """A second, 0.9 of which somebody else had the core; then one in which nobody did."""
     torch.set_num_threads(threads)
-    all_threads, mine = iter([5.0, 6.8, 7.0, 7.0]), iter([3.0, 3.9, 4.0, 4.0])
-    monkeypatch.setattr(timing, "_waited", lambda thread=None: next(all_threads if thread is None else mine))
+    monkeypatch.setattr(timing, "_waited", iter([5.0, 5.9, 7.0, 7.0]).__next__)
     monkeypatch.setattr(timing.time, "perf_counter", iter([2.0, 3.0, 10.0, 11.0]).__next__)
+    monkeypatch.setattr(timing.time, "process_time", iter([1.0, 1.1, 2.0, 2.9]).__next__)
     samples, noted = Samples(), Disturbance()
     for _ in range(2):
         timing._sample(lambda i: None, itertools.count(), 1, 1, 0, samples, noted)

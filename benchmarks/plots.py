@@ -68,8 +68,8 @@ def _scaling(tables: document.Tables) -> Any:
     axes = [axis for axis in axes if len({document.place(t, axis) for t in tables if axis in t["axes"]}) > 1]
     dtypes = list(dict.fromkeys(table["dtype"] for table in tables))
     figure, panels = plt.subplots(
-        len(dtypes), len(axes), figsize=(max(9, 3.1 * len(axes)), 2.7 * len(dtypes) + 0.5), squeeze=False, sharey="row",
-        layout="constrained",
+        len(dtypes), len(axes), figsize=(max(10.5, 3.1 * len(axes)), 2.7 * len(dtypes) + 0.5), squeeze=False,
+        sharey="row", layout="constrained",
     )  # fmt: skip
     for dtype, row in zip(dtypes, panels, strict=True):
         for axis, panel in zip(axes, row, strict=True):

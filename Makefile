@@ -26,7 +26,7 @@ help:
 	@echo "make test-slow  the long forms of the tests alone"
 	@echo "make test-full  the long forms of the tests as well"
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
-	@echo "make sanitize   the tests of the ops under AddressSanitizer and UBSan"
+	@echo "make sanitize   the ops, on the CPU and emulated, under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       look for input that breaks an op or a reader, for SECONDS=240"
 	@echo "make bench      the CPU benchmark against PyTorch"
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"

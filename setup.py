@@ -177,6 +177,8 @@ def ninja_file(sources: list[str], output: Path) -> str:
         flag = f" -fsanitize={sanitizers} -fno-sanitize-recover=all -fno-omit-frame-pointer"
         cxxflags = cxxflags.replace("-O3 -g0", "-O1 -g") + flag
         ldflags += flag
+        if "thread" in sanitizers:  # csrc/cpu/tensors.h
+            cxxflags += " -DFASTCOMPRESS_STD_THREADS"
     if X86_64:
         cxxflags += " -DFASTCOMPRESS_X86_64"
     lines = [

@@ -1,26 +1,77 @@
 #!/usr/bin/env bash
-# The tests of the ops against a library that is built with AddressSanitizer and UBSan, in a copy under build/sanitize.
-# usage: scripts/sanitize.sh PYTHON [pytest arguments]
+# The tests of the ops under AddressSanitizer and UBSan, and those of threads under ThreadSanitizer: the CPU library,
+# built in a copy under build/sanitize-KIND, and then the CUDA kernels in their emulator.
+# usage: scripts/sanitize.sh PYTHON [KIND ...]; a KIND is address, thread or emulated; none: all of them
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$1")
 shift
-copy=build/sanitize
+root=$PWD
 
-mkdir -p "$copy"
-rm -rf "$copy/tests" "$copy/fastcompress"
-cp -r csrc fastcompress tests setup.py pyproject.toml README.md "$copy/"
-rm -f "$copy/fastcompress/_C.so"
-cd "$copy"
-FASTCOMPRESS_SANITIZE=address,undefined "$python" setup.py -q build_ext --inplace
-nm -D fastcompress/_C.so | grep __asan_report_load >/dev/null || { echo "_C.so is not instrumented"; exit 1; }
+OPS="tests/test_distance.py tests/test_greedy.py tests/test_integrate_and_fire.py tests/test_boundaries.py
+    tests/test_reduce.py tests/test_pool.py tests/test_packing.py tests/test_packing_errors.py
+    tests/test_errors.py"
+THREADS="tests/test_threads.py tests/test_concurrency.py"
 
-# Python itself is not instrumented, so the runtimes are loaded ahead of it; it never frees all it allocates. OpenMP's
-# threads are waited for, or their stacks are taken for leaks.
-export LD_PRELOAD="$(gcc -print-file-name=libasan.so) $(gcc -print-file-name=libubsan.so) $(gcc -print-file-name=libstdc++.so)"
-export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
-export PYTHONPATH="$PWD"
-"$python" -c 'import fastcompress; assert "build/sanitize" in fastcompress.__file__, fastcompress.__file__
+# build KIND SANITIZERS SYMBOL: goes to a copy of the sources and builds the library there; SYMBOL must be in it.
+build() {
+    local copy=$root/build/sanitize-$1
+    mkdir -p "$copy"
+    rm -rf "$copy/tests" "$copy/fastcompress"
+    cp -rp csrc fastcompress tests setup.py pyproject.toml README.md "$copy/" # -p: what is built already stays
+    rm -f "$copy/fastcompress/_C.so"
+    cd "$copy"
+    FASTCOMPRESS_SANITIZE=$2 "$python" setup.py -q build_ext --inplace
+    nm -D fastcompress/_C.so | grep "$3" >/dev/null || { echo "_C.so is not instrumented"; exit 1; }
+    export PYTHONPATH=$PWD
+}
+
+# Python itself is not instrumented, so a runtime is loaded ahead of it.
+runtime() { gcc -print-file-name="$1.so"; }
+
+loads_the_copy() {
+    "$python" -c 'import fastcompress; assert "build/sanitize" in fastcompress.__file__, fastcompress.__file__
 from fastcompress._library import COMPILED; assert COMPILED'
-"$python" -m pytest -q -x --capture=sys -p no:cacheprovider "$@" \
-    ${SANITIZE_TESTS:-tests/test_distance.py tests/test_greedy.py tests/test_integrate_and_fire.py tests/test_boundaries.py tests/test_reduce.py tests/test_pool.py tests/test_packing.py tests/test_errors.py}
+}
+
+# Python never frees all it allocates. OpenMP's threads are waited for, or their stacks are taken for leaks.
+address() (
+    build address address,undefined __asan_report_load
+    export LD_PRELOAD="$(runtime libasan) $(runtime libubsan) $(runtime libstdc++)"
+    export ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 UBSAN_OPTIONS=print_stacktrace=1
+    loads_the_copy
+    "$python" -m pytest -q -x --capture=sys -p no:cacheprovider ${SANITIZE_TESTS:-$OPS}
+)
+
+# The library starts threads of its own (FASTCOMPRESS_STD_THREADS): OpenMP's are not instrumented, so that
+# ThreadSanitizer does not see what they wait for. It stands for the library's own use of threads, not for OpenMP's.
+with_thread_sanitizer() {
+    LD_PRELOAD="$(runtime libtsan) $(runtime libstdc++)" OMP_NUM_THREADS=1 \
+        TSAN_OPTIONS="halt_on_error=1:exitcode=66:suppressions=$root/scripts/tsan.supp" setarch -R "$@"
+}
+
+thread() (
+    build thread thread __tsan_read
+    with_thread_sanitizer "$python" -m pytest -q -x --capture=sys -p no:cacheprovider $THREADS \
+        -k "concurrent or many_threads or definition or gradients or (chunks_and_threads and bfloat16)"
+    # A race that it must find, or the tests above have shown nothing.
+    trap 'find build -name "*segment_pool.cpp.o" -delete' EXIT
+    sed -i 's/memory_order_release/memory_order_relaxed/' csrc/cpu/segment_pool.cpp
+    FASTCOMPRESS_SANITIZE=thread "$python" setup.py -q build_ext --inplace
+    if with_thread_sanitizer "$python" -m pytest -q -x --capture=sys -p no:cacheprovider tests/test_threads.py \
+        -k concurrent_callers >race.txt 2>&1 || ! grep -q "ThreadSanitizer: data race" race.txt; then
+        tail -n 50 race.txt
+        echo "ThreadSanitizer did not find the race that was put into segment_pool"
+        exit 1
+    fi
+    echo "ThreadSanitizer finds the race that was put into segment_pool"
+)
+
+emulated() {
+    "$python" -m pytest -q -x -p no:cacheprovider -m sanitizer --run-sanitizers tests/test_cuda_emulation.py \
+        tests/test_greedy_emulation.py
+}
+
+for kind in ${*:-address thread emulated}; do
+    "$kind"
+done

@@ -342,7 +342,7 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
             torch.ops.fastcompress.integrate_rows_backward(x[: len(starts)], x, weights, first, starts, lengths)
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizer
 @pytest.mark.timeout(1000)
 @pytest.mark.parametrize(
     "kind, sanitizer, selection",

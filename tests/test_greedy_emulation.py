@@ -112,7 +112,7 @@ def test_thread_sanitizer(race: str | None):
         assert "ThreadSanitizer: data race" in done.stderr
 
 
-@pytest.mark.slow
+@pytest.mark.sanitizer
 @pytest.mark.timeout(1000)
 def test_kernels_are_clean():
     """The tests above under AddressSanitizer."""

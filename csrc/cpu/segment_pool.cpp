@@ -70,7 +70,7 @@ class Pool {
       work();
     } else {
       // Chunks are taken in order, so the one that a thread waits for is always in the hands of a running thread.
-      torch::stable::parallel_for(0, threads_, 1, [this](int64_t, int64_t) { work(); });
+      on_threads(threads_, 1, [this](int64_t, int64_t) { work(); });
     }
     return turns_[num_chunks_].progress.segments;
   }

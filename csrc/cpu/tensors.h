@@ -6,6 +6,9 @@
 #include <optional>
 #include <string>
 #include <vector>
+#ifdef FASTCOMPRESS_STD_THREADS
+#include <thread>
+#endif
 
 #include "arguments.h"
 #include "row_kernels.h"
@@ -56,21 +59,35 @@ class OutputRows {
 
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, int64_t padding);
+// Of offsets, which do not decrease.
 Tensor int32_tensor(const std::vector<int64_t>& values);
 
 // Work for one thread, about 50 us of reading: with less, a second one brings little, and costs milliseconds when other
 // processes hold the cores.
 constexpr int64_t kThreadBytes = 1 << 20;
 
-// Calls f(begin, end) for parts of [0, count), each of about `cost` bytes times its length, on torch's threads. f must
-// not throw.
+// Calls f(begin, end) for parts of [0, count) of at least `grain`, on torch's threads. f must not throw.
+template <class F>
+void on_threads(int64_t count, int64_t grain, const F& f) {
+#ifdef FASTCOMPRESS_STD_THREADS  // of builds for ThreadSanitizer, which does not see what OpenMP's threads wait for
+  const int64_t most = torch::stable::get_num_threads(), parts = std::max<int64_t>(1, std::min(most, count / grain));
+  std::vector<std::thread> threads;
+  for (int64_t i = 0; i < parts; ++i)
+    threads.emplace_back([&f, i, parts, count] { f(count * i / parts, count * (i + 1) / parts); });
+  for (std::thread& thread : threads) thread.join();
+#else
+  torch::stable::parallel_for(0, count, grain, f);
+#endif
+}
+
+// The same, for parts each of about `cost` bytes times its length.
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kThreadBytes / std::max<int64_t>(1, cost));
   if (count <= grain) {
     if (count > 0) f(int64_t(0), count);
   } else {
-    torch::stable::parallel_for(0, count, grain, f);
+    on_threads(count, grain, f);
   }
 }
 

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 #: Examples of a test without ``--fuzz-seconds``, and of a round with it.
-SHORT, ROUND = 10, 100
+SHORT, ROUND = 10, 25
 #: The first round's seed; ``None``: any.
 SEED = "FASTCOMPRESS_FUZZ_SEED"
 _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True)

@@ -171,6 +171,7 @@ def row_groups(
         ValueError: a shape, device or value that does not fit; counts that do not match the placeholders name the
             sample and both numbers.
     """
+    _check_ids("input_ids", input_ids)
     return _row_groups(
         input_ids, placeholder, attention_mask, cu_seqlens, placeholder_counts, _reads_values(input_ids)
     )
@@ -180,7 +181,8 @@ def _row_groups(
     input_ids: Tensor, placeholder: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     placeholder_counts: Tensor | int | None, reads_values: bool,
 ) -> Tensor:  # fmt: skip
-    _check_ids("input_ids", input_ids)
+    if isinstance(placeholder, bool) or not isinstance(placeholder, int):
+        raise TypeError(f"placeholder must be an integer, got {placeholder!r}")
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
@@ -209,7 +211,7 @@ def _row_groups(
         else:
             torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
         group = group.view(input_ids.shape)
-    elif placeholder_counts == 1 and not isinstance(placeholder_counts, bool):
+    elif isinstance(placeholder_counts, int) and not isinstance(placeholder_counts, bool) and placeholder_counts == 1:
         number = torch.arange(1, input_ids.numel() + 1, dtype=torch.int32, device=input_ids.device)
         group = number.view(input_ids.shape) * is_audio
     else:
@@ -448,8 +450,6 @@ def _groups(
             raise ValueError("placeholder excludes row_group: they say the same thing")
         if input_ids is None:
             raise ValueError("placeholder is an id of input_ids, which is missing; row_group says the same without ids")
-        if isinstance(placeholder, bool) or not isinstance(placeholder, int):
-            raise TypeError(f"placeholder must be an integer, got {placeholder!r}")
         if lengths is not None and attention_mask is None:
             check_layout(input_ids, 1, cu_seqlens, lengths)
             if _reads_values(input_ids):

@@ -213,8 +213,12 @@ def segments_from_starts(
         raise TypeError(f"starts must be an int32 or int64 tensor, got {got}")
     if starts.dim() != 1:
         raise ValueError(f"starts must have shape [S], got {list(starts.shape)}")
+    if isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt)):
+        raise TypeError(f"num_rows must be an integer, got {num_rows!r}")
     if num_rows < 0:
         raise ValueError(f"num_rows must not be negative, got {num_rows}")
+    if not torch.compiler.is_compiling() and num_rows >= 2**31:
+        raise ValueError(f"num_rows must be fewer than 2**31, which int32 offsets count, got {num_rows}")
     if cu_seqlens is not None:
         check_same_device("cu_seqlens", cu_seqlens, starts)
     if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():

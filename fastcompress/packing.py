@@ -332,6 +332,8 @@ def pack(
         ValueError: a shape, device or value that does not fit; ids out of range and more or fewer audios than places
             name the sample and both numbers; no row is kept (with ``compact``).
     """
+    if not isinstance(compact, bool):
+        raise TypeError(f"compact must be True or False, got {compact!r}")
     shape = _check_text(input_ids, embedding, inputs_embeds)
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None

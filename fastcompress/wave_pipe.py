@@ -75,7 +75,7 @@ class WavePipe:
         if self._left is not None:
             self._left -= len(data) // self._size
         if self._is_float:
-            with np.errstate(over="ignore"):  # what fp32 cannot hold becomes infinite
+            with np.errstate(over="ignore", invalid="ignore"):  # what fp32 cannot hold becomes infinite
                 samples = np.frombuffer(data, f"<f{self._width}").astype(np.float32)
         elif self._width == 1:
             samples = (np.frombuffer(data, np.uint8).astype(np.float32) - 128) / np.float32(128)

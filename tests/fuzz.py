@@ -1,4 +1,4 @@
-"""Fuzzing for a bounded time: every op by hypothesis, then every reader by atheris; ``make fuzz SECONDS=300``.
+"""Fuzzing for a bounded time: every op by hypothesis, then every reader by atheris; ``make fuzz SECONDS=240``.
 
 What is found stays: hypothesis prints the smallest example and the seed (``FASTCOMPRESS_FUZZ_SEED`` repeats it), for
 which a test is then written; bytes that a reader fails on are written to ``tests/fuzz_corpus``, which ``make test``

@@ -35,15 +35,19 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], seconds: float | None) -> None:
     """Checks what the strategy draws. A failure shows the smallest example that was found, and its seed."""
 
-    @given(strategy)
-    def test(drawn: Any) -> None:
-        check(drawn)
+    def once(**how: Any) -> Callable[[], None]:
+        @settings(_QUIET, **how)
+        @given(strategy)
+        def test(drawn: Any) -> None:
+            check(drawn)
+
+        return test
 
     if seconds is None:
-        settings(_QUIET, max_examples=SHORT, derandomize=True)(test)()
+        once(max_examples=SHORT, derandomize=True)()
         return
     number, end = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**31)), time.monotonic() + seconds
     while time.monotonic() < end:
         print(f"{SEED}={number}")  # which pytest shows of a failure
-        seed(number)(settings(_QUIET, max_examples=ROUND)(test))()
+        seed(number)(once(max_examples=ROUND))()
         number += 1

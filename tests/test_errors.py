@@ -55,6 +55,7 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_pool(X[:1].expand(2**31, 3)), ValueError, "the input must have fewer than 2**31 rows, which int32 offsets count, got 2147483648"),
     (lambda: fc.select_boundaries(D[:1].expand(2**20, 2**11), "uniform:2"), ValueError, "the input must have fewer than 2**31 rows"),
     (lambda: fc.row_groups(ints(1, 2), None), TypeError, "placeholder must be an integer, got None"),
+    (lambda: fc.pack(ints(1, 2), X, compact=D[:0]), TypeError, "compact must be True or False, got tensor([])"),
     (lambda: fc.row_groups(None, 3), TypeError, "input_ids must be a tensor, got NoneType"),
     (lambda: fc.segments_from_starts(ints(1), 2.5), TypeError, "num_rows must be an integer, got 2.5"),
     (lambda: fc.segments_from_starts(ints(1), 2**63), ValueError, "num_rows must be fewer than 2**31"),

@@ -202,6 +202,12 @@ LINES = (
 )
 
 
+def place_text(table: Mapping[str, Any], axis: str) -> str:
+    """:func:`place` as a label: lengths of segments are fractions, all else is counted."""
+    value = place(table, axis)
+    return f"{value:,.0f}" if value >= 10 else f"{value:.2g}"
+
+
 def line(table: Mapping[str, Any], groups: Sequence[str]) -> float | None:
     """Seconds, at the 10th percentile, of the best of some groups; of the floor with fresh memory."""
     rows = [row for row in table["rows"] if row["group"] in groups]
@@ -230,7 +236,7 @@ def _scaling(parts: Mapping[str, Any], slug: str) -> Iterable[str]:
         lines: list[list[str]] = []
         for tables in _by(on_axis, setting_of_axis).values():
             ordered = sorted(tables, key=lambda table: place(table, axis))
-            lines = lines or [[axis, *(figure(place(table, axis)) for table in ordered)]]
+            lines = lines or [[axis, *(place_text(table, axis) for table in ordered)]]
             ours = [line(table, LINES[0][1]) for table in ordered]
             for form, groups in LINES:
                 pairs = list(zip((line(table, groups) for table in ordered), ours, strict=True))

@@ -76,6 +76,7 @@ def _scaling(tables: document.Tables) -> Any:
             on_axis = [table for table in tables if table["dtype"] == dtype and axis in table["axes"]]
             _scaling_panel(panel, sorted(on_axis, key=lambda table: document.place(table, axis)), axis)
         row[0].set_ylabel(f"{DTYPES[dtype]}, GB/s")
+        row[0].set_ylim(bottom=0)  # after all of the row has been drawn, whose panels share the scale
     handles = [Line2D([], [], label=name, **style) for name, style in STYLES.items()]
     threads = sorted({table["threads"] for table in tables})
     title = f"{tables[0]['direction']}, {' and '.join(map(str, threads))} thread" + ("s" if threads[-1] > 1 else "")
@@ -91,10 +92,9 @@ def _scaling_panel(panel: Axes, tables: document.Tables, axis: str) -> None:
         rates = [np.nan if time is None else table["bytes_moved"] / time / 1e9 for table, time in pairs]
         panel.plot(places, rates, markersize=5, **STYLES[name])
     panel.set_xscale("log", base=10 if axis == "frames" else 2)
-    panel.set_xticks(places, [f"{place:,.0f}" if place >= 10 else f"{place:.2g}" for place in places], fontsize=8)
+    panel.set_xticks(places, [document.place_text(table, axis) for table in tables], fontsize=8)
     panel.minorticks_off()
     panel.set_xlabel(axis)
-    panel.set_ylim(bottom=0)
     panel.grid(alpha=0.3)
 
 

@@ -107,7 +107,7 @@ def test_scaling_is_by_what_changes(tmp_path: Path):
     (tmp_path / "a-cpu.json").write_text(json.dumps(result("2026-01-01", scaling=points)))
     text = document.text(document.read(tmp_path))
     assert "MB of input" not in text
-    assert "| width | 64.0 | 128 |\n" in text and "| threads |" not in text
+    assert "| width | 64 | 128 |\n" in text and "| threads |" not in text
     assert "| fp32, fwd: fastcompress | **1.00 ms** | **2.00 ms** |" in text  # the 10th percentiles
     assert "| fp32, fwd: best torch.compile form | 3.00x | 1.00x |" in text
 

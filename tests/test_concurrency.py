@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,6 +21,7 @@ from torch.utils.data import DataLoader, Dataset
 
 import fastcompress as fc
 from tests.calls import CALLS, Call, calls
+from tests.forking import in_fork
 from tests.fuzzing import examples
 from tests.sample_inputs import assert_same_bits, features
 
@@ -98,27 +97,6 @@ class Frames(Dataset):
         return digest(index)
 
 
-def forked(task: Callable[[], None], seconds: float) -> int:
-    """Runs a task in a fork of this process; its exit status, or that of a signal as a negative number."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            task()
-            status = 0
-        finally:
-            os._exit(status)
-    end = time.monotonic() + seconds
-    while time.monotonic() < end:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.02)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    raise AssertionError(f"the forked process was not done after {seconds} s")
-
-
 def fork_while_threads_call() -> None:
     """Forks again and again while other threads are inside ops: none of our locks may stay taken in the child.
 
@@ -145,7 +123,7 @@ def fork_while_threads_call() -> None:
         thread.start()
     try:
         for _ in range(10):
-            assert forked(child, 60) == 0
+            assert in_fork(child) == 0
     finally:
         stop.set()
         for thread in busy:

@@ -19,6 +19,7 @@ pytest.importorskip("safetensors")
 
 from fastcompress.lalm import checkpoints  # noqa: E402
 from fastcompress.lalm.checkpoints import CheckpointError  # noqa: E402
+from tests.forking import in_fork  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
@@ -66,21 +67,6 @@ def check_whole(folder: Path) -> list[int]:
         torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * step))
         steps.append(step)
     return steps
-
-
-def in_fork(task: Callable[[], None]) -> int:
-    """Its exit status, or the signal that ended it, negative."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            task()
-            status = 0
-        except BaseException as error:
-            print(repr(error), file=sys.stderr, flush=True)
-        finally:
-            os._exit(status)
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
 #: What Python does to files: before each of these, the process is killed once.

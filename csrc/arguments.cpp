@@ -48,8 +48,13 @@ Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list
   STD_TORCH_CHECK(sizes.size() <= 3, "too many dimensions");
   for (size_t i = sizes.size(); i-- > 1;) strides[i - 1] = strides[i] * std::max<int64_t>(1, sizes.begin()[i]);
   AtenTensorHandle handle;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
-                                                  device_type, device_index, &handle));
+  const auto failed = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
+                                               device_type, device_index, &handle);
+  if (failed) {  // torch's own reason does not come through its C functions
+    std::string shape;
+    for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
+    STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of shape [", shape, "]");
+  }
   return Tensor(handle);
 }
 

@@ -210,7 +210,8 @@ class IntegrateAndFire(LearnedCompressor):
             x, alpha, cu_seqlens=cu_seqlens, lengths=lengths, tail=self.tail,
             target_lengths=wanted if self.training else None,
         )  # fmt: skip
-        self.loss = quantity_loss(fired, wanted).float() / (wanted.sum() / max(1, len(wanted))).clamp_min(1.0)
+        per_sequence = (wanted.sum() / max(1, len(wanted))).clamp_min(1.0)
+        self.loss: Tensor | None = quantity_loss(fired, wanted).float() / per_sequence
         return fired
 
     def extra_repr(self) -> str:
@@ -280,7 +281,7 @@ class LearnedBoundary(LearnedCompressor):
         runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
         probability = torch.where(runs.first, 1.0, self.probability(x.reshape(-1, x.shape[-1])))
         boundary = probability.detach() > 0.5
-        self.loss = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)
+        self.loss: Tensor | None = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)
         mask = boundary.view(x.shape[:-1])
         segments = segments_from_mask(mask, cu_seqlens=cu_seqlens, lengths=lengths)
         values = segment_reduce(x, segments, self.reduce)

@@ -53,7 +53,8 @@ Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list
   if (failed) {  // torch's own reason does not come through its C functions
     std::string shape;
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
-    STD_TORCH_CHECK(false, "out of memory: cannot allocate a tensor of shape [", shape, "]");
+    STD_TORCH_CHECK(false, "cannot allocate a tensor of shape [", shape,
+                    "]: out of memory, or an error of the device before");
   }
   return Tensor(handle);
 }

@@ -77,10 +77,15 @@ def packed_batch(embeds: list[Tensor], labels: list[Tensor] | None = None, compa
     return fc.pack(inputs_embeds=torch.stack(rows), attention_mask=mask, labels=given, compact=compact)
 
 
+# In fp32 a stock decoder itself is up to 1.8e-5 off what it gives in fp64 (gemma, logits up to 7, AVX2).
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
 @pytest.mark.parametrize("kind", DECODERS)
-def test_packed_equals_sample_by_sample(kind: str):
-    model, stock = decoder(kind), decoder(kind, "eager")
+def test_packed_equals_sample_by_sample(kind: str, dtype: torch.dtype, atol: float):
+    if kind == "qwen2_moe" and dtype == torch.float64:
+        pytest.skip("torch multiplies the rows of experts in no dtype that wide")
+    model, stock = decoder(kind).to(dtype), decoder(kind, "eager").to(dtype)
     embeds, labels = samples(model)
+    embeds = [e.to(dtype) for e in embeds]
     alone = [e.clone().requires_grad_() for e in embeds]
     expected = [stock(inputs_embeds=e).logits[0] for e in alone]
     losses = [
@@ -92,15 +97,15 @@ def test_packed_equals_sample_by_sample(kind: str):
     packed = packed_batch(together, labels)
     for extra in ({}, {"use_cache": True}):
         out = model(**(packed.model_inputs() | extra))
-        torch.testing.assert_close(out.logits[0], torch.cat(expected), rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(out.loss, expected_loss, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(out.logits[0], torch.cat(expected), rtol=1e-5, atol=atol)
+    torch.testing.assert_close(out.loss, expected_loss.float(), rtol=1e-5, atol=atol)
     grads = torch.autograd.grad(out.loss, [*together, *model.parameters()], allow_unused=True)
     expected_grads = torch.autograd.grad(expected_loss, [*alone, *stock.parameters()], allow_unused=True)
     compared = 0
     for a, b in zip(grads, expected_grads, strict=True):
         assert (a is None) == (b is None)
         if a is not None:
-            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
             compared += bool(b.abs().max() > 1e-3)
     assert compared > 10
 

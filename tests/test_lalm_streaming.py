@@ -8,6 +8,7 @@ import random
 import signal
 import struct
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -418,7 +419,15 @@ def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytes
         assert captured.out == "five four five seven four six\n" and captured.err.startswith("-: 2.97 s, computed in ")
 
 
-def test_the_first_interrupt_ends_the_input_alone():
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """A shell starts what runs in the background with interrupts ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interrupt_ends_the_input_alone(interruptible: None):
     usual = signal.getsignal(signal.SIGINT)
     with cli_lalm._interrupt_ends_input():
         signal.raise_signal(signal.SIGINT)

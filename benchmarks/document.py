@@ -26,6 +26,9 @@ PARTS = (
 #: Of those whose key is another, as the command knows them.
 NAMES = {"tables": "pool", "ceilings": "roofline", "no_energy": "energy"}
 
+#: Libraries that take part, as versions of a result name them.
+PEERS = ("torch-scatter", "fbgemm-gpu-cpu")
+
 Tables = Sequence[Mapping[str, Any]]
 
 
@@ -34,7 +37,7 @@ def read(folder: Path = RESULTS) -> dict[str, dict[str, Any]]:
     machines: dict[str, dict[str, Any]] = {}
     documents = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(folder.glob("*-cpu.json"))]
     for document in sorted(documents, key=lambda document: str(document["date"])):
-        name = machine.slug(document["machine"]["cpu"], document["machine"]["cores"])
+        name = machine.slug(document["machine"])
         parts = machines.setdefault(name, {"sources": {}})
         for part in PARTS:
             if document.get(part):
@@ -122,6 +125,12 @@ def _pool(parts: Mapping[str, Any]) -> Iterable[str]:
         sequences = f"{one['sequences']} sequence" + ("s" if one["sequences"] > 1 else "")
         yield f"### {name}: {sequences}, {one['frames']:,} x {one['dim']} to {one['tokens']:,} tokens"
         yield matrix(tables, registry.OURS)
+    left_out = {name: reason for table in parts["tables"] for name, reason in table.get("not_timed", {}).items()}
+    if left_out:
+        yield "Not timed: " + "; ".join(f"`{name}`, {reason}" for name, reason in left_out.items()) + "."
+    versions = parts["sources"]["tables"]["versions"]
+    peers = [f"{name} {versions[name]}" for name in PEERS if versions.get(name)]
+    yield f"Other libraries: {', '.join(peers) or 'none'}."
     lines = [["peak memory", "bytes a frame beyond the outputs", "outputs"]]
     for entry in parts.get("memory", []):
         if "error" not in entry:
@@ -348,8 +357,8 @@ def _energy(parts: Mapping[str, Any]) -> Iterable[str]:
 def _machine(slug: str, parts: Mapping[str, Any]) -> Iterable[str]:
     hardware = next(iter(parts["sources"].values()))["machine"]
     caches = ", ".join(f"{level} {size >> 10} KiB" for level, size in hardware["caches"].items())
-    yield f"# {hardware['cpu']}, {hardware['cores']} cores"
-    yield f"{hardware['isa']}, {caches}, {hardware['memory'] / (1 << 30):.0f} GiB, {hardware['system']}."
+    yield f"# {hardware['cpu']}, {hardware['cores']} cores, {hardware['isa']}"
+    yield f"{caches}, {hardware['memory'] / (1 << 30):.0f} GiB, {hardware['system']}."
     yield from _sources(parts)
     for part, text in (
         ("tables", _pool),

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import machine, report
+from benchmarks import document, machine, report
 from benchmarks.__main__ import main as measure
 from benchmarks.packing import OURS as PACK
 from benchmarks.registry import OURS
@@ -31,6 +31,8 @@ NAMES = (OURS, PACK)
 KEYS = {"pool": "tables", "methods": "methods", "packing": "packing", "scaling": "scaling"}
 #: Parts that are measured: none takes more than a few minutes.
 PARTS = ("pool", "methods", "packing")
+#: Of the part ``pool``.
+CASE = "S1"
 
 
 @dataclass(frozen=True)
@@ -48,11 +50,11 @@ class Change:
         return math.exp(math.fsum(math.log(self.now[name] / self.then[name]) for name in shared) / len(shared))
 
 
-def multiples(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each table of a document of the benchmark, what the other forms take as a multiple of ours."""
+def multiples(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Of each table of results of the benchmark, what the other forms take as a multiple of ours."""
     found = {}
     for part in KEYS.values():
-        for table in document.get(part, []):
+        for table in results.get(part, []):
             case = table["case"] if isinstance(table["case"], str) else table["case"]["name"]
             key = (part, case, table.get("method", ""), table["dtype"], f"{table['threads']} thr", table["direction"])
             medians = {row.get("contender", row.get("form")): row["seconds"]["median"] for row in table["rows"]}
@@ -61,6 +63,20 @@ def multiples(document: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 others = {name: median / ours for name, median in medians.items() if name not in NAMES}
                 found[", ".join(filter(None, key))] = others
     return found
+
+
+def missing(then: Mapping[str, Any], now: Mapping[str, Any], threads: Sequence[str]) -> list[str]:
+    """Committed tables of the parts, cases and threads that were measured now, without one of now to compare with."""
+    before, after = multiples(then), multiples(now)
+    parts = [key for key in KEYS.values() if key in now]
+    wanted = [
+        name
+        for name in before
+        if name.startswith(tuple(f"{part}, " for part in parts))
+        and (not name.startswith(f"{KEYS['pool']}, ") or name.startswith(f"{KEYS['pool']}, {CASE}, "))
+        and any(f", {count} thr, " in name for count in threads)
+    ]
+    return [name for name in wanted if not before[name].keys() & after.get(name, {}).keys()]
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -85,28 +101,28 @@ def _measured(part: str, dtypes: Sequence[str], threads: Sequence[str], folder: 
     path = folder / f"{part}.json"
     arguments = ["--parts", part, "--dtypes", *dtypes, "--threads", *threads, "--reps", "9", "--json", str(path)]
     if part == "pool":
-        arguments += ["--cases", "S1", "--contenders", *FORMS, "--no-floor", "--no-memory"]
+        arguments += ["--cases", CASE, "--contenders", *FORMS, "--no-floor", "--no-memory"]
     status = measure(arguments)
     return status, {} if status else json.loads(path.read_text(encoding="utf-8"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where we have lost ground, 2 where there is nothing to compare with."""
+    """1 where we have lost ground or a committed table was not measured, 2 where there is nothing to compare with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("--committed", type=Path, help="results to compare with (default: this machine's)")
     parser.add_argument("--now", type=Path, help="results of now (default: measures)")
     parser.add_argument("--least", type=float, default=0.8, help="smallest change that passes (default 0.8)")
-    parser.add_argument("--threads", nargs="+", default=["1"], help="default 1")
+    parser.add_argument("--threads", nargs="+", default=["1", "2"], help="default 1 2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure (default: all)")
     options = parser.parse_args(argv)
-    committed = [options.committed] if options.committed else sorted(RESULTS.glob(f"{machine.slug()}*-cpu.json"))
-    then: dict[str, Any] = {}
-    for path in committed:
-        for key, tables in json.loads(path.read_text(encoding="utf-8")).items():
-            if key in KEYS.values() and tables:
-                then.setdefault(key, tables)
-    if not then:
-        print(f"no committed results of this machine, {machine.slug()}: give --committed", file=sys.stderr)
+    known = document.read(RESULTS)
+    if options.committed is not None:
+        then: Mapping[str, Any] = json.loads(options.committed.read_text(encoding="utf-8"))
+    elif machine.slug() in known:
+        then = known[machine.slug()]
+    else:
+        print(f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
+              "give --committed", file=sys.stderr)  # fmt: skip
         return 2
     now: dict[str, Any] = {}
     if options.now is not None:
@@ -126,7 +142,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("no table is in both results", file=sys.stderr)
         return 2
     print(text(changes, options.least))
-    return int(any(change.factor < options.least for change in changes))
+    gone = missing(then, now, options.threads) if options.now is None else []
+    for name in gone:
+        print(f"not measured any more: {name}", file=sys.stderr)
+    return int(bool(gone) or any(change.factor < options.least for change in changes))
 
 
 if __name__ == "__main__":

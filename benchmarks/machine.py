@@ -8,6 +8,7 @@ import os
 import platform
 import re
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,14 @@ def machine() -> dict[str, Any]:
     }
 
 
-def slug(cpu: str | None = None, count: int | None = None) -> str:
-    """A file name for a machine, this one if not told: the CPU and its cores."""
-    name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", (cpu or _cpu_model()).lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{count or cores()}c"])
+def slug(hardware: Mapping[str, Any] | None = None) -> str:
+    """A file name for a machine as :func:`machine` describes it, this one if not told: its CPU, cores and instructions.
+
+    Virtual machines call CPUs of several generations by one name; those without AVX-512 give other ratios.
+    """
+    hardware = hardware or machine()
+    name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", hardware["cpu"].lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{hardware['cores']}c", hardware["isa"].lower()])
 
 
 def _version(package: str) -> str | None:

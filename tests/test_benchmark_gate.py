@@ -12,7 +12,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # part of the checkout, not of the package
 
-from benchmarks import gate
+from benchmarks import gate, machine
 
 
 def rows(**seconds: float) -> list[dict[str, Any]]:
@@ -75,9 +75,25 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeyp
     now.write_text(json.dumps({"tables": []}))
     assert gate.main(["--committed", str(then), "--now", str(now)]) == 2
     assert "no table is in both" in capsys.readouterr().err
-    monkeypatch.setattr(gate, "RESULTS", tmp_path / "none")
-    assert gate.main([]) == 2
-    assert "no committed results of this machine" in capsys.readouterr().err
+
+
+def test_it_compares_with_the_newest_of_this_machine(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    here = machine.machine()
+    elsewhere = here | {"isa": "other"}
+    slower = copy.deepcopy(DOCUMENT)
+    slower["methods"][0]["rows"][0]["seconds"]["median"] = 3
+    (tmp_path / "c-cpu.json").write_text(json.dumps({"date": "2026-03", "machine": elsewhere, **slower}))
+    now = tmp_path / "now.json"
+    now.write_text(json.dumps(slower))
+    assert gate.main(["--now", str(now)]) == 2
+    assert f"of this machine, {machine.slug()}, but of {machine.slug(elsewhere)}" in capsys.readouterr().err
+    (tmp_path / "a-cpu.json").write_text(json.dumps({"date": "2026-01", "machine": here, **slower}))
+    assert gate.main(["--now", str(now)]) == 0
+    (tmp_path / "b-cpu.json").write_text(json.dumps({"date": "2026-02", "machine": here, **DOCUMENT}))
+    assert gate.main(["--now", str(now)]) == 1
 
 
 def test_it_measures_what_can_be_compared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
@@ -101,6 +117,29 @@ def test_it_measures_what_can_be_compared(tmp_path: Path, monkeypatch: pytest.Mo
     assert calls == [("pool", "fp32", "2")]
     monkeypatch.setattr(gate, "measure", lambda arguments: 3)  # the library is wrong
     assert gate.main(["--committed", str(then)]) == 3
+
+
+def test_a_table_that_is_not_measured_any_more(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """Of the case and the threads that are measured; ``S2`` is not."""
+    then = tmp_path / "then.json"
+    now = copy.deepcopy(DOCUMENT)
+    del now["tables"][1]
+    two = [table | {"threads": 2} for table in DOCUMENT["tables"]]
+    then.write_text(json.dumps(DOCUMENT | {"tables": DOCUMENT["tables"] + two}))
+
+    def measure(arguments: list[str]) -> int:
+        Path(arguments[arguments.index("--json") + 1]).write_text(json.dumps(now))
+        return 0
+
+    monkeypatch.setattr(gate, "measure", measure)
+    assert gate.main(["--committed", str(then), "--threads", "1"]) == 0
+    capsys.readouterr()
+    assert gate.main(["--committed", str(then)]) == 1
+    assert capsys.readouterr().err == "not measured any more: tables, S1, float32, 2 thr, forward\n"
+    now["tables"][0]["rows"] = rows(fastcompress=1, renamed=2)
+    assert gate.main(["--committed", str(then), "--threads", "1"]) == 1
 
 
 def test_what_is_committed_can_be_compared():

@@ -91,13 +91,25 @@ def test_the_newest_of_a_part_counts(tmp_path: Path):
     (tmp_path / "b-cpu.json").write_text(json.dumps(OLD))
     (tmp_path / "a-cpu.json").write_text(json.dumps(NEW))
     machines = document.read(tmp_path)
-    assert list(machines) == ["some-4c"]
-    assert machines["some-4c"]["tables"] == NEW["tables"]
+    assert list(machines) == ["some-4c-avx2"]
+    assert machines["some-4c-avx2"]["tables"] == NEW["tables"]
     text = document.text(machines)
     assert "Not told by this machine: no counter." in text
     assert "| pool | 2026-01-02 | `01234567-dirty` | 2.10 | 3 | 18 | 2 | 4 | 0.25 cores |" in text
     assert "| fastcompress | **2.00 ms** | **1,500 ms** |" in text
     assert "| a | 2.00x |  |" in text and "| b |  | 0.500x |" in text
+    assert "Not timed" not in text and "Other libraries: none." in text
+
+
+def test_what_took_no_part_is_told(tmp_path: Path):
+    """And machines of one name with other instructions are two."""
+    one = result("2026-01-01", tables=[table(fastcompress=1) | {"not_timed": {"b": "fails"}}])
+    one["versions"] |= {"torch-scatter": "2.1.2", "fbgemm-gpu-cpu": None}
+    (tmp_path / "a-cpu.json").write_text(json.dumps(one))
+    text = document.text(document.read(tmp_path))
+    assert "Not timed: `b`, fails." in text and "Other libraries: torch-scatter 2.1.2." in text
+    (tmp_path / "b-cpu.json").write_text(json.dumps(one | {"machine": one["machine"] | {"isa": "AVX512"}}))
+    assert list(document.read(tmp_path)) == ["some-4c-avx2", "some-4c-avx512"]
 
 
 def test_scaling_is_by_what_changes(tmp_path: Path):

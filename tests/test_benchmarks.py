@@ -291,6 +291,9 @@ def test_json(tmp_path: Path):
 
 def test_machine_slug_is_a_file_name():
     assert machine.slug().replace("-", "").isalnum()
+    hardware = {"cpu": "AMD EPYC(R) Processor @ 2.4GHz", "cores": 2, "isa": "AVX512"}
+    assert machine.slug(hardware) == "amd-epyc-2c-avx512"
+    assert machine.slug(hardware | {"isa": "AVX2"}) == "amd-epyc-2c-avx2"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

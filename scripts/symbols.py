@@ -10,27 +10,33 @@ import re
 import subprocess
 from pathlib import Path
 
+ROOT = Path(__file__).resolve().parents[1]
 #: Versioned symbols come from these; auditwheel reads off them how old a system may be.
 _SYSTEM = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 #: The compiler's own, absent from most systems, and weak.
 _COMPILER = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
+#: Where torch declares the C functions of its stable ABI.
+HEADERS = (
+    "stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h",
+    "inductor/aoti_torch/generated/c_shim_cpu.h", "inductor/aoti_torch/generated/c_shim_cuda.h",
+)  # fmt: skip
 _LIBRARIES = re.compile(r"lib(torch|torch_cpu|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so.*|ld-linux.*")
 
 
 @functools.cache
-def stable_functions() -> frozenset[str]:
-    """Names that torch's headers declare for its stable ABI."""
+def stable_functions(oldest: bool = True) -> frozenset[str]:
+    """Names that torch's headers declare for its stable ABI: to the oldest torch that we are for, or to all."""
     import torch
 
-    csrc = Path(torch.__file__).parent / "include" / "torch" / "csrc"
-    headers = [
-        *(csrc / "stable" / "c").glob("*.h"),
-        *(csrc / "inductor" / "aoti_torch" / "c").glob("*.h"),
-        *(csrc / "inductor" / "aoti_torch" / "generated").glob("*.h"),
-    ]
-    return frozenset(
-        name for path in headers for name in re.findall(r"\b(?:aoti_)?torch_\w+", path.read_text(encoding="utf-8"))
-    )
+    include = Path(torch.__file__).parent / "include"
+    target = re.search(r'^TORCH_TARGET = "(0x\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
+    assert target is not None
+    source = "".join(f"#include <torch/csrc/{header}>\n" for header in HEADERS)
+    # What a newer torch has added is hidden from a library that is for an older one.
+    defined = ["-DUSE_CUDA", *([f"-DTORCH_TARGET_VERSION={target[1]}"] if oldest else [])]
+    command = ["g++", "-std=c++17", "-E", "-P", "-x", "c++", *defined, f"-I{include}", "-"]
+    text = subprocess.run(command, input=source, check=True, stdout=subprocess.PIPE, text=True).stdout
+    return frozenset(re.findall(r"\b(?:aoti_)?torch_\w+", text))
 
 
 def problems(library: Path) -> list[str]:
@@ -42,8 +48,10 @@ def problems(library: Path) -> list[str]:
         name, _, version = symbol.partition("@")
         if version.lstrip("@").startswith(_SYSTEM) or (kind != "U" and name in _COMPILER):
             continue
-        if name not in stable_functions():
+        if name not in stable_functions(oldest=False):
             found.append(f"undefined symbol {symbol}")
+        elif name not in stable_functions() and kind == "U":  # a weak one is asked for before it is called
+            found.append(f"undefined symbol {symbol}, which the oldest torch that we are for has not")
         elif "cuda" in name and name != "aoti_torch_device_type_cuda" and kind == "U":
             found.append(f"undefined symbol {symbol}, which a torch without CUDA has not")
     dynamic = subprocess.check_output(["readelf", "-d", library], text=True)

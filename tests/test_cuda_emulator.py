@@ -103,6 +103,14 @@ OVERRUNS = {
         "window.first + length",
     ),
 }
+# The result is the same, since what overflows wraps around.
+OVERFLOWS = {
+    "a product that overflows": (
+        "params.h",
+        "rule.needs_distance() ? 1 + rule.lookahead() : 0",
+        "rule.needs_distance() ? 1 + rule.lookahead() + int(rule.lookahead()) * 65536 * 65536 : 0",
+    ),
+}
 
 
 def probe(module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
@@ -132,10 +140,11 @@ def test_thread_sanitizer(race: str | None):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("overrun", [None, *OVERRUNS])
-def test_address_sanitizer(overrun: str | None):
-    done = probe(build("address", OVERRUNS[overrun] if overrun else None), "asan")
-    if overrun is None:
-        assert "no bug found" in done.stdout, done.stderr
+@pytest.mark.parametrize("bug", [None, *OVERRUNS, *OVERFLOWS])
+def test_address_sanitizer_and_ubsan(bug: str | None):
+    done = probe(build("address", (OVERRUNS | OVERFLOWS)[bug] if bug else None), "asan")
+    if bug is None:
+        assert done.returncode == 0 and "no bug found" in done.stdout, done.stderr
     else:
-        assert "AddressSanitizer" in done.stderr
+        assert done.returncode != 0
+        assert ("AddressSanitizer" if bug in OVERRUNS else "signed integer overflow") in done.stderr

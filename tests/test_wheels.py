@@ -168,8 +168,9 @@ def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
     source.write_text(
         "namespace at { int get_num_threads(); }\n"
         'extern "C" { void Py_Initialize(); void aoti_torch_get_current_cuda_stream(); double sqrt(double);\n'
-        "double use(double x) { Py_Initialize(); aoti_torch_get_current_cuda_stream();\n"
-        "return at::get_num_threads() + sqrt(x); } }\n"
+        "void torch_from_blob(); __attribute__((weak)) void torch_new_stable_ivalue();\n"
+        "double use(double x) { Py_Initialize(); aoti_torch_get_current_cuda_stream(); torch_from_blob();\n"
+        "if (torch_new_stable_ivalue) torch_new_stable_ivalue(); return at::get_num_threads() + sqrt(x); } }\n"
     )
     libraries = ["-Wl,--no-as-needed", "-l:libz.so.1", "-lm"]
     subprocess.check_call(["g++", "-shared", "-fPIC", "-o", library, source, *libraries])
@@ -177,6 +178,8 @@ def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
     assert "undefined symbol Py_Initialize" in found
     assert "undefined symbol _ZN2at15get_num_threadsEv" in found
     assert "undefined symbol aoti_torch_get_current_cuda_stream, which a torch without CUDA has not" in found
+    assert "undefined symbol torch_from_blob, which the oldest torch that we are for has not" in found
+    assert not any("torch_new_stable_ivalue" in problem for problem in found)  # it is weak
     assert any(problem.startswith("libtorch.so is not needed") for problem in found)
     assert [problem for problem in found if problem.startswith("needed library")] == ["needed library libz.so.1"]
     for name, members, message in (

@@ -110,7 +110,7 @@ OutputRows::OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t
   bytes_ = std::max(kAlignment, (wanted + kAlignment - 1) / kAlignment * kAlignment);
   void* memory = nullptr;
   const int failed = posix_memalign(&memory, alignment, bytes_);
-  STD_TORCH_CHECK(failed == 0, "out of memory: ", bytes_, " bytes for the pooled rows");
+  STD_TORCH_CHECK(failed == 0, "out of memory: ", bytes_, " bytes for the result");
   memory_.reset(memory);
 #ifdef MADV_HUGEPAGE
   if (bytes_ >= kHugeBytes) {

@@ -33,7 +33,12 @@ TORCH = Path(torch.__file__).parent
 #: The imaginary GPU of module.cpp: multiprocessors, bytes of shared memory of each, and of a block at most.
 DEFAULT_DEVICE = (4, 100 << 10, 99 << 10)
 #: What each kind of build adds to the compiler's flags.
-KINDS = {"plain": "-O2", "address": "-O1 -g -fsanitize=address,undefined", "thread": "-O1 -g -fsanitize=thread"}
+KINDS = {
+    "plain": "-O2",
+    # UBSan goes on after what it finds, and the process ends well, unless it is told otherwise.
+    "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-O1 -g -fsanitize=thread",
+}
 
 
 FLAGS = (

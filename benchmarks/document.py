@@ -125,9 +125,13 @@ def _pool(parts: Mapping[str, Any]) -> Iterable[str]:
         sequences = f"{one['sequences']} sequence" + ("s" if one["sequences"] > 1 else "")
         yield f"### {name}: {sequences}, {one['frames']:,} x {one['dim']} to {one['tokens']:,} tokens"
         yield matrix(tables, registry.OURS)
-    left_out = {name: reason for table in parts["tables"] for name, reason in table.get("not_timed", {}).items()}
+    left_out = {
+        f"`{name}` ({table['case']}, {setting(table)}), {reason}"
+        for table in parts["tables"]
+        for name, reason in table.get("not_timed", {}).items()
+    }
     if left_out:
-        yield "Not timed: " + "; ".join(f"`{name}`, {reason}" for name, reason in left_out.items()) + "."
+        yield f"Not timed: {'; '.join(sorted(left_out))}."
     versions = parts["sources"]["tables"]["versions"]
     peers = [f"{name} {versions[name]}" for name in PEERS if versions.get(name)]
     yield f"Other libraries: {', '.join(peers) or 'none'}."

@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", default=["1", "2"], help="default 1 2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure (default: all)")
     options = parser.parse_args(argv)
-    known = document.read(RESULTS)
+    known = document.read(RESULTS) if options.committed is None else {}
     if options.committed is not None:
         then: Mapping[str, Any] = json.loads(options.committed.read_text(encoding="utf-8"))
     elif machine.slug() in known:

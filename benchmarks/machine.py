@@ -74,7 +74,8 @@ def slug(hardware: Mapping[str, Any] | None = None) -> str:
     """
     hardware = hardware or machine()
     name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", hardware["cpu"].lower())
-    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{hardware['cores']}c", hardware["isa"].lower()])
+    isa = re.sub(r"\W", "", hardware["isa"].lower())
+    return "-".join([*re.findall(r"[a-z0-9]+", name), f"{hardware['cores']}c", isa])
 
 
 def _version(package: str) -> str | None:

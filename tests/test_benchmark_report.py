@@ -107,7 +107,7 @@ def test_what_took_no_part_is_told(tmp_path: Path):
     one["versions"] |= {"torch-scatter": "2.1.2", "fbgemm-gpu-cpu": None}
     (tmp_path / "a-cpu.json").write_text(json.dumps(one))
     text = document.text(document.read(tmp_path))
-    assert "Not timed: `b`, fails." in text and "Other libraries: torch-scatter 2.1.2." in text
+    assert "Not timed: `b` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
     (tmp_path / "b-cpu.json").write_text(json.dumps(one | {"machine": one["machine"] | {"isa": "AVX512"}}))
     assert list(document.read(tmp_path)) == ["some-4c-avx2", "some-4c-avx512"]
 

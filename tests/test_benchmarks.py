@@ -294,6 +294,7 @@ def test_machine_slug_is_a_file_name():
     hardware = {"cpu": "AMD EPYC(R) Processor @ 2.4GHz", "cores": 2, "isa": "AVX512"}
     assert machine.slug(hardware) == "amd-epyc-2c-avx512"
     assert machine.slug(hardware | {"isa": "AVX2"}) == "amd-epyc-2c-avx2"
+    assert machine.slug(hardware | {"isa": "NO AVX"}) == "amd-epyc-2c-noavx"
 
 
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -148,6 +148,17 @@ def attention_forward(
     With ``cu_seq_lens_q`` it is :func:`packed_attention` of ``B`` = 1 packed row, else stock SDPA. ``cu_seq_lens_k``
     must be ``cu_seq_lens_q``, whose values are compared where reading them costs nothing.
 
+    Args:
+        module: the layer's attention, whose configuration is checked and whose mode decides about dropout.
+        query, key, value: ``[B, H, L, D]``; ``key`` and ``value`` may have fewer heads.
+        attention_mask: of stock SDPA; ``None`` with packed rows.
+        dropout: share of weights that are dropped.
+        scaling: of the products; ``None``: ``D ** -0.5``.
+        is_causal, sliding_window, softcap: as transformers gives them.
+        cu_seq_lens_q, cu_seq_lens_k: ``[samples + 1]`` int32, where packed samples begin.
+        max_length_q, max_length_k: rows of the longest sample.
+        kwargs: what else transformers passes; what changes the result is refused.
+
     Raises:
         ValueError: packed rows with a mask, with a cache of earlier rows, or in several batch rows.
         NotImplementedError: a decoder, or an argument of its attention, that packing does not know.

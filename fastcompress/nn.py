@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.checks import check_dense, check_float, check_number
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
 from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
@@ -55,7 +56,12 @@ class SegmentPool(torch.nn.Module):
         self.compact = compact
 
     def forward(self, x: Tensor, **layout: Any) -> Pooled:
-        """``layout`` is the rest of :func:`fastcompress.segment_pool`'s arguments: ``cu_seqlens=``, ``lengths=``, …"""
+        """Pools a batch.
+
+        Args:
+            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
+            layout: the rest of :func:`fastcompress.segment_pool`'s arguments: ``cu_seqlens=``, ``lengths=``, …
+        """
         return segment_pool(x, rule=self.rule, reduce=self.reduce, compact=self.compact, **layout)
 
     def extra_repr(self) -> str:
@@ -79,8 +85,13 @@ class NoveltyPool(torch.nn.Module):
         self.rule: Threshold = Threshold(threshold)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
-        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
-        :func:`fastcompress.segment_pool`."""
+        """Compresses a batch.
+
+        Args:
+            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
+                :func:`fastcompress.segment_pool`, which also tells what is raised.
+        """
         d = adjacent_distance(x.detach(), cu_seqlens=cu_seqlens, lengths=lengths)
         segments = select_boundaries(d, self.rule, cu_seqlens=cu_seqlens, lengths=lengths)
         runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
@@ -92,6 +103,18 @@ class NoveltyPool(torch.nn.Module):
         return f"threshold={self.rule.threshold}"
 
 
+def _check_ratio(ratio: float) -> None:
+    check_number("ratio", ratio)
+    if not 1 < ratio < math.inf:
+        raise ValueError(f"ratio must be more than 1 and finite, got {ratio}")
+
+
+def _check_width(x: Tensor, width: int) -> None:
+    check_float("x", x)
+    if x.dim() not in (2, 3) or x.shape[-1] != width:
+        raise ValueError(f"x must have shape [N, {width}] or [B, T, {width}], got {list(x.shape)}")
+
+
 class LearnedCompressor(torch.nn.Module):
     """Base of those that learn at a rate, and leave a loss.
 
@@ -101,8 +124,8 @@ class LearnedCompressor(torch.nn.Module):
 
     def __init__(self, ratio: float, loss_weight: float) -> None:
         super().__init__()
-        if not ratio > 1:
-            raise ValueError(f"ratio must be more than 1, got {ratio}")
+        _check_ratio(ratio)
+        check_number("loss_weight", loss_weight)
         self.ratio: float = ratio
         self.loss_weight: float = loss_weight
         self.loss: Tensor | None = None
@@ -121,6 +144,7 @@ class BipartiteMerge(torch.nn.Module):
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
         super().__init__()
+        check_number("rate", rate)
         if not 1 <= rate < math.inf:
             raise ValueError(f"rate must be at least 1 and finite, got {rate}")
         self.rate: float = rate
@@ -128,6 +152,7 @@ class BipartiteMerge(torch.nn.Module):
         self.rounds: int = max(1, math.ceil(math.log2(rate)))
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
+        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
         rate = self.rate ** (1 / self.rounds)
         merged = bipartite_merge(x, rate, window=self.window, **layout)
         for _ in range(self.rounds - 1):
@@ -150,6 +175,7 @@ class IterativeFusion(torch.nn.Module):
         self.count = count
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
+        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
         return iterative_fusion(x, self.count, **layout)
 
     def extra_repr(self) -> str:
@@ -161,10 +187,12 @@ class GreedySegments(torch.nn.Module):
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
+        check_number("threshold", threshold)
         self.threshold: float = threshold
         self.max_len: int | None = max_len
 
     def forward(self, x: Tensor, **layout: Any) -> Pooled:
+        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
         segments = greedy_segments(x, self.threshold, max_len=self.max_len, **layout)
         return Pooled(segment_reduce(x, segments), segments)
 
@@ -200,8 +228,14 @@ class IntegrateAndFire(LearnedCompressor):
         torch.nn.init.constant_(self.weight.bias, -math.log(self.ratio - 1))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Fired:
-        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
-        :func:`fastcompress.segment_pool`."""
+        """Compresses a batch.
+
+        Args:
+            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
+                :func:`fastcompress.segment_pool`, which also tells what is raised.
+        """
+        _check_width(x, self.weight.in_features)
         # A frame that is not finite weighs nothing: as a part of its token it spoils that, and no other.
         alpha = self.weight(x)[..., 0].float().sigmoid().nan_to_num(0.0)
         frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
@@ -220,7 +254,12 @@ class IntegrateAndFire(LearnedCompressor):
 
 def straight_through(probability: Tensor) -> Tensor:
     """1, with the gradient of ``probability``: what is multiplied by it is as it was, and tells the probability whether
-    more of it would have helped (H-Net: Hwang et al., arXiv 2507.07955)."""
+    more of it would have helped (H-Net: Hwang et al., arXiv 2507.07955).
+
+    Args:
+        probability: of any shape, floating.
+    """
+    check_float("probability", probability)
     return probability + (1 - probability).detach()
 
 
@@ -231,9 +270,24 @@ def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
         probability: of a boundary at each frame, ``[N]``; ``G`` is its mean, which has the gradient.
         boundary: bool, whether there is one, ``[N]``; ``F`` is its mean.
         ratio: ``R``, frames a token that are aimed at; more than 1.
+
+    Returns:
+        A scalar in the dtype of ``probability``, 0 for no frame.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape or ratio that does not fit.
     """
-    if not ratio > 1:
-        raise ValueError(f"ratio must be more than 1, got {ratio}")
+    check_float("probability", probability)
+    check_dense("boundary", boundary)
+    if boundary.dtype != torch.bool:
+        raise TypeError(f"boundary must be bool, got {boundary.dtype}")
+    wrong = probability.dim() != 1 or boundary.dim() != 1
+    # Of a traced program two counts that depend on data are not compared.
+    if wrong or not torch.compiler.is_compiling() and probability.shape != boundary.shape:
+        shapes = f"{list(probability.shape)} and {list(boundary.shape)}"
+        raise ValueError(f"probability and boundary must have one shape, [N], got {shapes}")
+    _check_ratio(ratio)
     count: int = torch.sym_max(1, probability.shape[0])
     f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
     loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
@@ -271,13 +325,19 @@ class LearnedBoundary(LearnedCompressor):
             torch.nn.init.eye_(projection.weight)
 
     def probability(self, x: Tensor) -> Tensor:
-        """``p`` of rows ``[N, D]`` of one sequence, ``[N]``."""
+        """``p`` of rows ``[N, D]``, taken as one sequence: ``[N]``, in fp32, 1 for the first."""
         cosine = torch.nn.functional.cosine_similarity(self.query(x[:-1]).float(), self.key(x[1:]).float(), dim=-1)
         return torch.cat([cosine.new_ones(min(1, len(x))), (1 - cosine) / 2])
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
-        """``x`` ``[N, D]`` with ``cu_seqlens``, or ``[B, T, D]`` with ``lengths``, as in
-        :func:`fastcompress.segment_pool`."""
+        """Compresses a batch.
+
+        Args:
+            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
+                :func:`fastcompress.segment_pool`, which also tells what is raised.
+        """
+        _check_width(x, self.query.in_features)
         runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
         probability = torch.where(runs.first, 1.0, self.probability(x.reshape(-1, x.shape[-1])))
         boundary = probability.detach() > 0.5

@@ -15,7 +15,10 @@ import dataclasses
 import math
 import sys
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Any, ClassVar
+
+import torch
 
 
 @dataclass(frozen=True)
@@ -57,10 +60,15 @@ class Rule:
         """The rule that :meth:`to_dict` wrote; fields left out keep their defaults.
 
         Raises:
+            TypeError: not a dict.
             ValueError: an unknown rule or field, or a value that the rule refuses.
         """
+        if not isinstance(data, dict):
+            raise TypeError(f"data must be a dict, got {data!r}")
+        if "rule" not in data:
+            raise ValueError(f"data must have a 'rule', one of {', '.join(RULES)}, got {data!r}")
         fields = dict(data)
-        cls = _rule_class(fields.pop("rule", None))
+        cls = _rule_class(fields.pop("rule"))
         known = _field_names(cls)
         for key in fields:
             if key not in known:
@@ -75,6 +83,7 @@ class Rule:
         """Reads ``name``, ``name:value`` (the first field) or ``name:field=value,field=value``.
 
         Raises:
+            TypeError: not a string.
             ValueError: an unknown rule or field, or a value that does not fit.
 
         Examples:
@@ -83,6 +92,8 @@ class Rule:
             >>> str(Rule.from_string("local-max:order=2,min_len=3"))
             'local-max:order=2,min_len=3'
         """
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, got {text!r}")
         name, _, rest = text.strip().partition(":")
         fields = _field_names(_rule_class(name.strip()))
         given: dict[str, Any] = {}
@@ -152,6 +163,16 @@ def _check_lengths(rule: LocalMax | Threshold | LabelChange | Lookback | PeakHei
         raise ValueError(f"{type(rule).__name__}: min_len must not exceed max_len, got {min_len} > {max_len}")
 
 
+def _check_length(length: Any) -> None:
+    if isinstance(length, torch.Tensor):
+        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
+            raise TypeError(f"length must be an integer or a tensor of integers, got {length.dtype}")
+    elif isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
+        raise TypeError(f"length must be an integer or a tensor of integers, got {length!r}")
+    elif not torch.compiler.is_compiling() and length < 0:  # a traced number may depend on data
+        raise ValueError(f"length must not be negative, got {length}")
+
+
 @dataclass(frozen=True)
 class Uniform(Rule):
     """A segment every ``size`` frames, counted from the first frame of each sequence (average pooling, stride = size).
@@ -177,7 +198,13 @@ class Uniform(Rule):
         return (self.name, self.size, -math.inf, 0.0, 1, 0, self.tail == "keep")
 
     def num_segments(self, length: Any) -> Any:
-        """Segments of a sequence of ``length`` frames, an int or an integer tensor."""
+        """Segments of a sequence of ``length`` frames, an int or an integer tensor.
+
+        Raises:
+            TypeError: ``length`` is neither.
+            ValueError: a negative int; the values of a tensor are not read.
+        """
+        _check_length(length)
         return (length + self.size - 1) // self.size if self.tail == "keep" else length // self.size
 
 
@@ -282,12 +309,14 @@ class TopK(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """As :meth:`Uniform.num_segments`."""
+        _check_length(length)
         if self.count is not None:
-            return min(length, self.count) if isinstance(length, int) else length.clamp_max(self.count)
+            least = torch.clamp_max if isinstance(length, torch.Tensor) else torch.sym_min
+            return least(length, self.count)
         assert self.rate is not None  # one of the two is given
-        if isinstance(length, int):
-            return math.ceil(length / self.rate)
-        return (length.double() / self.rate).ceil().to(length.dtype)
+        if isinstance(length, torch.Tensor):
+            return (length.double() / self.rate).ceil().to(length.dtype)
+        return math.ceil(length / self.rate)
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def meta(tensor: Tensor) -> Tensor:
 
 
 GOOD = segments(ints(0, 2), ints(2, 3))
+FIRED = fc.integrate_and_fire(X, D)
 
 ERRORS: list[tuple[Callable, type[Exception], str]] = [
     # The input
@@ -57,6 +58,29 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.row_groups(ints(1, 2), None), TypeError, "placeholder must be an integer, got None"),
     (lambda: fc.pack(ints(1, 2), X, compact=D[:0]), TypeError, "compact must be True or False, got tensor([])"),
     (lambda: fc.row_groups(None, 3), TypeError, "input_ids must be a tensor, got NoneType"),
+    (lambda: fc.quantity_loss(3, ints(1)), TypeError, "fired must be a result of integrate_and_fire, got int"),
+    (lambda: fc.quantity_loss(FIRED, ints(1, 2)), ValueError, "target_lengths must have shape [1], got [2]"),
+    (lambda: fc.quantity_loss(FIRED, D[:1]), TypeError, "target_lengths must be an int32 or int64 tensor, got torch.float32"),
+    (lambda: fc.nn.ratio_loss(D, D[:4] > 0, 3.0), ValueError, "probability and boundary must have one shape, [N], got [5] and [4]"),
+    (lambda: fc.nn.ratio_loss(D, D, 3.0), TypeError, "boundary must be bool, got torch.float32"),
+    (lambda: fc.nn.ratio_loss(D, D > 0, 1.0), ValueError, "ratio must be more than 1 and finite, got 1.0"),
+    (lambda: fc.nn.straight_through(None), TypeError, "probability must be a tensor, got NoneType"),
+    (lambda: fc.nn.LearnedBoundary(8)(X), ValueError, "x must have shape [N, 8] or [B, T, 8], got [5, 3]"),
+    (lambda: fc.nn.LearnedBoundary(8, ratio="3"), TypeError, "ratio must be a number, got '3'"),
+    (lambda: fc.nn.IntegrateAndFire(8)(X), ValueError, "x must have shape [N, 8] or [B, T, 8], got [5, 3]"),
+    (lambda: fc.nn.IntegrateAndFire(3)(X.int()), TypeError, "x must be float32, float16, bfloat16 or float64, got torch.int32"),
+    (lambda: fc.nn.IntegrateAndFire(8, loss_weight=None), TypeError, "loss_weight must be a number, got None"),
+    (lambda: fc.nn.GreedySegments(float("nan")), ValueError, "threshold must be a number, got nan"),
+    (lambda: fc.greedy_segments(X, float("nan")), ValueError, "threshold must be a number, got nan"),
+    (lambda: fc.nn.BipartiteMerge("2"), TypeError, "rate must be a number, got '2'"),
+    (lambda: fc.Uniform(3).num_segments(-7), ValueError, "length must not be negative, got -7"),
+    (lambda: fc.Uniform(3).num_segments("a"), TypeError, "length must be an integer or a tensor of integers, got 'a'"),
+    (lambda: fc.TopK(rate=2).num_segments(None), TypeError, "length must be an integer or a tensor of integers, got None"),
+    (lambda: fc.TopK(rate=2).num_segments(D), TypeError, "length must be an integer or a tensor of integers, got torch.float32"),
+    (lambda: fc.Rule.from_string(None), TypeError, "text must be a string, got None"),
+    (lambda: fc.Rule.from_dict(3), TypeError, "data must be a dict, got 3"),
+    (lambda: fc.Rule.from_dict({"size": 3}), ValueError, "data must have a 'rule', one of uniform, local-max"),
+    (lambda: GOOD.seconds("a"), TypeError, "frame_rate must be a number, got 'a'"),
     (lambda: fc.segments_from_starts(ints(1), 2.5), TypeError, "num_rows must be an integer, got 2.5"),
     (lambda: fc.segments_from_starts(ints(1), 2**63), ValueError, "num_rows must be fewer than 2**31"),
     # Numbers

@@ -33,7 +33,7 @@ def test_ratio_loss():
         few, many = torch.zeros(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
         assert torch.autograd.grad(ratio_loss(p, few, ratio), p)[0].sum() < 0  # too few: raise p
         assert torch.autograd.grad(ratio_loss(p, many, ratio), p)[0].sum() > 0
-    with pytest.raises(ValueError, match="ratio must be more than 1, got 1"):
+    with pytest.raises(ValueError, match="ratio must be more than 1 and finite, got 1"):
         ratio_loss(p, few, 1)
     assert ratio_loss(torch.zeros(0), few[:0], 2.0) == 0
 
@@ -110,7 +110,7 @@ def test_the_task_alone_moves_boundaries():
 
 def test_refused():
     for call, message in (
-        (lambda: LearnedBoundary(4, 1.0), "ratio must be more than 1, got 1.0"),
+        (lambda: LearnedBoundary(4, 1.0), "ratio must be more than 1 and finite, got 1.0"),
         (lambda: LearnedBoundary(4, 2.0, "median"), "reduce must be one of mean, sum"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):

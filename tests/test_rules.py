@@ -185,7 +185,7 @@ def test_frozen(rule: Rule):
         ),
         (
             lambda: Rule.from_dict({}),
-            f"unknown rule None; the rules are {NAMES}",
+            f"data must have a 'rule', one of {NAMES}, got {{}}",
         ),
         (lambda: Rule.from_string("uniform:3,order=2"), "rule 'uniform' has no field 'order'; it has size, tail"),
         (lambda: Rule.from_dict({"rule": "uniform", "n": 2}), "rule 'uniform' has no field 'n'; it has size, tail"),

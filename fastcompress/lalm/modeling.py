@@ -222,8 +222,18 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
 
     def compress(self, frames: Tensor, lengths: Tensor) -> Any:
-        """``[A, F, D]`` and ``[A]`` -> :class:`fastcompress.Pooled`, or what else the compressor gives; not yet
-        projected."""
+        """Compresses frames by the configuration's rule, or by what :meth:`use_compressor` was given.
+
+        Args:
+            frames: ``[A, F, D]``, of :meth:`encode`.
+            lengths: ``[A]`` int64, frames of each audio.
+
+        Returns:
+            :class:`fastcompress.Pooled`, or what else the compressor gives; not yet projected.
+
+        Raises:
+            ValueError: keys of a CTC head that the configuration does not have.
+        """
         if self.compressor is not None:
             return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
         if isinstance(self._rule, LabelChange):
@@ -304,6 +314,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frames, frame_lengths: of :meth:`encode`, in place of features.
             num_items_in_batch: what the sum of the labels' losses is divided by; ``None``: their number.
             kwargs: of the decoder.
+
+        Raises:
+            ValueError: frames and features at once, or what :meth:`pack` refuses.
         """
         if input_features is not None:
             if frames is not None:
@@ -331,7 +344,14 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )  # fmt: skip
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
-        """Logits ``[1, B, V]`` of the last row of each sample: what the decoder does before it writes."""
+        """What the decoder does before it writes.
+
+        Args:
+            packed: of :meth:`pack`.
+
+        Returns:
+            Logits ``[1, B, V]`` of the last row of each sample.
+        """
         last = packed.cu_seqlens[1:].long() - 1
         if not self._runs_packed:
             return self._decode(replace(packed, labels=None), None, {})[0][:, last]

@@ -250,8 +250,18 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
 
     Args:
         fired: of :func:`integrate_and_fire`.
-        target_lengths: ``[B]``, units of each sequence; 0 for no sequence.
+        target_lengths: ``[B]`` int32 or int64, units of each sequence.
+
+    Returns:
+        A scalar in fp64, 0 for no sequence. Its gradient goes to the weights.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: another number of sequences.
     """
+    if not isinstance(fired, Fired):
+        raise TypeError(f"fired must be a result of integrate_and_fire, got {type(fired).__name__}")
+    _check_target_lengths(target_lengths, fired.total.shape[0])
     return (fired.total - target_lengths.to(fired.total.device)).abs().sum() / max(1, fired.total.shape[0])
 
 
@@ -267,16 +277,20 @@ def check_firing(beta: float, tail: float | None) -> None:
         raise ValueError(f"tail must lie in [0, 1], got {tail}")
 
 
+def _check_target_lengths(target_lengths: Tensor, count: int) -> None:
+    if not isinstance(target_lengths, Tensor) or target_lengths.dtype not in (torch.int32, torch.int64):
+        got = getattr(target_lengths, "dtype", type(target_lengths).__name__)
+        raise TypeError(f"target_lengths must be an int32 or int64 tensor, got {got}")
+    if target_lengths.shape != (count,):
+        raise ValueError(f"target_lengths must have shape [{count}], got {list(target_lengths.shape)}")
+
+
 def _check_values(
     x: Tensor, alpha: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, target_lengths: Tensor | None,
     count: int,
 ) -> None:  # fmt: skip
     if target_lengths is not None:
-        if not isinstance(target_lengths, Tensor) or target_lengths.dtype not in (torch.int32, torch.int64):
-            got = getattr(target_lengths, "dtype", type(target_lengths).__name__)
-            raise TypeError(f"target_lengths must be an int32 or int64 tensor, got {got}")
-        if target_lengths.shape != (count,):
-            raise ValueError(f"target_lengths must have shape [{count}], got {list(target_lengths.shape)}")
+        _check_target_lengths(target_lengths, count)
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     check_layout_values(x.shape, cu_seqlens, lengths)

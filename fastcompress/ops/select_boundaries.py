@@ -129,6 +129,13 @@ def normalize_distance(
     Args:
         d, cu_seqlens, lengths, attention_mask, row_group: as in :func:`select_boundaries`; a run of rows of one group
             is a sequence.
+
+    Returns:
+        A tensor of the shape and dtype of ``d``.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_float("d", d)
     groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
@@ -164,6 +171,13 @@ def segments_from_mask(
         mask: ``[N]`` packed or ``[B, T]`` padded, bool or integer.
         min_len, max_len: as in :class:`Threshold`.
         cu_seqlens, lengths, attention_mask, row_group, compact: as in :func:`select_boundaries`.
+
+    Returns:
+        The segments, as of :func:`select_boundaries`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_integers("mask", mask, bools=True)
     _check_rank("mask", mask)
@@ -190,6 +204,13 @@ def segments_from_ids(
     Args:
         ids: ``[N]`` packed or ``[B, T]`` padded, integer.
         cu_seqlens, lengths, compact: as in :func:`select_boundaries`.
+
+    Returns:
+        The segments, as of :func:`select_boundaries`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_integers("ids", ids)
     _check_rank("ids", ids)
@@ -207,6 +228,13 @@ def segments_from_starts(
         starts: ``[S]`` int32 or int64 in ``[0, num_rows)``, in any order; the first row of a sequence may be left out.
         num_rows: rows of the packed input.
         cu_seqlens, compact: as in :func:`select_boundaries`.
+
+    Returns:
+        The segments, as of :func:`select_boundaries`.
+
+    Raises:
+        TypeError: an argument of the wrong type or dtype.
+        ValueError: a shape, device or value that does not fit, named in the message.
     """
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__

@@ -139,10 +139,12 @@ class BudgetProcessor:
         return self.shorten(self.processor(*args, **kwargs))
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
+        """As the processor's own, shortened by :meth:`shorten` where it returns tensors and not text."""
         out = self.processor.apply_chat_template(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 
     def apply_transcription_request(self, *args: Any, **kwargs: Any) -> Any:
+        """As the processor's own, where it has one, shortened likewise."""
         out = self.processor.apply_transcription_request(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 

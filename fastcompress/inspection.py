@@ -127,9 +127,11 @@ class Encoder:
         """Last hidden states ``[T, D]`` fp32 and their rate.
 
         Raises:
-            EncoderError: the model refuses the input or gives no ``last_hidden_state``.
+            EncoderError: there are no samples, the model refuses the input, or it gives no ``last_hidden_state``.
         """
         count = len(samples)
+        if count == 0:  # of a file that is shorter than a sample at this rate
+            raise EncoderError("there is no audio: 0 samples")
         size = self.window
         if size is None:  # equal pieces: a short last one could be too short for the encoder
             size = math.ceil(count / math.ceil(count / (30 * self.sample_rate)))

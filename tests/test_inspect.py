@@ -337,6 +337,10 @@ def test_a_waveform_encoder_is_run_in_pieces(tmp_path):
         assert rate == pytest.approx(frames / seconds, rel=1e-4)
     with pytest.raises(fc.inspection.EncoderError, match=r"wav2vec2: cannot encode 0\.01 s of audio"):
         encoder.frames(white_noise(200))
+    for window in (None, 480_000):  # 0 samples are what is left at 16 kHz of one at 44.1
+        encoder.window = window
+        with pytest.raises(fc.inspection.EncoderError, match="there is no audio: 0 samples"):
+            encoder.frames(white_noise(0))
 
 
 @pytest.mark.parametrize("kind", ["no model", "broken weights", "no feature extractor"])

@@ -168,7 +168,7 @@ def test_part_of_a_file(tmp_path: Path):
 def test_datasets_of_hugging_face():
     """Rows as `datasets` gives them: decoded, or a path."""
     rows = [
-        {"audio": {"array": np.zeros(8000), "sampling_rate": 8000}, "sentence": "one", "german": "eins"},
+        {"audio": {"array": np.zeros(8000), "sampling_rate": 8000.0}, "sentence": "one", "german": "eins"},
         {"audio": {"path": "/a/b.wav", "bytes": None}, "sentence": "two", "german": "zwei"},
     ]
     first, second = from_hf_dataset(rows, text_column="sentence", target_column="german", prompt="Translate.")
@@ -178,6 +178,20 @@ def test_datasets_of_hugging_face():
         from_hf_dataset(rows)
     with pytest.raises(ManifestError, match="row 0: audio has neither array nor path"):
         from_hf_dataset([{"audio": None, "text": "a"}])
+    ones = np.ones(8)
+    for audio, message in (
+        ([1.0], "audio has neither array nor path"),
+        (ones, "audio has neither array nor path"),
+        (3, "audio has neither array nor path"),
+        ({"path": 3}, "audio has neither array nor path"),
+        ({"array": ones}, "audio needs an array of numbers and a sampling_rate: KeyError('sampling_rate')"),
+        ({"array": ["a"], "sampling_rate": 8000}, "audio needs an array of numbers and a sampling_rate"),
+        ({"array": ones, "sampling_rate": 0}, "audio must be an array [S] at a positive sampling_rate, got [8] at 0"),
+        ({"array": ones, "sampling_rate": np.nan}, "positive sampling_rate, got [8] at nan"),
+        ({"array": ones[None], "sampling_rate": 8000}, "positive sampling_rate, got [1, 8] at 8000"),
+    ):
+        with pytest.raises(ManifestError, match=re.escape(message)):
+            from_hf_dataset([{"audio": audio, "text": "a"}])
 
 
 # Texts

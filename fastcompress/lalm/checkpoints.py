@@ -90,7 +90,8 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
 
     def write(path: Path) -> None:
         save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, path / _WEIGHTS)
-        torch.save(optimizer.state_dict(), path / _OPTIMIZER)
+        with open(path / _OPTIMIZER, "wb") as file:  # Python's, which says what torch's does not: no space left
+            torch.save(optimizer.state_dict(), file)
         (path / _STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
 
     try:
@@ -107,7 +108,9 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """What an error says, in one line, or what the system said before it: torch.save covers that with its own."""
+    while not isinstance(error, OSError) and isinstance(error.__context__, (OSError, RuntimeError)):
+        error = error.__context__
     return " ".join(str(error).split())
 
 

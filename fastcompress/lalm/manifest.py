@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -244,16 +244,35 @@ def from_hf_dataset(
                 raise ManifestError(f"row {number} has no column {column!r}, only {', '.join(map(repr, row))}")
         audio, text = row[audio_column], row[text_column]
         target = row[target_column] if target_column else text
-        try:
-            array, path = audio["array"], None
-        except (KeyError, TypeError):
-            array, path = None, audio if isinstance(audio, (str, Path)) else (audio or {}).get("path")
-        if array is not None:
-            samples = (np.asarray(array, np.float32), int(audio["sampling_rate"]))
+        samples = _samples_of(audio, f"row {number}: {audio_column}")
+        path = audio.get("path") if isinstance(audio, Mapping) else audio
+        if samples is not None:
             seconds = len(samples[0]) / samples[1]
             utterances.append(Utterance(None, text, target, seconds, prompt=prompt, samples=samples))
-        elif path is not None:
+        elif isinstance(path, (str, Path)):
             utterances.append(Utterance(Path(path), text, target, prompt=prompt))
         else:
             raise ManifestError(f"row {number}: {audio_column} has neither array nor path")
     return utterances
+
+
+def _samples_of(audio: Any, name: str) -> tuple[np.ndarray, int] | None:
+    """What has ``"array"`` and ``"sampling_rate"``, of any class: that of a decoder is no mapping. Else ``None``."""
+    if isinstance(audio, (str, Path)):
+        return None
+    try:
+        array = audio["array"]
+    except (KeyError, TypeError, IndexError):
+        return None
+    if array is None:  # there may be a path
+        return None
+    try:
+        samples, rate = np.asarray(array, np.float32), audio["sampling_rate"]
+    except (KeyError, TypeError, ValueError) as error:
+        raise ManifestError(f"{name} needs an array of numbers and a sampling_rate: {error!r}") from None
+    # A column of integers in which some are missing is one of floats.
+    whole = isinstance(rate, (int, float, np.integer)) and not isinstance(rate, bool) and rate > 0 and rate % 1 == 0
+    if samples.ndim != 1 or not whole:
+        shape = list(samples.shape)
+        raise ManifestError(f"{name} must be an array [S] at a positive sampling_rate, got {shape} at {rate!r}")
+    return samples, int(rate)

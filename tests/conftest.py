@@ -84,11 +84,12 @@ def device(pytestconfig: pytest.Config):
 
 
 @pytest.fixture
-def fuzz(pytestconfig: pytest.Config) -> Callable[..., None]:
+def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``fuzz(check, strategy)``, for as long as ``--fuzz-seconds`` says."""
     from tests.fuzzing import fuzz  # not above: hypothesis is not everywhere where the tests of a GPU run
 
-    return functools.partial(fuzz, seconds=pytestconfig.getoption("--fuzz-seconds"))
+    seconds = request.config.getoption("--fuzz-seconds")
+    return functools.partial(fuzz, test=request.node.name, seconds=seconds)
 
 
 @pytest.fixture(autouse=True)

@@ -147,11 +147,12 @@ def main() -> None:
             import fastcompress.lalm.runs  # noqa: F401
         folder = CORPUS / arguments.target
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix="corpus-") as new:  # libFuzzer adds to the first folder
-            options = [f"-max_total_time={arguments.seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
-            options += [f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", new, str(folder)]
-            atheris.Setup([sys.argv[0], *options], TARGETS[arguments.target])
-            atheris.Fuzz()
+        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer adds to the first folder; a later run goes on
+        new.mkdir(parents=True, exist_ok=True)
+        options = [f"-max_total_time={arguments.seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
+        options += [f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", str(new), str(folder)]
+        atheris.Setup([sys.argv[0], *options], TARGETS[arguments.target])
+        atheris.Fuzz()
 
 
 def run(target: str, seconds: int) -> int:

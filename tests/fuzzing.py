@@ -1,11 +1,17 @@
-"""How long hypothesis looks: a few examples, always the same, or, with ``--fuzz-seconds``, others until time is up."""
+"""How long hypothesis looks: a few examples, always the same, or, with ``--fuzz-seconds``, others until time is up.
+
+A seed that found something is kept in ``fuzz_seeds.json``, by test, and tried in each later run. What a seed draws
+changes with the strategies: it stands in for the test that is to be written of what it found, not for good.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
@@ -16,7 +22,7 @@ SHORT, ROUND = 10, 25
 #: The first round's seed; ``None``: any.
 SEED = "FASTCOMPRESS_FUZZ_SEED"
 _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True)
-
+SEEDS = Path(__file__).with_name("fuzz_seeds.json")
 
 
 def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
@@ -32,22 +38,44 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     return found
 
 
-def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], seconds: float | None) -> None:
-    """Checks what the strategy draws. A failure shows the smallest example that was found, and its seed."""
+def kept(test: str) -> list[int]:
+    """Seeds that once found something in a test."""
+    return json.loads(SEEDS.read_text(encoding="utf-8")).get(test, []) if SEEDS.exists() else []
+
+
+def keep(test: str, number: int) -> None:
+    found = json.loads(SEEDS.read_text(encoding="utf-8")) if SEEDS.exists() else {}
+    found[test] = sorted({*found.get(test, []), number})
+    SEEDS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
+
+
+def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], test: str, seconds: float | None) -> None:
+    """Checks what the strategy draws. A failure shows the smallest example that was found, and its seed.
+
+    Args:
+        test: its name, under which seeds are kept.
+    """
 
     def once(**how: Any) -> Callable[[], None]:
         @settings(_QUIET, **how)
         @given(strategy)
-        def test(drawn: Any) -> None:
+        def examine(drawn: Any) -> None:
             check(drawn)
 
-        return test
+        return examine
 
+    for number in kept(test):
+        print(f"{SEED}={number}")
+        seed(number)(once(max_examples=ROUND))()
     if seconds is None:
         once(max_examples=SHORT, derandomize=True)()
         return
     number, end = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**31)), time.monotonic() + seconds
     while time.monotonic() < end:
         print(f"{SEED}={number}")  # which pytest shows of a failure
-        seed(number)(once(max_examples=ROUND))()
+        try:
+            seed(number)(once(max_examples=ROUND))()
+        except Exception:
+            keep(test, number)
+            raise
         number += 1

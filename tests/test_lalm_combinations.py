@@ -1,4 +1,5 @@
-"""Random combinations of encoder, decoder, rule and batch: each works, or is refused for a reason that is known before.
+"""Random combinations of encoder, decoder, their sizes, rule and batch: each works, or is refused for a reason that is
+known before.
 
 What is drawn is a function of the number of the case, so that a failure can be repeated: ``-k "[17]"``.
 """
@@ -58,6 +59,8 @@ SHORTEST = 45  # samples that make a frame of WAVE's encoders
 class Combination:
     encoder: str
     decoder: str
+    encoder_sizes: dict[str, int]
+    decoder_sizes: dict[str, int]
     options: dict[str, Any]
     batch: dict[str, Any]
     audios: int  # in the batch
@@ -95,9 +98,28 @@ def draw_rule(g: random.Random) -> str | None:
     )  # fmt: skip
 
 
+def draw_encoder_sizes(g: random.Random, encoder: str) -> dict[str, int]:
+    width, layers, heads = ("hidden_size", "num_hidden_layers", "num_attention_heads")
+    if encoder == "whisper":
+        width, layers, heads = ("d_model", "encoder_layers", "encoder_attention_heads")
+    return {width: g.choice([16, 24, 48]), layers: g.randint(1, 3), heads: g.choice([1, 2, 4])}
+
+
+def draw_decoder_sizes(g: random.Random, decoder: str) -> dict[str, int]:
+    heads, size, layers = g.choice([1, 2, 4, 6]), g.choice([4, 8, 16]), g.randint(1, 3)
+    if decoder == "mamba":
+        return {"hidden_size": heads * size, "num_hidden_layers": layers}
+    shared = g.choice([count for count in (1, 2, 3, 4, 6) if heads % count == 0])
+    return {
+        "hidden_size": heads * size, "num_hidden_layers": layers, "num_attention_heads": heads,
+        "num_key_value_heads": shared, "head_dim": size, "intermediate_size": g.choice([16, 48]),
+    }  # fmt: skip
+
+
 def draw(number: int) -> Combination:
     g = random.Random(number)
     encoder, decoder = g.choice(list(ENCODERS)), g.choice(DECODERS)
+    sizes_of = draw_encoder_sizes(g, encoder), draw_decoder_sizes(g, decoder)
     learned = g.random() < 0.2
     options = {
         "rule": draw_rule(g) if not learned or g.random() < 0.1 else None,
@@ -133,16 +155,15 @@ def draw(number: int) -> Combination:
             sizes = [g.randint(8 if encoder == "parakeet_encoder" else 1, most) for _ in range(audios)]
             batch["input_features"] = torch.randn(audios, MELS, max(sizes), generator=noise)
         batch["feature_attention_mask"] = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long()
-    return Combination(encoder, decoder, options, batch, audios)
+    return Combination(encoder, decoder, *sizes_of, options, batch, audios)
 
 
 def build(c: Combination) -> FastCompressForConditionalGeneration:
-    audio = transformers.AutoConfig.for_model(c.encoder, **ENCODERS[c.encoder])
+    audio = transformers.AutoConfig.for_model(c.encoder, **ENCODERS[c.encoder] | c.encoder_sizes)
     if c.decoder == "mamba":
-        small = {"vocab_size": 60, "hidden_size": 32, "num_hidden_layers": 2, "state_size": 4, "pad_token_id": 0}
-        text = transformers.MambaConfig(**small)
+        text = transformers.MambaConfig(vocab_size=60, state_size=4, pad_token_id=0, **c.decoder_sizes)
     else:
-        text = transformers.AutoConfig.for_model(c.decoder, **TEXT)
+        text = transformers.AutoConfig.for_model(c.decoder, **TEXT | c.decoder_sizes)
     torch.manual_seed(0)
     model = FastCompressForConditionalGeneration(FastCompressConfig(audio, text, audio_token_id=AUDIO, **c.options))
     for p in model.parameters():

@@ -29,21 +29,15 @@ FUSED = re.compile(r"\bfma\.\S+")
 pytestmark = [
     pytest.mark.skipif(cuda_build.nvcc_version() is None, reason="no nvcc"),
     pytest.mark.timeout(1800),
+    pytest.mark.slow,  # nvcc takes minutes
     pytest.mark.xdist_group("cuda-build"),  # one worker, so that there is one build
 ]
 needs_cuobjdump = pytest.mark.skipif(cuda_build.cuobjdump() is None, reason="no cuobjdump and nvdisasm")
 
-FORMS = [("90",), pytest.param(ARCHS, marks=pytest.mark.slow)]
-
-
-@pytest.fixture(scope="module", params=FORMS, ids=";".join)
-def archs(request: pytest.FixtureRequest) -> tuple[str, ...]:
-    return request.param
-
 
 @pytest.fixture(scope="module")
-def library(archs: tuple[str, ...]) -> Path:
-    return cuda_build.build(archs)
+def library() -> Path:
+    return cuda_build.build(ARCHS)
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +50,7 @@ def aligned(name: str) -> bool:
     return bool(re.search(r"<\w+, true\b|<uint4>", name))
 
 
-def test_loads_without_cuda(library: Path, archs: tuple[str, ...], tmp_path: Path):
+def test_loads_without_cuda(library: Path, tmp_path: Path):
     """Also under a torch for the CPU alone. What CUDA tensors need comes at the first call with one."""
     shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(library, tmp_path / "fastcompress")
@@ -68,7 +62,7 @@ def test_loads_without_cuda(library: Path, archs: tuple[str, ...], tmp_path: Pat
         return done.stdout
 
     info = json.loads(run("-m", "fastcompress", "info", "--json"))
-    assert info["library"]["cuda_archs"] == ";".join(archs) + "+PTX"
+    assert info["library"]["cuda_archs"] == ";".join(ARCHS) + "+PTX"
     assert info["library"]["cuda_version"] == cuda_build.nvcc_version()
     assert {choice["cuda"]["backend"] for choice in info["ops"].values()} == {"cuda"}
     assert {choice["cpu"]["backend"] for choice in info["ops"].values()} == {"compiled"}
@@ -90,14 +84,14 @@ def test_nothing_of_cuda_is_needed_to_load(library: Path):
     assert [name for _, name in pairs if name.startswith(("Py", "_Py"))] == []
 
 
-def test_registers_that_spill_fail_the_build(library: Path, archs: tuple[str, ...], tmp_path: Path):
+def test_registers_that_spill_fail_the_build(library: Path, tmp_path: Path):
     source = tmp_path / "spills.cu"
     source.write_text(
         "__global__ void __launch_bounds__(1024, 2) spills(float* x) {\n"
         "  float v[96];\n#pragma unroll\n  for (int i = 0; i < 96; ++i) v[i] = x[threadIdx.x * 96 + i];\n"
         "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 96; ++i) x[threadIdx.x + 1024 * i] = v[95 - i];\n}\n"
     )
-    ninja = (cuda_build.folder(archs) / "build.ninja").read_text()
+    ninja = (cuda_build.folder(ARCHS) / "build.ninja").read_text()
     nvcc = re.search(r"rule nvcc\n  command = (\S+)", ninja)[1]
     flags = re.search(r"\.cu\n  flags = (.+)", ninja)[1]
     done = subprocess.run(f"{nvcc} -c {source} -o {tmp_path / 'spills.o'} {flags}", shell=True, capture_output=True)
@@ -105,8 +99,8 @@ def test_registers_that_spill_fail_the_build(library: Path, archs: tuple[str, ..
 
 
 @needs_cuobjdump
-def test_every_architecture_has_every_kernel(kernels: dict[str, dict[str, Kernel]], archs: tuple[str, ...]):
-    assert set(kernels) == {f"sm_{arch}" for arch in archs}
+def test_every_architecture_has_every_kernel(kernels: dict[str, dict[str, Kernel]]):
+    assert set(kernels) == {f"sm_{arch}" for arch in ARCHS}
     names = [set(by_name) for by_name in kernels.values()]
     assert names[0] and all(other == names[0] for other in names)
 

@@ -31,6 +31,7 @@ def make(*arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.slow
 def test_dry_run():
     benchmark = ROOT / "build" / "gpu-dry" / "benchmark.json"
     benchmark.unlink(missing_ok=True)

@@ -113,7 +113,10 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
-@pytest.mark.parametrize("when", ["step 4", "writing a checkpoint", "writing the result"])
+SLOW = [pytest.param(when, marks=pytest.mark.slow) for when in ("writing a checkpoint", "writing the result")]
+
+
+@pytest.mark.parametrize("when", ["step 4", *SLOW])
 def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     """``kill -9`` at a step, in the middle of a checkpoint, in the middle of the result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -469,6 +472,7 @@ if training.accelerator.is_main_process:
 """
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(data: Path, tmp_path: Path):
     """Loss and weights are those of one process with the batches of both, though one batch is text alone."""
     script = tmp_path / "train.py"

@@ -84,6 +84,7 @@ def test_a_wrong_method_is_not_timed(monkeypatch: pytest.MonkeyPatch):
     assert "scatter_add, padded" in report.methods_text(tables)
 
 
+@pytest.mark.slow
 def test_the_decoder_is_checked_timed_and_its_memory_read(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
     for table in decoder.measure(1, 1, "quick", 1):
@@ -118,6 +119,7 @@ def test_logits_of_samples_that_see_each_other_are_found(monkeypatch: pytest.Mon
         decoder.check(decoder.OURS, call(False)[0], expected, HALF_ERROR)
 
 
+@pytest.mark.slow
 def test_prefill_is_checked_and_timed(monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
     table = prefill.measure(1, 1, "quick", 1)

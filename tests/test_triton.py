@@ -70,6 +70,14 @@ def test_in_the_interpreter(share: int):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_other_cases_in_the_interpreter(share: int):
+    """Those of the same tests that are marked slow."""
+    run_tests(QUICK[share::SHARES], "--run-slow", "-m", "slow", "--timeout=1200", timeout=1180)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("name", SLOW)
 def test_in_the_interpreter_in_full(name: str):
     run_tests([name], "--run-slow", "--timeout=1200", timeout=1180)

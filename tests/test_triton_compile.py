@@ -181,7 +181,7 @@ def check_no_spills(launches: list[Launch], target: str) -> None:
         assert len(used) == 2 and not any(used.values()), f"{launch.name} on {target}: {used}, {dict(launch.constants)}"
 
 
-@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # of the others: all forms, below
 def test_every_kernel_compiles_without_spills(record, target: str):
     launches = record(*calls(torch.bfloat16, 4096, 1280, 8, 1000, thorough=False))
     kernels = {launch.name for launch in launches}

@@ -153,8 +153,12 @@ def test_where_a_toolkit_is_found(toolkit: Path, tmp_path: Path, monkeypatch: py
     nvcc = installed / "bin" / "nvcc"
     nvcc.write_text(nvcc.read_text().replace("13.0", "13.2"))
     assert wheels.toolkit(table["13.2"], install=False) == installed
+    shutil.rmtree(installed)
+    monkeypatch.setattr(wheels.sys, "executable", shutil.which("false"))  # as where there is no network
+    assert wheels.toolkit(table["13.2"]) is None
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 def test_the_library_is_on_the_stable_abi(tmp_path: Path):
     if not LIBRARY_PATH.exists():
         pytest.skip("nothing is compiled")
@@ -178,7 +182,8 @@ def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
     assert "undefined symbol Py_Initialize" in found
     assert "undefined symbol _ZN2at15get_num_threadsEv" in found
     assert "undefined symbol aoti_torch_get_current_cuda_stream, which a torch without CUDA has not" in found
-    assert "undefined symbol torch_from_blob, which the oldest torch that we are for has not" in found
+    if "torch_from_blob" in symbols.stable_functions(oldest=False):  # from torch 2.11 on
+        assert "undefined symbol torch_from_blob, which the oldest torch that we are for has not" in found
     assert not any("torch_new_stable_ivalue" in problem for problem in found)  # it is weak
     assert any(problem.startswith("libtorch.so is not needed") for problem in found)
     assert [problem for problem in found if problem.startswith("needed library")] == ["needed library libz.so.1"]

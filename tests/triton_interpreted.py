@@ -7,7 +7,8 @@ this file in processes of their own. By hand: ``TRITON_INTERPRET=1 pytest tests/
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -48,6 +49,15 @@ FUSED = (
     fc.LocalMax(), fc.LocalMax(order=2, threshold=0.3), fc.LocalMax(order=3), fc.LocalMax(order=16),
 )  # fmt: skip
 SHORT = (0, 1, 2, 3, 17, 5)
+
+
+def some(cases: Sequence[Any], *quick: Any) -> list[Any]:
+    """The others are slow: the interpreter takes its time."""
+    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+
+
+QUICK = some(DTYPES, torch.float32, torch.bfloat16)
+TILED = some(FUSED, fc.Uniform(3, tail="drop"), fc.Threshold(0.15), fc.LocalMax(order=16))
 REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 
 
@@ -108,7 +118,7 @@ def test_round_trip_of_bfloat16():
     assert_same_bits(torch.from_numpy(back), x.bfloat16().float())
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_adjacent_distance(dtype: torch.dtype):
     for width in (1, 7, 31, 32, 64, 257):
         check("adjacent_distance", features("smooth", 40, width, dtype), None, None, 1, what=f"width {width}")
@@ -120,7 +130,7 @@ def test_adjacent_distance(dtype: torch.dtype):
         check("adjacent_distance", batch.x, *layout(batch)[:2], 1, what=str(batch))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_greedy_boundaries(dtype: torch.dtype):
     x = features("smooth", 12, 2100, dtype)  # wider than a step
     same = [Batch(name, same, {}) for name, same in (("wide", x), ("no column", x[:, :0]), *strided(x[:, :20]))]
@@ -134,7 +144,7 @@ def check_gradient(batch: Batch, lag: int) -> None:
     check("adjacent_distance_backward", grad, batch.x, *layout(batch)[:2], lag, what=f"{batch}, lag {lag}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_adjacent_distance_backward(dtype: torch.dtype):
     for i, kind in enumerate(FEATURES):
         check_gradient(packed(kind, 33, dtype, SHORT), 1 + 2 * (i % 2))
@@ -150,7 +160,7 @@ def test_adjacent_distance_backward_in_every_layout(dtype: torch.dtype):
             check_gradient(batch, lag)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_reduce_and_expand(dtype: torch.dtype):
     starts, lengths, rows = given_segments()
     for kind in ("nonfinite", "zeros"):
@@ -167,7 +177,7 @@ def test_reduce_and_expand(dtype: torch.dtype):
     check("segment_expand", y[:0], none, none, rows, "mean")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_weighted_mean(dtype: torch.dtype):
     starts, lengths, rows = given_segments()
     weights = torch.rand(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32) - 0.3
@@ -179,7 +189,7 @@ def test_weighted_mean(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("width", (1, 37, 320))
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_integrate_rows(dtype: torch.dtype, width: int):
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     kind = "iid" if width == 320 else "nonfinite"
@@ -205,7 +215,7 @@ def check_selection(batch: Batch, dtype: torch.dtype, rules: tuple[fc.Rule, ...]
 SELECTED = (*RULES, fc.LocalMax(order=3), fc.LocalMax(threshold=0.9999999999))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_select_boundaries(dtype: torch.dtype):
     names = ("packed", "grouped") if dtype == torch.float32 else ("padded-iid", "grouped-padded")
     for i, batch in enumerate(b for b in layouts(5, torch.float64, "iid") if b.name.startswith(names)):
@@ -230,7 +240,7 @@ def test_segment_pool_in_every_layout_by_every_rule(dtype: torch.dtype):
                 check("segment_pool", batch.x, *args, what=f"{batch}, {rule}, compact={compact}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_segment_pool(dtype: torch.dtype):
     compact = False
     for batch in layouts(17, dtype):
@@ -243,7 +253,7 @@ def test_segment_pool(dtype: torch.dtype):
         check("segment_pool", batch.x, None, *layout(batch), *fc.LocalMax().op_args(), True, what=str(batch))
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_pack_rows(dtype: torch.dtype):
     index = torch.tensor([3, 0, -1, 9, 12, 10, 10, *range(13), -1] * 2)
     for width in (1, 24, 700):
@@ -271,7 +281,7 @@ def run_lengths(kind: str) -> Tensor:
     return torch.tensor([1, 2, 3, 4] * 50)
 
 
-@pytest.mark.parametrize("rule", FUSED, ids=str)
+@pytest.mark.parametrize("rule", TILED, ids=str)
 def test_tiles(rule: fc.Rule):
     window = tiles.scored_window(*rule.op_args()[:2], torch.float32)
     for kind in ("long", "short"):
@@ -316,7 +326,7 @@ def test_limits_over_tiles():
         check("segment_pool", x, None, None, None, None, *rule.op_args(), True, what=str(rule))
 
 
-@pytest.mark.parametrize("key_dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("key_dtype", QUICK, ids=str)
 def test_keys_are_scored_and_x_is_pooled(key_dtype: torch.dtype):
     for dtype in DTYPES:
         for batch in (packed("iid", 33, dtype, SHORT), padded("iid", 33, dtype, SHORT)):
@@ -326,7 +336,7 @@ def test_keys_are_scored_and_x_is_pooled(key_dtype: torch.dtype):
                 check("segment_pool", *args, what=f"{batch}, {rule}")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_strides_do_not_matter(dtype: torch.dtype):
     for batch in (packed("smooth", 20, dtype, SHORT), padded("smooth", 20, dtype, SHORT)):
         for name, x in strided(batch.x):

@@ -39,8 +39,6 @@ KINDS = {
     "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-O1 -g -fsanitize=thread",
 }
-
-
 FLAGS = (
     "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter "
     "-Wno-unknown-pragmas -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020A000000000000"

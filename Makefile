@@ -22,13 +22,13 @@ DRY ?=
 help:
 	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
 	@echo "make experiment train and score with and without compression: hours; QUICK=1: minutes"
-	@echo "make test       set up, build, and test: a few minutes"
+	@echo "make test       set up, build, and test: some ten minutes"
 	@echo "make test-slow  the long forms of the tests alone"
 	@echo "make test-full  the long forms of the tests as well"
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the ops, on the CPU and emulated, under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       look for input that breaks an op or a reader, for SECONDS=240"
-	@echo "make bench      the CPU benchmark against PyTorch"
+	@echo "make bench      the CPU benchmark against PyTorch; SAVE=1 writes benchmarks/results/"
 	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
 	@echo "make bench-report  benchmarks/report.md and its plots, from the results that are committed"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
@@ -94,13 +94,14 @@ fuzz: build
 	$(BIN)/python -m pip install -q atheris || echo "atheris does not install here: only the ops will be fuzzed"
 	$(BIN)/python -m tests.fuzz $(SECONDS)
 
+SAVE ?=
 # FBGEMM's release for the torch that is pinned; another may not load it.
 bench: build
 	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
 	    echo "torch-scatter does not install here: its column will be missing"
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
 	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
-	$(BIN)/python -m benchmarks
+	$(BIN)/python -m benchmarks $(if $(SAVE),--save)
 
 bench-report: $(READY)
 	$(BIN)/python -m benchmarks.document

@@ -190,43 +190,40 @@ folder, filler = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "filler"
 save(folder, 1)
 before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 filler.mkdir()
-if sys.argv[2] == "files":
+for left in (0, 4, 100, 160, 300, 472, "files"):  # KiB, of the 480 that a checkpoint takes
+    if left == "files":
+        try:
+            for number in range(10_000):
+                (filler / str(number)).touch()
+        except OSError:
+            pass
+    else:
+        disk = os.statvfs(folder)
+        (filler / "0").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 1024 * left))
     try:
-        for number in range(10_000):
-            (filler / str(number)).touch()
-    except OSError:
-        pass
-else:
-    disk = os.statvfs(folder)
-    (filler / "0").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 1024 * int(sys.argv[2])))
-try:
-    save(folder, 2)
-except CheckpointError as error:
-    message = str(error)
-else:
-    sys.exit("there was room")
-assert "step-00000002: cannot be written (" in message and "No space left on device" in message, message
-assert message.endswith(f"the last whole one is {folder / 'step-00000001'}"), message
-assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
-for path in filler.iterdir():
-    path.unlink()
+        save(folder, 2)
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        sys.exit(f"there was room: {left}")
+    assert "step-00000002: cannot be written (" in message and "No space left on device" in message, (left, message)
+    assert message.endswith(f"the last whole one is {folder / 'step-00000001'}"), (left, message)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, left
+    for path in filler.iterdir():
+        path.unlink()
 save(folder, 2)
 assert check_whole(folder) == [1, 2]
 print("good")
 """
 
 
-@pytest.mark.parametrize("left", ["0", "4", "100", "160", "300", "472", "files"])
-def test_a_disk_that_is_full(left: str, tmp_path: Path):
-    """A real one, of 2 MiB and 200 files in memory, that only the process sees. So many KiB are left, or no more files.
-
-    A checkpoint takes 480.
-    """
+def test_a_disk_that_is_full(tmp_path: Path):
+    """A real one, of 2 MiB and 200 files in memory, that only the process sees; little is left, or no more files."""
     mount = 'mount -t tmpfs -o size=2m,nr_inodes=200 tmpfs "$0" && exec "$@"'
     within = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
         pytest.skip("this process may not mount a disk of its own")
-    command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path), left]
+    command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*within, *command], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr

@@ -83,8 +83,8 @@ thread() (
 )
 
 emulated() {
-    "$python" -m pytest -q -x -p no:cacheprovider -m sanitizer --run-sanitizers tests/test_cuda_emulation.py \
-        tests/test_greedy_emulation.py
+    "$python" -m pytest -q -x -n 2 --dist load -p no:cacheprovider -m sanitizer --run-sanitizers \
+        tests/test_cuda_emulation.py tests/test_greedy_emulation.py
 }
 
 for kind in ${*:-address thread emulated}; do

@@ -86,8 +86,10 @@ test-emulated: build
 	$(BIN)/python -c 'from tests.cuda_emulation import build; build()'
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/test_%.py)
 
+# Of the CPU's kernels alone: KINDS="address thread".
+KINDS ?=
 sanitize: build
-	bash scripts/sanitize.sh $(BIN)/python
+	bash scripts/sanitize.sh $(BIN)/python $(KINDS)
 
 SECONDS ?= 240
 fuzz: build

@@ -169,20 +169,22 @@ sys.exit(main(sys.argv[1:]))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(6))
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(seed: int, data: Path, tmp_path: Path):
     """From outside, again and again until it is through: the losses are those of a run that was left alone."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps = ["--steps", "30"]
+    begin = time.monotonic()
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
-    wait = 4.0 + 0.7 * seed
+    took = time.monotonic() - begin  # of which the start is more than half
     for attempt in range(20):
         more = ["--resume"] if (killed / "run.yaml").exists() else []
         process = subprocess.Popen(
             command(killed, data, *steps, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
         )
         try:
-            process.wait(wait + 0.5 * attempt)
+            process.wait(took * (0.6 + 0.05 * seed + 0.07 * attempt))
             assert process.returncode == 0, process.stderr.read().decode()
             break
         except subprocess.TimeoutExpired:

@@ -181,9 +181,12 @@ def works(c: Combination) -> None:
     assert (out.num_audio_tokens > 0) <= (c.audios > 0) and out.num_audio_tokens <= out.num_frames
     out.loss.backward()
     weight = next(model.projector.parameters()).grad
-    # Audio that is followed by a label in its sample has a say in the loss; CIF may fire nothing.
-    follows = (c.batch["input_ids"] == AUDIO).cumsum(1) > 0
-    has_say = bool((follows & (c.batch["labels"] != -100)).any()) and out.num_audio_tokens > 0
+    # A token of audio that is followed by a label in its sample has a say in the loss. CIF may fire none, and windows
+    # whose tail is dropped.
+    audio, label = out.packed.source >= c.batch["input_ids"].numel(), out.packed.labels != -100
+    assert int(audio.sum()) == int(out.num_audio_tokens)
+    samples = zip(*(part.split(out.packed.cu_seqlens.diff().tolist()) for part in (audio, label)), strict=True)
+    has_say = any(bool((a.cumsum(0)[:-1] > 0)[b[1:]].any()) for a, b in samples)
     assert weight is not None and weight.isfinite().all() and bool(weight.any()) >= has_say
     if model._runs_packed:  # the same decoder on a padded batch
         model._runs_packed = False

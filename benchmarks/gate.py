@@ -67,16 +67,16 @@ def multiples(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
 
 def missing(then: Mapping[str, Any], now: Mapping[str, Any], threads: Sequence[str]) -> list[str]:
     """Committed tables of the parts, cases and threads that were measured now, without one of now to compare with."""
-    before, after = multiples(then), multiples(now)
-    parts = [key for key in KEYS.values() if key in now]
-    wanted = [
-        name
-        for name in before
-        if name.startswith(tuple(f"{part}, " for part in parts))
-        and (not name.startswith(f"{KEYS['pool']}, ") or name.startswith(f"{KEYS['pool']}, {CASE}, "))
-        and any(f", {count} thr, " in name for count in threads)
-    ]
-    return [name for name in wanted if not before[name].keys() & after.get(name, {}).keys()]
+    wanted = {
+        key: [
+            table
+            for table in then.get(key, [])
+            if str(table["threads"]) in threads and (key != KEYS["pool"] or table["case"] == CASE)
+        ]
+        for key in now
+    }
+    after = multiples(now)
+    return [name for name, forms in multiples(wanted).items() if not forms.keys() & after.get(name, {}).keys()]
 
 
 def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
@@ -115,15 +115,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--threads", nargs="+", default=["1", "2"], help="default 1 2")
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure (default: all)")
     options = parser.parse_args(argv)
-    known = document.read(RESULTS) if options.committed is None else {}
     if options.committed is not None:
         then: Mapping[str, Any] = json.loads(options.committed.read_text(encoding="utf-8"))
-    elif machine.slug() in known:
-        then = known[machine.slug()]
     else:
-        print(f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
-              "give --committed", file=sys.stderr)  # fmt: skip
-        return 2
+        known = document.read(RESULTS)
+        if machine.slug() not in known:
+            print(f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
+                  "give --committed", file=sys.stderr)  # fmt: skip
+            return 2
+        then = known[machine.slug()]
     now: dict[str, Any] = {}
     if options.now is not None:
         now = json.loads(options.now.read_text(encoding="utf-8"))

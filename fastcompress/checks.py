@@ -42,8 +42,6 @@ def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
 def check_number(name: str, value: float) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
-    if isinstance(value, float) and value != value:
-        raise ValueError(f"{name} must be a number, got {value!r}")
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:

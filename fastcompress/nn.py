@@ -16,7 +16,7 @@ from torch import Tensor
 from fastcompress.checks import check_dense, check_float, check_number
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
-from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
+from fastcompress.ops.merging import Merged, bipartite_merge, check_threshold, greedy_segments, iterative_fusion
 from fastcompress.ops.scalar_rules import find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
@@ -187,7 +187,7 @@ class GreedySegments(torch.nn.Module):
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
-        check_number("threshold", threshold)
+        check_threshold(threshold)
         self.threshold: float = threshold
         self.max_len: int | None = max_len
 

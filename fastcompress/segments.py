@@ -59,8 +59,9 @@ class Segments:
         Raises:
             TypeError, ValueError: ``frame_rate`` is no number, or not positive.
         """
-        if isinstance(frame_rate, bool) or not isinstance(frame_rate, (int, float)):
-            raise TypeError(f"frame_rate must be a number, got {frame_rate!r}")
+        from fastcompress.checks import check_number  # which imports this module
+
+        check_number("frame_rate", frame_rate)
         if not frame_rate > 0:
             raise ValueError(f"frame_rate must be positive, got {frame_rate}")
         num_sequences = self.cu_segments.shape[0] - 1

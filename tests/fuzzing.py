@@ -38,13 +38,13 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
     return found
 
 
-def kept(test: str) -> list[int]:
-    """Seeds that once found something in a test."""
-    return json.loads(SEEDS.read_text(encoding="utf-8")).get(test, []) if SEEDS.exists() else []
+def kept() -> dict[str, list[int]]:
+    """Seeds that once found something, by test."""
+    return json.loads(SEEDS.read_text(encoding="utf-8")) if SEEDS.exists() else {}
 
 
 def keep(test: str, number: int) -> None:
-    found = json.loads(SEEDS.read_text(encoding="utf-8")) if SEEDS.exists() else {}
+    found = kept()
     found[test] = sorted({*found.get(test, []), number})
     SEEDS.write_text(json.dumps(dict(sorted(found.items())), indent=1) + "\n", encoding="utf-8")
 
@@ -64,7 +64,7 @@ def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], test: s
 
         return examine
 
-    for number in kept(test):
+    for number in kept().get(test, []):
         print(f"{SEED}={number}")
         seed(number)(once(max_examples=ROUND))()
     if seconds is None:

@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
 from tests.cuda_emulation import build, run  # noqa: E402
+from tests.slow import some  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
@@ -82,8 +83,6 @@ BUGS = {
         "rule.needs_distance() ? rule.lookahead() : 0",
     ),
 }
-#: Of `make test`, which has no time to compile all.
-QUICK = ("a missing barrier", "a missing barrier in packing")
 RACES = {
     "a missing barrier": BUGS["a missing barrier"],
     "a missing barrier in packing": BUGS["a missing barrier in packing"],
@@ -124,7 +123,7 @@ def test_probe_passes_without_a_bug():
     assert "no bug found" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("bug", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in BUGS])
+@pytest.mark.parametrize("bug", some(BUGS, "a missing barrier", "a missing barrier in packing"))
 def test_seeded_bugs_are_found(bug: str):
     done = probe(build(change=BUGS[bug]))
     assert done.returncode != 0

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcompress as fc
+from tests import fuzzing
 from tests.calls import CALLS, Call, calls
 from tests.sample_inputs import assert_same_bits
 
@@ -143,3 +145,24 @@ def is_refused_or_works(drawn: tuple[str, Call]) -> None:
 @pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("streaming")])
 def test_nonsense_is_refused(name: str, fuzz):
     fuzz(is_refused_or_works, nonsense(name))
+
+
+def test_a_seed_that_found_something_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(fuzzing, "SEEDS", tmp_path / "seeds.json")
+    monkeypatch.setenv(fuzzing.SEED, "7")
+    seen: list[int] = []
+
+    def check(drawn: int) -> None:
+        seen.append(drawn)
+        assert drawn < 1000
+
+    numbers = st.integers(0, 10_000)
+    with pytest.raises(AssertionError):
+        fuzzing.fuzz(check, numbers, "some test", 60.0)
+    assert fuzzing.kept() == {"some test": [7]}
+    with pytest.raises(AssertionError):  # before the few that are always the same
+        fuzzing.fuzz(check, numbers, "some test", None)
+    seen.clear()
+    fuzzing.fuzz(seen.append, numbers, "some test", None)
+    fuzzing.fuzz(seen.append, numbers, "another", None)
+    assert len(seen) == fuzzing.ROUND + 2 * fuzzing.SHORT

@@ -13,6 +13,7 @@ from tests.sample_inputs import DTYPES, assert_same_bits, features, packed, stri
 
 pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
 from tests.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run  # noqa: E402
+from tests.slow import some  # noqa: E402
 from tests.test_cuda_emulation import BAD_OFFSETS, SCHEDULES  # noqa: E402
 
 pytestmark = [
@@ -84,8 +85,6 @@ BUGS = {
     "a row that is not waited for": ("    if (kStaged) wait_for_copies();\n", ""),
     "the norm of the wrong frame": ("last_inverse = inverse;", "last_inverse = last_inverse;"),
 }
-#: Of `make test`, which has no time to compile all.
-QUICK = ("products that are not waited for",)
 RACES = {
     "products that are not waited for": BUGS["products that are not waited for"],
     "products that are not read before others come": ("    __syncthreads();  // the rows are there", "    // the rows"),
@@ -97,7 +96,7 @@ def test_probe_passes_without_a_bug():
     assert "no bug found" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("bug", [one if one in QUICK else pytest.param(one, marks=pytest.mark.slow) for one in BUGS])
+@pytest.mark.parametrize("bug", some(BUGS, "products that are not waited for"))
 def test_seeded_bugs_are_found(bug: str):
     done = run(["-c", PROBE], build(change=("greedy_boundaries.cuh", *BUGS[bug])))
     assert done.returncode != 0

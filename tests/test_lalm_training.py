@@ -30,6 +30,7 @@ from fastcompress.lalm.manifest import read_manifest  # noqa: E402
 from fastcompress.lalm.runs import Run, RunError, RunSettings, load_model  # noqa: E402
 from fastcompress.lalm.training import Training, TrainingArguments, TrainingStopped  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
+from tests.slow import some  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
@@ -114,10 +115,7 @@ def environment(**more: str) -> dict[str, str]:
     return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
 
 
-SLOW = [pytest.param(when, marks=pytest.mark.slow) for when in ("writing a checkpoint", "writing the result")]
-
-
-@pytest.mark.parametrize("when", ["step 4", *SLOW])
+@pytest.mark.parametrize("when", some(["step 4", "writing a checkpoint", "writing the result"], "step 4"))
 def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     """``kill -9`` at a step, in the middle of a checkpoint, in the middle of the result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
@@ -174,11 +172,10 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(seed: int, data: Path, tmp_path: Path):
     """From outside, again and again until it is through: the losses are those of a run that was left alone."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = ["--steps", "30"]
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", ["--steps", "30"]
     begin = time.monotonic()
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
-    took = time.monotonic() - begin  # of which the start is more than half
+    took = time.monotonic() - begin
     for attempt in range(20):
         more = ["--resume"] if (killed / "run.yaml").exists() else []
         process = subprocess.Popen(

@@ -7,8 +7,7 @@ this file in processes of their own. By hand: ``TRITON_INTERPRET=1 pytest tests/
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator
 
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
@@ -41,6 +40,7 @@ from tests.sample_inputs import (
     row_groups,
     strided,
 )  # fmt: skip
+from tests.slow import some
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
 
@@ -49,13 +49,7 @@ FUSED = (
     fc.LocalMax(), fc.LocalMax(order=2, threshold=0.3), fc.LocalMax(order=3), fc.LocalMax(order=16),
 )  # fmt: skip
 SHORT = (0, 1, 2, 3, 17, 5)
-
-
-def some(cases: Sequence[Any], *quick: Any) -> list[Any]:
-    """The others are slow: the interpreter takes its time."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
-
-
+# The interpreter takes its time.
 QUICK = some(DTYPES, torch.float32, torch.bfloat16)
 TILED = some(FUSED, fc.Uniform(3, tail="drop"), fc.Threshold(0.15), fc.LocalMax(order=16))
 REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")

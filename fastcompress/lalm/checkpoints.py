@@ -109,9 +109,10 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
 
 def one_line(error: BaseException) -> str:
     """What an error says, in one line, or what the system said before it: torch.save covers that with its own."""
-    while not isinstance(error, OSError) and isinstance(error.__context__, (OSError, RuntimeError)):
-        error = error.__context__
-    return " ".join(str(error).split())
+    cause: BaseException | None = error
+    while cause is not None and not isinstance(cause, OSError):
+        cause = cause.__context__
+    return " ".join(str(cause or error).split())
 
 
 def found(folder: Path) -> list[Path]:

@@ -51,7 +51,7 @@ def greedy_segments(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    check_number("threshold", threshold)
+    check_threshold(threshold)
     if max_len is not None and (not isinstance(max_len, int) or not 1 <= max_len < 2**63):
         raise ValueError(f"max_len must be a whole number from 1 on, or None, got {max_len}")
     mask = call(
@@ -240,6 +240,13 @@ def iterative_fusion(
         offsets = segments.cu_segments
         longest = max((longest + 1) // 2, count)
     return Merged(values, offsets.int(), sizes, ids)
+
+
+def check_threshold(threshold: float) -> None:
+    """Checks that of :func:`greedy_segments`; NaN is none."""
+    check_number("threshold", threshold)
+    if isinstance(threshold, float) and threshold != threshold:
+        raise ValueError(f"threshold must be a number, got {threshold}")
 
 
 def _nearest_within(

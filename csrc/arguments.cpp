@@ -69,6 +69,9 @@ Rule make_rule(const std::string& rule, int64_t size, double threshold, double p
   else
     STD_TORCH_CHECK(rule == "uniform", "unknown rule ", rule);
   STD_TORCH_CHECK(size >= 1 && min_len >= 1 && max_len >= 0, "rule: size and min_len must be at least 1");
+  // Else there could be more segments than max_segments says.
+  STD_TORCH_CHECK(max_len == 0 || min_len <= max_len, "rule: min_len must not exceed max_len");
+  STD_TORCH_CHECK(kind != RuleKind::kUniform || (min_len == 1 && max_len == 0), "rule: uniform has no lengths");
   return {kind, size, threshold, prominence, min_len, max_len, keep_tail};
 }
 

@@ -11,6 +11,40 @@ namespace fastcompress {
 
 using OptionalTensor = std::optional<Tensor>;
 
+// Raises unless all tensors of a call are on one device. Torch chooses the implementation by one of them, and kernels
+// would read the memory of another device.
+class OneDevice {
+ public:
+  void add(const Tensor& tensor) {
+    int32_t type;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_device_type(tensor.get(), &type));
+    const int32_t index = tensor.get_device_index();
+    STD_TORCH_CHECK(type_ < 0 || (type == type_ && index == index_), "all tensors of an op must be on one device");
+    type_ = type;
+    index_ = index;
+  }
+  void add(const OptionalTensor& tensor) {
+    if (tensor.has_value()) add(*tensor);
+  }
+  template <class Other>
+  void add(const Other&) {}
+
+ private:
+  int32_t type_ = -1, index_ = -1;
+};
+
+// An op behind that check: `OnOneDevice<&op>::call`.
+template <auto op>
+struct OnOneDevice;
+template <class Result, class... Args, Result (*op)(Args...)>
+struct OnOneDevice<op> {
+  static Result call(Args... args) {
+    OneDevice device;
+    (device.add(args), ...);
+    return op(args...);
+  }
+};
+
 }  // namespace fastcompress
 
 // clang-format off
@@ -45,21 +79,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
 std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor row_group, OptionalTensor labels);    \
 Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table);
 
+#define FASTCOMPRESS_REGISTER_OP(m, device, op)                                                                       \
+  m.impl(#op, TORCH_BOX(&fastcompress::OnOneDevice<&fastcompress::device::op>::call))
+
 // `device`: the namespace that declares them.
 #define FASTCOMPRESS_REGISTER_OPS(m, device)                                                                          \
-  m.impl("adjacent_distance", TORCH_BOX(&fastcompress::device::adjacent_distance));                                   \
-  m.impl("adjacent_distance_backward", TORCH_BOX(&fastcompress::device::adjacent_distance_backward));                 \
-  m.impl("select_boundaries", TORCH_BOX(&fastcompress::device::select_boundaries));                                   \
-  m.impl("greedy_boundaries", TORCH_BOX(&fastcompress::device::greedy_boundaries));                                   \
-  m.impl("segment_reduce", TORCH_BOX(&fastcompress::device::segment_reduce));                                         \
-  m.impl("segment_max_backward", TORCH_BOX(&fastcompress::device::segment_max_backward));                             \
-  m.impl("segment_weighted_mean", TORCH_BOX(&fastcompress::device::segment_weighted_mean));                           \
-  m.impl("segment_weighted_mean_backward", TORCH_BOX(&fastcompress::device::segment_weighted_mean_backward));         \
-  m.impl("integrate_rows", TORCH_BOX(&fastcompress::device::integrate_rows));                                         \
-  m.impl("integrate_rows_backward", TORCH_BOX(&fastcompress::device::integrate_rows_backward));                       \
-  m.impl("segment_expand", TORCH_BOX(&fastcompress::device::segment_expand));                                         \
-  m.impl("segment_pool", TORCH_BOX(&fastcompress::device::segment_pool));                                             \
-  m.impl("pack_map", TORCH_BOX(&fastcompress::device::pack_map));                                                     \
-  m.impl("pack_labels", TORCH_BOX(&fastcompress::device::pack_labels));                                               \
-  m.impl("pack_rows", TORCH_BOX(&fastcompress::device::pack_rows))
+  FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance);                                                             \
+  FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance_backward);                                                    \
+  FASTCOMPRESS_REGISTER_OP(m, device, select_boundaries);                                                             \
+  FASTCOMPRESS_REGISTER_OP(m, device, greedy_boundaries);                                                             \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_reduce);                                                                \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_max_backward);                                                          \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_weighted_mean);                                                         \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_weighted_mean_backward);                                                \
+  FASTCOMPRESS_REGISTER_OP(m, device, integrate_rows);                                                                \
+  FASTCOMPRESS_REGISTER_OP(m, device, integrate_rows_backward);                                                       \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_expand);                                                                \
+  FASTCOMPRESS_REGISTER_OP(m, device, segment_pool);                                                                  \
+  FASTCOMPRESS_REGISTER_OP(m, device, pack_map);                                                                      \
+  FASTCOMPRESS_REGISTER_OP(m, device, pack_labels);                                                                   \
+  FASTCOMPRESS_REGISTER_OP(m, device, pack_rows)
 // clang-format on

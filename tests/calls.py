@@ -86,6 +86,8 @@ def segment_pool(draw: Draw) -> Call:
     if draw(st.booleans()):
         dtype, width = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 40))
         kwargs["keys"] = features("smooth", case.inside.numel(), width, dtype, draw(seeds)).view(*x.shape[:-1], width)
+    elif draw(st.booleans()):  # or some columns of x
+        kwargs["keys"] = x[..., : draw(st.integers(1, x.shape[-1]))]
     how = draw(st.integers(0, 2))
     if how == 1:
         kwargs["reduce"] = draw(st.sampled_from(REDUCTIONS))
@@ -281,12 +283,49 @@ def streaming_fire(draw: Draw) -> Call:
     return Call(fired_in_pieces, pieces | {name: kwargs[name] for name in ("beta", "tail")})
 
 
+def as_module(build: Callable[..., torch.nn.Module], training: bool) -> Callable[..., Any]:
+    """A function of a module's options and of what it is called with: its result and its loss."""
+
+    def run(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, **options: Any) -> Any:
+        module = build(**options).train(training)
+        return module(x, cu_seqlens=cu_seqlens, lengths=lengths), getattr(module, "loss", None)
+
+    return run
+
+
+def modules(draw: Draw) -> Call:
+    case = draw(batch())
+    x, width, nn = case.x, case.x.shape[-1], fc.nn
+    kind = draw(st.integers(0, 6))
+    reduce, ratio = draw(st.sampled_from(REDUCTIONS)), draw(st.floats(1.5, 9))
+    max_len = draw(st.none() | st.integers(1, 9))
+    build: Callable[..., torch.nn.Module]
+    if kind == 0:
+        rule = draw(every_rule().filter(lambda rule: not isinstance(rule, fc.LabelChange)))
+        build, options = nn.SegmentPool, {"rule": rule, "reduce": reduce, "compact": draw(st.booleans())}
+    elif kind == 1:
+        build, options = nn.NoveltyPool, {"threshold": draw(st.sampled_from([-1.0, 0.0, 0.15, 1.0, torch.inf]))}
+    elif kind == 2:
+        build, options = nn.BipartiteMerge, {"rate": ratio, "window": draw(st.sampled_from([0, 1, 4, None]))}
+    elif kind == 3:
+        build, options = nn.IterativeFusion, {"count": draw(st.integers(1, 9))}
+    elif kind == 4:
+        build, options = nn.GreedySegments, {"threshold": draw(st.sampled_from([0.0, 0.5, 2.0])), "max_len": max_len}
+    elif kind == 5:
+        build = lambda **how: nn.IntegrateAndFire(width, **how).to(x.dtype)  # noqa: E731
+        options = {"ratio": ratio, "tail": draw(st.sampled_from([None, 0.0, 0.5])), "loss_weight": 0.1}
+    else:
+        build = lambda **how: nn.LearnedBoundary(width, **how).to(x.dtype)  # noqa: E731
+        options = {"ratio": ratio, "reduce": reduce, "loss_weight": 0.1}
+    return Call(as_module(build, draw(st.booleans())), {"x": x, **options, **sequences(case)}, ("x",))
+
+
 CALLS: dict[str, Callable[[Draw], Call]] = {
     function.__name__: function
     for function in (
         segment_pool, adjacent_distance, select_boundaries, segment_reduce, segment_expand, greedy_segments,
         integrate_and_fire, bipartite_merge, iterative_fusion, pack, row_groups, segments_from_mask,
-        segments_from_ids, segments_from_starts, normalize_distance, streaming, streaming_fire,
+        segments_from_ids, segments_from_starts, normalize_distance, modules, streaming, streaming_fire,
     )
 }  # fmt: skip
 

@@ -122,6 +122,17 @@ def test_keys_and_strides(dtype: torch.dtype):
         assert_same(lambda same=same: fc.adjacent_distance(same, lag=2), ((5, 1),))
 
 
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Threshold(0.1)], ids=str)
+def test_keys_that_are_part_of_x(rule: fc.Rule):
+    """They begin where x does, but are narrower, or their rows are further apart."""
+    base = features("smooth", 180, 64, torch.float32)
+    x = base[:90]
+    for keys in (x[:, :16], x[:, :3], base[::2], x):
+        assert_same(lambda keys=keys: fc.segment_pool(x, keys=keys, rule=rule), ((5, 1),))
+    padded = x.view(3, 30, 64)
+    assert_same(lambda: fc.segment_pool(padded, keys=padded[..., :32], rule=rule), ((5, 1),))
+
+
 def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[], Tensor | tuple[Tensor, ...]]]]:
     """Every other op on the rows of ``x``."""
     ops = torch.ops.fastcompress
@@ -308,6 +319,26 @@ def test_row_groups_of_any_value():
     groups[20:50] = 2**31 - 1
     for rule in RULES:
         assert_same(lambda rule=rule: fc.segment_pool(x, rule=rule, row_group=groups), ((8, 1),))
+
+
+def test_long_runs_of_row_groups():
+    """What a row looks back at in its run depends on the rule."""
+    d = features("iid", 700, 1, torch.float32)[:, 0]
+    groups = torch.ones(700, dtype=torch.int32)
+    groups[[0, 300, 301, 650]] = torch.tensor([0, -1, 2, 0], dtype=torch.int32)
+    for rule in (*(fc.LocalMax(order) for order in (1, 2, 20, 500, 2**63 - 1)), fc.LocalMax(prominence=0.5),
+                 fc.Threshold(0.5), fc.Uniform(7)):  # fmt: skip
+        assert_same(lambda rule=rule: fc.select_boundaries(d, rule, row_group=groups).starts, ((8, 1),))
+
+
+@pytest.mark.parametrize("name", ["segment_max_backward", "segment_weighted_mean_backward"])
+def test_wrong_segments_of_gradients(name: str):
+    """One of them took a step for each row of a gap of 2**62."""
+    op, x, grad = getattr(torch.ops.fastcompress, name), torch.randn(20, 16), torch.randn(2, 16)
+    weights = [torch.ones(20)] if "weighted" in name else []
+    for starts, sizes in (*BAD_SEGMENTS, ([2**62], [1]), ([0, 2**62], [1, 1]), ([-BIG - 1, BIG], [BIG, BIG])):
+        with emulated(9):  # whatever it gives, from memory of its own
+            op(grad[: len(starts)], x, grad[: len(starts)], *weights, torch.tensor(starts), torch.tensor(sizes))
 
 
 @pytest.mark.parametrize("name", ["segment_reduce", "segment_expand"])

@@ -30,6 +30,15 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Any, Any, A
     yield "padded-full", y.x.nan_to_num(0.5), None, None, row_groups(y.x[..., 0].numel()).view(y.x.shape[:2])
 
 
+def test_gradients_of_the_reference_are_contiguous():
+    """As their fakes say; they had the strides of a transposed input, which compiled graphs do not expect."""
+    x, y, starts, sizes = torch.randn(6, 20).t(), torch.randn(2, 6), torch.tensor([0, 9]), torch.tensor([9, 11])
+    with fc.backend("reference"):
+        assert OPS.segment_max_backward(y, x, y, starts, sizes).is_contiguous()
+        assert OPS.segment_weighted_mean_backward(y, x, y, torch.rand(20), starts, sizes)[0].is_contiguous()
+        assert OPS.adjacent_distance_backward(torch.rand(20), x, None, None, 1).is_contiguous()
+
+
 def samples() -> Iterator[Any]:
     """An op's name and arguments."""
 

@@ -32,6 +32,14 @@ inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
   return is_aligned(RowsIn{data, 0, width, width}, element_size);
 }
 
+#ifdef __CUDACC__
+// An error that its function returned. CUDA keeps it as the last one, too, and the next launch would be blamed for it.
+inline Error told(cudaError_t error) {
+  cudaGetLastError();
+  return int(error);
+}
+#endif
+
 inline Error last_error() {
 #ifdef __CUDACC__
   return int(cudaGetLastError());

@@ -8,10 +8,10 @@ namespace {
 template <class Kernel>
 Error launch_walk(const Kernel& kernel, const GreedyParams& p, int64_t shared_bytes, Stream stream) {
 #ifdef __CUDACC__
-  if (shared_bytes > 48 << 10) {  // which must be asked for
+  if (shared_bytes > 48 << 10) {  // which must be asked for, as in segment_pool.cu
     const cudaError_t error =
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
-    if (error != cudaSuccess) return int(error);
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_per_block);
+    if (error != cudaSuccess) return told(error);
   }
 #endif
   FASTCOMPRESS_LAUNCH(kernel, dim3(unsigned(p.sequences.count)), dim3(kThreads), size_t(shared_bytes), stream, p);

@@ -41,6 +41,7 @@ struct PoolPlan {
   bool staged;       // rows pass through shared memory
   int pitch;         // bytes between staged rows
   int shared_bytes;  // of the staged rows
+  int shared_limit;  // of any plan on this device
 };
 // Whether one launch does the rule; what it leaves out runs as distances, selection and reduction.
 inline bool is_fused(const Rule& rule) {

@@ -32,8 +32,10 @@ Stream current_stream(int32_t device) {
 
 Error read_back(void* host, const void* device, size_t bytes, Stream stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
-  const cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream);
-  return int(error != cudaSuccess ? error : cudaStreamSynchronize(cuda_stream));
+  cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(cuda_stream);
+  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed for it
+  return int(error);
 }
 
 const char* error_text(Error error) { return cudaGetErrorString(static_cast<cudaError_t>(error)); }

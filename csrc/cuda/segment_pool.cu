@@ -11,12 +11,13 @@ template <class Kernel>
 Error launch(const Kernel& kernel, const PoolParams& p, const PoolPlan& plan, Stream stream) {
 #ifdef __CUDACC__
   if (plan.staged) {
-    // More than 48 KiB must be asked for, and all of the memory that the first-level cache shares with it.
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_bytes);
+    // More than 48 KiB must be asked for, and all of the memory that the first-level cache shares with it. The same in
+    // each call: the limit is the kernel's, and another thread may be about to launch it.
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit);
     if (error == cudaSuccess)
       error =
           cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared);
-    if (error != cudaSuccess) return int(error);
+    if (error != cudaSuccess) return told(error);
   }
 #endif
   FASTCOMPRESS_LAUNCH(kernel, dim3(unsigned(plan.num_tiles)), dim3(kThreads), size_t(plan.shared_bytes), stream, p);
@@ -37,9 +38,10 @@ PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const Row
   const int64_t size = size_of(dtype), halo = halo_rows(rule);
   const int64_t fixed = dtype == DType::kDouble ? sizeof(PoolShared<double>) : sizeof(PoolShared<float>);
   constexpr int64_t kReserved = 1024;  // shared memory that the system keeps, a block
-  PoolPlan plan{int(kThreads - halo), 1, false, 0, 0};
+  PoolPlan plan{int(kThreads - halo), 1, false, 0, 0, int(device.shared_per_block - fixed)};
   // Rows that are read once gain nothing from shared memory: those of Uniform, or with keys of their own.
-  const bool read_twice = rule.needs_distance() && keys.data == x.data;
+  const bool own_keys = keys.data != x.data || keys.width != x.width || keys.stride != x.stride;
+  const bool read_twice = rule.needs_distance() && !own_keys;
   if (read_twice && x.width > 0 && is_aligned(x, size) && x.width * size <= device.shared_per_block) {
     // A pitch of 64 mod 128 bytes: two rows of a half type, which share a phase of a warp's read, lie in different
     // banks.

@@ -82,13 +82,21 @@ __device__ __forceinline__ void clear_rows(T* out, int64_t begin, int64_t end, i
 }
 
 // The rows before segment m that lie in none become 0; m may be the number of segments.
+struct Gap {
+  int64_t begin, end;
+
+  __device__ Gap(const SegmentsIn& segments, int64_t m) {
+    auto inside = [&](int64_t row) { return row < 0 ? 0 : row < segments.rows ? row : segments.rows; };
+    begin = m == 0 ? 0 : inside(segment_end(segments, m - 1));
+    end = m == segments.count ? segments.rows : inside(segments.starts[m]);
+  }
+};
+
 template <class T, bool kAligned>
 __device__ __forceinline__ void clear_gap(const SegmentsIn& segments, int64_t m, T* out, int64_t column,
                                           int64_t width) {
-  auto inside = [&](int64_t row) { return row < 0 ? 0 : row < segments.rows ? row : segments.rows; };
-  const int64_t begin = m == 0 ? 0 : inside(segment_end(segments, m - 1));
-  const int64_t end = m == segments.count ? segments.rows : inside(segments.starts[m]);
-  clear_rows<T, kAligned>(out, begin, end, column, width);
+  const Gap gap(segments, m);
+  clear_rows<T, kAligned>(out, gap.begin, gap.end, column, width);
 }
 
 template <class T, bool kAligned>
@@ -162,10 +170,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_me
   const int groups = 32 / kGroupLanes<T>;
   for (int64_t column = int64_t(lane) * kVector<T>; column < width; column += 32 * kVector<T>)
     clear_gap<T, kAligned>(p.segments, m, out, column, width);
-  const int64_t gap_begin = m == 0 ? 0 : segment_end(p.segments, m - 1);
-  const int64_t gap_end = m == p.segments.count ? p.segments.rows : p.segments.starts[m];
-  for (int64_t t = gap_begin + lane; t < gap_end; t += 32)
-    if (t >= 0 && t < p.segments.rows) grad_weights[t] = 0;
+  const Gap gap(p.segments, m);
+  for (int64_t t = gap.begin + lane; t < gap.end; t += 32) grad_weights[t] = 0;
   if (m == p.segments.count) return;
   const Segment segment = read_segment(p.segments, m);
   if (segment.length == 0) return;

@@ -23,8 +23,13 @@ __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) 
   bool stops = place.changes;
   if (!stops) {
     int64_t run = place.begin;
-    if (p.groups != nullptr)
-      for (run = row - 1; run > place.begin && p.groups[run - 1] == place.group;) --run;
+    if (p.groups != nullptr) {
+      // Uniform windows and prominences count from the start of the run; a peak looks back no further than its order.
+      const bool all = p.rule.kind == RuleKind::kUniform || p.rule.prominence > 0;
+      const int64_t reach = all ? row : p.rule.kind == RuleKind::kLocalMax ? p.rule.size : 0;
+      const int64_t first = reach < row - 2 - place.begin ? row - 2 - reach : place.begin;
+      for (run = row - 1; run > first && p.groups[run - 1] == place.group;) --run;
+    }
     stops = wants_boundary(p.rule, Scores<S>{static_cast<const S*>(p.d), p.groups}, row, run, place.end);
   }
   const bool starts = stops && starts_segment(p.rule, place, p.groups, row);

@@ -113,4 +113,4 @@ def adjacent_distance_backward(
     out = torch.where(next_valid | previous_valid, factor * x, 0)
     out = torch.where(next_valid, out + cross * x.roll(-lag, dims=-2), out)
     out = torch.where(previous_valid, out + cross.roll(lag, dims=-2) * x.roll(lag, dims=-2), out)
-    return out.to(grad_dtype)
+    return out.to(grad_dtype).contiguous()

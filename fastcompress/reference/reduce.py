@@ -72,7 +72,7 @@ def segment_reduce(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> T
 
 def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
     """The gradient goes to the first frame that holds the maximum (the first NaN, if the maximum is NaN)."""
-    grad_x = torch.zeros_like(x)
+    grad_x = x.new_zeros(x.shape)  # contiguous, as every result is
     given = torch.zeros_like(y, dtype=torch.bool)
     for _, active, index in positions(starts, lengths):
         here = ((x[index] == y[active]) | (x[index].isnan() & y[active].isnan())) & ~given[active]
@@ -95,7 +95,7 @@ def segment_weighted_mean_backward(
     """``grad_x[t] = w[t] / W * grad[s]``, ``grad_w[t] = grad[s] . (x[t] - y[s]) / W``; 0 for ``W = 0`` and in gaps."""
     dtype = accumulate_dtype(x.dtype)
     weight = _ordered_sum(weights, starts, lengths)
-    grad_x, grad_weights = torch.zeros_like(x), torch.zeros_like(weights)
+    grad_x, grad_weights = x.new_zeros(x.shape), weights.new_zeros(weights.shape)
     for _, active, index in positions(starts, lengths):
         w = weight[active]
         share = weights[index] / w

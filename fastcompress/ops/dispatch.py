@@ -24,6 +24,8 @@ class Op(Protocol[Result_co]):
 def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Callable[[], None]) -> Result:
     """Calls ``op``, below the autograd key when no gradient is needed: the key's Python formula costs microseconds.
 
+    Not so under a transform of ``torch.func``, whose wrapped tensors do not tell whether they need one.
+
     ``args[0]`` is a tensor; if it is the first on CUDA, the backend is chosen. ``explain`` runs when a kernel refuses
     its input, to raise an error that names the argument and the values.
     """
@@ -33,17 +35,19 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
         return op(*args)
     if backends.undecided and args[0].is_cuda:
         backends.settle()
+    if torch.autograd.forward_ad._current_level >= 0:
+        _refuse_tangents(op, args)
     try:
-        if torch.autograd.forward_ad._current_level >= 0:
-            _refuse_tangents(op, args)
-        if needs_grad:
+        if needs_grad or torch._C._functorch.peek_interpreter_stack() is not None:
             return op(*args)
         with torch._C._AutoDispatchBelowAutograd():
             return op(*args)
     except RuntimeError as error:
         if torch._C._functorch.peek_interpreter_stack() is not None:
             name = op.name().removeprefix("fastcompress::")
-            raise NotImplementedError(f"{name} does not run under torch.func.grad; torch.autograd.grad does") from error
+            raise NotImplementedError(
+                f"{name} does not run under this transform of torch.func; torch.autograd.grad does"
+            ) from error
         explain()
         raise
 

@@ -40,7 +40,7 @@ def measure_packing(run: Run, dry: bool) -> None:
     ]
     if importlib.util.find_spec("triton") and (not dry or os.environ.get("TRITON_INTERPRET") == "1"):
         forms.append(("fastcompress, triton", "triton", packing.fastcompress_pack, _bound, "triton"))
-    forms += [(name, "eager", form, None, None) for name, form in packing.FORMS.items() if name != packing.OURS]
+    forms += [(name, "eager", form, None, None) for name, form in packing.forms().items() if name != packing.OURS]
     for case in (packing.QUICK,) if dry else packing.CASES:
         batch = packing.batch(case, dtype, run.device)
         for name, group, form, graph, backend in forms:

@@ -7,6 +7,8 @@ row by row.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
+from benchmarks import compiled
 from benchmarks.cases import buffer_count, random_lengths
 from benchmarks.checks import WrongResult
 from benchmarks.timing import Disturbance, Samples, interleave
@@ -165,6 +168,56 @@ def index_copy(batch: Batch) -> Tensor:
     return out.index_copy(0, audio, batch.audio)
 
 
+def _gather(ids: Tensor, is_audio: Tensor, place: Tensor, audio: Tensor, table: Tensor) -> Tensor:
+    return torch.where(is_audio[:, None], audio[place], table[ids])
+
+
+@functools.cache
+def _compiled() -> Callable[..., Tensor]:
+    return torch.compile(_gather, dynamic=True)
+
+
+class _Gather(torch.autograd.Function):
+    """Compiled, and its backward a gather as well: autograd's adds to rows one after the other."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, audio: Tensor, ids: Tensor, is_audio: Tensor, place: Tensor, table: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(is_audio)
+        return _compiled()(ids, is_audio, place, audio, table)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+        return grad[ctx.saved_tensors[0]], None, None, None, None
+
+
+def compiled_gather(batch: Batch) -> Tensor:
+    """``torch.compile``: each row from the table or from the audio, in one loop, for batches of any lengths; a ``cat``
+    would be compiled for those of one batch, which takes seconds."""
+    ids = batch.long_ids[batch.long_mask.bool()]
+    is_audio = ids == VOCABULARY
+    place = (is_audio.cumsum(0) - 1).clamp_min(0)
+    rows: Tensor = _Gather.apply(  # type: ignore[no-untyped-call]  # of torch
+        batch.audio, ids.masked_fill(is_audio, 0), is_audio, place, batch.table
+    )
+    return rows
+
+
+def jagged_select(batch: Batch) -> Tensor:
+    """FBGEMM: text and audio as one jagged tensor of pieces, selected in their order."""
+    importlib.import_module("fbgemm_gpu")
+    device, count = batch.ids.device, len(batch.places)
+    is_text = batch.mask.bool() & (batch.ids != VOCABULARY)
+    rows = torch.cat([F.embedding(batch.ids[is_text], batch.table), batch.audio])
+    place, text = torch.tensor(batch.places, device=device), torch.tensor(batch.case.text, device=device)
+    lengths = torch.cat([torch.stack([place, text - place], 1).flatten(), batch.audio_cu_seqlens.diff()])
+    sample = torch.arange(count, device=device)
+    order = torch.stack([2 * sample, 2 * count + sample, 2 * sample + 1], 1).flatten()
+    selected: Tensor = torch.ops.fbgemm.jagged_index_select(rows, lengths, order)[0]
+    return selected
+
+
 FORMS: dict[str, Callable[[Batch], Tensor]] = {
     OURS: fastcompress_pack,
     "one flat cat": flat_cat,
@@ -173,10 +226,20 @@ FORMS: dict[str, Callable[[Batch], Tensor]] = {
     "index_copy": index_copy,
     "masked_scatter, packed": masked_scatter_packed,
     "masked_scatter, padded": masked_scatter,
+    "compile, gather": compiled_gather,
+    "FBGEMM, jagged_index_select": jagged_select,
 }
+#: Of forms that need a package which may not be there.
+MODULES = {"FBGEMM, jagged_index_select": "fbgemm_gpu"}
 #: Hand-written forms with the same result, and the path that transformers takes.
 HAND_WRITTEN = ("one flat cat", "cat per sample", "index_copy")
 TRANSFORMERS = "masked_scatter, padded"
+
+
+def forms() -> dict[str, Callable[[Batch], Tensor]]:
+    """Those whose package is installed."""
+    missing = {name for name, module in MODULES.items() if importlib.util.find_spec(module) is None}
+    return {name: form for name, form in FORMS.items() if name not in missing}
 
 
 def check(name: str, batch: Batch, result: Tensor) -> None:
@@ -218,8 +281,9 @@ def measure(
         WrongResult: a form does not give the rows of a loop.
     """
     torch.set_num_threads(threads)
+    compiled.prepare(threads)
     inputs = batches(case, dtype, last_level_cache)
-    for name, form in FORMS.items():
+    for name, form in forms().items():
         check(name, inputs[0], form(inputs[0]))
     leaves = [Batch(**(vars(b) | {"audio": b.audio.detach().requires_grad_()})) for b in inputs]
     outputs = [fastcompress_pack(inputs[0]).clone() for _ in range(buffer_count(case.tokens * case.width * 2, 1 << 20))]
@@ -240,7 +304,7 @@ def measure(
     size = case.tokens * case.width * dtype.itemsize
     tables = []
     for direction, make in (("forward", forward), ("forward+backward", both)):
-        functions = {name: make(form) for name, form in FORMS.items()}
+        functions = {name: make(form) for name, form in forms().items()}
         if direction == "forward":
             functions[CLONE] = lambda i: outputs[i % len(outputs)].clone()
         samples, disturbance = interleave(functions, reps, tries=tries, recall=4 * size)

@@ -44,6 +44,15 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_whole(name: str, value: int | None, least: int, optional: bool = False) -> None:
+    """Checks a count, which ops take as an int64."""
+    if optional and value is None:
+        return
+    whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
+    if not (whole and value is not None and least <= value < 2**63):
+        raise ValueError(f"{name} must be a whole number from {least} on{', or None' * optional}, got {value}")
+
+
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
     check_dense(name, tensor)
     if tensor.device != x.device:

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fastcompress import Rule, __version__, cli_integrations, cli_lalm
+from fastcompress import LabelChange, Rule, __version__, cli_integrations, cli_lalm
 from fastcompress.cli_errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
 
 # Which extra of the package brings a module that is missing.
@@ -257,9 +257,12 @@ class _ProgressBars:
 
 def _rule(text: str) -> Rule:
     try:
-        return Rule.from_string(text)
+        rule = Rule.from_string(text)
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
+    if isinstance(rule, LabelChange):
+        raise argparse.ArgumentTypeError(f"{rule.name} needs a label a frame, which an audio file does not give")
+    return rule
 
 
 def _seconds(text: str) -> float:

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_dense, check_float, check_number
+from fastcompress.checks import check_dense, check_float, check_layout, check_number, check_whole
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
+from fastcompress.ops.integrate_and_fire import Fired, check_firing, integrate_and_fire, quantity_loss
 from fastcompress.ops.merging import Merged, bipartite_merge, check_threshold, greedy_segments, iterative_fusion
-from fastcompress.ops.scalar_rules import find_runs
+from fastcompress.ops.scalar_rules import find_checked_runs, find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask, select_boundaries
@@ -92,6 +92,7 @@ class NoveltyPool(torch.nn.Module):
             cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
                 :func:`fastcompress.segment_pool`, which also tells what is raised.
         """
+        check_float("x", x)
         d = adjacent_distance(x.detach(), cu_seqlens=cu_seqlens, lengths=lengths)
         segments = select_boundaries(d, self.rule, cu_seqlens=cu_seqlens, lengths=lengths)
         runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
@@ -147,6 +148,7 @@ class BipartiteMerge(torch.nn.Module):
         check_number("rate", rate)
         if not 1 <= rate < math.inf:
             raise ValueError(f"rate must be at least 1 and finite, got {rate}")
+        check_whole("window", window, 0, optional=True)
         self.rate: float = rate
         self.window: int | None = window
         self.rounds: int = max(1, math.ceil(math.log2(rate)))
@@ -172,7 +174,8 @@ class IterativeFusion(torch.nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        self.count = count
+        check_whole("count", count, 1)
+        self.count: int = count
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
         """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
@@ -188,6 +191,7 @@ class GreedySegments(torch.nn.Module):
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
         check_threshold(threshold)
+        check_whole("max_len", max_len, 1, optional=True)
         self.threshold: float = threshold
         self.max_len: int | None = max_len
 
@@ -216,9 +220,10 @@ class IntegrateAndFire(LearnedCompressor):
             aimed at.
     """
 
-    def __init__(self, width: int, ratio: float = 3.0, tail: float = 0.5, loss_weight: float = 0.1) -> None:
+    def __init__(self, width: int, ratio: float = 3.0, tail: float | None = 0.5, loss_weight: float = 0.1) -> None:
         super().__init__(ratio, loss_weight)
-        self.tail: float = tail
+        check_firing(1.0, tail)
+        self.tail: float | None = tail
         self.weight: torch.nn.Linear = torch.nn.Linear(width, 1)
         self.reset_parameters()
 
@@ -236,6 +241,7 @@ class IntegrateAndFire(LearnedCompressor):
                 :func:`fastcompress.segment_pool`, which also tells what is raised.
         """
         _check_width(x, self.weight.in_features)
+        check_layout(x, 2, cu_seqlens, lengths)
         # A frame that is not finite weighs nothing: as a part of its token it spoils that, and no other.
         alpha = self.weight(x)[..., 0].float().sigmoid().nan_to_num(0.0)
         frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
@@ -338,7 +344,8 @@ class LearnedBoundary(LearnedCompressor):
                 :func:`fastcompress.segment_pool`, which also tells what is raised.
         """
         _check_width(x, self.query.in_features)
-        runs = find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)
+        check_layout(x, 2, cu_seqlens, lengths)
+        runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
         probability = torch.where(runs.first, 1.0, self.probability(x.reshape(-1, x.shape[-1])))
         boundary = probability.detach() > 0.5
         self.loss: Tensor | None = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)

@@ -183,11 +183,13 @@ def _row_groups(
 ) -> Tensor:  # fmt: skip
     if isinstance(placeholder, bool) or not isinstance(placeholder, int):
         raise TypeError(f"placeholder must be an integer, got {placeholder!r}")
+    if not -(2**63) <= placeholder < 2**63:
+        raise ValueError(f"placeholder must fit in 64 bits, got {placeholder}")
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
     kept = None if attention_mask is None else attention_mask.bool()
-    is_audio = input_ids == placeholder
+    is_audio = input_ids.long() == placeholder  # one beyond int32 is no id of that dtype
     if placeholder_counts is None:
         group = is_audio.int()
     elif isinstance(placeholder_counts, Tensor):

@@ -357,6 +357,9 @@ class Lookback(Rule):
         window: frames looked back at, at least 1.
         threshold: the largest distance, 1 - cosine: 0.2 for the paper's cosine of 0.8.
         min_len, max_len: a frame joins a segment shorter than ``min_len``, and none that has ``max_len``.
+
+    The scan over all frames at once keeps ``max(window, min_len, max_len)`` int64 a frame (lengths beyond the longest
+    sequence are not counted): a ``max_len`` of thousands costs gigabytes on long batches.
     """
 
     window: int

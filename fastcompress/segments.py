@@ -106,14 +106,19 @@ class Pooled:
 
         ``S`` is the largest count, which is read from the device.
         """
-        counts = self.segments.counts
-        longest = int(counts.max()) if counts.numel() else 0
-        column = torch.arange(longest, device=counts.device)
-        inside = column < counts[:, None]
-        # One zero row for the padding: also right when there is no token at all.
-        rows = torch.cat([self.values, self.values.new_zeros((1, self.values.shape[1]))])
-        index = torch.where(inside, self.cu_seqlens[:-1, None].long() + column, self.values.shape[0])
-        return rows[index], counts
+        return pad_tokens(self.values, self.cu_seqlens)
+
+
+def pad_tokens(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Packed tokens as ``[B, S, D]``, zeros behind each sequence, and how many each has, ``[B]`` int32."""
+    counts = cu_seqlens.diff()
+    longest = int(counts.max()) if counts.numel() else 0
+    column = torch.arange(longest, device=counts.device)
+    inside = column < counts[:, None]
+    # One zero row for the padding: also right when there is no token at all.
+    rows = torch.cat([values, values.new_zeros((1, values.shape[1]))])
+    index = torch.where(inside, cu_seqlens[:-1, None].long() + column, values.shape[0])
+    return rows[index], counts
 
 
 for _cls in (Segments, Pooled):

@@ -96,11 +96,11 @@ class StreamingSegmentPool:
         check_float("x", x)
         if x.dim() != 2:
             raise ValueError(f"x must have shape [N, D], got {list(x.shape)}")
+        x = x.detach()
         if self._frames is None:
             self._frames = x[:0]
         before = self._frames
         _check_like(x, before)
-        x = x.detach()
         near = self._measure(x)
         self._frames = torch.cat([before, x])
         self._seen += x.shape[0]
@@ -293,6 +293,8 @@ class StreamingIntegrateAndFire:
         _, right, share = shares(sums[:-1], after, weight, self.beta)
         share = share.to(wide)
         first, last = self._fired, int(right[-1])
+        if last - first >= 2**31:
+            raise ValueError(f"alpha adds up to {float(weight.sum()):g}: too many tokens of beta {self.beta:g}")
         # Those that fire, and the one that stays open.
         token = torch.arange(first, last + 1, device=x.device).double()
         ends = torch.searchsorted(right, token + 1)  # frames in which they do; of the last: none

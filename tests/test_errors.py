@@ -56,6 +56,7 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_pool(X[:1].expand(2**31, 3)), ValueError, "the input must have fewer than 2**31 rows, which int32 offsets count, got 2147483648"),
     (lambda: fc.select_boundaries(D[:1].expand(2**20, 2**11), "uniform:2"), ValueError, "the input must have fewer than 2**31 rows"),
     (lambda: fc.row_groups(ints(1, 2), None), TypeError, "placeholder must be an integer, got None"),
+    (lambda: fc.row_groups(ints(1, 2), 2**70), ValueError, f"placeholder must fit in 64 bits, got {2**70}"),
     (lambda: fc.pack(ints(1, 2), X, compact=D[:0]), TypeError, "compact must be True or False, got tensor([])"),
     (lambda: fc.row_groups(None, 3), TypeError, "input_ids must be a tensor, got NoneType"),
     (lambda: fc.quantity_loss(3, ints(1)), TypeError, "fired must be a result of integrate_and_fire, got int"),
@@ -73,6 +74,19 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.nn.GreedySegments(float("nan")), ValueError, "threshold must be a number, got nan"),
     (lambda: fc.greedy_segments(X, float("nan")), ValueError, "threshold must be a number, got nan"),
     (lambda: fc.nn.BipartiteMerge("2"), TypeError, "rate must be a number, got '2'"),
+    (lambda: fc.nn.BipartiteMerge(2, window=-1), ValueError, "window must be a whole number from 0 on, or None, got -1"),
+    (lambda: fc.nn.IterativeFusion(-1), ValueError, "count must be a whole number from 1 on, got -1"),
+    (lambda: fc.nn.GreedySegments(0.1, max_len=0), ValueError, "max_len must be a whole number from 1 on, or None, got 0"),
+    (lambda: fc.nn.IntegrateAndFire(4, tail=5.0), ValueError, "tail must lie in [0, 1], got 5.0"),
+    (lambda: fc.iterative_fusion(X, True), ValueError, "count must be a whole number from 1 on, got True"),
+    (lambda: fc.bipartite_merge(X, 2.0, window=True), ValueError, "window must be a whole number from 0 on, or None, got True"),
+    (lambda: fc.greedy_segments(X, 0.1, max_len=True), ValueError, "max_len must be a whole number from 1 on, or None, got True"),
+    (lambda: fc.nn.NoveltyPool()(None), TypeError, "x must be a tensor, got NoneType"),
+    (lambda: fc.nn.LearnedBoundary(3)(X, cu_seqlens=[0, 5]), TypeError, "cu_seqlens must be a tensor, got list"),
+    (lambda: fc.nn.LearnedBoundary(3)(X, cu_seqlens=ints(0, 5)[None]), ValueError, "cu_seqlens must have shape [B + 1], got [1, 2]"),
+    (lambda: fc.nn.LearnedBoundary(3)(X, cu_seqlens=ints(0, 9)), ValueError, "cu_seqlens must end at the number of rows, 5, got 9"),
+    (lambda: fc.nn.LearnedBoundary(3)(Y, lengths=ints(4)), ValueError, "lengths must have shape [2], got [1]"),
+    (lambda: fc.nn.IntegrateAndFire(3)(X, cu_seqlens=[0, 5]), TypeError, "cu_seqlens must be a tensor, got list"),
     (lambda: fc.Uniform(3).num_segments(-7), ValueError, "length must not be negative, got -7"),
     (lambda: fc.Uniform(3).num_segments("a"), TypeError, "length must be an integer or a tensor of integers, got 'a'"),
     (lambda: fc.TopK(rate=2).num_segments(None), TypeError, "length must be an integer or a tensor of integers, got None"),
@@ -103,6 +117,9 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_pool(X, cu_seqlens=ints(0, 5)[None]), ValueError, "cu_seqlens must have shape [B + 1], got [1, 2]"),
     (lambda: fc.segment_pool(X, cu_seqlens=ints()), ValueError, "cu_seqlens must have shape [B + 1], got [0]"),
     (lambda: fc.segment_pool(Y, lengths=ints(4)), ValueError, "lengths must have shape [2], got [1]"),
+    (lambda: fc.normalize_distance(D, cu_seqlens=ints(0, 9)), ValueError, "cu_seqlens must end at the number of rows, 5, got 9"),
+    (lambda: fc.normalize_distance(D, cu_seqlens=ints(3, 1)), ValueError, "cu_seqlens must start at 0, got 3"),
+    (lambda: fc.normalize_distance(D[None], lengths=ints(-4)), ValueError, "lengths must lie in [0, 5], the padded length, got -4"),
     # Row groups and masks
     (lambda: fc.segment_pool(X, row_group=ints(1).int()), ValueError, "row_group must have shape [5], got [1]"),
     (lambda: fc.segment_pool(Y, row_group=ints(1).int()), ValueError, "row_group must have shape [2, 4], got [1]"),
@@ -309,6 +326,15 @@ def direct_calls() -> list[tuple[str, Callable]]:
         "pool size": lambda: OPS.segment_pool(X, None, None, None, None, "uniform", 0, *RULE[2:], True),
         "pool prominence": lambda: OPS.segment_pool(
             X, None, None, None, None, *fc.LocalMax(1, None, 0.5).op_args(), True
+        ),
+        "pool min_len above max_len": lambda: OPS.segment_pool(
+            X.repeat(9999, 1), None, None, None, None, "threshold", 1, torch.inf, 0.0, 10_000, 3, True, True
+        ),
+        "pool uniform lengths": lambda: OPS.segment_pool(
+            X.repeat(9999, 1), None, None, None, None, "uniform", 10_000, -torch.inf, 0.0, 1, 1, True, True
+        ),
+        "select min_len above max_len": lambda: OPS.select_boundaries(
+            D.repeat(9999), None, None, None, "threshold", 1, torch.inf, 0.0, 10_000, 3, True, False
         ),
         "distance rank": lambda: OPS.adjacent_distance(D, None, None, 1),
         "distance integers": lambda: OPS.adjacent_distance(X.int(), None, None, 1),

@@ -275,15 +275,18 @@ def test_nothing():
         (torch.zeros(0, 3), torch.zeros(0), {}),
         (torch.zeros(2, 0, 3), torch.zeros(2, 0), {}),
         (torch.zeros(0, 5, 3), torch.zeros(0, 5), {}),
+        (torch.zeros(0, 3), torch.zeros(0), {"cu_seqlens": torch.tensor([0])}),
         (torch.zeros(4, 3), torch.zeros(4), {"cu_seqlens": torch.tensor([0])}),
         (torch.zeros(2, 5, 3), torch.ones(2, 5), {"lengths": torch.tensor([0, 0])}),
     ):
-        if "cu_seqlens" in layout:
+        if "cu_seqlens" in layout and len(x):
             with pytest.raises(ValueError, match="cu_seqlens"):
                 fc.integrate_and_fire(x, alpha, **layout)
             continue
         fired = fc.integrate_and_fire(x, alpha, **layout)
         assert fired.values.shape == (0, 3) and not fired.cu_seqlens.any() and fired.ends.shape == (0,)
+        padded, counts = fired.to_padded()
+        assert padded.shape == (len(fired.total), 0, 3) and not counts.any()
 
 
 @pytest.mark.parametrize(
@@ -300,6 +303,7 @@ def test_nothing():
         ({"target_lengths": torch.tensor([1, 2])}, ValueError, "target_lengths must have shape [1], got [2]"),
         ({"target_lengths": torch.tensor([-1])}, ValueError, "target_lengths must not be negative, got -1"),
         ({"target_lengths": torch.tensor([1.0])}, TypeError, "target_lengths must be an int32 or int64 tensor"),
+        ({"target_lengths": torch.tensor([2**40])}, ValueError, "target_lengths add up to 1099511627776: more tokens"),
         ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens"),
         ({"x": torch.zeros(5)}, ValueError, "x must have shape [N, D] or [B, T, D], got [5]"),
     ],

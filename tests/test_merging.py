@@ -281,6 +281,37 @@ def test_iterative_fusion(count: int, weighted: bool):
     assert torch.equal(again.values, out.values) and torch.equal(again.cu_seqlens, out.cu_seqlens)
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize(
+    "merge",
+    (
+        lambda x, w, **layout: fc.iterative_fusion(x, 4, weights=w, **layout),
+        lambda x, w, **layout: fc.bipartite_merge(x, 1.5, size=w, **layout),
+        lambda x, w, **layout: fc.bipartite_merge(x, 1.5, window=2, size=w, **layout),
+    ),
+)
+def test_what_is_not_merged_stays_as_it_is(merge, dtype: torch.dtype):
+    """Whatever it weighs, and however long the sequences beside it are."""
+    for seed in range(20):
+        g = torch.Generator().manual_seed(seed)
+        x = torch.randn(33, 6, generator=g).to(dtype)
+        weights = torch.where(torch.rand(33, generator=g) < 0.3, 0.0, torch.rand(33, generator=g)).to(dtype)
+        cu = torch.tensor([0, 3, 4, 30, 33])
+        together = merge(x, weights, cu_seqlens=cu)
+        counts = together.ids.bincount()
+        single = counts[together.ids] == 1
+        assert torch.equal(together.values[together.ids[single]], x[single]) and single.any()
+        for i in range(4):
+            rows = slice(int(cu[i]), int(cu[i + 1]))
+            tokens = slice(int(together.cu_seqlens[i]), int(together.cu_seqlens[i + 1]))
+            alone = merge(x[rows], weights[rows])
+            assert torch.equal(alone.values, together.values[tokens])
+            assert torch.equal(alone.sizes, together.sizes[tokens])
+    zero = merge(torch.ones(8, 2, dtype=dtype), torch.zeros(8, dtype=dtype))
+    merged = zero.ids.bincount() > 1
+    assert merged.any() and torch.equal(zero.values[merged], torch.zeros(int(merged.sum()), 2, dtype=dtype))
+
+
 def test_values_that_are_no_numbers_partner_nobody_else():
     x = features("iid", 12, 4, torch.float64)
     x[5] = torch.nan

@@ -451,5 +451,10 @@ def test_function_transforms_are_refused():
         lambda x: fc.pack(inputs_embeds=x).inputs_embeds.sum(),
         lambda x: fc.pack(torch.tensor([1, 2]), x).inputs_embeds.sum(),
     ):
-        with pytest.raises(NotImplementedError, match="does not run under torch.func.grad; torch.autograd.grad does"):
+        with pytest.raises(NotImplementedError, match="does not run under this transform of torch.func"):
             torch.func.grad(f)(torch.randn(3, 4))
+
+
+def test_a_placeholder_that_the_ids_cannot_hold_is_none_of_them():
+    ids = torch.tensor([0, 5, 0], dtype=torch.int32)
+    assert fc.row_groups(ids, 2**40).tolist() == [0, 0, 0]

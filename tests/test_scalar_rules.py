@@ -163,6 +163,18 @@ def test_lookback_with_lengths_that_no_segment_has(lengths: tuple[int, int | Non
     assert parts(fc.select_boundaries(d, rule)) == expected(rule, d, torch.zeros(40).long(), [(0, 40)])
 
 
+def test_lookback_with_lengths_of_many_short_sequences():
+    """It told apart as many lengths as the batch has rows: 3.2 GB, a few times over."""
+    d = distances("iid", 20_000, 2, torch.float32)
+    cu = torch.arange(0, 20_001, 40)
+    rule = fc.Lookback(2, 0.5, 30, 10_000)
+    with torch.profiler.profile(profile_memory=True) as profile:
+        found = fc.select_boundaries(d, rule, cu_seqlens=cu)
+    assert max(event.self_cpu_memory_usage for event in profile.key_averages()) < 128 << 20
+    spans = [(t, t + 40) for t in range(0, 20_000, 40)]
+    assert parts(found) == expected(rule, d, torch.zeros(20_000).long(), spans)
+
+
 def test_lookback_further_than_there_are_frames():
     """It took a distance for each lag, and so forever."""
     x = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
@@ -255,6 +267,15 @@ def test_ctc_compression():
                 means.append((w[:, None] * x[i, a:b]).sum(0) / w.sum())
     assert torch.allclose(pooled.values, torch.stack(values), atol=1e-6)
     assert torch.allclose(weighted.values, torch.stack(means), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "blank"), [(torch.uint8, -1), (torch.int8, 300), (torch.int32, 2**40), (torch.int64, -(2**63))]
+)
+def test_a_blank_that_the_labels_cannot_hold_is_none_of_them(dtype: torch.dtype, blank: int):
+    labels = torch.tensor([255 - 256, 255 - 256, 44, 0, 0]).to(dtype)
+    found = fc.select_boundaries(None, fc.LabelChange(blank=blank), labels=labels)
+    assert found.starts.tolist() == [0, 2, 3] and found.lengths.tolist() == [2, 1, 2]
 
 
 def _stretches(labels: list[int]) -> list[tuple[int, tuple[int, int]]]:

@@ -212,6 +212,16 @@ def test_no_state_holds_on_to_a_chunk():
         assert held and max(held) < 100_000, (state, held)
 
 
+def test_no_graph_grows_with_the_stream():
+    encoder = torch.nn.Linear(4, 4)
+    for rule in ("local-max", "uniform:3", "threshold:9", "lookback:2,threshold=0.5"):
+        pool = fc.StreamingSegmentPool(rule)
+        tokens = [pool(encoder(chunk)) for chunk in torch.randn(200, 4).split(20)]
+        assert not any(found.values.requires_grad for found in tokens)
+        assert not any(t.requires_grad for t in vars(pool).values() if isinstance(t, Tensor))
+        assert not pool.flush().values.requires_grad
+
+
 def test_integrate_and_fire_fires_at_once():
     fire = fc.StreamingIntegrateAndFire()
     counts = [len(fire(torch.ones(1, 2), torch.tensor([w]))[0]) for w in (0.5, 0.5, 0.25, 2.0, 0.0, 0.75)]
@@ -220,6 +230,7 @@ def test_integrate_and_fire_fires_at_once():
         (torch.ones(1, 2), torch.tensor([-1.0]), "alpha must be finite and not negative"),
         (torch.ones(1, 2), torch.ones(2), "x must be [N, D] and alpha [N]"),
         (torch.ones(1, 3), torch.ones(1), "x must be [N, 2]"),
+        (torch.ones(1, 2), torch.tensor([1e12]), "alpha adds up to 1e+12: too many tokens of beta 1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             fire(x, alpha)

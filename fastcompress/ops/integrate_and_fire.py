@@ -25,6 +25,7 @@ from fastcompress.checks import (
 from fastcompress.ops.dispatch import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
 from fastcompress.reference.distance import accumulate_dtype
+from fastcompress.segments import pad_tokens
 
 _op: Op[Tensor] = torch.ops.fastcompress.integrate_rows.default
 _backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integrate_rows_backward.default
@@ -50,10 +51,9 @@ class Fired:
     remainder: Tensor
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """``[B, S, D]``, 0 behind each sequence's last token, and the number of tokens of each, ``[B]`` int64."""
-        lengths = self.cu_seqlens.diff().long()
-        parts = self.values.split(lengths.tolist())
-        return torch.nn.utils.rnn.pad_sequence(parts, batch_first=True), lengths
+        """As of :class:`fastcompress.Pooled`: ``values`` as ``[B, S, D]``, zeros behind each sequence, and the token
+        counts ``[B]`` int32."""
+        return pad_tokens(self.values, self.cu_seqlens)
 
 
 torch.export.register_dataclass(Fired, serialized_type_name="fastcompress.Fired")
@@ -294,8 +294,12 @@ def _check_values(
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return
     check_layout_values(x.shape, cu_seqlens, lengths)
-    if target_lengths is not None and count and int(target_lengths.min()) < 0:
-        raise ValueError(f"target_lengths must not be negative, got {int(target_lengths.min())}")
+    if target_lengths is not None and count:
+        if int(target_lengths.min()) < 0:
+            raise ValueError(f"target_lengths must not be negative, got {int(target_lengths.min())}")
+        tokens = sum(target_lengths.tolist())
+        if tokens >= 2**31:
+            raise ValueError(f"target_lengths add up to {tokens}: more tokens than int32 counts")
     wrong = ~((alpha >= 0) & (alpha < torch.inf))
     if lengths is not None:
         wrong &= torch.arange(alpha.shape[1]) < lengths[:, None]

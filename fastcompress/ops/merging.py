@@ -14,10 +14,11 @@ from fastcompress.checks import (
     check_number,
     check_same_device,
     check_values_of_rows,
+    check_whole,
 )
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.dispatch import Op, call
-from fastcompress.ops.scalar_rules import Runs, find_runs, ranks, top_k_starts
+from fastcompress.ops.scalar_rules import Runs, find_checked_runs, find_runs, ranks, top_k_starts
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask
 from fastcompress.reference.distance import accumulate_dtype
@@ -52,8 +53,7 @@ def greedy_segments(
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
     check_threshold(threshold)
-    if max_len is not None and (not isinstance(max_len, int) or not 1 <= max_len < 2**63):
-        raise ValueError(f"max_len must be a whole number from 1 on, or None, got {max_len}")
+    check_whole("max_len", max_len, 1, optional=True)
     mask = call(
         _greedy_op,
         (x.detach(), cu_seqlens, lengths, threshold, max_len or 0),
@@ -104,7 +104,8 @@ def bipartite_merge(
     Frames are counted from 0 in each sequence. Each even frame looks for its best odd one, by the cosine of their
     ``keys``, no further than ``window`` allows; the even frames with the best of these cosines are merged into their
     partners, as many as it takes. An odd frame may take several. A token is the mean of its frames, weighted by
-    ``size``, and stands where its odd frame did. Ties go to the earlier frame, and to the nearer partner.
+    ``size`` (0 if those are all 0), and stands where its odd frame did; a frame that is merged with none stays as it
+    is. Ties go to the earlier frame, and to the nearer partner.
 
     ``window=0`` is A-ToMe (arXiv 2306.16009), one round; ``None`` is ToMe; between is bipartite merging inside a
     temporal window (arXiv 2605.25179, whose exact matching is not published).
@@ -131,8 +132,7 @@ def bipartite_merge(
     check_number("rate", rate)
     if not rate >= 1:
         raise ValueError(f"rate must be at least 1, got {rate}")
-    if window is not None and (not isinstance(window, int) or window < 0):
-        raise ValueError(f"window must be a whole number from 0 on, or None, got {window}")
+    check_whole("window", window, 0, optional=True)
     keys = x if keys is None else keys
     check_float("keys", keys)
     check_same_device("keys", keys, x)
@@ -140,7 +140,7 @@ def bipartite_merge(
         raise ValueError(f"keys must have shape {[*x.shape[:-1], 'K']}, got {list(keys.shape)}")
     if size is not None:
         check_values_of_rows("size", size, x)
-    runs = _runs(x, cu_seqlens, lengths)
+    runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
     rows = x.flatten(0, -2)
     count = rows.shape[0]
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
@@ -170,7 +170,7 @@ def bipartite_merge(
         starts = torch.searchsorted(sorted_ids, token)
         segments = row_segments(starts, torch.searchsorted(sorted_ids, token, right=True) - starts, count)
         rows, weights = rows[by_token], None if weights is None else weights[by_token]
-    values = segment_reduce(rows, segments, "mean", weights)
+    values = _weighted_means(rows, segments, weights)
     if weights is None:
         sizes = segments.lengths.to(accumulate_dtype(x.dtype))
     else:
@@ -191,7 +191,7 @@ def iterative_fusion(
 
     A round merges the neighbours that are most alike, chains of them into one, so that ``T`` tokens become
     ``max(ceil(T / 2), count)``: :class:`TopK` of what the round before left. A token is the weighted mean of its
-    frames.
+    frames, 0 if their weights are all 0; one that is merged with none stays as it is.
 
     Args:
         x: ``[N, D]`` packed or ``[B, T, D]`` padded.
@@ -210,12 +210,11 @@ def iterative_fusion(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    if not isinstance(count, int) or count < 1:
-        raise ValueError(f"count must be a whole number from 1 on, got {count}")
+    check_whole("count", count, 1)
     wide = accumulate_dtype(x.dtype)
     if weights is not None:
         check_values_of_rows("weights", weights, x)
-    runs = _runs(x, cu_seqlens, lengths)
+    runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
     values = x if x.dim() == 2 else x[runs.inside.view(x.shape[:2])]
     if weights is None:
         sizes = values.new_ones(values.shape[0], dtype=wide)
@@ -234,7 +233,7 @@ def iterative_fusion(
         wanted = torch.where(runs.length > count, ((runs.length + 1) // 2).clamp_min(count), runs.length)
         d = adjacent_distance(values.detach(), cu_seqlens=offsets)
         segments = segments_from_mask(top_k_starts(wanted, d, runs), cu_seqlens=offsets)
-        values = segment_reduce(values, segments, "mean", sizes)
+        values = _weighted_means(values, segments, sizes)
         sizes = segment_reduce(sizes[:, None], segments, "sum")[:, 0]
         ids = torch.where(ids >= 0, segments.ids()[ids], -1)
         offsets = segments.cu_segments
@@ -247,6 +246,15 @@ def check_threshold(threshold: float) -> None:
     check_number("threshold", threshold)
     if isinstance(threshold, float) and threshold != threshold:
         raise ValueError(f"threshold must be a number, got {threshold}")
+
+
+def _weighted_means(rows: Tensor, segments: Segments, weights: Tensor | None) -> Tensor:
+    """Means of segments that all have rows. One of a single row is that row, bit for bit and whatever it weighs: what
+    is not merged does not depend on what else the batch holds, or on the number of rounds."""
+    if weights is not None:
+        alone = torch.zeros_like(weights, dtype=torch.bool).index_copy(0, segments.starts, segments.lengths == 1)
+        weights = torch.where(alone, 1.0, weights)
+    return segment_reduce(rows, segments, "mean", weights)
 
 
 def _nearest_within(
@@ -311,9 +319,3 @@ def _(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[
     rows = keys.flatten(0, -2).shape[0]
     best = keys.new_empty(rows, dtype=accumulate_dtype(keys.dtype))
     return best, keys.new_empty(rows, dtype=torch.int64)
-
-
-def _runs(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Runs:
-    if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        check_layout_values(x.shape, cu_seqlens, lengths)
-    return find_runs(x.shape[:-1], x.device, cu_seqlens, lengths, None)

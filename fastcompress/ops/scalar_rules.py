@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcompress.checks import check_layout_values
 from fastcompress.rules import LabelChange, Lookback, PeakHeight, Rule, TopK
 
 
@@ -70,6 +71,20 @@ def find_runs(
     sizes = torch.zeros(count + 1, dtype=torch.int64, device=device)
     sizes = sizes.index_add(0, torch.where(inside, ids, count), torch.ones_like(ids))
     return Runs(ids, row - begin, torch.where(inside, sizes[ids], 0))
+
+
+def find_checked_runs(
+    shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    groups: Tensor | None = None,
+) -> Runs:  # fmt: skip
+    """The same where no kernel looks at the layout: on the CPU, where that waits for nothing, its values are checked.
+
+    Raises:
+        ValueError: ``cu_seqlens`` or ``lengths`` that do not fit.
+    """
+    if device.type == "cpu" and not torch.compiler.is_compiling():
+        check_layout_values(shape, cu_seqlens, lengths)
+    return find_runs(shape, device, cu_seqlens, lengths, groups)
 
 
 def normalize(d: Tensor, runs: Runs) -> Tensor:
@@ -136,9 +151,14 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     """The scan over rows is a composition of maps from the length of the open segment to its next length, which is
     associative: log2(N) rounds for all rows at once."""
     count, device = d.shape[1], d.device
-    states = max(rule.window, rule.min_len, rule.max_len or 1)  # lengths that are told apart: 1, 2, ..., or more
-    if not torch.compiler.is_compiling():  # none is longer than all rows; a traced program would be for as many
-        states = min(states, count)
+    max_len = rule.max_len
+    if torch.compiler.is_compiling():  # a traced program would be for as many rows as there are
+        states = max(rule.window, rule.min_len, max_len or 1)  # lengths that are told apart: 1, 2, ..., or more
+    else:  # no segment is longer than the longest run, or than all rows where finding that would wait for a GPU
+        longest = int(runs.length.max()) if device.type == "cpu" else count
+        if max_len is not None and max_len >= longest:
+            max_len = None
+        states = max(1, min(max(rule.window, rule.min_len, max_len or 1), longest))
     length = torch.arange(1, states + 1, device=device)
     near: list[Tensor] = []  # close to one of the last 1, 2, ... rows
     threshold = torch.tensor(rule.threshold, dtype=d.dtype, device=device)
@@ -148,8 +168,8 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
         near.append(close if not near else near[-1] | close)
     joins = torch.stack([near[min(i, rule.window) - 1] for i in range(1, states + 1)], 1)  # [N, states]
     joins = joins | (length < rule.min_len)
-    if rule.max_len is not None:
-        joins = joins & (length < rule.max_len)
+    if max_len is not None:
+        joins = joins & (length < max_len)
     joins = joins & (runs.inside & (runs.place > 0))[:, None]
     step = torch.where(joins, length.clamp_max(states - 1), 0)  # index of the next length, which is length + 1
     scan, reach = step, 1

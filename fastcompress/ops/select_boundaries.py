@@ -108,7 +108,7 @@ def _select_scalar(
     groups = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LabelChange) and rule.blank is not None:
         kept = torch.ones_like(rows, dtype=torch.int32) if groups is None else groups
-        groups = torch.where(rows == rule.blank, -1, kept)
+        groups = torch.where(rows.long() == rule.blank, -1, kept)  # a blank beyond a small dtype is no label of it
     runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, groups)
     mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
@@ -139,7 +139,7 @@ def normalize_distance(
     """
     check_float("d", d)
     groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
-    runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
+    runs = scalar_rules.find_checked_runs(d.shape, d.device, cu_seqlens, lengths, groups)
     return scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
 
 

@@ -98,11 +98,11 @@ class PackedInputs:
         return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments for a transformers decoder whose attention is ``"fastcompress"`` or flash attention.
+        """Keyword arguments for a transformers decoder whose attention is ``"fastcompress"``.
 
         The batch is one row, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four dimensions: transformers
-        hands such a mask on as it is, where it would build one of T x T. No cache is kept: packed rows are not a prompt
-        that can be continued.
+        hands such a mask on as it is, where it would build one of T x T. Its own flash attention takes the same but for
+        that: set ``attention_mask`` to ``None``. No cache is kept: packed rows are not a prompt that can be continued.
         """
         cu_seqlens, max_seqlen = self.cu_seqlens, self.max_seqlen
         if not self.compact:  # what is behind the last sequence is one more: attention leaves no row out

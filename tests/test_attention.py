@@ -413,6 +413,22 @@ def test_a_hybrid_is_refused_where_it_runs():
         model(**packed_batch([embeds]).model_inputs())
 
 
+def test_flash_attention_of_transformers_takes_the_same_without_a_mask(monkeypatch: pytest.MonkeyPatch):
+    """Its kernels are not here; what it does with its arguments is its own."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **_: Any) -> Tensor:
+        return sequence_attention.packed_attention(q, k, v, cu_seqlens_q)
+
+    kernels = (None, varlen, None, flash._pad_input, flash._unpad_input), (lambda **_: {}, None)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: kernels)
+    model = decoder("qwen2")
+    inputs = packed_batch(samples(model)[0]).model_inputs()
+    wanted = model(**inputs).logits
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(**inputs | {"attention_mask": None}).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
 def test_prepare():
     model = attention.prepare(decoder("qwen2", "eager"))
     assert model.config._attn_implementation == "fastcompress"

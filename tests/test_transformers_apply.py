@@ -153,6 +153,17 @@ def test_another_attention_is_not_packed_through():
         assert abs(model(**inputs).loss - loss) <= 1e-9
 
 
+def test_flash_attention_is_replaced():
+    """It would unpad packed rows by their empty mask."""
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    stock = apply_to(make("qwen2_audio"), "uniform:2")(**inputs).loss
+    model.model.language_model.config._attn_implementation = "flash_attention_2"
+    apply_to(model, "uniform:2")
+    assert model.model.language_model.config._attn_implementation == "fastcompress"
+    assert torch.equal(model(**inputs).loss, stock)
+
+
 def test_compiled_models_run():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)

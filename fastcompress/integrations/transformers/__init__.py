@@ -157,10 +157,7 @@ def _compressor(compressor: Any) -> nn.Module:
 
 def _prepare(decoder: Any) -> str | None:
     """Gives a decoder attention that keeps samples apart; returns what it had, if that was changed."""
-    before = decoder.config._attn_implementation
-    if before is not None and before.startswith("flash"):  # which is told where samples begin, too
-        attention.check_decoder(decoder.config.get_text_config(decoder=True))
-        return None
+    before: str | None = decoder.config._attn_implementation
     try:
         attention.prepare(decoder)
     except NotImplementedError as error:

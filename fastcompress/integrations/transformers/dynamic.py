@@ -176,8 +176,8 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _keeps_apart(model: Any) -> bool:
     """Whether the decoder's attention is told where samples begin: not if another was set since."""
-    implementation = model.model.language_model.config._attn_implementation or ""
-    return implementation == attention.NAME or implementation.startswith("flash")
+    found: bool = model.model.language_model.config._attn_implementation == attention.NAME
+    return found
 
 
 def _has_audio(model: Any, arguments: Mapping[str, Any]) -> bool:

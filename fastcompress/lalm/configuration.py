@@ -105,6 +105,9 @@ class FastCompressConfig(PreTrainedConfig):
         self.ctc_tokens = ctc_tokens
         self.ctc_weight = ctc_weight
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
+        for name in ("attn_implementation", "experts_implementation"):  # or those of models at hand would be cleared
+            if kwargs.get(name) is None:
+                kwargs[name] = {part: {} for part in self.sub_configs}
         super().__init__(**kwargs)
 
 

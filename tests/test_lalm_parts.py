@@ -1,0 +1,84 @@
+"""The reference audio LLM of pretrained parts: each keeps its attention."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
+from fastcompress.lalm.encoders import build_encoder, encode  # noqa: E402
+from tests.test_lalm_combinations import ENCODERS  # noqa: E402
+from tests.test_lalm_model import AUDIO, TEXT, WHISPER, batch  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.filterwarnings("ignore:the decoder runs padded"),
+]
+
+
+def encoder(kind: str = "whisper", **options: Any) -> Any:
+    torch.manual_seed(0)
+    return build_encoder(transformers.AutoConfig.for_model(kind, **ENCODERS[kind] | options)).eval()
+
+
+def decoder(kind: str = "qwen2", **options: Any) -> Any:
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(kind, **TEXT | {"initializer_range": 0.5} | options)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
+
+
+def parts(audio: Any, text: Any, **options: Any) -> FastCompressForConditionalGeneration:
+    torch.manual_seed(1)
+    return FastCompressForConditionalGeneration.from_parts(audio, text, audio_token_id=AUDIO, **options).eval()
+
+
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "parakeet_encoder", "wav2vec2-bert"])
+def test_an_encoder_is_what_it_was(kind: str):
+    audio = encoder(kind)
+    before = audio.config._attn_implementation
+    if kind == "wav2vec2":
+        lengths, features = torch.tensor([900, 400]), torch.randn(2, 900)
+    else:
+        lengths, features = torch.tensor([70, 31]), torch.randn(2, 16, 70)
+    mask = (torch.arange(features.shape[-1]) < lengths[:, None]).long()
+    features = features * mask.view(2, *[1] * (features.dim() - 2), -1)
+    expected, counts = encode(audio, features, mask)
+    model = parts(audio, decoder(), audio_padding="longest" if kind == "whisper" else "window")
+    assert model.audio_tower.config._attn_implementation == before == "sdpa"
+    frames, lengths_found = model.encode(features, mask)
+    alone, count = model.encode(features[1:, ..., : lengths[1]], mask[1:, : lengths[1]])
+    assert torch.equal(lengths_found, counts) and count == counts[1]
+    torch.testing.assert_close(frames[1, : counts[1]], alone[0, : counts[1]], rtol=1e-4, atol=1e-4)
+    if kind != "whisper":  # whose padding was of the window
+        for found, wanted, n in zip(frames, expected, counts, strict=True):
+            torch.testing.assert_close(found[:n], wanted[:n])
+
+
+def test_a_decoder_that_runs_padded_stays_causal():
+    text = decoder("lfm2", layer_types=["full_attention", "conv"])
+    mask = batch()["attention_mask"]
+    ids = torch.randint(3, 50, mask.shape)
+    other = ids.clone()
+    other[0, -1] = 3
+    with torch.no_grad():
+        before = text(ids, attention_mask=mask, use_cache=False).logits
+        model = parts(encoder(), text)
+        after, changed = (text(x, attention_mask=mask, use_cache=False).logits for x in (ids, other))
+    assert not model._runs_packed and model.language_model.config._attn_implementation == "sdpa"
+    assert torch.equal(after, before)
+    assert torch.equal(after[0, :-1], changed[0, :-1]) and not torch.equal(after[0, -1], changed[0, -1])
+
+
+def test_a_configuration_of_parts_keeps_their_implementations():
+    audio = transformers.AutoConfig.for_model("whisper", **WHISPER, attn_implementation="eager")
+    text = transformers.AutoConfig.for_model("qwen2", **TEXT, attn_implementation="sdpa")
+    text._experts_implementation = "eager"
+    config = FastCompressConfig(audio, text)
+    assert (config.audio_config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
+    assert config.text_config._experts_implementation == "eager"
+    config = FastCompressConfig(audio, text, attn_implementation="eager")  # which is asked of all
+    assert config.text_config._attn_implementation == "eager"

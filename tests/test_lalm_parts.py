@@ -82,3 +82,22 @@ def test_a_configuration_of_parts_keeps_their_implementations():
     assert config.text_config._experts_implementation == "eager"
     config = FastCompressConfig(audio, text, attn_implementation="eager")  # which is asked of all
     assert config.text_config._attn_implementation == "eager"
+
+
+@pytest.mark.parametrize("kind", ["whisper", "voxtral_encoder"])
+def test_short_padding_with_another_attention(kind: str):
+    features, mask = batch()["input_features"], batch()["feature_attention_mask"]
+    found = []
+    for implementation in ("sdpa", "eager"):
+        audio = encoder(kind, attn_implementation=implementation)
+        for p in audio.parameters():
+            if p.dim() == 2:
+                torch.nn.init.normal_(p, std=2 / p.shape[1] ** 0.5)
+        frames, lengths = encode(audio, features, mask, "longest")
+        alone = encode(audio, features[1:2, :, :9], mask[1:2, :9], "longest")[0][0]
+        torch.testing.assert_close(frames[1, : lengths[1]], alone[: lengths[1]], rtol=1e-4, atol=1e-4)
+        found.append(alone)
+    torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
+    audio.config._attn_implementation = "flex_attention"
+    with pytest.raises(NotImplementedError, match="audio_padding 'longest' .* must be sdpa or eager, got flex"):
+        encode(audio, features, mask, "longest")

@@ -82,6 +82,7 @@ def encode(
 
     Raises:
         ValueError: features of another shape, or an audio without a frame.
+        NotImplementedError: padding ``"longest"`` with attention that does not take such masks.
     """
     kind = encoder.config.model_type
     wanted = 2 if kind in WAVEFORM else 3
@@ -148,6 +149,12 @@ def _run(encoder: Any, features: Tensor, lengths: Tensor, padding: str) -> Tenso
     """One window each, ``[W, bins, T]`` -> ``[W, T / 2, D]``."""
     if padding == "window":
         return encoder(features).last_hidden_state
+    implementation = encoder.config._attn_implementation
+    if implementation not in ("sdpa", "eager"):
+        raise NotImplementedError(
+            f"audio_padding 'longest' masks what is heard, for which attention must be sdpa or eager, got "
+            f"{implementation}"
+        )
     # The encoder's own forward insists on whole windows, whose padding it attends to; its parts do not.
     hidden = nn.functional.gelu(encoder.conv1(features))
     hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
@@ -156,6 +163,8 @@ def _run(encoder: Any, features: Tensor, lengths: Tensor, padding: str) -> Tenso
     hidden = nn.functional.dropout(hidden, encoder.dropout, encoder.training)
     seen = torch.arange(rows, device=hidden.device) < ((lengths + 1) // 2)[:, None]
     mask = seen[:, None, None].expand(-1, 1, rows, -1)
+    if implementation == "eager":  # which adds its mask to the scores
+        mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
     for layer in encoder.layers:
         hidden = layer(hidden, mask)
     return encoder.layer_norm(hidden)

@@ -1,7 +1,8 @@
-"""The reference audio LLM of pretrained parts: each keeps its attention."""
+"""The reference audio LLM of pretrained parts: each keeps its attention, its settings and its dtype."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -101,3 +102,20 @@ def test_short_padding_with_another_attention(kind: str):
     audio.config._attn_implementation = "flex_attention"
     with pytest.raises(NotImplementedError, match="audio_padding 'longest' .* must be sdpa or eager, got flex"):
         encode(audio, features, mask, "longest")
+
+
+def test_generation_settings_are_those_of_the_decoder(tmp_path: Path):
+    text = decoder()
+    text.generation_config.eos_token_id, text.generation_config.suppress_tokens = [2, 5], [7, 9]
+    model = parts(encoder(), text)
+    assert model.generation_config is text.generation_config
+    inputs = {name: tensor for name, tensor in batch().items() if name != "labels"}
+    written = model.generate(**inputs, max_new_tokens=8, do_sample=False)
+    model.save_pretrained(tmp_path)
+    loaded = FastCompressForConditionalGeneration.from_pretrained(tmp_path)
+    settings = loaded.language_model.generation_config
+    assert settings is loaded.generation_config
+    assert (settings.eos_token_id, settings.suppress_tokens) == ([2, 5], [7, 9])
+    assert torch.equal(loaded.generate(**inputs, max_new_tokens=8, do_sample=False), written)
+    loaded.generation_config = transformers.GenerationConfig(eos_token_id=7)
+    assert loaded.language_model.generation_config.eos_token_id == 7

@@ -111,8 +111,17 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         model = cls(config, encoder, decoder)
         model.projector.to(decoder.dtype)
-        model.generation_config = decoder.generation_config
         return model
+
+    @property
+    def generation_config(self) -> Any:
+        """The decoder's, which writes; this model's is saved and loaded."""
+        return self.language_model.generation_config
+
+    @generation_config.setter
+    def generation_config(self, value: Any) -> None:
+        if "language_model" in self._modules:  # transformers sets one before
+            self.language_model.generation_config = value
 
     def _prepare_decoder(self) -> bool:
         try:

@@ -11,7 +11,12 @@ import torch
 transformers = pytest.importorskip("transformers")
 
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
+from fastcompress.lalm.dtypes import part_dtypes  # noqa: E402
 from fastcompress.lalm.encoders import build_encoder, encode  # noqa: E402
+from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.recipes import build_small  # noqa: E402
+from fastcompress.lalm.runs import load_model  # noqa: E402
+from tests.lalm_data import write_tones  # noqa: E402
 from tests.test_lalm_combinations import ENCODERS  # noqa: E402
 from tests.test_lalm_model import AUDIO, TEXT, WHISPER, batch  # noqa: E402
 
@@ -119,3 +124,49 @@ def test_generation_settings_are_those_of_the_decoder(tmp_path: Path):
     assert torch.equal(loaded.generate(**inputs, max_new_tokens=8, do_sample=False), written)
     loaded.generation_config = transformers.GenerationConfig(eos_token_id=7)
     assert loaded.language_model.generation_config.eos_token_id == 7
+
+
+@pytest.mark.parametrize("kind", ["whisper", "parakeet_encoder"])
+def test_each_part_is_loaded_in_its_dtype(kind: str, tmp_path: Path):
+    text = decoder().to(torch.bfloat16)
+    with torch.no_grad():
+        text.get_input_embeddings().weight[20] = 1e6  # infinite in fp16
+    model = parts(encoder(kind).half(), text, ctc_tokens=["a"], keys="ctc", boundary_ratio=2.0)
+    model.projector.to(torch.bfloat16)
+    model.compressor.to(torch.bfloat16)
+    model.save_pretrained(tmp_path)
+    load = FastCompressForConditionalGeneration.from_pretrained
+    loaded = load(tmp_path)
+    saved, found = model.state_dict(), loaded.state_dict()
+    assert saved.keys() == found.keys() and len({tensor.dtype for tensor in saved.values()}) > 2
+    for name, tensor in saved.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+    for name, buffer in decoder().named_buffers():  # frequencies, which are computed and not saved
+        assert torch.equal(loaded.language_model.get_buffer(name), buffer), name
+    config = FastCompressConfig.from_pretrained(tmp_path)
+    for options in ({}, {"config": config}):
+        assert {p.dtype for p in load(tmp_path, dtype=torch.float32, **options).parameters()} == {torch.float32}
+        assert {p.dtype for p in load(tmp_path, dtype="auto", **options).parameters()} > {torch.float16, torch.bfloat16}
+    half = dict.fromkeys(("language_model", "projector", "compressor"), "bfloat16")
+    assert config.part_dtypes == half | {"ctc_head": "float32"}
+    model.float().save_pretrained(tmp_path)
+    assert {p.dtype for p in load(tmp_path).parameters()} == {torch.float32}
+
+
+def test_a_head_and_an_encoder_of_other_dtypes():
+    full, labels = batch(), torch.tensor([[1], [1], [1]])
+    for rule in (None, "label-change", "local-max"):
+        keys = "ctc" if rule == "local-max" else "frames"
+        model = parts(encoder().bfloat16(), decoder(), ctc_tokens=["a"], rule=rule, keys=keys)
+        assert model(**full, ctc_labels=labels).loss.isfinite()
+
+
+def test_half_becomes_float_on_the_cpu_part_by_part(tmp_path: Path):
+    model, processor = build_small(read_manifest(write_tones(tmp_path, 3)))
+    model.audio_tower.to(torch.bfloat16)
+    model.language_model.half()
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    loaded, _ = load_model(tmp_path)
+    dtypes = {"audio_tower": torch.bfloat16} | dict.fromkeys(("language_model", "projector", "ctc_head"), torch.float32)
+    assert part_dtypes(loaded) == dtypes

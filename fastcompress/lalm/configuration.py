@@ -45,6 +45,8 @@ class FastCompressConfig(PreTrainedConfig):
         ctc_tokens: units, such as phones, of an auxiliary CTC loss on the encoder, 1 to their number beside the blank
             0; ``None``: no such loss.
         ctc_weight: of that loss.
+        part_dtypes: names of the dtypes of the model's parts that are not in ``dtype``, such as ``{"language_model":
+            "bfloat16"}``; ``save_pretrained`` sets it.
     """
 
     model_type = "fastcompress"
@@ -68,6 +70,7 @@ class FastCompressConfig(PreTrainedConfig):
         boundary_kind: str = "h-net",
         boundary_weight: float = 0.1,
         compressor: str | None = None,
+        part_dtypes: dict[str, str] | None = None,
         **kwargs: Any,
     ) -> None:
         self.audio_config: PreTrainedConfig = _as_config("audio_config", audio_config, "whisper")
@@ -104,6 +107,7 @@ class FastCompressConfig(PreTrainedConfig):
         self.audio_padding = audio_padding
         self.ctc_tokens = ctc_tokens
         self.ctc_weight = ctc_weight
+        self.part_dtypes = part_dtypes
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
         for name in ("attn_implementation", "experts_implementation"):  # or those of models at hand would be cleared
             if kwargs.get(name) is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from dataclasses import dataclass, replace
 from typing import Any
@@ -14,6 +15,7 @@ from transformers.utils.generic import ModelOutput
 import fastcompress as fc
 from fastcompress import attention
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
+from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
 from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
@@ -84,6 +86,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
         else:
             warn_of_missing_compressor(config)
+        for name, dtype in (config.part_dtypes or {}).items():
+            if (part := getattr(self, name)) is not None:
+                cast_part(part, getattr(torch, dtype))
         self._runs_packed = self._prepare_decoder()
         self.train_encoder(config.train_encoder)
 
@@ -112,6 +117,23 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model = cls(config, encoder, decoder)
         model.projector.to(decoder.dtype)
         return model
+
+    @classmethod
+    def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
+        """As of transformers; without a ``dtype``, or with ``"auto"``, each part in that in which it was saved."""
+        if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) != "auto":
+            if isinstance(kwargs.get("config"), FastCompressConfig):
+                kwargs["config"] = copy.deepcopy(kwargs["config"])
+                kwargs["config"].part_dtypes = None
+            else:
+                kwargs["part_dtypes"] = None
+        return super().from_pretrained(*args, **kwargs)
+
+    def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
+        """As of transformers."""
+        others = {name: dtype for name, dtype in part_dtypes(self).items() if dtype != self.dtype}
+        self.config.part_dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in others.items()} or None
+        super().save_pretrained(*args, **kwargs)
 
     @property
     def generation_config(self) -> Any:
@@ -246,16 +268,15 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if self.compressor is not None:
             return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
         if isinstance(self._rule, LabelChange):
-            assert self.ctc_head is not None
             with torch.no_grad():
-                labels = self.ctc_head(frames).argmax(-1)
+                labels = self._ctc_logits(frames).argmax(-1)
             return fc.segment_pool(frames, lengths=lengths, rule=self._rule, labels=labels, reduce=self.config.reduce)
         keys = None
         if self.config.keys == "ctc":
             if self.ctc_head is None:
                 raise ValueError("keys 'ctc' need ctc_tokens in the configuration, which is None")
             with torch.no_grad():
-                keys = self.ctc_head(frames).softmax(-1)
+                keys = self._ctc_logits(frames).softmax(-1)
         return fc.segment_pool(frames, lengths=lengths, rule=self._rule, keys=keys, reduce=self.config.reduce)
 
     def pack(
@@ -391,6 +412,11 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         total = nn.functional.cross_entropy(logits[0].float(), labels[rows + 1], reduction="sum")
         return logits, total / (max(1, len(rows)) if num_items is None else num_items)
 
+    def _ctc_logits(self, frames: Tensor) -> Tensor:
+        """``[A, F, D]`` -> ``[A, F, units]``."""
+        assert self.ctc_head is not None
+        return self.ctc_head(frames.to(self.ctc_head.weight.dtype))
+
     def _ctc_loss(self, frames: Tensor | None, lengths: Tensor | None, labels: Tensor) -> Tensor:
         """Mean of the audios' losses, each a unit."""
         if self.ctc_head is None:
@@ -398,7 +424,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if frames is None or lengths is None or labels.shape[0] != frames.shape[0]:
             audios = 0 if frames is None else frames.shape[0]
             raise ValueError(f"ctc_labels must have a row for each of the {audios} audios, got {list(labels.shape)}")
-        log_probs = self.ctc_head(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
+        log_probs = self._ctc_logits(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
         counts = (labels != -100).sum(1)
         return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
 

@@ -23,6 +23,7 @@ import yaml
 
 from fastcompress.lalm.checkpoints import WRITE_ERRORS, clean, one_line, write_file, write_folder
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
+from fastcompress.lalm.dtypes import part_dtypes
 from fastcompress.lalm.examples import EncodedExamples, Examples
 from fastcompress.lalm.lora import add_lora, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
@@ -273,8 +274,9 @@ def load_model(
         raise RunError(f"{path}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
     set_compression(model, rule)
     device = torch.device(device)
-    if device.type == "cpu" and model.dtype == torch.float16:
-        model.float()
+    for name, dtype in part_dtypes(unwrap(model)).items():
+        if device.type == "cpu" and dtype == torch.float16:
+            getattr(unwrap(model), name).float()
     return model.to(device).eval(), processor
 
 

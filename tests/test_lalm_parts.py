@@ -132,6 +132,7 @@ def test_each_part_is_loaded_in_its_dtype(kind: str, tmp_path: Path):
     with torch.no_grad():
         text.get_input_embeddings().weight[20] = 1e6  # infinite in fp16
     model = parts(encoder(kind).half(), text, ctc_tokens=["a"], keys="ctc", boundary_ratio=2.0)
+    assert {part_dtypes(model)[name] for name in ("projector", "compressor", "ctc_head")} == {torch.float32}
     model.projector.to(torch.bfloat16)
     model.compressor.to(torch.bfloat16)
     model.save_pretrained(tmp_path)

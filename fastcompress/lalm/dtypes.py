@@ -21,3 +21,10 @@ def cast_part(part: nn.Module, dtype: torch.dtype) -> None:
     for tensor in part.state_dict(keep_vars=True).values():
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(dtype)
+
+
+def float_trained(model: nn.Module) -> None:
+    """Casts the parts of which something is trained to fp32, for in half precision small steps round to nothing."""
+    for part in model.children():
+        if any(p.requires_grad for p in part.parameters()):
+            part.float()

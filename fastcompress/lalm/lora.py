@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from torch import nn
@@ -22,7 +23,7 @@ def lora_targets(decoder: Any) -> str:
 
 def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **kwargs: Any) -> Any:
     """Freezes a :class:`FastCompressForConditionalGeneration` but for LoRA on its decoder, its projector and, if
-    ``train_encoder`` says so, its encoder.
+    ``train_encoder`` says so, its encoder. What is trained is in fp32, what is frozen stays in its dtype.
 
     Args:
         model: which is changed.
@@ -38,12 +39,23 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     saved = ["projector"] + (["compressor"] if learns else [])
     if model.config.train_encoder:
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
+    for name in saved:
+        getattr(model, name).float()
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
         lora_dropout=dropout, target_modules=lora_targets(model.language_model), modules_to_save=saved, **kwargs,
     )  # fmt: skip
     return get_peft_model(model, config)
+
+
+def load_lora(model: Any, path: str | Path) -> Any:
+    """What ``save_pretrained`` wrote of :func:`add_lora`, on a model like that which was given to it."""
+    from peft import PeftConfig, PeftModel
+
+    for name in PeftConfig.from_pretrained(str(path)).modules_to_save or ():
+        getattr(model, name).float()
+    return PeftModel.from_pretrained(model, str(path))
 
 
 def unwrap(model: Any) -> Any:

@@ -97,7 +97,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         cls, audio_model: str | nn.Module, text_model: str | nn.Module, *, audio_token_id: int,
         rule: Rule | str | None = None, **kwargs: Any,
     ) -> FastCompressForConditionalGeneration:  # fmt: skip
-        """From a pretrained encoder and decoder, with a new projector.
+        """From a pretrained encoder and decoder, each in its dtype, with a new projector, in fp32 to be trained.
 
         Args:
             audio_model, text_model: local folders, names, or models.
@@ -114,9 +114,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio_token_id=audio_token_id,
             **kwargs,
         )
-        model = cls(config, encoder, decoder)
-        model.projector.to(decoder.dtype)
-        return model
+        return cls(config, encoder, decoder)
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:

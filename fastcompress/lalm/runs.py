@@ -23,9 +23,9 @@ import yaml
 
 from fastcompress.lalm.checkpoints import WRITE_ERRORS, clean, one_line, write_file, write_folder
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
-from fastcompress.lalm.dtypes import part_dtypes
+from fastcompress.lalm.dtypes import float_trained, part_dtypes
 from fastcompress.lalm.examples import EncodedExamples, Examples
-from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.lora import add_lora, load_lora, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
 from fastcompress.lalm.modeling import FastCompressForConditionalGeneration, warn_of_missing_compressor
 from fastcompress.lalm.processing import FastCompressProcessor
@@ -203,6 +203,8 @@ def build_model(
             raise RunError("LoRA needs a trained model: give model, or audio_model and text_model")
         torch.manual_seed(settings.training.seed)  # of LoRA's own weights
         model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
+    else:
+        float_trained(model)
     return model, processor, base
 
 
@@ -281,8 +283,6 @@ def load_model(
 
 
 def _load_adapter(path: Path) -> Any:
-    from peft import PeftModel
-
     base = json.loads((path / _BASE).read_text(encoding="utf-8"))
     if "model" in base:
         model, _ = load_model(base["model"])
@@ -297,7 +297,7 @@ def _load_adapter(path: Path) -> Any:
     else:
         warn_of_missing_compressor(config)
     model.train_encoder(config.train_encoder)
-    return PeftModel.from_pretrained(model, str(path))
+    return load_lora(model, path)
 
 
 class Run:

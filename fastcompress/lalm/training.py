@@ -44,7 +44,8 @@ class TrainingArguments:
         max_grad_norm: to which gradients are clipped.
         augment: SpecAugment of the features.
         seed: of the order of examples, dropout and augmentation.
-        precision: ``"fp32"`` or ``"bf16"`` (autocast).
+        precision: ``"fp32"`` or ``"bf16"`` (autocast), of what is computed. A run keeps what it trains, and the moments
+            of AdamW, in fp32 either way; what is frozen stays in the dtype in which it came.
         gradient_checkpointing: compute activations twice to save memory.
         save_every: steps between checkpoints, a multiple of ``log_every``, or a resumed run would log other means; 0:
             only at the end.

@@ -93,13 +93,16 @@ def main(argv: list[str] | None = None) -> list[float]:
     model = get_peft_model(model, lora).train()
     model.print_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]
+    for p in trained:
+        p.data = p.data.float()  # or small steps, and AdamW's moments, round to nothing; frozen weights stay in bf16
     rate = arguments.learning_rate or (1e-2 if arguments.tiny else 1e-4)
     optimizer = torch.optim.AdamW(trained, lr=rate)
 
     losses = []
     for step, batch in zip(range(arguments.steps), data, strict=False):
         batch = {name: value.to(device) for name, value in batch.items()}
-        output = model(**batch)
+        with torch.autocast(device.type, torch.bfloat16, enabled=not arguments.tiny):
+            output = model(**batch)
         optimizer.zero_grad()
         output.loss.backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)

@@ -361,3 +361,30 @@ def test_info_says_which_models(capsys):
     assert cli.main(["info", "--models", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["voxtral"]["budget"] and found["musicflamingo"]["why_no_budget"] and found["moshi"]["refused"]
+
+
+@pytest.fixture
+def one_precision():
+    """Which a process has, as a run has a process."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+@pytest.mark.parametrize("name", ["qwen2_audio", "audioflamingo3"])
+def test_finetune_in_bf16_trains_in_fp32(stock, name, tmp_path, capsys, one_precision):
+    out = tmp_path / "run"
+    line = arguments(stock, name, out, precision="bf16", dev=stock / "dev.jsonl")
+    assert cli.main(line) == 0, capsys.readouterr().err
+    state = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"].values()
+    assert len(state) > 14 and {s[key].dtype for s in state for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert json.loads((out / "finetune.json").read_text())["scores"]["utterances"] == 4
+    settings = finetuning.Finetuning(str(stock / name), "", "", lora_rank=4)
+    found = finetuning.memory(settings)
+    assert found["training_bytes"] == 12 * found["trained"]
+    model, _ = finetuning.load(settings.model, torch.bfloat16)
+    model = finetuning.add_lora(apply_to(model, settings.rule), settings)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert found["weights_bytes"] == sum(p.numel() * p.element_size() for p in model.parameters())

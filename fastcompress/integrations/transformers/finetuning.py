@@ -49,7 +49,8 @@ class Finetuning:
         steps, batch_size, accumulate, learning_rate, warmup_steps: of ``Trainer``, with a cosine schedule.
         lora_rank, lora_alpha, lora_dropout: of LoRA on the decoder's attention and MLP.
         train_projector: train the projector in full, too.
-        precision: ``"bf16"`` or ``"fp32"``, of the weights.
+        precision: ``"bf16"`` or ``"fp32"``, of the weights that are frozen, and of what is computed; what is trained is
+            in fp32.
         gradient_checkpointing: compute activations twice to save memory.
         max_seconds: longer audio is skipped.
         max_new_tokens: of what is written when ``dev`` is scored.
@@ -189,8 +190,12 @@ def _class_of(config: Any, path: str) -> Any:
 
 
 def add_lora(model: Any, settings: Finetuning) -> Any:
-    """Freezes a compressed model but for LoRA on its decoder, and its projector."""
+    """Freezes a compressed model but for LoRA on its decoder, and its projector: both in fp32, others as they are.
+
+    A model in bf16 then needs autocast.
+    """
     from peft import LoraConfig, get_peft_model
+    from peft.utils import ModulesToSaveWrapper
 
     core = {name for name, _ in model.model.named_children()}
     saved = [name for name in ("multi_modal_projector", "projector") if settings.train_projector and name in core]
@@ -200,7 +205,11 @@ def add_lora(model: Any, settings: Finetuning) -> Any:
         lora_dropout=settings.lora_dropout, target_modules=lora_targets(model.model.language_model),
         modules_to_save=saved or None,
     )  # fmt: skip
-    return get_peft_model(model, config)
+    tuned = get_peft_model(model, config)
+    for module in tuned.modules():
+        if isinstance(module, ModulesToSaveWrapper):
+            module.modules_to_save.float()
+    return tuned
 
 
 def memory(settings: Finetuning) -> dict[str, int]:
@@ -321,12 +330,14 @@ def score(
             for name, value in inputs.items()
         }
         is_audio = inputs["input_ids"] == base.config.audio_token_id
-        if base.fastcompress_settings.mode == "dynamic":
-            text = int((inputs["attention_mask"].bool() & ~is_audio).sum())
-            tokens += len(compressed_prompt(base, **inputs).source) - text
-        else:
-            tokens += int(is_audio.sum())
-        out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
+        # What was trained is in fp32, the rest may not be.
+        with torch.autocast(base.device.type, base.dtype, enabled=base.dtype in (torch.float16, torch.bfloat16)):
+            if base.fastcompress_settings.mode == "dynamic":
+                text = int((inputs["attention_mask"].bool() & ~is_audio).sum())
+                tokens += len(compressed_prompt(base, **inputs).source) - text
+            else:
+                tokens += int(is_audio.sum())
+            out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
         written += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     references, hypotheses = [u.target for u in utterances], [text.strip() for text in written]
     seconds = sum(u.duration or 0.0 for u in utterances if u.has_audio)

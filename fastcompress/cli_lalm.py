@@ -234,7 +234,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     if options.threads:
         torch.set_num_threads(options.threads)
     model, processor = _load(options)
-    rule = unwrap(model).rule or "none"
+    rule = unwrap(model).compression
     found: dict[str, Any] = {"model": options.model, "rule": rule, "num_beams": options.num_beams, "manifests": {}}
     rows = []
     for path in options.manifests:

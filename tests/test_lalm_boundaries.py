@@ -19,7 +19,7 @@ from fastcompress.lalm import (  # noqa: E402
     logs,  # noqa: E402
 )
 from fastcompress.lalm.examples import Examples  # noqa: E402
-from fastcompress.lalm.lora import add_lora  # noqa: E402
+from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
 from fastcompress.lalm.runs import Run, RunError, RunSettings, _load_adapter, load_model, set_compression  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
@@ -70,7 +70,7 @@ def test_a_new_one_is_the_identity():
         model.rule = "uniform:3"
     with pytest.raises(ValueError, match="boundary_ratio excludes a rule, got 2.0 and 'uniform:3'"):
         FastCompressConfig(boundary_ratio=2.0, rule="uniform:3")
-    set_compression(model, "none", reduce="first")
+    set_compression(model, None, reduce="first")
     assert model.compressor.reduce == "first"
 
 
@@ -127,7 +127,7 @@ def test_what_is_saved_of_a_compressor(tmp_path: Path):
 def test_what_changes_a_model_behind_its_back(tmp_path: Path):
     """With LoRA, whose wrapper is in the compressor's place; when another rule or compressor comes, or both inputs."""
     tuned = add_lora(build(boundary_ratio=3.0), rank=2)
-    set_compression(tuned, "none", reduce="first")
+    set_compression(tuned, None, reduce="first")
     found = [m.reduce for m in tuned.modules() if isinstance(m, fc.nn.LearnedBoundary)]
     assert found == ["first", "first"]  # peft's copy is the one that runs
     model = build()
@@ -186,6 +186,29 @@ def test_any_compressor(module: torch.nn.Module):
     assert saved == ["projector"]  # there is nothing to learn
 
 
+def test_no_rule_is_no_compressor(tmp_path: Path):
+    """Every frame is kept where that is asked for, and what compresses is called by its name."""
+    for build_one in (lambda: learned(), lambda: add_lora(learned(), rank=2)):
+        model = build_one()
+        inputs = batch()
+        assert unwrap(model).compression == "LearnedBoundary"
+        set_compression(model, None)
+        assert unwrap(model).compression == "LearnedBoundary"
+        set_compression(model, "none")
+        out = model(**inputs)
+        assert unwrap(model).compression == "none" and out.compressor_loss is None
+        assert out.num_audio_tokens == out.num_frames
+        assert (unwrap(model).config.boundary_ratio, unwrap(model).config.compressor) == (None, None)
+        set_compression(model, "uniform:3")
+        assert unwrap(model).compression == "uniform:3"
+    model = learned()
+    model.use_compressor(fc.nn.BipartiteMerge(2.0))
+    assert model.compression == "BipartiteMerge"
+    model.rule = None
+    model.save_pretrained(tmp_path)
+    assert FastCompressForConditionalGeneration.from_pretrained(tmp_path).compression == "none"
+
+
 def test_labels_of_the_ctc_head_as_boundaries():
     model = build(ctc_tokens=["a", "b", "c"], rule="label-change:blank=0")
     inputs = {key: value for key, value in batch().items() if key != "labels"}
@@ -221,6 +244,11 @@ def test_training_from_the_command_s_settings(tmp_path: Path):
     trained = [p for n, p in base.named_parameters() if "compressor" in n and "modules_to_save" in n]
     assert len(trained) == 2 and not torch.equal(trained[0], torch.eye(128))
     assert tuned.generate(**inputs, max_new_tokens=3).shape[0] == 2
+    for more in ({}, {"lora_rank": 4}):  # of learned boundaries
+        settings = {"model": str(tmp_path / "run"), "rule": "none", "steps": 1, **common, **more}
+        folder = tmp_path / f"none-{len(more)}"
+        Run(folder, RunSettings.from_flat(settings), say=lambda text: None).train()
+        assert unwrap(load_model(folder)[0]).compression == "none"
     for wrong, text in (
         ({"boundary_ratio": 1.0}, "boundary_ratio must be more than 1, got 1.0"),
         ({"boundary_kind": "cnn"}, "boundary_kind must be one of h-net, cif, got 'cnn'"),

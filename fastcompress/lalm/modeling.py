@@ -153,20 +153,30 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def rule(self) -> str | None:
-        """Text form of the compression rule; ``None``: every frame is kept. Setting it changes ``config``."""
+        """Text form of the compression rule; ``None``: every frame is kept, or there is a compressor. Setting it sets
+        ``config``, and setting ``None`` takes the compressor away."""
         return self.config.rule
 
     @rule.setter
     def rule(self, rule: Rule | str | None) -> None:
         compressor = getattr(self, "compressor", None)
         if rule is not None and compressor is not None:
-            raise ValueError(f"this model is compressed by {type(compressor).__name__}: it takes no rule, got {rule}")
+            raise ValueError(f"this model is compressed by {self.compression}: it takes no rule, got {rule}")
         self._rule = Uniform(1) if rule is None else as_rule(rule)
         if isinstance(self._rule, LabelChange) and self.ctc_head is None:
             raise ValueError(f"rule {rule} needs ctc_tokens in the configuration, which is None")
         self.config.rule = None if rule is None else str(self._rule)
         if rule is not None:
             self.config.compressor = None  # of a model that was loaded without it
+        elif compressor is not None:
+            self.compressor = self.config.boundary_ratio = self.config.compressor = None
+
+    @property
+    def compression(self) -> str:
+        """What compresses: the rule, the name of the compressor's class, or ``"none"``."""
+        if self.compressor is None:
+            return self.rule or "none"
+        return type(getattr(self.compressor, "original_module", self.compressor)).__name__  # peft wraps it
 
     def learn_boundaries(self, ratio: float, kind: str = "h-net") -> None:
         """From now on boundaries are learned, in place of a rule.

@@ -50,7 +50,8 @@ class RunSettings:
         model: folder of a model to go on from; or
         audio_model, text_model: folders or names of a pretrained encoder and decoder; or none of them: a small model
             with random weights, for the data.
-        rule: of the compression; ``"none"``: every frame; ``None``: the model's.
+        rule: of the compression; ``"none"``: every frame, in place of boundaries that were learned, too; ``None``: the
+            model's.
         reduce, keys: of the compression, as in :class:`FastCompressConfig`; ``None``: the model's.
         boundary_ratio: frames a token that learned boundaries aim at, in place of a rule; ``None``: none are learned.
         boundary_kind: how they are, as in :class:`FastCompressConfig`.
@@ -291,7 +292,8 @@ def _load_adapter(path: Path) -> Any:
     else:
         model, _ = _from_parts(base["audio_model"], base["text_model"])
     config = FastCompressConfig.from_pretrained(path)
-    set_compression(model, config.rule or "none", config.reduce, config.keys)
+    replaced = config.boundary_ratio is not None or config.compressor is not None
+    set_compression(model, config.rule or (None if replaced else "none"), config.reduce, config.keys)
     if config.boundary_ratio is not None and model.compressor is None:
         model.learn_boundaries(config.boundary_ratio, config.boundary_kind)
     else:

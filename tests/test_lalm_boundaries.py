@@ -160,6 +160,18 @@ def test_a_compressor_s_loss_has_its_own_weight():
     torch.testing.assert_close(out.loss, out.lm_loss + 5.0 * out.compressor_loss)
 
 
+def test_losses_beside_the_labels_count_once_a_step():
+    """Whatever the parts that a step is accumulated from: transformers' ``Trainer`` adds their losses up."""
+    model = build(boundary_ratio=3.0, train_encoder=True, ctc_tokens=["a", "b"])
+    inputs = batch() | {"ctc_labels": torch.tensor([[1, 2], [2, -100], [1, -100]])}
+    whole = model(**inputs)
+    torch.testing.assert_close(whole.loss, whole.lm_loss + whole.ctc_loss + 0.1 * whole.compressor_loss)
+    labels = int((whole.packed.labels != -100).sum())
+    parts = [model(**inputs, num_items_in_batch=items) for items in (torch.tensor(2 * labels), 2 * labels)]
+    torch.testing.assert_close(sum(part.loss for part in parts), whole.loss)
+    assert parts[0].ctc_loss == whole.ctc_loss and parts[0].compressor_loss == whole.compressor_loss
+
+
 @pytest.mark.parametrize(
     "module",
     [

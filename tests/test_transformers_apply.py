@@ -202,6 +202,9 @@ def test_a_compressor_s_own_loss_is_added(kind: type[nn.Module]):
     torch.testing.assert_close(out.loss, lm + 0.5 * module.loss)
     out.loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
+    # Of a step of four batches the trainer adds the losses up, each of which is told the labels of all.
+    parts = sum(model(**inputs, num_items_in_batch=torch.tensor(4 * len(told))).loss for _ in range(4))
+    torch.testing.assert_close(parts, out.loss)
     text = batch("qwen2_audio", model, (None, None), labels=True)
     stale = model(**text).loss  # the loss of an earlier batch is not this one's
     assert abs(stale - model(**text, num_items_in_batch=8).loss) <= 1e-9

@@ -26,7 +26,8 @@ class FastCompressOutput(ModelOutput):
     """What the model returns.
 
     Attributes:
-        loss: ``lm_loss`` and, weighted, ``ctc_loss`` and ``compressor_loss``.
+        loss: ``lm_loss`` and, weighted, ``ctc_loss`` and ``compressor_loss``; these two, given ``num_items_in_batch``,
+            times this batch's share of it.
         logits: ``[1, T, V]`` of the packed rows; with labels ``[1, K, V]``, of those rows alone that a label is
             predicted from.
         lm_loss: cross-entropy of the labels.
@@ -369,10 +370,12 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if lm_loss is not None:
             loss = lm_loss
+            # Losses of the batches of a step are added up: what is a mean counts once.
+            share = 1.0 if num_items_in_batch is None else logits.shape[1] / num_items_in_batch
             if ctc_loss is not None:
-                loss = loss + self.config.ctc_weight * ctc_loss
+                loss = loss + self.config.ctc_weight * share * ctc_loss
             if compressor_loss is not None:
-                loss = loss + self.compressor_weight * compressor_loss
+                loss = loss + self.compressor_weight * share * compressor_loss
             unused = self._unused(frames is not None, ctc_loss is not None)
             loss, lm_loss = loss + unused, lm_loss + unused
         count = packed.source >= input_ids.numel()

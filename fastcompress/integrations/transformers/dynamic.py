@@ -166,7 +166,9 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = _loss(call, out.logits, num_items)
         own = getattr(self.audio_compressor, "loss", None)
         if has_audio and own is not None:
-            loss = loss + self.audio_compressor.loss_weight * own.to(loss.device)
+            # Losses of the batches of a step are added up: this one counts once.
+            share = 1.0 if num_items is None else out.logits.shape[1] / num_items
+            loss = loss + self.audio_compressor.loss_weight * share * own.to(loss.device)
         if not has_audio and torch.is_grad_enabled():
             loss = loss + _unused(self)
     found = type(out)(**{"loss": loss} | {name: value for name, value in out.items() if name != "loss"})

@@ -210,6 +210,20 @@ def test_a_compressor_s_own_loss_is_added(kind: type[nn.Module]):
     assert abs(stale - model(**text, num_items_in_batch=8).loss) <= 1e-9
 
 
+@pytest.mark.parametrize("before", [False, True], ids=["after", "before"])
+@pytest.mark.parametrize("kind", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire])
+def test_a_compressor_takes_the_dtype_of_the_model(kind: type[nn.Module], before: bool):
+    model = audio_llms.make("qwen2_audio").to(torch.bfloat16)
+    width = model.config.audio_config.d_model if before else model.get_input_embeddings().embedding_dim
+    module = kind(width, 3.0)
+    apply_to(model, module, before_projector=before)
+    assert {p.dtype for p in module.parameters()} == {torch.bfloat16}
+    inputs = audio_llms.batch("qwen2_audio", model, labels=True)
+    inputs["input_features"] = inputs["input_features"].to(torch.bfloat16)
+    model(**inputs).loss.backward()
+    assert all(p.grad.isfinite().all() for p in module.parameters())
+
+
 def test_methods_that_others_replaced_are_kept():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model)

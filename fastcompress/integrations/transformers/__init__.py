@@ -58,8 +58,8 @@ def apply_to(
         compressor: a rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
             ``[A + 1]`` and returns ``values`` and ``cu_seqlens``, as those of :mod:`fastcompress.nn` do. It becomes
             ``model.audio_compressor``: what it learns is saved with the model, and can be one of ``modules_to_save`` of
-            peft. If it leaves a ``loss`` of its own, as :class:`fastcompress.nn.LearnedBoundary` does, that is added,
-            times its ``loss_weight``.
+            peft. It is cast to the model's dtype. If it leaves a ``loss`` of its own, as
+            :class:`fastcompress.nn.LearnedBoundary` does, that is added, times its ``loss_weight``.
         mode: ``"dynamic"`` or ``"budget"``.
         pack: run the decoder without padding, each sample attending to itself alone, where nothing is generated
             (``forward`` with labels, or without a cache). ``None``: in dynamic mode.
@@ -91,7 +91,8 @@ def apply_to(
         budget.check(kind, family, module)
     elif settings.pack:
         settings.attention = _prepare(base.model.language_model)
-    base.audio_compressor = module.to(base.get_input_embeddings().weight.device)
+    table = base.get_input_embeddings().weight
+    base.audio_compressor = module.to(table.device, table.dtype)
     base.fastcompress_settings = settings
     (budget if mode == "budget" else dynamic).install(base)
     return model

@@ -2,8 +2,8 @@
 
 ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds, ``text``, which is said; and, if
 wanted, ``target``, which is to be written instead of the text (a translation), ``prompt``, ``phones`` (of an auxiliary
-loss), ``offset`` in seconds. Other keys are kept. Without ``audio_filepath`` a line is text alone: a prompt and
-a target.
+loss), ``offset`` in seconds into the file, of a segment of ``duration``. Other keys are kept. Without
+``audio_filepath`` a line is text alone: a prompt and a target.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fastcompress.lalm.checkpoints import write_file
 
 #: The least audio that an encoder can make a frame of, in seconds.
 SHORTEST = 0.025
+_ROUNDING = 0.1  # seconds by which a duration may be less than its file without cutting it
 _TOO_LONG = 1e9  # seconds: no audio is, and samples can still be counted
 
 
@@ -38,7 +39,7 @@ class Utterance:
         text: what is said.
         target: what the model is to write.
         duration: seconds; ``None``: not said.
-        offset: seconds before it in the file.
+        offset: seconds before it in the file; ``None``: not said, and a duration of about the file's does not cut it.
         prompt: what is asked for.
         phones: separated by spaces; ``None``: not known.
         samples: the audio itself, in place of a file, and its sampling rate in Hz.
@@ -49,7 +50,7 @@ class Utterance:
     text: str
     target: str
     duration: float | None = None
-    offset: float = 0.0
+    offset: float | None = None
     prompt: str | None = None
     phones: str | None = None
     samples: tuple[np.ndarray, int] | None = None
@@ -142,18 +143,19 @@ def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
             values["audio_filepath"] = (
                 u.audio_filepath.relative_to(path.parent) if below else u.audio_filepath
             ).as_posix()
-        values |= {"duration": u.duration, "offset": u.offset or None, "text": u.text}
+        values |= {"duration": u.duration, "offset": u.offset, "text": u.text}
         values |= {"target": None if u.target == u.text else u.target, "prompt": u.prompt, "phones": u.phones, **u.more}
         lines.append(json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False))
     write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """Its samples, float32 ``[S]``, between ``offset`` and ``offset + duration``.
+    """Its samples, float32 ``[S]``, between ``offset`` and ``offset + duration``; of a file no others are decoded.
 
     Raises:
         AudioError: no audio that can be used, or less than a frame of it.
     """
+    offset, duration = utterance.offset or 0.0, utterance.duration
     if utterance.samples is not None:
         samples, rate = utterance.samples
         samples = np.asarray(samples, np.float32)
@@ -163,19 +165,26 @@ def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
             import soxr
 
             samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
+        samples = samples[round(offset * sample_rate) :]
     else:
         assert utterance.audio_filepath is not None
-        samples = load_audio(utterance.audio_filepath, sample_rate)
-    begin = round(utterance.offset * sample_rate)
-    end = None if utterance.duration is None else begin + round(utterance.duration * sample_rate)
-    # A duration is often rounded in manifests: without an offset it does not cut.
-    part = samples[begin:end] if begin else samples
-    if len(part) < SHORTEST * sample_rate:
+        more = None if duration is None else duration + 2 * _ROUNDING  # to see whether there is more
+        samples = load_audio(utterance.audio_filepath, sample_rate, offset=offset, duration=more)
+    if duration is not None and _cuts(utterance, len(samples) / sample_rate):
+        samples = samples[: round(duration * sample_rate)]
+    if len(samples) < SHORTEST * sample_rate:
         raise AudioError(
-            f"{utterance.name}: has {len(part) / sample_rate:.3f} s of audio after {utterance.offset:g} s, less than "
-            f"one frame of {SHORTEST} s"
+            f"{utterance.name}: has {len(samples) / sample_rate:.3f} s of audio after {offset:g} s, less than one "
+            f"frame of {SHORTEST} s"
         )
-    return part
+    return samples
+
+
+def _cuts(utterance: Utterance, left: float) -> bool:
+    """Whether the duration ends the audio, of which ``left`` seconds are behind the offset."""
+    if utterance.duration is None:
+        return False
+    return utterance.offset is not None or left > utterance.duration + _ROUNDING
 
 
 def check_audio(
@@ -191,17 +200,16 @@ def check_audio(
     skipped: list[tuple[Utterance, str]] = []
     for u in utterances:
         try:
-            seconds = u.duration
+            left = None
             if u.samples is not None:
-                seconds = len(u.samples[0]) / u.samples[1]
+                left = len(u.samples[0]) / u.samples[1] - (u.offset or 0.0)
             elif u.audio_filepath is not None:
                 if not u.audio_filepath.is_file():
                     raise AudioError("no such file")
                 info = soundfile.info(str(u.audio_filepath))
-                left = info.frames / info.samplerate - u.offset
-                seconds = left if u.duration is None or not u.offset else min(u.duration, left)
-            if u.has_audio:
-                assert seconds is not None
+                left = info.frames / info.samplerate - (u.offset or 0.0)
+            if left is not None:
+                seconds = min(u.duration, left) if u.duration is not None and _cuts(u, left) else left
                 if not SHORTEST <= seconds <= max_seconds:
                     raise AudioError(f"{seconds:.3f} s, not between {SHORTEST:g} and {max_seconds:g}")
                 u = Utterance(**(vars(u) | {"duration": seconds}))

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -134,15 +135,21 @@ def _parse(line: str, folder: Path) -> Utterance:
 
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
-    """Writes a manifest, whole or not at all; paths below its folder become relative to it."""
+    """Writes a manifest, whole or not at all; paths become relative to its folder if below it, and else absolute.
+
+    Raises:
+        ManifestError: an utterance has samples, which a manifest cannot hold.
+    """
+    folder = path.parent.absolute()  # not abspath: what is above a link is not above its name
     lines = []
     for u in utterances:
+        if u.samples is not None:
+            raise ManifestError(f"{path}: {u.name} has samples, which no manifest holds: give it an audio_filepath")
         values: dict[str, Any] = {}
         if u.audio_filepath is not None:
-            below = u.audio_filepath.is_relative_to(path.parent)
-            values["audio_filepath"] = (
-                u.audio_filepath.relative_to(path.parent) if below else u.audio_filepath
-            ).as_posix()
+            audio = u.audio_filepath.absolute()
+            below = audio.is_relative_to(folder)
+            values["audio_filepath"] = (audio.relative_to(folder) if below else audio).as_posix()
         values |= {"duration": u.duration, "offset": u.offset, "text": u.text}
         values |= {"target": None if u.target == u.text else u.target, "prompt": u.prompt, "phones": u.phones, **u.more}
         lines.append(json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False))

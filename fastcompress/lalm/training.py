@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from fastcompress.lalm import checkpoints
@@ -288,8 +289,11 @@ class Training:
 
 
 def _seed(seed: int, step: int, process: int) -> None:
-    """Dropout, and whatever else is random in a step."""
-    torch.manual_seed(random.Random(f"{seed}, {step}, {process}").getrandbits(63))
+    """Dropout, and whatever else is random in a step: transformers draws the masks of some encoders from numpy."""
+    g = random.Random(f"{seed}, {step}, {process}")
+    torch.manual_seed(g.getrandbits(63))
+    np.random.seed(g.getrandbits(32))
+    random.seed(g.getrandbits(63))
 
 
 def _mean(rows: list[dict[str, float]]) -> dict[str, float]:

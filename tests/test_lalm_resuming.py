@@ -1,0 +1,84 @@
+"""Encoders that are trained and have their own random numbers, or statistics: repeated and resumed to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fastcompress.lalm import (  # noqa: E402
+    FastCompressConfig,
+    FastCompressForConditionalGeneration,
+    FastCompressProcessor,
+)
+from fastcompress.lalm.examples import Examples  # noqa: E402
+from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.recipes import build_tokenizer  # noqa: E402
+from fastcompress.lalm.training import Training, TrainingArguments  # noqa: E402
+from tests.lalm_data import write_tones  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+#: Of every encoder and decoder here.
+SIZE = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def training(kind: str, folder: Path, **values: Any) -> Training:
+    """Of a model with an encoder of SpecAugment and layer drop (wav2vec2), or of batch normalisation (Parakeet)."""
+    if not (folder.parent / "train.jsonl").exists():
+        write_tones(folder.parent, 12)
+    utterances = read_manifest(folder.parent / "train.jsonl")
+    tokenizer = build_tokenizer([u.target for u in utterances])
+    if kind == "wav2vec2":
+        audio = transformers.Wav2Vec2Config(
+            **SIZE, num_hidden_layers=2, conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+            mask_time_length=2, mask_time_prob=0.3, layerdrop=0.5,
+        )  # fmt: skip
+        processor = FastCompressProcessor(transformers.Wav2Vec2FeatureExtractor(), tokenizer)
+    else:
+        audio = transformers.ParakeetEncoderConfig(
+            **SIZE, num_hidden_layers=2, subsampling_conv_channels=4, num_mel_bins=80
+        )
+        processor = FastCompressProcessor(transformers.ParakeetFeatureExtractor(feature_size=80), tokenizer)
+    text = transformers.Qwen2Config(
+        **SIZE, vocab_size=len(tokenizer), num_hidden_layers=1, num_key_value_heads=1, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = FastCompressConfig(audio, text, audio_token_id=processor.audio_token_id, train_encoder=True)
+    arguments = TrainingArguments(**({"steps": 6, "batch_size": 4, "log_every": 1, "save_every": 3} | values))
+    model = FastCompressForConditionalGeneration(config)
+    return Training(model, Examples(utterances, processor), arguments, folder)
+
+
+def steps(run: Training, count: int) -> list[float]:
+    return [run.update()["loss"] for _ in range(count)]
+
+
+def state(run: Training) -> dict[str, torch.Tensor]:
+    return dict(run.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2"])
+def test_an_encoder_is_repeated_and_resumed_to_the_bit(kind: str, tmp_path: Path):
+    whole = training(kind, tmp_path / "whole")
+    found = steps(whole, 6)
+    assert steps(training(kind, tmp_path / "again"), 6) == found
+    half = training(kind, tmp_path / "half")
+    assert steps(half, 3) == found[:3]
+    half.save()
+    resumed = training(kind, tmp_path / "half")
+    assert resumed.resume() == 3
+    assert steps(resumed, 3) == found[3:]
+    for name, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[name]), name
+    other = training(kind, tmp_path / "other", seed=1)
+    assert steps(other, 1) != found[:1]

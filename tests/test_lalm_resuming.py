@@ -15,6 +15,7 @@ from fastcompress.lalm import (  # noqa: E402
     FastCompressConfig,
     FastCompressForConditionalGeneration,
     FastCompressProcessor,
+    checkpoints,
 )
 from fastcompress.lalm.examples import Examples  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
@@ -67,7 +68,7 @@ def state(run: Training) -> dict[str, torch.Tensor]:
     return dict(run.model.state_dict())
 
 
-@pytest.mark.parametrize("kind", ["wav2vec2"])
+@pytest.mark.parametrize("kind", ["wav2vec2", "parakeet"])
 def test_an_encoder_is_repeated_and_resumed_to_the_bit(kind: str, tmp_path: Path):
     whole = training(kind, tmp_path / "whole")
     found = steps(whole, 6)
@@ -82,3 +83,26 @@ def test_an_encoder_is_repeated_and_resumed_to_the_bit(kind: str, tmp_path: Path
         assert torch.equal(value, state(resumed)[name]), name
     other = training(kind, tmp_path / "other", seed=1)
     assert steps(other, 1) != found[:1]
+
+
+def test_statistics_that_a_checkpoint_lacks(tmp_path: Path):
+    """As those lack them that were written before there were any."""
+    run = training("parakeet", tmp_path / "run")
+    steps(run, 1)
+    before = training("parakeet", tmp_path / "run")
+    assert set(run.buffers) == set(before.buffers) and "audio_tower.layers.0.conv.norm.running_mean" in run.buffers
+    run.buffers = {}
+    run.save()
+    (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    assert before.resume() == 1
+    assert torch.equal(before.trained["projector.weight"], run.trained["projector.weight"])
+    assert not before.buffers["audio_tower.layers.0.conv.norm.running_mean"].any()
+    weights = checkpoints.load_file(saved / "weights.safetensors")
+    assert not any("running_mean" in name for name in weights)
+
+
+def test_frozen_statistics_are_not_saved(tmp_path: Path):
+    run = training("parakeet", tmp_path / "run")
+    run.model.train_encoder(False)
+    frozen = Training(run.model, run.examples, run.arguments, tmp_path / "frozen")
+    assert run.buffers and not frozen.buffers

@@ -135,8 +135,12 @@ def clean(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
-def load(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+def load(
+    path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, buffers: dict[str, Tensor] | None = None
+) -> int:
     """Puts a checkpoint into the weights and the optimizer; returns the steps it was made after.
+
+    Buffers that it lacks stay as they are: at first none were saved.
 
     Raises:
         CheckpointError: it has other weights than these, or cannot be read.
@@ -148,7 +152,7 @@ def load(path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimize
         step = int(state["step"])
     except Exception as error:
         raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
-    copy_weights(path, saved, weights)
+    copy_weights(path, saved, weights | {name: b for name, b in (buffers or {}).items() if name in saved})
     try:
         optimizer.load_state_dict(optimizer_state)
     except ValueError as error:

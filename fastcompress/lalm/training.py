@@ -1,7 +1,8 @@
 """Training of the reference audio LLM: on one process or several, resumed to the bit after a kill.
 
 Each step's batch, dropout and augmentation are functions of the seed, the step and the process. A checkpoint is then
-the trained weights, the optimizer and the number of steps, and nothing else.
+the trained weights, statistics such as those of batch normalisation, the optimizer and the number of steps, and nothing
+else.
 """
 
 from __future__ import annotations
@@ -142,6 +143,7 @@ class Training:
         self.model: Any
         self.optimizer: Any
         self.model, self.optimizer = self.accelerator.prepare(model, optimizer)
+        self.buffers: dict[str, torch.Tensor] = _buffers(model)  # after prepare, which moves them
         lengths = [utterance.duration or 0.0 for utterance in examples.utterances]
         self.plan: BatchPlan = BatchPlan(lengths, arguments.batch_size, self.accelerator.num_processes, arguments.seed)
         self.step: int = 0
@@ -157,7 +159,7 @@ class Training:
         self.accelerator.wait_for_everyone()
         found = checkpoints.found(self._checkpoints)
         if found:
-            self.step = checkpoints.load(found[-1], self.trained, self.optimizer)
+            self.step = checkpoints.load(found[-1], self.trained, self.optimizer, self.buffers)
         return self.step
 
     def run(self, progress: Progress | None = None) -> None:
@@ -198,7 +200,8 @@ class Training:
     def save(self) -> None:
         """Writes a checkpoint of the steps done."""
         if self.accelerator.is_main_process:
-            checkpoints.save(self._checkpoints, self.step, self.trained, self.optimizer, self.arguments.keep)
+            tensors = self.trained | self.buffers
+            checkpoints.save(self._checkpoints, self.step, tensors, self.optimizer, self.arguments.keep)
         self.accelerator.wait_for_everyone()
 
     def update(self) -> dict[str, float]:
@@ -286,6 +289,22 @@ class Training:
                 total += float(model(**batch, num_items_in_batch=1).lm_loss)
             count += labels
         return total / max(1, count)
+
+
+def _buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """What training may change besides weights: the persistent buffers of modules that are then in training mode."""
+    before = {module: module.training for module in model.modules()}
+    model.train()
+    found = {
+        f"{name}.{own}" if name else own: buffer
+        for name, module in model.named_modules()
+        if module.training
+        for own, buffer in module.named_buffers(recurse=False)
+        if own not in module._non_persistent_buffers_set
+    }
+    for module, mode in before.items():
+        module.training = mode
+    return found
 
 
 def _seed(seed: int, step: int, process: int) -> None:

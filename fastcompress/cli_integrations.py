@@ -52,7 +52,7 @@ def add_commands(commands: Any) -> None:
         "finetune.json. Several GPUs: accelerate launch -m fastcompress finetune ...",
     )
     add_settings(parser, _SETTINGS, _REQUIRED)
-    parser.add_argument("--resume", action="store_true", help="go on after the last checkpoint of the folder")
+    parser.add_argument("--resume", action="store_true", help="go on after the last whole checkpoint of the folder")
     parser.add_argument("--dry-run", action="store_true", help="print parameters and memory; nothing is loaded")
     parser.set_defaults(run=_run_finetune)
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import platform
+import re
 import sys
+import zipfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastcompress.audio import AudioError
@@ -245,13 +248,16 @@ def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], No
         what is in ``finetune.json``: settings, versions, losses, and scores of ``dev``.
 
     Raises:
-        FinetuningError: the folder holds a run already; a model or manifest that cannot be used.
+        FinetuningError: the folder holds a run already, or one with other settings; a model or manifest that cannot be
+            used.
         NotImplementedError: a model that cannot be compressed so.
     """
     out = Path(settings.out)
-    checkpoints = list(out.glob("checkpoint-*"))
-    if checkpoints and not resume:
+    if any(out.glob("checkpoint-*")) and not resume:
         raise FinetuningError(f"{out} holds a run already: resume it, or choose another folder")
+    if resume:
+        _check_settings(out, settings)
+    last = _last_checkpoint(out, say)
     data = _read(settings.data, settings, say)
     dev = [] if settings.dev is None else _read(settings.dev, settings, say)
     model, processor = load(settings.model, settings.dtype)
@@ -274,13 +280,18 @@ def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], No
     )  # fmt: skip
     conversations = Conversations(processor, settings.prompt)
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=conversations)
-    trainer.train(resume_from_checkpoint=True if checkpoints else None)
-    losses = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
-    record = {
-        "settings": dataclasses.asdict(settings), "losses": losses,
+    record: dict[str, Any] = {
+        "settings": dataclasses.asdict(settings),
         "versions": {"fastcompress": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
                      "python": platform.python_version()},
     }  # fmt: skip
+    if trainer.is_world_process_zero() and last is None:  # before the first checkpoint, which is resumed with them
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / RECORD, json.dumps(record, indent=1))
+    if last is not None:
+        say(f"going on after step {last.name.rpartition('-')[2]} of {settings.steps}")
+    trainer.train(resume_from_checkpoint=None if last is None else str(last))
+    record["losses"] = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
     if trainer.is_world_process_zero():
         model.save_pretrained(out / ADAPTER)
         processor.save_pretrained(out / ADAPTER)
@@ -290,6 +301,43 @@ def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], No
             record["scores"] = scores
         write_file(out / RECORD, json.dumps(record, indent=1))
     return record
+
+
+def _check_settings(out: Path, settings: Finetuning) -> None:
+    """Raises if a run began with others; the folder itself may have been moved."""
+    if not (out / RECORD).is_file():
+        return
+    try:
+        known = json.loads((out / RECORD).read_text(encoding="utf-8"))["settings"]
+        for name, value in dataclasses.asdict(settings).items():
+            if name != "out" and known.get(name, value) != value:
+                raise FinetuningError(f"{out}: its {name} is {known[name]!r}, not {value!r}; a run goes on as it began")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, FinetuningError):
+            raise
+        raise FinetuningError(f"{out / RECORD}: cannot be read ({type(error).__name__}: {error})") from error
+
+
+def _last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
+    """The newest whole checkpoint of ``Trainer``, which writes them in place, and so may be killed half-way."""
+    found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
+    for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
+        if _is_whole(path):
+            return path
+        say(f"{path} is not whole: it is left out")
+    return None
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))  # which is written last
+        with safe_open(checkpoint / "adapter_model.safetensors", "pt"):
+            pass
+        zipped = [checkpoint / "optimizer.pt", checkpoint / "scheduler.pt", *checkpoint.glob("rng_state*.pth")]
+        has_config = (checkpoint / "adapter_config.json").is_file()
+        return has_config and len(zipped) > 2 and all(map(zipfile.is_zipfile, zipped))
+    except (OSError, ValueError, SafetensorError):
+        return False
 
 
 def _read(path: str, settings: Finetuning, say: Callable[[str], None]) -> list[Utterance]:

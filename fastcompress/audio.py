@@ -249,7 +249,7 @@ def _open(path: str) -> soundfile.SoundFile:
     if empty:
         raise AudioError(f"{path}: the file is empty (0 bytes)")
     try:
-        return soundfile.SoundFile(path)
+        return soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
     except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless formats (.raw)
         raise AudioError(f"{path}: not an audio file that can be read ({_cause(error)})") from error
 

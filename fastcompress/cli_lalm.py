@@ -340,13 +340,18 @@ def _run_transcribe(options: argparse.Namespace) -> int:
         seconds = len(samples) / processor.sampling_rate
         rate = processor.sampling_rate
         utterances.append(Utterance(Path(file), "", "", seconds, prompt=options.prompt, samples=(samples, rate)))
+    examples = Examples(utterances, processor)
     if utterances:
         settings = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens, "do_sample": False}
-        written, _ = transcribe(model, Examples(utterances, processor), options.batch_size, **settings)
+        written, _ = transcribe(model, examples, options.batch_size, **settings)
         for utterance, text in zip(utterances, written, strict=True):
-            print(f"{utterance.audio_filepath}: {text}" if len(options.files) > 1 else text)
+            if text is not None:
+                print(f"{utterance.audio_filepath}: {text}" if len(options.files) > 1 else text)
+    for reason in examples.skipped.values():
+        print_error(reason)
+        failed += 1
     if failed:
-        return EXIT_ERROR if not utterances else EXIT_SOME_FAILED
+        return EXIT_ERROR if failed == len(options.files) else EXIT_SOME_FAILED
     return EXIT_OK
 
 
@@ -420,6 +425,7 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
     from fastcompress import Rule
+    from fastcompress.lalm.checkpoints import one_line
     from fastcompress.lalm.runs import RunError, load_model
 
     _quiet()
@@ -429,7 +435,11 @@ def _load(options: argparse.Namespace) -> tuple[Any, Any]:
         except ValueError as error:
             raise UserError(f"--rule: {error}") from error
     try:
-        return load_model(options.model, options.rule, torch.device(options.device))
+        torch.empty(0, device=options.device)
+    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
+        raise UserError(f"--device {options.device}: {one_line(error)}") from error
+    try:
+        return load_model(options.model, options.rule, options.device)
     except (RunError, RuntimeError) as error:
         raise UserError(error) from error
 

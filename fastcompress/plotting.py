@@ -106,7 +106,7 @@ def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
 
 
 def _write_title(figure: Figure, inspection: Inspection, start: float, stop: float) -> None:
-    name = os.path.basename(inspection.path)
+    name = os.path.basename(inspection.path).encode("utf-8", "backslashreplace").decode("utf-8")  # may be no text
     if len(name) > 90:
         name = f"{name[:60]} … {name[-25:]}"
     facts = (

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.audio import AudioError
-from fastcompress.lalm.manifest import Utterance, load_utterance
+from fastcompress.lalm.manifest import ManifestError, Utterance, load_utterance
 
 IGNORED = -100
 
@@ -90,6 +90,9 @@ class Examples:
         processor: a :class:`FastCompressProcessor`.
         cache: whether features are kept.
         phones: the units of the auxiliary CTC loss; ``None``: no such loss.
+
+    Raises:
+        ManifestError: an utterance has a phone that is none of them.
     """
 
     def __init__(
@@ -100,6 +103,10 @@ class Examples:
         self.phones: dict[str, int] | None = None
         if phones is not None:
             self.phones = {phone: i for i, phone in enumerate(phones, start=1)}
+            for utterance in self.utterances:
+                unknown = [phone for phone in (utterance.phones or "").split() if phone not in self.phones]
+                if unknown:
+                    raise ManifestError(f"{utterance.name}: phone {unknown[0]!r} is none of those of the model")
         self.skipped: dict[int, str] = {}
         self._features: dict[int, Tensor] | None = {} if cache else None
 
@@ -118,7 +125,13 @@ class Examples:
         if self._features is not None and index in self._features:
             return self._features[index].float()
         rate = self.processor.feature_extractor.sampling_rate
-        features = self.processor.features(load_utterance(utterance, rate), rate)
+        samples = load_utterance(utterance, rate)
+        if len(samples) < self.processor.shortest:
+            raise AudioError(
+                f"{utterance.name}: has {len(samples) / rate:.3f} s of audio, less than one frame of "
+                f"{self.processor.shortest / rate:g} s"
+            )
+        features = self.processor.features(samples, rate)
         if self._features is not None:
             features = self._features[index] = features.half()
         return features.float()
@@ -190,12 +203,8 @@ class Examples:
         return self.processor.pad_features(features)
 
     def _phone_ids(self, index: int) -> Tensor:
-        utterance = self.utterances[index]
         assert self.phones is not None
-        phones = (utterance.phones or "").split()
-        unknown = [phone for phone in phones if phone not in self.phones]
-        if unknown:
-            raise ValueError(f"{utterance.name}: phone {unknown[0]!r} is none of those of the training data")
+        phones = (self.utterances[index].phones or "").split()
         return torch.tensor([self.phones[phone] for phone in phones], dtype=torch.int64)
 
 

@@ -57,4 +57,6 @@ def read(path: Path) -> list[dict[str, float]]:
 
 def _text(value: float | None) -> str:
     """With every digit, so that runs can be compared to the bit."""
-    return "" if value is None else str(int(value)) if value == int(value) and abs(value) < 1e15 else repr(float(value))
+    if value is None:
+        return ""
+    return str(int(value)) if abs(value) < 1e15 and value == int(value) else repr(float(value))

@@ -213,7 +213,7 @@ def check_audio(
             elif u.audio_filepath is not None:
                 if not u.audio_filepath.is_file():
                     raise AudioError("no such file")
-                info = soundfile.info(str(u.audio_filepath))
+                info = soundfile.info(os.fsencode(u.audio_filepath))
                 left = info.frames / info.samplerate - (u.offset or 0.0)
             if left is not None:
                 seconds = min(u.duration, left) if u.duration is not None and _cuts(u, left) else left

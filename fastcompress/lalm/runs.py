@@ -339,7 +339,7 @@ class Run:
         dev, _ = self._read(settings.dev) if settings.dev else ([], [])
         self.processor: FastCompressProcessor
         self.base: dict[str, Any]
-        model, self.processor, self.base = build_model(settings, train)
+        model, self.processor, self.base = self._build(train)
         config = unwrap(model).config
         if settings.encode_once and config.train_encoder:
             raise RunError("encode_once needs a frozen encoder, but the encoder is trained")
@@ -358,6 +358,16 @@ class Run:
         self.training: Training = Training(model, examples, settings.training, folder, development, self.accelerator)
         if resume:
             self.say(f"going on after step {self.training.resume()} of {settings.training.steps}")
+
+    def _build(self, train: list[Utterance]) -> tuple[Any, FastCompressProcessor, dict[str, Any]]:
+        audio, text = self.settings.audio_model, self.settings.text_model
+        try:
+            return build_model(self.settings, train)
+        except (OSError, ValueError, NotImplementedError) as error:  # of transformers, where a part is none
+            if audio is None or isinstance(error, RunError):
+                raise
+            why = f"{type(error).__name__}: {one_line(error)}"
+            raise RunError(f"audio_model {audio}, text_model {text}: cannot be loaded ({why})") from error
 
     def _read(self, path: str) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
         good, skipped = check_audio(read_manifest(path), max_seconds=self.settings.max_seconds)

@@ -7,7 +7,6 @@ returns the exit code. What only one subcommand needs is imported inside it, so 
 from __future__ import annotations
 
 import argparse
-import errno
 import io
 import json
 import os
@@ -16,7 +15,15 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from fastcompress import LabelChange, Rule, __version__, cli_integrations, cli_lalm
-from fastcompress.cli_errors import EXIT_ERROR, EXIT_INTERRUPTED, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
+from fastcompress.cli_errors import (
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    EXIT_OK,
+    EXIT_SOME_FAILED,
+    UserError,
+    check_writable,
+    print_error,
+)
 
 # Which extra of the package brings a module that is missing.
 _EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tqdm")} | {"transformers": "encoders"}
@@ -112,9 +119,9 @@ def _run_inspect(options: argparse.Namespace) -> int:
     if pictures:
         from fastcompress import plotting
     for picture in pictures:
-        _check_writable(f"--png {options.png}", picture)
+        check_writable(f"--png {options.png}", picture)
     if options.json:
-        _check_writable(f"--json {options.json}", options.json)
+        check_writable(f"--json {options.json}", options.json)
     source = _load_encoder(options.encoder) if options.encoder else inspection.LogMel()
     failed: list[str] = []
     tables: list[dict[str, Any]] = []
@@ -181,20 +188,6 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
             raise UserError(f"--png {png}: {pictures[picture]} and {file} would both be drawn to {picture}")
         pictures[picture] = file
     return list(pictures)
-
-
-def _check_writable(option: str, path: Path) -> None:
-    """Makes the folder of a file that is to be written, and says now, before the work, if the file cannot be."""
-    try:
-        if path.parent.exists() and not path.parent.is_dir():
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
-        if not os.access(path if path.exists() else path.parent, os.W_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-    except OSError as error:
-        raise UserError(f"{option}: {(error.strerror or str(error)).lower()}") from error
 
 
 def _add_info(commands: Any) -> None:

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fastcompress.cli_errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
+from fastcompress.cli_errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserError, check_writable, print_error
 
 _TASKS, _DIRECTIONS = ("digits", "numbers", "commands"), ("recognition", "translation")
 
@@ -233,6 +233,8 @@ def _run_evaluate(options: argparse.Namespace) -> int:
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    if options.json:
+        check_writable(f"--json {options.json}", options.json)
     model, processor = _load(options)
     rule = unwrap(model).compression
     found: dict[str, Any] = {"model": options.model, "rule": rule, "num_beams": options.num_beams, "manifests": {}}

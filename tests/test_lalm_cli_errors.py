@@ -117,3 +117,17 @@ def test_phones_that_the_model_lacks(data: Path, tmp_path: Path, capsys: pytest.
     assert "phone 'xx' is none of those of the model" in error
     with pytest.raises(ManifestError, match="phone '.*' is none"):
         Examples(read_manifest(data / "train.jsonl"), None, phones=["x"])
+
+
+def test_a_folder_that_is_missing_is_made_before_the_work(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from fastcompress.lalm import evaluation
+
+    arguments = ["evaluate", str(data / "model"), str(data / "train.jsonl"), "--max-new-tokens", "2", "--json"]
+    assert cli.main([*arguments, str(tmp_path / "no" / "such" / "folder" / "a.json")]) == 0
+    assert (tmp_path / "no" / "such" / "folder" / "a.json").is_file()
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("worked first"))
+    assert "is a directory" in fails([*arguments, str(tmp_path)], capsys)
+    (tmp_path / "file").touch()
+    assert "not a directory" in fails([*arguments, str(tmp_path / "file" / "a.json")], capsys)

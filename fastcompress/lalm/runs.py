@@ -187,7 +187,7 @@ def build_model(
         base = {"model": os.path.abspath(settings.model)}
     elif settings.audio_model is not None and settings.text_model is not None:
         model, processor = _from_parts(settings.audio_model, settings.text_model)
-        base = {"audio_model": settings.audio_model, "text_model": settings.text_model}
+        base = {"audio_model": _absolute(settings.audio_model), "text_model": _absolute(settings.text_model)}
     else:
         model, processor = build_small(utterances, seed=settings.training.seed)
         base = {}
@@ -417,6 +417,11 @@ class Run:
             (folder / _BASE).write_text(json.dumps(self.base), encoding="utf-8")
         model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def _absolute(model: str) -> str:
+    """A folder as it is called from anywhere; a name as it is."""
+    return os.path.abspath(model) if os.path.isdir(model) else model
 
 
 def _version(name: str) -> str | None:

@@ -1,0 +1,56 @@
+"""Runs of the reference audio LLM: what their folders say, and what resuming them asks for."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("yaml")
+
+from fastcompress.lalm.manifest import read_manifest  # noqa: E402
+from fastcompress.lalm.recipes import build_tokenizer  # noqa: E402
+from fastcompress.lalm.runs import Run, RunSettings, load_model  # noqa: E402
+from tests.lalm_data import write_tones  # noqa: E402
+from tests.test_lalm_model import TEXT, WHISPER  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("runs")
+    write_tones(folder, 8)
+    write_tones(folder, 4, "dev", seed=1)
+    return folder
+
+
+def settings(data: Path, **values: Any) -> RunSettings:
+    small = {"train": str(data / "train.jsonl"), "steps": 4, "batch_size": 2, "log_every": 1, "save_every": 2}
+    return RunSettings.from_flat(small | values)
+
+
+def test_an_adapter_finds_its_parts_from_elsewhere(data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("peft")
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(0)
+    transformers.WhisperModel(transformers.AutoConfig.for_model("whisper", **WHISPER)).save_pretrained("audio")
+    transformers.WhisperFeatureExtractor(feature_size=16).save_pretrained("audio")
+    config = transformers.AutoConfig.for_model("llama", **TEXT)
+    transformers.AutoModelForCausalLM.from_config(config).save_pretrained("text")
+    build_tokenizer([u.target for u in read_manifest(data / "train.jsonl")]).save_pretrained("text")
+    given = settings(data, audio_model="audio", text_model="text", lora_rank=2, steps=1)
+    Run(tmp_path / "run", given, say=lambda text: None).train()
+    base = json.loads((tmp_path / "run" / "final" / "base.json").read_text())
+    assert base == {"audio_model": str(tmp_path / "audio"), "text_model": str(tmp_path / "text")}
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    load_model(tmp_path / "run")

@@ -106,3 +106,14 @@ def test_frozen_statistics_are_not_saved(tmp_path: Path):
     run.model.train_encoder(False)
     frozen = Training(run.model, run.examples, run.arguments, tmp_path / "frozen")
     assert run.buffers and not frozen.buffers
+
+
+def test_what_an_encoder_leaves_out_is_in_the_graph(tmp_path: Path):
+    """Layers that are dropped, and what masked frames become: processes wait for each other's gradients."""
+    run = training("wav2vec2", tmp_path / "run")
+    run.model.train()
+    run.model.audio_tower.config.layerdrop, run.model.audio_tower.config.mask_time_prob = 1.0, 0.0
+    run.model(**run.examples.batch([0, 1])).loss.backward()
+    assert [name for name, p in run.trained.items() if p.grad is None] == []
+    assert not run.trained["audio_tower.encoder.layers.0.attention.q_proj.weight"].grad.any()
+    assert run.trained["audio_tower.feature_projection.projection.weight"].grad.any()

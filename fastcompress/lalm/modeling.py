@@ -441,7 +441,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
         """0, in whose graph is what this batch did not use: processes that average gradients wait for all of them."""
-        unused = [] if has_audio else [self.audio_tower, self.projector, *filter(None, [self.compressor])]
+        # The encoder in any case: it may drop layers, and hold a vector for frames that it masked, if it did.
+        unused = [self.audio_tower] + ([] if has_audio else [self.projector, *filter(None, [self.compressor])])
         if self.ctc_head is not None and not has_ctc:
             unused.append(self.ctc_head)
         parameters = [p for module in unused for p in module.parameters() if p.requires_grad]

@@ -92,6 +92,7 @@ def test_lora_with_a_trained_encoder():
     wrapped(**batch(), ctc_labels=torch.ones(3, 2).long()).loss.backward()
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     assert any("audio_tower" in n for n in trained) and any("ctc_head" in n for n in trained)
+    assert not any("embed_positions" in n for n in trained)  # sinusoids, which are frozen without LoRA, too
     assert all(p.grad is not None for p in trained.values())
 
 

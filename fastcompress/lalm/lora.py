@@ -41,12 +41,18 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
         saved += ["audio_tower"] + ([] if model.ctc_head is None else ["ctc_head"])
     for name in saved:
         getattr(model, name).float()
+    frozen = [name for name, p in model.audio_tower.named_parameters() if not p.requires_grad]
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
         lora_dropout=dropout, target_modules=lora_targets(model.language_model), modules_to_save=saved, **kwargs,
     )  # fmt: skip
-    return get_peft_model(model, config)
+    wrapped = get_peft_model(model, config)
+    if model.config.train_encoder:  # of which peft trains a copy, all of it
+        for copy in model.audio_tower.modules_to_save.values():
+            for name in frozen:
+                copy.get_parameter(name).requires_grad_(False)
+    return wrapped
 
 
 def load_lora(model: Any, path: str | Path) -> Any:

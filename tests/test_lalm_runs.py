@@ -13,6 +13,7 @@ transformers = pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 pytest.importorskip("yaml")
 
+from fastcompress.lalm import logs  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
 from fastcompress.lalm.recipes import build_tokenizer  # noqa: E402
 from fastcompress.lalm.runs import Run, RunSettings, load_model  # noqa: E402
@@ -54,3 +55,10 @@ def test_an_adapter_finds_its_parts_from_elsewhere(data: Path, tmp_path: Path, m
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     load_model(tmp_path / "run")
+
+
+def test_the_rate_that_is_logged(data: Path, tmp_path: Path):
+    given = settings(data, learning_rate=1e-3, projector_learning_rate=5e-3, warmup_steps=0, steps=2)
+    Run(tmp_path / "run", given, say=lambda text: None).train()
+    rows = logs.read(tmp_path / "run" / "log.csv")
+    assert [row["learning_rate"] for row in rows] == [1e-3 * given.training.rate(step) for step in range(2)]

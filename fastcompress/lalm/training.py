@@ -257,7 +257,8 @@ class Training:
         self.optimizer.step()
         self.optimizer.zero_grad()
         self.step += 1
-        found = {"loss": loss, "lm_loss": lm_loss, "grad_norm": norm, "learning_rate": group["lr"]}
+        found = {"loss": loss, "lm_loss": lm_loss, "grad_norm": norm}
+        found["learning_rate"] = self.optimizer.param_groups[0]["lr"]  # the projector's is in the last
         if unwrap(self._unwrapped).config.ctc_tokens:
             found["ctc_loss"] = ctc_loss
         return found | {"tokens": labels + tokens, "audio_tokens": tokens, "audio_frames": frames}

@@ -16,7 +16,7 @@ pytest.importorskip("yaml")
 from fastcompress.lalm import logs  # noqa: E402
 from fastcompress.lalm.manifest import read_manifest  # noqa: E402
 from fastcompress.lalm.recipes import build_tokenizer  # noqa: E402
-from fastcompress.lalm.runs import Run, RunSettings, load_model  # noqa: E402
+from fastcompress.lalm.runs import Run, RunError, RunSettings, load_model  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 from tests.test_lalm_model import TEXT, WHISPER  # noqa: E402
 
@@ -62,3 +62,23 @@ def test_the_rate_that_is_logged(data: Path, tmp_path: Path):
     Run(tmp_path / "run", given, say=lambda text: None).train()
     rows = logs.read(tmp_path / "run" / "log.csv")
     assert [row["learning_rate"] for row in rows] == [1e-3 * given.training.rate(step) for step in range(2)]
+
+
+def test_a_projector_that_stays(data: Path, tmp_path: Path):
+    run = Run(tmp_path / "run", settings(data, projector_learning_rate=0.0), say=lambda text: None)
+    before = {name: p.clone() for name, p in run.training.trained.items()}
+    run.training.update()
+    changed = {name for name, p in run.training.trained.items() if not torch.equal(p, before[name])}
+    assert changed and not any("projector" in name for name in changed)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"projector_learning_rate": -1e-3}, "projector_learning_rate must not be negative, got -0.001"),
+        ({"projector_learning_rate": float("nan")}, "projector_learning_rate must not be negative, got nan"),
+    ],
+)
+def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):
+    with pytest.raises(RunError, match=message):
+        settings(data, **values)

@@ -82,6 +82,8 @@ class TrainingArguments:
         for name in ("warmup_steps", "save_every", "evaluate_every", "weight_decay", "final_rate"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if not (self.projector_learning_rate is None or self.projector_learning_rate >= 0):
+            raise ValueError(f"projector_learning_rate must not be negative, got {self.projector_learning_rate}")
         if self.save_every % self.log_every:
             raise ValueError(f"save_every must be a multiple of log_every, {self.log_every}, got {self.save_every}")
         for name in ("learning_rate", "max_grad_norm"):
@@ -132,7 +134,8 @@ class Training:
         if arguments.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         rate = arguments.learning_rate
-        projector_rate = arguments.projector_learning_rate or rate
+        own_rate = arguments.projector_learning_rate
+        projector_rate = rate if own_rate is None else own_rate
         groups = [
             {"params": [p for n, p in trained.items() if "projector" not in n], "highest": rate},
             {"params": [p for n, p in trained.items() if "projector" in n], "highest": projector_rate},

@@ -77,6 +77,7 @@ def test_a_projector_that_stays(data: Path, tmp_path: Path):
     [
         ({"projector_learning_rate": -1e-3}, "projector_learning_rate must not be negative, got -0.001"),
         ({"projector_learning_rate": float("nan")}, "projector_learning_rate must not be negative, got nan"),
+        ({"log_every": 2, "evaluate_every": 3}, "evaluate_every must be a multiple of log_every, 2, got 3"),
     ],
 )
 def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):

@@ -53,7 +53,8 @@ class TrainingArguments:
             only at the end.
         keep: how many checkpoints are kept.
         log_every: steps between lines of the log.
-        evaluate_every: steps between losses on the development set; 0: only at the end.
+        evaluate_every: steps between losses on the development set, a multiple of ``log_every``, whose lines they are
+            in; 0: only at the end.
     """
 
     steps: int = 1000
@@ -84,8 +85,9 @@ class TrainingArguments:
                 raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
         if not (self.projector_learning_rate is None or self.projector_learning_rate >= 0):
             raise ValueError(f"projector_learning_rate must not be negative, got {self.projector_learning_rate}")
-        if self.save_every % self.log_every:
-            raise ValueError(f"save_every must be a multiple of log_every, {self.log_every}, got {self.save_every}")
+        for name in ("save_every", "evaluate_every"):
+            if getattr(self, name) % self.log_every:
+                raise ValueError(f"{name} must be a multiple of log_every, {self.log_every}, got {getattr(self, name)}")
         for name in ("learning_rate", "max_grad_norm"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {getattr(self, name)}")

@@ -83,3 +83,20 @@ def test_a_projector_that_stays(data: Path, tmp_path: Path):
 def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):
     with pytest.raises(RunError, match=message):
         settings(data, **values)
+
+
+def test_a_manifest_that_changed_is_said(data: Path, tmp_path: Path):
+    manifest = data / "changed.jsonl"
+    manifest.write_text((data / "train.jsonl").read_text())
+    said: list[str] = []
+    run = Run(tmp_path / "run", settings(data, train=str(manifest)), say=said.append)
+    run.training.update()
+    run.training.save()
+    said.clear()
+    Run(tmp_path / "run", None, resume=True, say=said.append)
+    assert said == ["going on after step 1 of 4"]
+    manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
+    with pytest.raises(RunError, match="changed.jsonl: is not what the run began with"):
+        Run(tmp_path / "run", None, resume=True, say=said.append)
+    (tmp_path / "run" / "environment.json").unlink()  # as one that was moved without it
+    Run(tmp_path / "run", None, resume=True, say=said.append)

@@ -306,7 +306,8 @@ class Run:
     """A run in ``folder``: start it, or go on with it, and :meth:`train`.
 
     Raises:
-        RunError: the folder holds a run already and ``resume`` is not said; ``resume`` with other settings.
+        RunError: the folder holds a run already and ``resume`` is not said; ``resume`` with other settings, or
+            manifests that have changed.
     """
 
     def __init__(
@@ -324,6 +325,7 @@ class Run:
                 name = next(name for name in new if new[name] != old[name])
                 raise RunError(f"{folder}: its {name} is {old[name]!r}, not {new[name]!r}; a run goes on as it began")
             settings = known
+            _check_manifests(folder, known)
         elif record.exists():
             raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
         if settings is None:
@@ -417,6 +419,17 @@ class Run:
             (folder / _BASE).write_text(json.dumps(self.base), encoding="utf-8")
         model.save_pretrained(folder)
         self.processor.save_pretrained(folder)
+
+
+def _check_manifests(folder: Path, settings: RunSettings) -> None:
+    """Raises if a manifest is not the one that a run began with: its order of examples would be another."""
+    try:
+        known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sha256"]
+    except (OSError, ValueError, KeyError, TypeError):  # nothing to compare with
+        return
+    for path in filter(None, (settings.train, settings.dev)):
+        if Path(path).is_file() and known.get(path, found := _digest(path)) != found:
+            raise RunError(f"{path}: is not what the run began with; a run goes on as it began")
 
 
 def _absolute(model: str) -> str:

@@ -124,3 +124,20 @@ def test_tokenizers():
     assert len(many) == PIECES
     for text in (texts[7], f"{texts[3]} {texts[11]}"):
         assert many.decode(many(text).input_ids) == text
+
+
+def test_arguments_of_the_template():
+    """What the template takes is passed on; what nothing takes is an error, and not without effect."""
+    end = "{% if not loop.last or not continue_final_message %}</s>{% endif %}"
+    p = processor(template="{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    assert p.apply_chat_template(talk) == "a</s>b</s>"
+    assert p.apply_chat_template(talk, continue_final_message=True) == "a</s>b"
+    other = processor(template="{{ tools | length }}{{ style }}")
+    assert other.apply_chat_template(talk, tools=[{"name": "x"}], style="s") == "1s"
+    for name in ("no_such_argument", "padding"):
+        with pytest.raises(TypeError, match=f"unexpected keyword argument '{name}'"):
+            p.apply_chat_template(talk, tokenize=True, **{name: True})
+    assert p.apply_chat_template(talk, tokenize=True, return_tensors="pt")["input_ids"].dim() == 2
+    with pytest.raises(ValueError, match="return_tensors must be 'pt', got 'np'"):
+        p.apply_chat_template(talk, tokenize=True, return_tensors="np")

@@ -14,6 +14,9 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from fastcompress.audio import load_audio
 from fastcompress.lalm.configuration import FastCompressConfig
 
+#: What a tokenizer hands to any chat template.
+_OF_TEMPLATES = {"add_generation_prompt", "continue_final_message", "documents"}
+
 
 class FastCompressProcessor(ProcessorMixin):
     """A feature extractor and a tokenizer with a token that stands for an audio.
@@ -139,26 +142,34 @@ class FastCompressProcessor(ProcessorMixin):
         begin = self.tokenizer.bos_token_id
         return self.tokenizer(content, add_special_tokens=False).input_ids + ([] if begin is None else [begin])
 
-    def apply_chat_template(  # type: ignore[override]  # the arguments that it does not know end in an error there, too
-        self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, **kwargs: Any
-    ) -> Any:
+    def apply_chat_template(  # type: ignore[override]  # fewer arguments
+        self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, return_dict: bool = True,
+        return_tensors: str = "pt", tools: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
         """Text of one conversation or several; with ``tokenize``, and ``return_dict``, what the model takes.
 
         A content may be a list of ``{"type": "text", "text": ...}`` and ``{"type": "audio", "audio": samples or
-        path}``.
+        path}``. ``kwargs`` are of the tokenizer's method, and variables of the template.
+
+        Raises:
+            TypeError: an argument that is neither.
+            ValueError: a content of another type, or what :meth:`__call__` refuses.
         """
+        template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
+        for name in sorted(kwargs.keys() - _OF_TEMPLATES):
+            if name not in template:
+                raise TypeError(f"apply_chat_template() got an unexpected keyword argument {name!r}")
         several = bool(conversation) and isinstance(conversation[0], (list, tuple))
         audios: list[Any] = []
         texts = []
         for messages in conversation if several else [conversation]:
             plain = [m | {"content": self._plain(m["content"], audios)} for m in messages]
-            arguments = {"add_generation_prompt": kwargs.get("add_generation_prompt", False)}
-            template = chat_template or self.chat_template
-            texts.append(self.tokenizer.apply_chat_template(plain, chat_template=template, tokenize=False, **arguments))
+            arguments = {"chat_template": template, "tools": tools, "tokenize": False} | kwargs
+            texts.append(self.tokenizer.apply_chat_template(plain, **arguments))
         if not tokenize:
             return texts if several else texts[0]
-        inputs = self(texts, audios or None, add_special_tokens=False)
-        return inputs if kwargs.get("return_dict", True) else inputs["input_ids"]
+        inputs = self(texts, audios or None, return_tensors=return_tensors, add_special_tokens=False)
+        return inputs if return_dict else inputs["input_ids"]
 
     def _plain(self, content: Any, audios: list[Any]) -> str:
         if isinstance(content, str):

@@ -109,6 +109,7 @@ class Examples:
                     raise ManifestError(f"{utterance.name}: phone {unknown[0]!r} is none of those of the model")
         self.skipped: dict[int, str] = {}
         self._features: dict[int, Tensor] | None = {} if cache else None
+        self._checked: dict[int, Tensor] = {}  # without a cache: of is_usable, until they are asked for
 
     def __len__(self) -> int:
         return len(self.utterances)
@@ -124,6 +125,8 @@ class Examples:
             return None
         if self._features is not None and index in self._features:
             return self._features[index].float()
+        if index in self._checked:
+            return self._checked.pop(index)
         rate = self.processor.feature_extractor.sampling_rate
         samples = load_utterance(utterance, rate)
         if len(samples) < self.processor.shortest:
@@ -138,9 +141,11 @@ class Examples:
 
     def is_usable(self, index: int) -> bool:
         """Whether the audio of an utterance is not damaged; if it is, ``skipped`` says why from then on."""
-        if index not in self.skipped:
+        if index not in self.skipped and index not in self._checked:
             try:
-                self.features(index)
+                features = self.features(index)
+                if self._features is None and features is not None:
+                    self._checked[index] = features
             except AudioError as error:
                 self.skipped[index] = str(error)
         return index not in self.skipped

@@ -44,6 +44,13 @@ def check_number(name: str, value: float) -> None:
         raise TypeError(f"{name} must be a number, got {value!r}")
 
 
+def check_int64(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise TypeError(f"{name} must be an integer, got {value!r}")
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+
 def check_whole(name: str, value: int | None, least: int, optional: bool = False) -> None:
     """Checks a count, which ops take as an int64."""
     if optional and value is None:

@@ -17,6 +17,7 @@ from fastcompress.checks import (
     INDEX_DTYPES,
     check_dense,
     check_float,
+    check_int64,
     check_layout,
     check_layout_values,
     check_pack_values,
@@ -181,10 +182,7 @@ def _row_groups(
     input_ids: Tensor, placeholder: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
     placeholder_counts: Tensor | int | None, reads_values: bool,
 ) -> Tensor:  # fmt: skip
-    if isinstance(placeholder, bool) or not isinstance(placeholder, int):
-        raise TypeError(f"placeholder must be an integer, got {placeholder!r}")
-    if not -(2**63) <= placeholder < 2**63:
-        raise ValueError(f"placeholder must fit in 64 bits, got {placeholder}")
+    check_int64("placeholder", placeholder)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)

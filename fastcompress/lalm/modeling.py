@@ -17,6 +17,7 @@ from fastcompress import attention
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
+from fastcompress.lalm.generation import new_tokens
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
 from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
@@ -477,7 +478,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, pooled=pooled)
         embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
-        kwargs |= _lengths(self.language_model, kwargs, input_ids.shape[1])
+        kwargs |= new_tokens(self.language_model, kwargs, input_ids.shape[1])
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         tokens = out if isinstance(out, Tensor) else out.sequences
         prompt = input_ids.repeat_interleave(tokens.shape[0] // input_ids.shape[0], 0).to(tokens.device)
@@ -486,26 +487,6 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return tokens
         out.sequences = tokens
         return out
-
-
-def _lengths(decoder: Any, arguments: dict[str, Any], asked: int) -> dict[str, Any]:
-    """``max_length`` and ``min_length``, which the decoder would count in packed rows, as numbers of new tokens."""
-    given = arguments.get("generation_config")
-    sources = [arguments, *(vars(config) for config in (given, decoder.generation_config) if config is not None)]
-    found: dict[str, Any] = {}
-    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        length, told = (next((s[n] for s in sources if s.get(n) is not None), None) for n in (total, new))
-        if not length or told is not None:
-            continue
-        if total == "max_length" and length <= asked:
-            raise ValueError(f"max_length must be more than the {asked} ids of the prompt, got {length}")
-        found[new] = max(0, length - asked)
-        if total in arguments:
-            found[total] = None
-    if given is not None and found:
-        found["generation_config"] = given = copy.deepcopy(given)
-        given.max_length = given.min_length = None
-    return found
 
 
 def warn_of_missing_compressor(config: FastCompressConfig) -> None:

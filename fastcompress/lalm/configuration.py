@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -127,6 +128,16 @@ def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, defa
     if kind not in CONFIG_MAPPING:
         raise ValueError(f"{name} has model_type {kind!r}, which this transformers does not know")
     return CONFIG_MAPPING[kind](**values)
+
+
+def warn_of_missing_compressor(config: FastCompressConfig) -> None:
+    """Of a model that was saved with a compressor of somebody's own."""
+    if config.compressor is not None:
+        warnings.warn(
+            f"this model was compressed by {config.compressor}, which is not saved with it: without use_compressor "
+            "every frame is kept",
+            stacklevel=4,
+        )
 
 
 AutoConfig.register(FastCompressConfig.model_type, FastCompressConfig, exist_ok=True)

@@ -14,7 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import attention
-from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
+from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
 from fastcompress.lalm.generation import new_tokens
@@ -487,16 +487,6 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return tokens
         out.sequences = tokens
         return out
-
-
-def warn_of_missing_compressor(config: FastCompressConfig) -> None:
-    """Of a model that was saved with a compressor of somebody's own."""
-    if config.compressor is not None:
-        warnings.warn(
-            f"this model was compressed by {config.compressor}, which is not saved with it: without use_compressor "
-            "every frame is kept",
-            stacklevel=4,
-        )
 
 
 AutoModel.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)

@@ -22,12 +22,12 @@ import torch
 import yaml
 
 from fastcompress.lalm.checkpoints import WRITE_ERRORS, clean, one_line, write_file, write_folder
-from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig
+from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import float_trained, part_dtypes
 from fastcompress.lalm.examples import EncodedExamples, Examples
 from fastcompress.lalm.lora import add_lora, load_lora, unwrap
 from fastcompress.lalm.manifest import Utterance, check_audio, format_skipped, read_manifest
-from fastcompress.lalm.modeling import FastCompressForConditionalGeneration, warn_of_missing_compressor
+from fastcompress.lalm.modeling import FastCompressForConditionalGeneration
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.lalm.training import Training, TrainingArguments
 from fastcompress.nn import LearnedBoundary

@@ -332,7 +332,7 @@ def test_long_runs_of_row_groups():
 
 
 @pytest.mark.parametrize("name", ["segment_max_backward", "segment_weighted_mean_backward"])
-def test_wrong_segments_of_gradients(name: str):
+def test_backward_of_wrong_segments(name: str):
     """One of them took a step for each row of a gap of 2**62."""
     op, x, grad = getattr(torch.ops.fastcompress, name), torch.randn(20, 16), torch.randn(2, 16)
     weights = [torch.ones(20)] if "weighted" in name else []

@@ -1,15 +1,16 @@
 """``make bench-check``: have we become slower beside the others? Ratios against those that are committed.
 
 Times differ from machine to machine and from hour to hour, so none is compared. For each table that both documents
-have, the gate takes the time of every other form as a multiple of ours, then and now, and the geometric mean of the
-changes over those forms: one rival that a neighbour disturbed, or that a new torch made faster, moves it little.
+have, the gate takes the time of every other form as a multiple of ours, then and now, and the median of the changes over
+those forms: one rival that a new torch made faster does not move it, nor one whose temporaries cost twice as much in a
+process that ran other forms before. Times are the 10th percentile, which other work on the machine moves least.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import math
+import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -45,9 +46,8 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """Geometric mean of now over then; below 1 we have lost ground."""
-        shared = self.then.keys() & self.now.keys()
-        return math.exp(math.fsum(math.log(self.now[name] / self.then[name]) for name in shared) / len(shared))
+        """Median of now over then; below 1 we have lost ground."""
+        return statistics.median(self.now[name] / self.then[name] for name in self.then.keys() & self.now.keys())
 
 
 def multiples(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
@@ -57,10 +57,10 @@ def multiples(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
         for table in results.get(part, []):
             case = table["case"] if isinstance(table["case"], str) else table["case"]["name"]
             key = (part, case, table.get("method", ""), table["dtype"], f"{table['threads']} thr", table["direction"])
-            medians = {row.get("contender", row.get("form")): row["seconds"]["median"] for row in table["rows"]}
-            ours = next((medians[name] for name in NAMES if name in medians), None)
-            if ours is not None and len(medians) > 1:
-                others = {name: median / ours for name, median in medians.items() if name not in NAMES}
+            seconds = {row.get("contender", row.get("form")): row["seconds"]["p10"] for row in table["rows"]}
+            ours = next((seconds[name] for name in NAMES if name in seconds), None)
+            if ours is not None and len(seconds) > 1:
+                others = {name: time / ours for name, time in seconds.items() if name not in NAMES}
                 found[", ".join(filter(None, key))] = others
     return found
 

@@ -1,9 +1,9 @@
 """``make bench-check``: have we become slower beside the others? Ratios against those that are committed.
 
 Times differ from machine to machine and from hour to hour, so none is compared. For each table that both documents
-have, the gate takes the time of every other form as a multiple of ours, then and now, and the median of the changes over
-those forms: one rival that a new torch made faster does not move it, nor one whose temporaries cost twice as much in a
-process that ran other forms before. Times are the 10th percentile, which other work on the machine moves least.
+have, the gate takes the time of every other form as a multiple of ours, then and now, and the median of the changes
+over those forms: one rival that a new torch made faster does not move it, nor one whose temporaries cost twice as much
+in a process that ran other forms before. Times are the 10th percentile, which other work on the machine moves least.
 """
 
 from __future__ import annotations

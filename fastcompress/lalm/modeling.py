@@ -14,10 +14,10 @@ from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import attention
+from fastcompress.generation import new_token_limits
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
-from fastcompress.lalm.generation import new_tokens
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
 from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
@@ -478,7 +478,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, pooled=pooled)
         embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
-        kwargs |= new_tokens(self.language_model, kwargs, input_ids.shape[1])
+        kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         tokens = out if isinstance(out, Tensor) else out.sequences
         prompt = input_ids.repeat_interleave(tokens.shape[0] // input_ids.shape[0], 0).to(tokens.device)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import dataclasses
 import inspect
 import pickle
@@ -24,6 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import fastcompress as fc
 from fastcompress import attention
+from fastcompress.generation import new_token_limits, setting
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
@@ -376,7 +376,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         for name, value in arguments.items()
         if name not in inputs and name != "labels" and not (isinstance(value, Tensor) and value.shape == ids.shape)
     }
-    rest |= {"inputs_embeds": embeds, "attention_mask": mask} | _lengths(self, arguments, ids.shape[1])
+    rest |= {"inputs_embeds": embeds, "attention_mask": mask} | new_token_limits(self, arguments, ids.shape[1])
     if family.prompt_ids:
         rest["input_ids"] = _prompt_ids(self, packed, ids, mask)
     if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
@@ -428,7 +428,7 @@ def _capture(model: Any, inputs: dict[str, Any]) -> fc.PackedInputs:
 
 def _mask(model: Any, arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
     """As ``generate`` infers it where none is given."""
-    padding, ends = _setting(model, arguments, "pad_token_id"), _setting(model, arguments, "eos_token_id")
+    padding, ends = setting(model, arguments, "pad_token_id"), setting(model, arguments, "eos_token_id")
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
@@ -436,15 +436,15 @@ def _mask(model: Any, arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
 def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
     """Raises for ways to generate that count rows of the prompt by its ids."""
     for name in ASSISTED:
-        if _setting(model, arguments, name):
+        if setting(model, arguments, name):
             raise NotImplementedError(
                 f"{name} cannot be used with a compressed prompt: assisted decoding counts and crops by the ids of the "
                 "prompt, which are more than its rows"
             )
-    paged = _setting(model, arguments, "cache_implementation") == "paged"
-    if paged or _setting(model, arguments, "prefill_chunk_size"):
+    paged = setting(model, arguments, "cache_implementation") == "paged"
+    if paged or setting(model, arguments, "prefill_chunk_size"):
         raise NotImplementedError("a compressed prompt cannot be read in chunks or from a paged cache: it has no ids")
-    if _setting(model, arguments, "use_cache") is False:
+    if setting(model, arguments, "use_cache") is False:
         raise NotImplementedError("use_cache=False would compute the prompt again from ids that it does not have")
     if _cache_length(arguments):
         raise NotImplementedError(
@@ -452,38 +452,10 @@ def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
         )
 
 
-def _setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """Of an argument of ``generate``: as it is passed, or in the configuration passed, or in the model's."""
-    for source in (arguments, vars(arguments.get("generation_config") or object), vars(model.generation_config)):
-        if source.get(name) is not None:
-            return source[name]
-    return None
-
-
-def _lengths(model: Any, arguments: Mapping[str, Any], asked: int) -> dict[str, Any]:
-    """``max_length`` and ``min_length``, which count the ids of the prompt, as numbers of new tokens."""
-    found: dict[str, Any] = {}
-    for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
-        value = _setting(model, arguments, total)
-        if not value or _setting(model, arguments, new) is not None:
-            continue
-        if total == "max_length" and value <= asked:
-            raise ValueError(f"max_length must be more than the {asked} ids of the prompt, got {value}")
-        found[new] = max(0, value - asked)
-        if total in arguments:
-            found[total] = None
-    config = arguments.get("generation_config")
-    if config is not None and found:
-        config = copy.deepcopy(config)
-        config.max_length = config.min_length = None
-        found["generation_config"] = config
-    return found
-
-
 def _prompt_ids(model: Any, packed: fc.PackedInputs, ids: Tensor, mask: Tensor) -> Tensor:
     """Ids of the compressed prompt ``[B, S]``, for what looks at them: penalties, stopping, streams."""
     flat = ids.flatten()
     source = packed.source.clamp_max(len(flat) - 1)
     rows = torch.where(packed.source < len(flat), flat[source], model.config.audio_token_id)
-    padding = _setting(model, {}, "pad_token_id")
+    padding = setting(model, {}, "pad_token_id")
     return packed.unpack(rows.double(), "left")[0].to(ids.dtype).masked_fill(mask == 0, padding or 0)

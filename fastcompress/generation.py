@@ -1,4 +1,4 @@
-"""Arguments of ``generate`` of transformers where its prompt is packed rows, and so not as long as the ids asked with."""
+"""Arguments of transformers' ``generate``, whose prompt is packed rows, and so not as long as the ids asked with."""
 
 from __future__ import annotations
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -35,3 +37,10 @@ def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, te
     manifest = folder / f"{name}.jsonl"
     write_manifest(manifest, utterances)
     return manifest
+
+
+def write_lines(folder: Path, *lines: Any) -> Path:
+    """A manifest of lines that are given: texts as they are, others as JSON."""
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path

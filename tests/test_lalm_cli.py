@@ -25,6 +25,7 @@ from fastcompress.lalm.runs import RunSettings  # noqa: E402
 from fastcompress.lalm.synthesis import DIRECTIONS  # noqa: E402
 from fastcompress.lalm.texts import TASKS  # noqa: E402
 from fastcompress.lalm.training import TrainingArguments  # noqa: E402
+from tests.command_line import fails  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 
 pytestmark = [
@@ -49,14 +50,6 @@ def run(data: Path) -> Path:
     more = ["--steps", "150", "--warmup-steps", "10", "--rule", "uniform:2", "--threads", "1", "--save-every", "100"]
     assert main(["train", str(data / "run"), "--config", str(config), *more]) == 0
     return data / "run"
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
-    capsys.readouterr()
-    assert main(arguments) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("fastcompress: error: ") and error.count("\n") == 1 and "Traceback" not in error
-    return error
 
 
 def test_flags_win_over_the_file(run: Path):

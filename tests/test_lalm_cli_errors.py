@@ -21,6 +21,7 @@ from fastcompress.lalm import FastCompressProcessor, logs  # noqa: E402
 from fastcompress.lalm.examples import Examples  # noqa: E402
 from fastcompress.lalm.manifest import ManifestError, Utterance, check_audio, read_manifest  # noqa: E402
 from fastcompress.lalm.recipes import build_small, build_tokenizer  # noqa: E402
+from tests.command_line import fails  # noqa: E402
 from tests.lalm_data import write_tones  # noqa: E402
 
 pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
@@ -34,14 +35,6 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for part in (model, processor):
         part.save_pretrained(folder / "model")
     return folder
-
-
-def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    capsys.readouterr()
-    assert cli.main(arguments) == code
-    error = capsys.readouterr().err
-    assert error.startswith("fastcompress: error: ") and error.count("\n") == 1 and "Traceback" not in error
-    return error
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -24,22 +23,17 @@ from fastcompress.lalm.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests.lalm_data import write_lines
 
 RATE = 16_000
 pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
-
-
-def write(folder: Path, *lines: Any) -> Path:
-    path = folder / "m.jsonl"
-    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
-    return path
 
 
 # Manifests
 
 
 def test_a_manifest_is_read_and_written(tmp_path: Path):
-    path = write(
+    path = write_lines(
         tmp_path,
         {"audio_filepath": "a/x.wav", "duration": 1.5, "text": "hello", "speaker": 3},
         "",
@@ -81,12 +75,12 @@ def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
 )
 def test_lines_that_no_reader_should_choke_on(line: Any, reason: str, tmp_path: Path):
     with pytest.raises(ManifestError) as caught:
-        read_manifest(write(tmp_path, line))
+        read_manifest(write_lines(tmp_path, line))
     assert reason in str(caught.value)
 
 
 def test_a_name_that_is_too_long_is_skipped(tmp_path: Path):
-    good, skipped = check_audio(read_manifest(write(tmp_path, {"audio_filepath": "a" * 5000, "text": "a"})))
+    good, skipped = check_audio(read_manifest(write_lines(tmp_path, {"audio_filepath": "a" * 5000, "text": "a"})))
     assert not good and skipped[0][1] == "file name too long"
 
 
@@ -105,7 +99,7 @@ def test_a_name_that_is_too_long_is_skipped(tmp_path: Path):
     ],
 )
 def test_lines_that_are_wrong(line: Any, reason: str, tmp_path: Path):
-    path = write(tmp_path, {"audio_filepath": "x.wav", "text": "fine"}, line)
+    path = write_lines(tmp_path, {"audio_filepath": "x.wav", "text": "fine"}, line)
     with pytest.raises(ManifestError, match=re.escape(f"{path}{reason}")):
         read_manifest(path)
 
@@ -114,7 +108,7 @@ def test_manifests_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(ManifestError, match="no such file"):
         read_manifest(tmp_path / "none.jsonl")
     with pytest.raises(ManifestError, match="holds no utterance"):
-        read_manifest(write(tmp_path, "", "  "))
+        read_manifest(write_lines(tmp_path, "", "  "))
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xfc"}')
     with pytest.raises(ManifestError, match="latin.jsonl: 'utf-8' codec"):
         read_manifest(tmp_path / "latin.jsonl")

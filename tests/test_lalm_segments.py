@@ -19,6 +19,7 @@ from fastcompress.lalm.manifest import (
     read_manifest,
     write_manifest,
 )
+from tests.lalm_data import write_lines
 
 RATE = 16_000
 pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
@@ -26,12 +27,6 @@ pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoptio
 
 def recording(path: Path, seconds: float, rate: int = RATE, **more: Any) -> Path:
     soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(int(seconds * rate)), rate, **more)
-    return path
-
-
-def manifest(folder: Path, *lines: dict[str, Any]) -> Path:
-    path = folder / "m.jsonl"
-    path.write_text("\n".join(json.dumps({"text": "a", **line}) for line in lines))
     return path
 
 
@@ -53,7 +48,7 @@ def manifest(folder: Path, *lines: dict[str, Any]) -> Path:
 )
 def test_what_is_cut(line: dict[str, float], seconds: float, tmp_path: Path):
     recording(tmp_path / "long.wav", 10.0)
-    utterances = read_manifest(manifest(tmp_path, {"audio_filepath": "long.wav", **line}))
+    utterances = read_manifest(write_lines(tmp_path, {"audio_filepath": "long.wav", "text": "a", **line}))
     checked, _ = check_audio(utterances)
     again = check_audio([Utterance(**vars(checked[0]))])[0]
     assert checked[0].duration == again[0].duration == pytest.approx(seconds)

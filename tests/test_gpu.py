@@ -411,3 +411,14 @@ def test_short_hostile_segments(gpu: torch.device):
                 synchronize(gpu)
             except ValueError as error:
                 assert "segments" in str(error)
+
+
+def test_tensors_of_two_devices_are_refused_without_the_wrappers(gpu: torch.device):
+    """A kernel would read the host's memory, and the device would be lost to the process."""
+    if gpu.type == "cpu":
+        pytest.skip("needs two devices")
+    ops, x, rule = torch.ops.fastcompress, torch.randn(5, 3, device=gpu), fc.LocalMax().op_args()
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        ops.segment_pool(x, None, torch.tensor([0, 5]), None, None, *rule, True)
+    with pytest.raises((RuntimeError, ValueError), match="device"):
+        ops.segment_reduce(x, torch.tensor([0]), torch.tensor([5]), "mean")

@@ -65,7 +65,7 @@ build: $(LIBRARY)
 demo: build
 	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo
 	@echo
-	$(BIN)/python scripts/demo.py
+	$(BIN)/python examples/demo.py
 
 # `make experiment QUICK=1`: LoRA on the shipped model alone.
 QUICK ?=
@@ -81,10 +81,11 @@ test-slow: build
 test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow
 
-EMULATED := distance greedy boundaries reduce pool packing packing_errors errors properties opcheck
+EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors \
+    properties opcheck
 test-emulated: build
-	$(BIN)/python -c 'from tests.cuda_emulation import build; build()'
-	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/test_%.py)
+	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
+	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
 # Of the CPU's kernels alone: KINDS="address thread".
 KINDS ?=

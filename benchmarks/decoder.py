@@ -66,7 +66,7 @@ def build(
     """A call of the decoder, with or without gradients: logits of all rows that are no padding, and the loss."""
     import transformers
 
-    import fastcompress.attention  # noqa: F401  (registers the implementation)
+    import fastcompress.decoder  # noqa: F401  (registers the implementation)
 
     implementation, is_packed = FORMS[form]
     heads = max(4, size.width // 128)

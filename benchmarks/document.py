@@ -332,7 +332,7 @@ def roof_at(ceilings: Mapping[str, Any], intensity: float) -> float:
 def _share(parts: Mapping[str, Any]) -> Iterable[str]:
     yield "## Share of a training step"
     yield (
-        "The small audio LLM of `fastcompress.lalm.recipes`, trained on the recordings in `assets/digits`, 8 in a "
+        "The small audio LLM of `fastcompress.training.recipes`, trained on the recordings in `assets/digits`, 8 in a "
         "batch: a step from features to updated weights, and what of it the profiler finds in fastcompress's ops, "
         "forward and backward. *busy*: the step without its waiting for a core."
     )

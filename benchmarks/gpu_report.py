@@ -11,7 +11,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.report import align
-from fastcompress import info
+from fastcompress.cli import info
 
 SCHEMA = 1
 

@@ -88,7 +88,6 @@ def _version(package: str) -> str | None:
 def _library() -> dict[str, Any]:
     """The library measured, which need not be installed."""
     import fastcompress
-    from fastcompress import _library
 
     version = getattr(fastcompress, "__version__", None)
     return {"fastcompress": version, "fastcompress_compiled": bool(getattr(_library, "COMPILED", False))}

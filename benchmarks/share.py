@@ -1,6 +1,6 @@
 """What share of a training step compression and packing take, and how long a step is with fewer tokens.
 
-A small audio LLM (``fastcompress.lalm.recipes.build_small``) trains on the recordings that are shipped.
+A small audio LLM (``fastcompress.training.recipes.build_small``) trains on the recordings that are shipped.
 """
 
 from __future__ import annotations
@@ -63,10 +63,10 @@ class Share:
 
 
 def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
-    from fastcompress.lalm.examples import Examples
-    from fastcompress.lalm.manifest import read_manifest
-    from fastcompress.lalm.recipes import build_small
-    from fastcompress.lalm.training import Training, TrainingArguments
+    from fastcompress.training.examples import Examples
+    from fastcompress.training.manifest import read_manifest
+    from fastcompress.training.recipes import build_small
+    from fastcompress.training.trainer import Training, TrainingArguments
 
     utterances = read_manifest(manifest)
     model, processor = build_small(utterances, rule=rule)
@@ -112,7 +112,7 @@ def measure(
 
     Raises:
         WrongResult: a step ran none of the ops.
-        fastcompress.lalm.training.TrainingStopped: a loss is not finite.
+        fastcompress.training.trainer.TrainingStopped: a loss is not finite.
     """
     torch.set_num_threads(threads)
     with contextlib.ExitStack() as stack:

@@ -10,7 +10,7 @@
 #include <string>
 
 #include "dtype.h"
-#include "reduce.h"
+#include "segment_reduce.h"
 #include "rule.h"
 
 namespace fastcompress {

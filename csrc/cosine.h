@@ -1,4 +1,4 @@
-// From canonical dot products to the cosine distance. The definition is fastcompress/reference/distance.py.
+// From canonical dot products to the cosine distance. The definition is fastcompress/reference/adjacent_distance.py.
 #pragma once
 
 #include <cmath>

@@ -1,4 +1,4 @@
-// What implements what. The schemas are in fastcompress/schemas.py.
+// What implements what. The schemas are in fastcompress/dispatch/schemas.py.
 #include "cpu/ops.h"
 #ifdef FASTCOMPRESS_CUDA
 #include "cuda/ops.h"

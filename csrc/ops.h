@@ -1,4 +1,4 @@
-// The ops of a device, with the signatures of fastcompress/schemas.py: what implements them, and how they are
+// The ops of a device, with the signatures of fastcompress/dispatch/schemas.py: what implements them, and how they are
 // registered.
 #pragma once
 

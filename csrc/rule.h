@@ -1,5 +1,5 @@
 // Segmentation rules as a small state machine, for CPU and CUDA sources alike. The definition in words and in Python is
-// fastcompress/reference/boundaries.py.
+// fastcompress/reference/select_boundaries.py.
 //
 // A walk goes over the rows of a batch from left to right, deciding for each row whether it starts a segment. It may
 // stop at any row and go on later (chunks of the CPU kernel), as soon as the distances that the next row needs are

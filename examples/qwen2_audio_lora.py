@@ -22,8 +22,8 @@ from torch import Tensor
 from transformers import AutoProcessor, Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
 from fastcompress.integrations.transformers import apply_to
-from fastcompress.integrations.transformers.finetuning import Conversations
-from fastcompress.lalm.manifest import read_manifest
+from fastcompress.training.finetuning import Conversations
+from fastcompress.training.manifest import read_manifest
 
 AUDIO = 99  # the placeholder's id of the tiny model
 

@@ -79,7 +79,7 @@ SHIPPED = ROOT / "assets" / "models" / "digits"
 
 
 def _make_data(folder: Path, task: str, train: int, jobs: int) -> None:
-    from fastcompress.lalm.synthesis import make_data
+    from fastcompress.synthesis.data import make_data
 
     record = folder / "data.json"
     if record.exists() and json.loads(record.read_text()).get("utterances", {}).get("train") == train:

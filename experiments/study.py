@@ -18,15 +18,15 @@ from typing import Any
 import torch
 
 from experiments.selection import AttentionSelection, BlankRemoval, FrameSelection
-from fastcompress.lalm.checkpoints import write_file
-from fastcompress.lalm.evaluation import evaluate
-from fastcompress.lalm.examples import EncodedExamples, Examples
+from fastcompress.files import write_file
+from fastcompress.lalm.loading import load_model, set_compression
 from fastcompress.lalm.lora import add_lora
-from fastcompress.lalm.manifest import read_manifest
-from fastcompress.lalm.recipes import build_small
-from fastcompress.lalm.runs import load_model, set_compression
-from fastcompress.lalm.training import Training, TrainingArguments
 from fastcompress.nn import BipartiteMerge, GreedySegments, IterativeFusion, NoveltyPool
+from fastcompress.training.evaluation import evaluate
+from fastcompress.training.examples import EncodedExamples, Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_small
+from fastcompress.training.trainer import Training, TrainingArguments
 
 #: Manifests that scores are reported on; ``dev`` is for choosing.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")

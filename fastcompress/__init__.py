@@ -1,10 +1,12 @@
 """Variable-length compression of audio frames for audio language models."""
 
 from fastcompress import nn
-from fastcompress.backends import backend
+from fastcompress.dispatch.backends import backend
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.greedy_segments import greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
-from fastcompress.ops.merging import Merged, bipartite_merge, greedy_segments, iterative_fusion
+from fastcompress.ops.pack import PackedInputs, pack
+from fastcompress.ops.row_groups import row_groups
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce
 from fastcompress.ops.select_boundaries import (
@@ -14,7 +16,7 @@ from fastcompress.ops.select_boundaries import (
     segments_from_starts,
     select_boundaries,
 )
-from fastcompress.packing import PackedInputs, pack, row_groups
+from fastcompress.ops.token_merging import Merged, bipartite_merge, iterative_fusion
 from fastcompress.rules import LabelChange, LocalMax, Lookback, PeakHeight, Rule, Threshold, TopK, Uniform
 from fastcompress.segments import Pooled, Segments
 from fastcompress.streaming import Streamed, StreamingIntegrateAndFire, StreamingSegmentPool

@@ -2,7 +2,7 @@
 
 import sys
 
-from fastcompress.cli import main
+from fastcompress.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -15,12 +15,13 @@ from torch import Tensor
 
 from fastcompress.checks import check_dense, check_float, check_layout, check_number, check_whole
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.greedy_segments import check_threshold, greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, check_firing, integrate_and_fire, quantity_loss
-from fastcompress.ops.merging import Merged, bipartite_merge, check_threshold, greedy_segments, iterative_fusion
 from fastcompress.ops.scalar_rules import find_checked_runs, find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask, select_boundaries
+from fastcompress.ops.token_merging import Merged, bipartite_merge, iterative_fusion
 from fastcompress.rules import Rule, Threshold, as_rule
 from fastcompress.segments import Pooled
 

@@ -6,7 +6,7 @@ first frame of every sequence does.
 
 A rule has a text form, ``"local-max:order=2,min_len=3"`` (:meth:`Rule.from_string`, ``str(rule)``), for command lines
 and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON. What a rule *does* is
-defined once, in ``fastcompress/reference/boundaries.py``; ``csrc/rule.h`` is the compiled form of the same definition.
+defined once, in ``fastcompress/reference/select_boundaries.py``; ``csrc/rule.h`` is the compiled form of the same definition.
 """
 
 from __future__ import annotations

@@ -29,8 +29,8 @@ from fastcompress.ops.integrate_and_fire import (
     usable,
 )
 from fastcompress.ops.segment_reduce import segment_reduce
-from fastcompress.reference.distance import accumulate_dtype
-from fastcompress.reference.reduce import BLOCK
+from fastcompress.reference.adjacent_distance import accumulate_dtype
+from fastcompress.reference.segment_reduce import BLOCK
 from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
 from fastcompress.segments import row_segments
 

@@ -30,7 +30,13 @@ from typing import IO
 ROOT = Path(__file__).resolve().parents[1]
 SECONDS = 470.0  # for everything
 BENCHMARK_SECONDS = 170.0  # of these, kept for the benchmark
-SUITE = ["distance", "boundaries", "reduce", "pool", "packing", "properties", "errors", "opcheck", "compile"]
+SUITE = [
+    f"ops/{name}"
+    for name in (
+        "adjacent_distance", "select_boundaries", "segment_reduce", "segment_pool", "pack", "properties", "errors",
+        "opcheck", "compile",
+    )
+]  # fmt: skip
 PACKAGES = ("pytest", "numpy", "scipy", "hypothesis")
 SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
@@ -56,7 +62,7 @@ class Step:
 
 
 def tests(files: Sequence[str], device: str, backend: str, *more: str) -> list[str]:
-    paths = [f"tests/test_{name}.py" for name in files]
+    paths = [f"tests/{folder}/test_{name}.py" for folder, name in (file.split("/") for file in files)]
     return [*PYTEST, *paths, "--device", device, "--backend", backend, *more]
 
 
@@ -67,7 +73,7 @@ def gpu_steps(wheel: Path | None) -> list[Step]:
     major, minor = torch.cuda.get_device_capability()
     parallel = ["-n", "6"] if importlib.util.find_spec("xdist") else []
     no_triton = "" if importlib.util.find_spec("triton") else "triton is not installed"
-    short = tests(["gpu"], "cuda", "cuda", "-k", "short", "-p", "no:xdist")
+    short = tests(["gpu/ops"], "cuda", "cuda", "-k", "short", "-p", "no:xdist")
     # Each tensor is an allocation of its own, so that one element too far is seen.
     exact = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     steps = [] if wheel else [build_step({"FASTCOMPRESS_CUDA": nvcc(), "FASTCOMPRESS_CUDA_ARCHS": f"{major}{minor}"})]
@@ -75,12 +81,12 @@ def gpu_steps(wheel: Path | None) -> list[Step]:
     checked = ["-k", "not ops_refuse"]
     steps += [
         Step("info", [sys.executable, "-m", "fastcompress", "info"]),
-        Step("GPU tests, cuda", tests(["gpu"], "cuda", "cuda")),
-        Step("attention", tests(["gpu_attention"], "cuda", "cuda")),
+        Step("GPU tests, cuda", tests(["gpu/ops"], "cuda", "cuda")),
+        Step("attention", tests(["gpu/attention"], "cuda", "cuda")),
         Step("suite, cuda", tests(SUITE, "cuda", "cuda", *parallel)),
     ]
     # Triton compiles first, a second for each of some hundred variants; the suite finds most of them done.
-    jobs = {"GPU tests, triton": tests(["gpu"], "cuda", "triton", *parallel)}
+    jobs = {"GPU tests, triton": tests(["gpu/ops"], "cuda", "triton", *parallel)}
     jobs["suite, triton"] = tests(SUITE, "cuda", "triton", *checked, *parallel)
     steps += [Step(name, job, limit=150.0, reserve=45.0, missing=no_triton) for name, job in jobs.items()]
     sanitizer = shutil.which("compute-sanitizer")
@@ -96,14 +102,14 @@ def dry_steps() -> list[Step]:
     interpreter = {"TRITON_INTERPRET": "1"}
     no_triton = "" if importlib.util.find_spec("triton") else "triton is not installed"
     some = "short_parts or packing or hostile_segments or stream or 32_bits or compiled or (graph and float32-uniform)"
-    triton = tests(["gpu"], "cpu", "triton", "-k", "short_parts")
+    triton = tests(["gpu/ops"], "cpu", "triton", "-k", "short_parts")
     return [
         build_step({"FASTCOMPRESS_CUDA": "none"}, ROOT / "build" / "gpu-dry"),
         Step("info", [sys.executable, "-m", "fastcompress", "info"]),
-        Step("GPU tests", tests(["gpu"], "cpu", "reference", "-k", some)),
-        Step("attention", tests(["gpu_attention"], "cpu", "reference", "-k", "on_request or qwen2")),
+        Step("GPU tests", tests(["gpu/ops"], "cpu", "reference", "-k", some)),
+        Step("attention", tests(["gpu/attention"], "cpu", "reference", "-k", "on_request or qwen2")),
         Step("GPU tests, triton", triton, interpreter, missing=no_triton),
-        Step("suite", tests(["pool"], "cpu", "reference", "-k", "test_module")),
+        Step("suite", tests(["ops/segment_pool"], "cpu", "reference", "-k", "test_module")),
     ]
 
 

@@ -8,11 +8,11 @@ python=$(realpath -s "$1")
 shift
 root=$PWD
 
-OPS="tests/test_distance.py tests/test_greedy.py tests/test_integrate_and_fire.py tests/test_boundaries.py
-    tests/test_reduce.py tests/test_pool.py tests/test_packing.py tests/test_packing_errors.py
-    tests/test_errors.py"
-BY_ISA="tests/test_distance.py tests/test_reduce.py tests/test_pool.py"
-THREADS="tests/test_threads.py tests/test_concurrency.py"
+OPS="tests/ops/test_adjacent_distance.py tests/ops/test_greedy_segments.py tests/ops/test_integrate_and_fire.py tests/ops/test_select_boundaries.py
+    tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py tests/ops/test_pack.py tests/ops/test_pack_errors.py
+    tests/ops/test_errors.py"
+BY_ISA="tests/ops/test_adjacent_distance.py tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py"
+THREADS="tests/ops/test_threads.py tests/ops/test_concurrency.py"
 
 # build KIND SANITIZERS SYMBOL: goes to a copy of the sources and builds the library there; SYMBOL must be in it.
 build() {
@@ -32,7 +32,7 @@ runtime() { gcc -print-file-name="$1.so"; }
 
 loads_the_copy() {
     "$python" -c 'import fastcompress; assert "build/sanitize" in fastcompress.__file__, fastcompress.__file__
-from fastcompress._library import COMPILED; assert COMPILED'
+from fastcompress.dispatch.library import COMPILED; assert COMPILED'
 }
 
 # Runs what is given; it must fail, and say so: a fault that was put in, or the tests have shown nothing.
@@ -79,12 +79,12 @@ thread() (
     sed -i 's/memory_order_release/memory_order_relaxed/' csrc/cpu/segment_pool.cpp
     FASTCOMPRESS_SANITIZE=thread "$python" setup.py -q build_ext --inplace
     must_find "ThreadSanitizer: data race" with_thread_sanitizer "$python" -m pytest -q -x --capture=sys \
-        -p no:cacheprovider tests/test_threads.py -k concurrent_callers
+        -p no:cacheprovider tests/ops/test_threads.py -k concurrent_callers
 )
 
 emulated() {
     "$python" -m pytest -q -x -n 2 --dist load -p no:cacheprovider -m sanitizer --run-sanitizers \
-        tests/test_cuda_emulation.py tests/test_greedy_emulation.py
+        tests/csrc/test_cuda_emulation.py tests/csrc/test_greedy_emulation.py
 }
 
 for kind in ${*:-address thread emulated}; do

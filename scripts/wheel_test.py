@@ -26,8 +26,8 @@ ENVIRONMENTS = ROOT / "build" / "wheel-test"
 # Every op once on the CPU, compiled against the reference; none of the checkout's files may be in the way.
 USE = """
 import json, pathlib, torch, fastcompress as fc
-from fastcompress import info
-from fastcompress._library import COMPILED, LIBRARY_PATH
+from fastcompress.cli import info
+from fastcompress.dispatch.library import COMPILED, LIBRARY_PATH
 assert "site-packages" in fc.__file__, fc.__file__
 assert COMPILED, "the wheel's library does not load"
 torch.manual_seed(0)

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 import fastcompress
-from fastcompress.backends import BACKENDS
-from tests.on_device import on_device
+from fastcompress.dispatch.backends import BACKENDS
+from tests.support.on_device import on_device
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,9 +24,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         help="run the CUDA kernels, emulated, in place of the CPU's; 0: threads in their order",
     )
-    parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda (tests/on_device.py)")
+    parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda (tests/support/on_device.py)")
     parser.addoption("--backend", choices=BACKENDS, help="run every op by this backend")
-    parser.addoption("--fuzz-seconds", type=float, help="how long each test of tests/test_fuzz_ops.py looks")
+    parser.addoption("--fuzz-seconds", type=float, help="how long each test of tests/fuzz/test_ops.py looks")
 
 
 def pytest_configure() -> None:
@@ -48,7 +48,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 @pytest.fixture(autouse=True)
 def poisoned_memory():
     """Every uninitialized tensor is NaN, or the largest integer, also those that the compiled library allocates through
-    torch: what a kernel leaves unwritten shows. (Its own output buffers are covered by tests/test_isa.py.)"""
+    torch: what a kernel leaves unwritten shows. (Its own output buffers are covered by tests/csrc/test_isa.py.)"""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -61,7 +61,7 @@ def cuda_kernels(pytestconfig: pytest.Config):
     if seed is None:
         yield
         return
-    from tests.cuda_emulation import emulated
+    from tests.support.cuda_emulation import emulated
 
     os.environ["FASTCOMPRESS_CHECK"] = "1"
     with emulated(seed):
@@ -86,7 +86,7 @@ def device(pytestconfig: pytest.Config):
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
     """``fuzz(check, strategy)``, for as long as ``--fuzz-seconds`` says."""
-    from tests.fuzzing import fuzz  # not above: hypothesis is not everywhere where the tests of a GPU run
+    from tests.support.fuzzing import fuzz  # not above: hypothesis is not everywhere where the tests of a GPU run
 
     seconds = request.config.getoption("--fuzz-seconds")
     return functools.partial(fuzz, test=request.node.name, seconds=seconds)

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 import torch
 
+from tests.support import ROOT
+
 soundfile = pytest.importorskip("soundfile")
 soxr = pytest.importorskip("soxr")
 
 from fastcompress import audio  # noqa: E402
 from fastcompress.audio import AudioError, load_audio, log_mel, mel_centres  # noqa: E402
-
-REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def sine(frequency: float, seconds: float, rate: int, level: float = 0.4) -> np.ndarray:
@@ -218,7 +218,7 @@ def peak_growth(folder: Path, seconds: int, rate: int, channels: int) -> tuple[i
         for _ in range(seconds):
             file.write(block)
     command = [sys.executable, "-W", "ignore", "-c", PEAK_SCRIPT, str(folder / "small.wav"), str(folder / "large.wav")]
-    done = subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=True)
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
     count, loading, encoding = done.stdout.split()
     return int(count), float(loading), float(encoding)
 

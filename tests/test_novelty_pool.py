@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from tests.sample_inputs import features
+from tests.support.sample_inputs import features
 
 SIZES = (23, 0, 1, 2, 34)
 

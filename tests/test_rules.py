@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 import fastcompress as fc
 from fastcompress.rules import RULES as RULE_CLASSES
 from fastcompress.rules import Rule, as_rule, max_segments
-from tests.sample_inputs import RULES, offsets
+from tests.support.sample_inputs import RULES, offsets
 
 numbers = st.one_of(st.floats(allow_nan=False), st.integers(-1000, 1000))
 cuts = st.tuples(st.integers(1, 9), st.none() | st.integers(1, 12)).filter(lambda c: c[1] is None or c[0] <= c[1])

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import fastcompress as fc
-from tests.sample_inputs import DTYPES, features
+from tests.support.sample_inputs import DTYPES, features
 
 RULES = (
     fc.Uniform(1),

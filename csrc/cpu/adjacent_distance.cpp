@@ -1,7 +1,7 @@
 #include <algorithm>
 #include <limits>
 
-#include "distance.h"
+#include "adjacent_distance.h"
 #include "ops.h"
 
 namespace fastcompress::cpu {

@@ -5,7 +5,7 @@
 #include <cstdint>
 
 #include "dtype.h"
-#include "reduce.h"
+#include "segment_reduce.h"
 
 namespace fastcompress {
 

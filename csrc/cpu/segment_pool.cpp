@@ -13,7 +13,7 @@
 #include <memory>
 #include <thread>
 
-#include "distance.h"
+#include "adjacent_distance.h"
 #include "ops.h"
 
 namespace fastcompress::cpu {

@@ -3,8 +3,8 @@
 
 #include <cstdint>
 
-#include "../greedy.h"
-#include "../reduce.h"
+#include "../greedy_segments.h"
+#include "../segment_reduce.h"
 #include "../rule.h"
 
 namespace fastcompress::cuda {

@@ -1,7 +1,7 @@
 // The sum of a segment in its one order: blocks of kBlock frames, the blocks added in order (reduce.h).
 #pragma once
 
-#include "../reduce.h"
+#include "../segment_reduce.h"
 #include "rows.cuh"
 
 namespace fastcompress::cuda {

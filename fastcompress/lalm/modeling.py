@@ -13,8 +13,8 @@ from transformers import AutoModel, AutoModelForCausalLM, AutoModelForMultimodal
 from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
-from fastcompress import attention
-from fastcompress.generation import new_token_limits
+from fastcompress import decoder
+from fastcompress.decoder.generation import new_token_limits
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
@@ -52,7 +52,7 @@ class FastCompressOutput(ModelOutput):
 class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """A speech encoder, a compression rule, a projector and a causal decoder.
 
-    Decoders that cannot run packed (:func:`fastcompress.attention.prepare`) run padded.
+    Decoders that cannot run packed (:func:`fastcompress.decoder.prepare`) run padded.
     """
 
     config_class: type[FastCompressConfig] = FastCompressConfig
@@ -147,7 +147,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _prepare_decoder(self) -> bool:
         try:
-            attention.prepare(self.language_model)
+            decoder.prepare(self.language_model)
         except NotImplementedError as error:
             warnings.warn(f"the decoder runs padded: {error}", stacklevel=3)
             return False

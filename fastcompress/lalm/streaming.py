@@ -32,7 +32,7 @@ CUT_SECONDS = 1.0
 LONGEST_SECONDS = 30.0
 #: Seconds over which a level is taken.
 LEVEL_SECONDS = 0.1
-#: Seconds: the earliest that cost almost no words in noise, of what ``scripts/stream.py`` tries (docs/speech.md).
+#: Seconds: the earliest that cost almost no words in noise, of what ``experiments/streaming.py`` tries (docs/speech.md).
 LOOK_AHEAD, HOP = 0.5, 0.5
 
 

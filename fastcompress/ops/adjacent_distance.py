@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values
-from fastcompress.ops.dispatch import Op, call, differentiable_once
+from fastcompress.dispatch.call import Op, call, differentiable_once
 
 _op: Op[Tensor] = torch.ops.fastcompress.adjacent_distance.default
 _backward_op: Op[Tensor] = torch.ops.fastcompress.adjacent_distance_backward.default

@@ -22,9 +22,9 @@ from fastcompress.checks import (
     check_token_values,
     check_values_of_rows,
 )
-from fastcompress.ops.dispatch import Op, call, differentiable_once
+from fastcompress.dispatch.call import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
-from fastcompress.reference.distance import accumulate_dtype
+from fastcompress.reference.adjacent_distance import accumulate_dtype
 from fastcompress.segments import pad_tokens
 
 _op: Op[Tensor] = torch.ops.fastcompress.integrate_rows.default

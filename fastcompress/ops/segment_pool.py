@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.dispatch import Op, call
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
 from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, as_rule

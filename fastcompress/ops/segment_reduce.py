@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_segment_values, check_segments, check_values_of_rows
-from fastcompress.ops.dispatch import Op, call, differentiable_once
+from fastcompress.dispatch.call import Op, call, differentiable_once
 from fastcompress.segments import Segments
 
 _ops = torch.ops.fastcompress

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_float, check_integers, check_layout, check_layout_values, check_same_device
+from fastcompress.dispatch.call import Op, call
 from fastcompress.ops import scalar_rules
-from fastcompress.ops.dispatch import Op, call
 from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
 from fastcompress.segments import Segments
 

@@ -3,19 +3,19 @@
 They are registered for every device, below the compiled kernels of a device where there are some.
 """
 
-from fastcompress.reference.boundaries import select_boundaries
-from fastcompress.reference.distance import adjacent_distance, adjacent_distance_backward
-from fastcompress.reference.greedy import greedy_boundaries
+from fastcompress.reference.adjacent_distance import adjacent_distance, adjacent_distance_backward
+from fastcompress.reference.greedy_segments import greedy_boundaries
 from fastcompress.reference.integrate_and_fire import integrate_rows, integrate_rows_backward
 from fastcompress.reference.pack import pack_labels, pack_map, pack_rows
-from fastcompress.reference.pool import segment_pool
-from fastcompress.reference.reduce import (
+from fastcompress.reference.segment_pool import segment_pool
+from fastcompress.reference.segment_reduce import (
     segment_expand,
     segment_max_backward,
     segment_reduce,
     segment_weighted_mean,
     segment_weighted_mean_backward,
 )
+from fastcompress.reference.select_boundaries import select_boundaries
 
 OPS = {
     op.__name__: op

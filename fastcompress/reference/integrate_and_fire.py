@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import check_token_values
-from fastcompress.reference.distance import accumulate_dtype, canonical_dot
-from fastcompress.reference.reduce import positions, sum_in_order
+from fastcompress.reference.adjacent_distance import accumulate_dtype, canonical_dot
+from fastcompress.reference.segment_reduce import positions, sum_in_order
 
 
 def integrate_and_fire(

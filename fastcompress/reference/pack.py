@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import IGNORED_LABEL, check_pack_values
-from fastcompress.reference.boundaries import KEEP
+from fastcompress.reference.select_boundaries import KEEP
 
 
 def pack_bound(num_rows: int, num_audios: int, num_audio_rows: int) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastcompress import attention
+import fastcompress.decoder
 from fastcompress.integrations.transformers import budget, dynamic
 from fastcompress.integrations.transformers.budget import BudgetProcessor
 from fastcompress.integrations.transformers.dynamic import Settings, compressed_prompt
@@ -160,7 +160,7 @@ def _prepare(decoder: Any) -> str | None:
     """Gives a decoder attention that keeps samples apart; returns what it had, if that was changed."""
     before: str | None = decoder.config._attn_implementation
     try:
-        attention.prepare(decoder)
+        fastcompress.decoder.prepare(decoder)
     except NotImplementedError as error:
         raise NotImplementedError(f"{error}; pack=False compresses it without packing") from error
     return before

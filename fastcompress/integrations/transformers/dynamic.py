@@ -22,12 +22,12 @@ from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import fastcompress as fc
-from fastcompress import attention
-from fastcompress.generation import new_token_limits, setting
+from fastcompress import decoder
+from fastcompress.decoder.generation import new_token_limits, setting
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
-from fastcompress.packing import row_groups
+from fastcompress.ops.row_groups import row_groups
 from fastcompress.segments import Pooled
 
 #: Names of a cache of earlier rows; the second since transformers 5.24.
@@ -178,7 +178,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 def _keeps_apart(model: Any) -> bool:
     """Whether the decoder's attention is told where samples begin: not if another was set since."""
-    found: bool = model.model.language_model.config._attn_implementation == attention.NAME
+    found: bool = model.model.language_model.config._attn_implementation == decoder.NAME
     return found
 
 

@@ -1,0 +1,76 @@
+"""``make demo``: what a model hears at frame level and compressed, side by side, on speech that it has never heard."""
+
+from __future__ import annotations
+
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastcompress.training.evaluation import transcribe
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+#: What is shown, and how: a model, and the compression in place of its own.
+COLUMNS: tuple[tuple[str, str, str | None], ...] = (
+    ("every frame", "digits", None),
+    ("4x, not trained for it", "digits", "uniform:4"),
+    ("4x, trained so", "digits-uniform-4", None),
+)
+
+
+def main() -> int:
+    import jiwer
+    from transformers.utils import logging
+
+    from fastcompress.lalm.loading import load_model
+
+    logging.disable_progress_bar()
+    logging.set_verbosity_error()
+    torch.set_num_threads(1)
+    utterances = read_manifest(ROOT / "assets" / "digits" / "test.jsonl")
+    rows: list[list[str]] = [[u.target for u in utterances]]
+    scores = []
+    for title, name, rule in COLUMNS:
+        model, processor = load_model(ROOT / "assets" / "models" / name, rule)
+        examples = Examples(utterances, processor, cache=True)
+        answers, totals = transcribe(model, examples, max_new_tokens=16, do_sample=False)
+        written = [answer or "" for answer in answers]
+        rows.append(written)
+        seconds = sum(u.duration or 0.0 for u in utterances)
+        scores.append((title, totals["audio_tokens"], totals["audio_tokens"] / seconds, _prefill(model, examples),
+                       100 * jiwer.wer(rows[0], written)))  # fmt: skip
+    heads = ["said", *(title for title, _, _ in COLUMNS)]
+    widths = [max(len(text) for text in [head, *column]) for head, column in zip(heads, rows, strict=True)]
+    for line in [heads, *zip(*rows, strict=True)]:
+        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print()
+    print(f"{'':24}{'tokens':>8}{'tokens/s':>10}{'prefill ms':>12}{'WER %':>8}")
+    for title, tokens, rate, prefill, wer in scores:
+        print(f"{title:24}{tokens:8.0f}{rate:10.1f}{prefill:12.2f}{wer:8.1f}")
+    print(f"({len(utterances)} strings of digits in voices that training lacked; prefill: median for one of them)")
+    return 0
+
+
+@torch.inference_mode()
+def _prefill(model: Any, examples: Examples) -> float:
+    """Milliseconds from the encoder's frames to the decoder's first answer, the median over the utterances."""
+    times = []
+    for index in range(len(examples)):
+        batch = examples.batch([index], targets=False)
+        frames, lengths = model.encode(batch["input_features"], batch["feature_attention_mask"])
+        runs = []
+        for _ in range(5):
+            since = time.perf_counter()
+            model.prefill(model.pack(batch["input_ids"], batch["attention_mask"], frames, lengths))
+            runs.append(1e3 * (time.perf_counter() - since))
+        times.append(min(runs))
+    return statistics.median(times)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

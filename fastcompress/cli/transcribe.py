@@ -1,0 +1,154 @@
+"""``fastcompress transcribe``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from fastcompress.cli.errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
+from fastcompress.cli.settings import load_model_and_processor, positive
+
+
+def add_command(commands: Any) -> None:
+    parser = commands.add_parser(
+        "transcribe",
+        help="write down what audio files say",
+        description="Writes a line for each audio file: what the model hears in it. With --stream as the audio comes, "
+        "such as from a microphone: arecord -q -f S16_LE -r 16000 -t wav | fastcompress transcribe - --stream ...",
+    )
+    parser.add_argument(
+        "files", nargs="+", metavar="FILE", help="audio: WAV, FLAC, MP3, Ogg, ...; - with --stream: WAV from stdin"
+    )
+    parser.add_argument("--model", required=True, metavar="FOLDER", help="folder of a model or of a run")
+    parser.add_argument("--rule", help="compression in place of the model's; none: every frame")
+    parser.add_argument("--prompt", default="", help="what to ask of the model, if it was trained with prompts")
+    parser.add_argument("--batch-size", type=positive, default=8, metavar="N")
+    parser.add_argument("--num-beams", type=positive, default=1, metavar="N", help="1: greedy search (default)")
+    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    stream = parser.add_argument_group("with --stream")
+    stream.add_argument("--stream", action="store_true", help="write text as audio comes, as soon as it is final")
+    for name, text in _STREAM.items():
+        stream.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="SECONDS", help=text)
+    parser.set_defaults(run=_run_transcribe)
+
+
+#: Settings of a stream (fastcompress.lalm.streaming), in seconds.
+_STREAM = {
+    "window": "that the encoder takes at once, and of an utterance at most (default all it can, or 30)",
+    "look_ahead": "of audio after a frame until it is final (default 0.5)",
+    "hop": "between two hypotheses; text is final where they agree (default 0.5)",
+}
+
+
+def _run_transcribe(options: argparse.Namespace) -> int:
+    settings = {name: value for name in _STREAM if (value := getattr(options, name)) is not None}
+    if options.stream:
+        return _run_stream(options, settings)
+    if settings:
+        raise UserError(f"--{next(iter(settings)).replace('_', '-')} needs --stream")
+    if "-" in options.files:
+        raise UserError("- (standard input) needs --stream")
+    from fastcompress.audio import AudioError
+    from fastcompress.training.evaluation import transcribe
+    from fastcompress.training.examples import Examples
+    from fastcompress.training.manifest import Utterance, load_utterance
+
+    model, processor = load_model_and_processor(options)
+    utterances, failed = [], 0
+    for file in options.files:
+        utterance = Utterance(Path(file), "", "", prompt=options.prompt)
+        try:
+            samples = load_utterance(utterance, processor.sampling_rate)
+        except AudioError as error:
+            print_error(error)
+            failed += 1
+            continue
+        seconds = len(samples) / processor.sampling_rate
+        rate = processor.sampling_rate
+        utterances.append(Utterance(Path(file), "", "", seconds, prompt=options.prompt, samples=(samples, rate)))
+    examples = Examples(utterances, processor)
+    if utterances:
+        settings = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens, "do_sample": False}
+        written, _ = transcribe(model, examples, options.batch_size, **settings)
+        for utterance, text in zip(utterances, written, strict=True):
+            if text is not None:
+                print(f"{utterance.audio_filepath}: {text}" if len(options.files) > 1 else text)
+    for reason in examples.skipped.values():
+        print_error(reason)
+        failed += 1
+    if failed:
+        return EXIT_ERROR if failed == len(options.files) else EXIT_SOME_FAILED
+    return EXIT_OK
+
+
+def _run_stream(options: argparse.Namespace, settings: dict[str, float]) -> int:
+    from fastcompress.audio import AudioError
+    from fastcompress.lalm.streaming import StreamingTranscriber
+
+    if options.files.count("-") > 1:
+        raise UserError("- (standard input) can be read once")
+    model, processor = load_model_and_processor(options)
+    done = 0
+    for file in options.files:
+        try:
+            stream = StreamingTranscriber(
+                model, processor, prompt=options.prompt, num_beams=options.num_beams,
+                max_new_tokens=options.max_new_tokens, **settings,
+            )  # fmt: skip
+        except (NotImplementedError, ValueError) as error:
+            raise UserError(f"--stream: {error}") from error
+        if len(options.files) > 1:
+            print(f"{file}: ", end="", flush=True)
+        try:
+            with _interrupt_ends_input() if file == "-" else contextlib.nullcontext():
+                computing = _print_stream(stream, sys.stdin.buffer if file == "-" else file)
+        except AudioError as error:
+            if stream.text or len(options.files) > 1:
+                print(flush=True)  # what was written stays a line
+            print_error(error)
+            continue
+        print(flush=True)
+        done += 1
+        latency = stream.latency()
+        first = "no text" if latency.first is None else f"first text after {latency.first:.2f} s"
+        lagging = "" if latency.lagging is None else f", words {latency.lagging:.2f} s behind on average"
+        print(f"{file}: {latency.seconds:.2f} s, computed in {computing:.2f} s; {first}{lagging}", file=sys.stderr)
+    return EXIT_OK if done == len(options.files) else EXIT_SOME_FAILED if done else EXIT_ERROR
+
+
+def _print_stream(stream: Any, source: Any) -> float:
+    """Writes the text of an audio as it becomes final; returns the seconds that computing it took."""
+    from fastcompress.audio import AudioError, audio_blocks
+
+    computing = 0.0
+    for block in audio_blocks(source, stream.rate, seconds=0.1):
+        since = time.perf_counter()
+        text = stream.feed(block)
+        computing += time.perf_counter() - since
+        if text:
+            print(text, end="", flush=True)
+    since = time.perf_counter()
+    try:
+        text = stream.finish()
+    except ValueError as error:
+        raise AudioError(f"{getattr(source, 'name', source)}: {error}") from error
+    print(text, end="")
+    return computing + time.perf_counter() - since
+
+
+@contextlib.contextmanager
+def _interrupt_ends_input() -> Iterator[None]:
+    """The first Ctrl-C ends the program that writes into the pipe, and so the input, but not this one."""
+    previous = signal.getsignal(signal.SIGINT)
+    signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, previous))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, previous)

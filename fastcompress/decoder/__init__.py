@@ -1,0 +1,5 @@
+"""What a decoder of transformers needs to run packed rows; importing it registers the attention ``"fastcompress"``."""
+
+from fastcompress.decoder.attention import NAME, attention_forward, check_decoder, packed_attention, prepare
+
+__all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "prepare"]

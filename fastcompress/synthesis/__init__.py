@@ -1,0 +1,1 @@
+"""Synthetic speech with manifests, for machines that have no data."""

@@ -1,0 +1,110 @@
+"""Training checkpoints that survive being killed at any moment.
+
+A checkpoint is a folder ``step-00000500``. It is written under another name, flushed to the disk, and renamed: whatever
+has the name is whole.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from fastcompress.files import UNFINISHED, WRITE_ERRORS, one_line, write_folder
+
+_NAME = re.compile(r"step-(\d{8})")
+
+
+_WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.pt", "state.json"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint that cannot be written, or does not fit what it is loaded into; the message is one line."""
+
+
+def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int) -> Path:
+    """Writes the checkpoint after ``step`` steps, and then deletes all but the last ``keep``.
+
+    Raises:
+        CheckpointError: it cannot be written; those before it are whole.
+    """
+    target = folder / f"step-{step:08d}"
+
+    def write(path: Path) -> None:
+        save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, path / _WEIGHTS)
+        with open(path / _OPTIMIZER, "wb") as file:  # Python's, which says what torch's does not: no space left
+            torch.save(optimizer.state_dict(), file)
+        (path / _STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
+
+    try:
+        write_folder(target, write)
+    except WRITE_ERRORS as error:
+        whole = found(folder)
+        kept = f"the last whole one is {whole[-1]}" if whole else "there is none before it"
+        raise CheckpointError(f"{target}: cannot be written ({one_line(error)}); {kept}") from error
+    for old in found(folder)[:-keep]:  # under another name first, or a kill would leave it half deleted
+        gone = old.with_name(f"{UNFINISHED}{old.name}")
+        os.rename(old, gone)
+        shutil.rmtree(gone, ignore_errors=True)
+    return target
+
+
+def found(folder: Path) -> list[Path]:
+    """The whole checkpoints in a folder, oldest first."""
+    if not folder.is_dir():
+        return []
+    return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
+
+
+def load(
+    path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, buffers: dict[str, Tensor] | None = None
+) -> int:
+    """Puts a checkpoint into the weights and the optimizer; returns the steps it was made after.
+
+    Buffers that it lacks stay as they are: at first none were saved.
+
+    Raises:
+        CheckpointError: it has other weights than these, or cannot be read.
+    """
+    try:
+        state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
+        saved = load_file(path / _WEIGHTS)
+        optimizer_state = torch.load(path / _OPTIMIZER, map_location="cpu", weights_only=True)
+        step = int(state["step"])
+    except Exception as error:
+        raise CheckpointError(f"{path}: cannot be read ({type(error).__name__}: {error})") from error
+    copy_weights(path, saved, weights | {name: b for name, b in (buffers or {}).items() if name in saved})
+    try:
+        optimizer.load_state_dict(optimizer_state)
+    except ValueError as error:
+        raise CheckpointError(f"{path}: the optimizer has other parameters ({error})") from error
+    return step
+
+
+def copy_weights(path: Path, saved: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
+    """Copies what was saved into the weights, in place.
+
+    Raises:
+        CheckpointError: a name or a shape differs.
+    """
+    missing, more = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
+    if missing or more:
+        what = [f"lacks {missing[0]}" if missing else "", f"has {more[0]}, which the model lacks" if more else ""]
+        raise CheckpointError(
+            f"{path}: {' and '.join(filter(None, what))} ({len(missing)} missing, {len(more)} too many)"
+        )
+    for name, tensor in weights.items():
+        if tensor.shape != saved[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(saved[name].shape)}, the model's has {list(tensor.shape)}"
+            )
+    with torch.no_grad():
+        for name, tensor in weights.items():
+            tensor.copy_(saved[name])

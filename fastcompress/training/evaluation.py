@@ -1,0 +1,220 @@
+"""How well, and how fast, a model writes down what it hears."""
+
+from __future__ import annotations
+
+import random
+import resource
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcompress.audio import AudioError
+from fastcompress.lalm.lora import unwrap
+from fastcompress.training.examples import Examples
+
+#: Resamples of the bootstrap of confidence intervals, which are of 95 %.
+RESAMPLES = 1000
+
+
+@dataclass(frozen=True)
+class Result:
+    """Of one manifest.
+
+    Attributes:
+        utterances, words: how many were scored, and the words of their references.
+        wer, cer: word and character error rates, %, of all utterances together.
+        wer_low, wer_high: the 95 % confidence interval of ``wer``, by a bootstrap over utterances.
+        exact: utterances without an error, %.
+        bleu: of the corpus (sacrebleu), 0 to 100.
+        seconds: of audio.
+        frames_per_second, tokens_per_second: rows of a second of audio before and after the compression.
+        ratio: frames a token.
+        prefill_ms: median time to compress, pack and decode the prompt of one utterance.
+        encode_ms: median time of the encoder on one utterance; about 0 for frames that are there (``EncodedExamples``).
+        written_per_second: tokens that were written in a second, in batches.
+        peak_bytes: of memory, at most: on a GPU what decoding allocated; on the CPU all of the process until then.
+        skipped: utterances whose audio turned out to be damaged; they are in no other number.
+    """
+
+    utterances: int
+    words: int
+    wer: float
+    wer_low: float
+    wer_high: float
+    cer: float
+    exact: float
+    bleu: float
+    seconds: float
+    frames_per_second: float
+    tokens_per_second: float
+    ratio: float
+    prefill_ms: float
+    encode_ms: float
+    written_per_second: float
+    peak_bytes: int
+    skipped: int
+
+
+@torch.inference_mode()
+def transcribe(
+    model: Any, examples: Examples, batch_size: int = 16, progress: Callable[[int], object] | None = None,
+    **generation: Any,
+) -> tuple[list[str | None], dict[str, float]]:  # fmt: skip
+    """What the model writes for each utterance, and the counts of tokens, frames and seconds.
+
+    For damaged audio it is ``None``. Utterances of similar length share a batch. ``generation`` goes to ``generate``.
+    """
+    model.eval()
+    base = unwrap(model)
+    tokenizer = examples.processor.tokenizer
+    order = sorted(range(len(examples)), key=lambda i: examples.utterances[i].duration or 0.0)
+    written: list[str | None] = [None] * len(order)
+    totals = {"audio_tokens": 0.0, "frames": 0.0, "written": 0.0, "seconds": 0.0}
+    done = 0
+    for begin in range(0, len(order), batch_size):
+        indices = [i for i in order[begin : begin + batch_size] if examples.is_usable(i)]
+        done += len(order[begin : begin + batch_size])
+        if not indices:
+            continue
+        batch = {k: v.to(base.device) for k, v in examples.batch(indices, targets=False).items()}
+        frames = lengths = None
+        if "frames" in batch or "input_features" in batch:
+            frames, lengths = _encoded(base, batch)
+            totals["frames"] += int(lengths.sum())
+            totals["audio_tokens"] += len(base.compress(frames, lengths).values)
+        since = time.perf_counter()
+        out = model.generate(
+            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], frames=frames, frame_lengths=lengths,
+            **generation,
+        )  # fmt: skip
+        new = out[:: len(out) // len(indices), batch["input_ids"].shape[1] :]
+        totals["seconds"] += time.perf_counter() - since
+        totals["written"] += int((new != tokenizer.pad_token_id).sum())
+        for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
+            written[index] = text.strip()
+        if progress is not None:
+            progress(done)
+    return written, totals
+
+
+def evaluate(
+    model: Any, examples: Examples, batch_size: int = 16, timed: int = 10,
+    progress: Callable[[int], object] | None = None, **generation: Any,
+) -> tuple[Result, list[str | None]]:  # fmt: skip
+    """Scores a model on the utterances of a manifest.
+
+    Args:
+        model: a ``FastCompressForConditionalGeneration``, with or without LoRA.
+        examples: whose targets are the references.
+        batch_size: of the decoding.
+        timed: utterances on which encoder and prefill are timed, spread over the lengths; 0: none.
+        progress: called with the utterances done.
+        generation: for ``generate``; greedy search of at most 128 tokens if nothing else is said.
+
+    Returns:
+        the scores, and what was written for each utterance, ``None`` where its audio is damaged.
+
+    Raises:
+        AudioError: all of them are.
+    """
+    import jiwer
+    import sacrebleu
+
+    cuda = model.device.type == "cuda"
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(model.device)
+    settings = {"max_new_tokens": 128, "do_sample": False} | generation
+    written, totals = transcribe(model, examples, batch_size, progress, **settings)
+    if cuda:
+        peak = torch.cuda.max_memory_allocated(model.device)
+    else:
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    scored = [(u, w) for u, w in zip(examples.utterances, written, strict=True) if w is not None]
+    if not scored:
+        raise AudioError(f"no audio can be used: {next(iter(examples.skipped.values()))}")
+    references, hypotheses = [u.target for u, _ in scored], [w for _, w in scored]
+    counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, hypotheses, strict=True)]
+    low, high = _interval(counts)
+    errors, words = (sum(column) for column in zip(*counts, strict=True))
+    seconds = sum(u.duration or 0.0 for u, _ in scored if u.has_audio)
+    encode_ms, prefill_ms = _times(model, examples, timed)
+    result = Result(
+        utterances=len(references),
+        words=words,
+        wer=100 * errors / max(1, words),
+        wer_low=low,
+        wer_high=high,
+        cer=100 * float(jiwer.cer(references, hypotheses)),
+        exact=100 * statistics.fmean(r == w for r, w in zip(references, hypotheses, strict=True)),
+        bleu=float(sacrebleu.corpus_bleu(hypotheses, [references], force=True).score),
+        seconds=seconds,
+        frames_per_second=totals["frames"] / seconds if seconds else 0.0,
+        tokens_per_second=totals["audio_tokens"] / seconds if seconds else 0.0,
+        ratio=totals["frames"] / max(1.0, totals["audio_tokens"]),
+        prefill_ms=prefill_ms,
+        encode_ms=encode_ms,
+        written_per_second=totals["written"] / max(1e-9, totals["seconds"]),
+        peak_bytes=peak,
+        skipped=len(examples.skipped),
+    )
+    return result, written
+
+
+def _encoded(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Frames of a batch's audio, which :class:`EncodedExamples` have already."""
+    if "frames" in batch:
+        return batch["frames"], batch["frame_lengths"]
+    return model.encode(batch["input_features"], batch["feature_attention_mask"])
+
+
+def _errors(found: Any) -> tuple[int, int]:
+    """Errors, and words of the reference."""
+    return found.substitutions + found.deletions + found.insertions, found.hits + found.substitutions + found.deletions
+
+
+def _interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
+    """Of the error rate, %, from the errors and words of each utterance."""
+    g = random.Random(0)
+    rates = []
+    for _ in range(RESAMPLES):
+        sample = g.choices(counts, k=len(counts))
+        rates.append(100 * sum(e for e, _ in sample) / max(1, sum(n for _, n in sample)))
+    rates.sort()
+    return rates[round(0.025 * RESAMPLES)], rates[round(0.975 * RESAMPLES) - 1]
+
+
+@torch.inference_mode()
+def _times(model: Any, examples: Examples, count: int) -> tuple[float, float]:
+    """Medians, in ms, of the encoder and of the prefill of one utterance."""
+    base = unwrap(model)
+    order = sorted(
+        (i for i, u in enumerate(examples.utterances) if u.has_audio and i not in examples.skipped),
+        key=lambda i: examples.utterances[i].duration or 0.0,
+    )
+    chosen = [order[i * len(order) // count] for i in range(count)] if order and count else []
+    encoding, prefill = [], []
+    for index in chosen:
+        batch = {k: v.to(base.device) for k, v in examples.batch([index], targets=False).items()}
+        for _ in range(3):  # the first warms up
+            since = _now(base.device)
+            frames, lengths = _encoded(base, batch)
+            middle = _now(base.device)
+            packed = base.pack(batch["input_ids"], batch["attention_mask"], frames, lengths)
+            base.prefill(packed)
+            end = _now(base.device)
+        encoding.append(1e3 * (middle - since))
+        prefill.append(1e3 * (end - middle))
+    if not chosen:
+        return 0.0, 0.0
+    return statistics.median(encoding), statistics.median(prefill)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()

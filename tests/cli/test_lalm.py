@@ -1,0 +1,204 @@
+"""``fastcompress make-data``, ``train``, ``evaluate`` and ``transcribe``, as one types them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import yaml
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fastcompress.cli import transcribe as cli_transcribe  # noqa: E402
+from fastcompress.cli.main import main  # noqa: E402
+from fastcompress.synthesis.data import DIRECTIONS  # noqa: E402
+from fastcompress.synthesis.texts import TASKS  # noqa: E402
+from fastcompress.training import logs  # noqa: E402
+from fastcompress.training.manifest import read_manifest, write_manifest  # noqa: E402
+from fastcompress.training.settings import RunSettings  # noqa: E402
+from fastcompress.training.trainer import TrainingArguments  # noqa: E402
+from tests.support.command_line import fails  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    write_tones(folder, 60)
+    write_tones(folder, 8, "test", seed=1)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(data: Path) -> Path:
+    """A model that has learnt the tones, trained as one would."""
+    config = data / "run.yaml"
+    config.write_text(yaml.safe_dump({"train": str(data / "train.jsonl"), "steps": 9, "learning_rate": 2e-3}))
+    more = ["--steps", "150", "--warmup-steps", "10", "--rule", "uniform:2", "--threads", "1", "--save-every", "100"]
+    assert main(["train", str(data / "run"), "--config", str(config), *more]) == 0
+    return data / "run"
+
+
+def test_flags_win_over_the_file(run: Path):
+    settings = yaml.safe_load((run / "run.yaml").read_text())
+    assert settings["steps"] == 150 and settings["learning_rate"] == 2e-3 and settings["rule"] == "uniform:2"
+    assert logs.read(run / "log.csv")[-1]["step"] == 150
+    assert list((run / "events").iterdir())  # TensorBoard is a development requirement
+    command = json.loads((run / "environment.json").read_text())["command"]
+    assert command
+
+
+def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    report = tmp_path / "scores.json"
+    manifests = [str(data / "test.jsonl"), str(data / "train.jsonl")]
+    capsys.readouterr()
+    assert main(["evaluate", str(run), *manifests, "--threads", "1", "--json", str(report)]) == 0
+    out = capsys.readouterr().out.splitlines()
+    assert out[0] == f"{run}, rule uniform:2" and out[1].split()[:3] == ["utterances", "WER", "%"]
+    found = json.loads(report.read_text())["manifests"][manifests[0]]
+    assert out[2].split()[:3] == ["test", "8", f"{found['wer']:.1f}"]
+    assert found["wer"] < 40 and found["wer_low"] <= found["wer"] <= found["wer_high"]
+    assert found["ratio"] == pytest.approx(2, abs=0.05) and found["frames_per_second"] == pytest.approx(50, rel=0.02)
+    assert found["tokens_per_second"] == pytest.approx(found["frames_per_second"] / found["ratio"])
+    assert found["prefill_ms"] > 0 and found["encode_ms"] > 0 and found["written_per_second"] > 0
+    assert [line["reference"] for line in found["lines"]] == [u.target for u in read_manifest(data / "test.jsonl")]
+    exact = sum(line["reference"] == line["written"] for line in found["lines"])
+    assert found["exact"] == pytest.approx(100 * exact / 8) and exact > 0
+    # Another rule, and beams.
+    assert main(["evaluate", str(run), manifests[0], "--rule", "none", "--num-beams", "2", "--json", str(report)]) == 0
+    assert json.loads(report.read_text())["manifests"][manifests[0]]["ratio"] == 1
+
+
+def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """By the words of another utterance, for one. Its header is fine: it shows when it is decoded."""
+    good = read_manifest(data / "test.jsonl")[:4]
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    bad = replace(good[1], audio_filepath=tmp_path / "nan.wav", duration=0.5, target="low low low low")
+    write_manifest(
+        tmp_path / "some.jsonl", [good[0], bad, good[2], good[3], replace(good[0], audio_filepath=tmp_path / "x")]
+    )
+    write_manifest(tmp_path / "good.jsonl", [good[0], good[2], good[3]])
+    found = {}
+    for name in ("some", "good"):
+        report = tmp_path / f"{name}.json"
+        assert main(["evaluate", str(run), str(tmp_path / f"{name}.jsonl"), "--json", str(report)]) == 0
+        found[name] = json.loads(report.read_text())["manifests"][str(tmp_path / f"{name}.jsonl")]
+    assert found["some"]["skipped"] == 2 and found["good"]["skipped"] == 0
+    for score in ("utterances", "words", "wer", "cer", "exact", "seconds", "ratio"):
+        assert found["some"][score] == found["good"][score], score
+    assert [line["written"] is None for line in found["some"]["lines"]] == [False, True, False, False]
+    assert 50e6 < found["good"]["peak_bytes"] < 24e9
+    write_manifest(tmp_path / "all.jsonl", [bad])
+    assert "no audio can be used" in fails(["evaluate", str(run), str(tmp_path / "all.jsonl")], capsys)
+
+
+def test_flags_are_those_that_there_are():
+    """Declared without importing what they are for, so they could drift: names, types, defaults in the help."""
+    flags = {name: (kind, text) for name, kind, text in cli_transcribe._SETTINGS}
+    fields = {f.name: f for f in (*dataclasses.fields(RunSettings), *dataclasses.fields(TrainingArguments))}
+    assert flags.keys() == fields.keys() - {"training", "betas"}
+    for name, (kind, text) in flags.items():
+        assert kind.__name__ in fields[name].type
+        said = re.search(r"default ([-\w.]+)\)?$", text)
+        if said:
+            value = fields[name].default
+            wanted = {"yes": True}.get(said[1], said[1])
+            assert wanted == value or float(wanted) == value, name
+    assert cli_transcribe._TASKS == tuple(TASKS) and cli_transcribe._DIRECTIONS == DIRECTIONS
+
+
+def test_transcribe(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    utterances = read_manifest(data / "train.jsonl")[:6]
+    files = [str(u.audio_filepath) for u in utterances]
+    capsys.readouterr()
+    assert main(["transcribe", *files, "--model", str(run)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.partition(": ")[0] for line in lines] == files
+    right = sum(line.partition(": ")[2] == u.text for line, u in zip(lines, utterances, strict=True))
+    assert right >= 3
+    assert main(["transcribe", files[0], "--model", str(run / "final")]) == 0
+    assert capsys.readouterr().out == lines[0].partition(": ")[2] + "\n"
+    (tmp_path / "text.wav").write_text("no audio")
+    assert main(["transcribe", files[0], str(tmp_path / "text.wav"), "--model", str(run)]) == 1
+    captured = capsys.readouterr()
+    assert "text.wav: not an audio file" in captured.err and files[0] in captured.out
+    assert main(["transcribe", str(tmp_path / "none.wav"), "--model", str(run)]) == 2
+
+
+def test_training_that_cannot_start(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    train = ["--train", str(data / "train.jsonl")]
+    new = str(tmp_path / "new")
+    assert "holds a run already" in fails(["train", str(run), *train], capsys)
+    assert "no run to go on with" in fails(["train", new, "--resume"], capsys)
+    assert "train is missing" in fails(["train", new], capsys)
+    assert "unknown rule 'nonsense'" in fails(["train", new, *train, "--rule", "nonsense"], capsys)
+    assert "nowhere.jsonl: no such file" in fails(["train", new, "--train", str(tmp_path / "nowhere.jsonl")], capsys)
+    (tmp_path / "bad.jsonl").write_text('{"text": "a"}\nnonsense\n')
+    assert "bad.jsonl:2: no JSON" in fails(["train", new, "--train", str(tmp_path / "bad.jsonl")], capsys)
+    (tmp_path / "bad.yaml").write_text("a: [")
+    assert "bad.yaml: while parsing" in fails(["train", new, "--config", str(tmp_path / "bad.yaml")], capsys)
+    (tmp_path / "list.yaml").write_text("- a")
+    config = ["--config", str(tmp_path / "list.yaml")]
+    assert "must hold names and values, got list" in fails(["train", new, *config], capsys)
+    assert "--threads must be at least 1" in fails(["train", new, *train, "--threads", "0"], capsys)
+    once = [*train, "--encode-once"]
+    assert "encode_once needs a frozen encoder" in fails(["train", new, *once, "--no-augment"], capsys)
+    assert "encode_once excludes augment" in fails(["train", new, *once], capsys)
+    assert "keys must be one of frames, ctc, got 'x'" in fails(["train", new, *train, "--keys", "x"], capsys)
+    assert not (tmp_path / "new").exists()
+
+
+def test_models_that_are_none(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    manifest = str(data / "test.jsonl")
+    assert "no model here" in fails(["evaluate", str(tmp_path), manifest], capsys)
+    broken = tmp_path / "broken"
+    shutil.copytree(run / "final", broken)
+    (broken / "model.safetensors").write_bytes(b"nothing")
+    assert "cannot be loaded" in fails(["evaluate", str(broken), manifest], capsys)
+    assert "--rule: unknown rule" in fails(["evaluate", str(run), manifest, "--rule", "x"], capsys)
+    assert "must be a whole number from 1 on" in fails(["evaluate", str(run), manifest, "--num-beams", "0"], capsys)
+    assert main(["evaluate", str(run), str(nothing(tmp_path))]) == 2
+    error = capsys.readouterr().err
+    assert "none.wav: no such file" in error and "no utterance is left" in error
+
+
+def nothing(folder: Path) -> Path:
+    path = folder / "nothing.jsonl"
+    path.write_text('{"audio_filepath": "none.wav", "text": "a"}\n')
+    return path
+
+
+def test_lora_by_flags(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["train", str(tmp_path / "lora"), "--train", str(data / "train.jsonl"), "--model", str(run)]
+    arguments += ["--lora-rank", "4", "--rule", "uniform:3", "--steps", "3", "--encode-once", "--no-augment"]
+    assert main(arguments) == 0
+    assert "trained: " in capsys.readouterr().out
+    assert main(["evaluate", str(tmp_path / "lora"), str(data / "test.jsonl")]) == 0
+    assert "rule uniform:3" in capsys.readouterr().out
+
+
+def test_make_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    pytest.importorskip("espeakng_loader")
+    folder = str(tmp_path / "data")
+    sizes = ["--train", "3", "--dev", "1", "--test", "1", "--jobs", "1"]
+    assert main(["make-data", folder, "--task", "numbers", "--direction", "translation", *sizes]) == 0
+    out = capsys.readouterr().out
+    assert re.search(r"train\.jsonl: 3 utterances, 0\.00 h", out)
+    assert len(read_manifest(tmp_path / "data" / "train.jsonl")) == 3
+    assert "holds other data" in fails(["make-data", folder, "--task", "digits", *sizes], capsys)
+    assert "needs a task with German" in fails(["make-data", folder, "--direction", "translation"], capsys)
+    (tmp_path / "file").touch()
+    assert "file" in fails(["make-data", str(tmp_path / "file"), *sizes], capsys)

@@ -1,0 +1,127 @@
+"""Mistakes that end the commands in one line, and not in a traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fastcompress.audio import AudioError  # noqa: E402
+from fastcompress.cli import main as cli  # noqa: E402
+from fastcompress.lalm import FastCompressProcessor  # noqa: E402
+from fastcompress.training import logs  # noqa: E402
+from fastcompress.training.examples import Examples  # noqa: E402
+from fastcompress.training.manifest import ManifestError, Utterance, check_audio, read_manifest  # noqa: E402
+from fastcompress.training.recipes import build_small, build_tokenizer  # noqa: E402
+from tests.support.command_line import fails  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tones, and ``model``, which has learnt nothing."""
+    folder = tmp_path_factory.mktemp("errors")
+    model, processor = build_small(read_manifest(write_tones(folder, 4)))
+    for part in (model, processor):
+        part.save_pretrained(folder / "model")
+    return folder
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="of a machine without a GPU")
+def test_a_device_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[str]):
+    sound = str(data / "audio" / "train-0.wav")
+    for command in (["transcribe", sound, "--model", str(data / "model")], ["evaluate", str(data / "model"), "x"]):
+        assert "--device cuda" in fails([*command, "--device", "cuda"], capsys)
+    assert "--device nope" in fails([*command, "--device", "nope"], capsys)
+
+
+def test_parts_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    arguments = ["train", str(tmp_path / "run"), "--train", str(data / "train.jsonl")]
+    error = fails([*arguments, "--audio-model", "./nope", "--text-model", "./no-text"], capsys)
+    assert "audio_model ./nope, text_model ./no-text: cannot be loaded" in error
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_name_that_is_no_text(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """Of a file system whose names are bytes: in Python what is no UTF-8 is half of a pair."""
+    name = os.fsdecode(b"bad\xff.wav")
+    try:
+        shutil.copy(data / "audio" / "train-0.wav", tmp_path / name)
+    except OSError:
+        pytest.skip("this file system has no such names")
+    few = ["--max-new-tokens", "4"]
+    sound, model = str(tmp_path / name), str(data / "model")
+    for arguments in (
+        ["inspect", sound, "--no-noise", "--rule", "uniform:3", "--json", str(tmp_path / "a.json")],
+        ["inspect", sound, "--no-noise", "--rule", "uniform:3", "--png", str(tmp_path / "pictures")],
+        ["transcribe", sound, sound, "--model", model, *few],
+        ["transcribe", sound, sound, "--model", model, "--stream", *few],
+        ["transcribe", sound + "x", sound, "--model", model],
+    ):
+        assert cli.main(arguments) == (0 if arguments[1] == sound else 1)
+        assert "bad\\udcff.wav" in capsys.readouterr().out
+
+
+def test_a_development_loss_that_is_none(tmp_path: Path):
+    log = logs.Logs(tmp_path, 0)
+    log.write(1, {"loss": 2.0, "development_loss": float("nan"), "grad_norm": float("inf")})
+    log.close()
+    (row,) = logs.read(tmp_path / "log.csv")
+    assert np.isnan(row["development_loss"]) and row["grad_norm"] == float("inf") and row["loss"] == 2
+    logs.Logs(tmp_path, 1).close()
+    assert len(logs.read(tmp_path / "log.csv")) == 1
+
+
+def test_audio_shorter_than_a_window_of_the_features(tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]):
+    from transformers import ParakeetFeatureExtractor
+
+    soundfile.write(tmp_path / "a.wav", 0.1 * np.ones(450), 16_000)
+    processor = FastCompressProcessor(ParakeetFeatureExtractor(feature_size=80), build_tokenizer(["a"]))
+    (u,), _ = check_audio([Utterance(tmp_path / "a.wav", "a", "a")])
+    examples = Examples([u], processor)
+    with pytest.raises(AudioError, match=r"a.wav: has 0.028 s of audio, less than one frame of 0.032 s"):
+        examples.features(0)
+    assert not examples.is_usable(0)
+    model = tmp_path / "model"
+    shutil.copytree(data / "model", model)
+    found = json.loads((model / "processor_config.json").read_text())
+    found["feature_extractor"]["n_fft"] = 512
+    (model / "processor_config.json").write_text(json.dumps(found))
+    assert "0.028 s of audio" in fails(["transcribe", str(tmp_path / "a.wav"), "--model", str(model)], capsys)
+
+
+def test_phones_that_the_model_lacks(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
+    lines[-1]["phones"] = "low xx"
+    (data / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    error = fails(
+        ["train", str(tmp_path / "run"), "--train", str(data / "other.jsonl"), "--model", str(data / "model")], capsys
+    )
+    assert "phone 'xx' is none of those of the model" in error
+    with pytest.raises(ManifestError, match="phone '.*' is none"):
+        Examples(read_manifest(data / "train.jsonl"), None, phones=["x"])
+
+
+def test_a_folder_that_is_missing_is_made_before_the_work(
+    data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    from fastcompress.training import evaluation
+
+    arguments = ["evaluate", str(data / "model"), str(data / "train.jsonl"), "--max-new-tokens", "2", "--json"]
+    assert cli.main([*arguments, str(tmp_path / "no" / "such" / "folder" / "a.json")]) == 0
+    assert (tmp_path / "no" / "such" / "folder" / "a.json").is_file()
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **__: pytest.fail("worked first"))
+    assert "is a directory" in fails([*arguments, str(tmp_path)], capsys)
+    (tmp_path / "file").touch()
+    assert "not a directory" in fails([*arguments, str(tmp_path / "file" / "a.json")], capsys)

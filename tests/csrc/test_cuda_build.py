@@ -1,0 +1,177 @@
+"""Gates of the CUDA build that need nvcc and no GPU. The kernels run in tests/gpu/test_ops.py, and emulated.
+
+Short: one architecture. Slow: those of a wheel. Registers, shared memory and 128-bit instructions are held to
+tests/csrc/cuda_resources.json; after a change that is meant, ``python -m tests.support.cuda_build`` rewrites it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastcompress
+from tests.support import cuda_build
+from tests.support.cuda_build import ARCHS, Kernel
+
+PACKAGE = Path(fastcompress.__file__).parent
+# Division, square root and reciprocal that are not rounded as IEEE 754 has it, and results that lose subnormals.
+INEXACT = re.compile(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx|rcp\.approx|\w+(?:\.\w+)*\.ftz)\S*")
+FUSED = re.compile(r"\bfma\.\S+")
+
+pytestmark = [
+    pytest.mark.skipif(cuda_build.nvcc_version() is None, reason="no nvcc"),
+    pytest.mark.timeout(1800),
+    pytest.mark.slow,  # nvcc takes minutes
+    pytest.mark.xdist_group("cuda-build"),  # one worker, so that there is one build
+]
+needs_cuobjdump = pytest.mark.skipif(cuda_build.cuobjdump() is None, reason="no cuobjdump and nvdisasm")
+
+
+@pytest.fixture(scope="module")
+def library() -> Path:
+    return cuda_build.build(ARCHS)
+
+
+@pytest.fixture(scope="module")
+def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
+    return cuda_build.kernels(library)
+
+
+def aligned(name: str) -> bool:
+    """Whether a kernel moves rows 16 bytes at a time: its second template argument, or the unit of a plain copy."""
+    return bool(re.search(r"<\w+, true\b|<uint4>", name))
+
+
+def test_loads_without_cuda(library: Path, tmp_path: Path):
+    """Also under a torch for the CPU alone. What CUDA tensors need comes at the first call with one."""
+    shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    shutil.copy(library, tmp_path / "fastcompress")
+    env = {**os.environ, "PYTHONPATH": str(tmp_path), "FASTCOMPRESS_BACKEND": "cuda", "CUDA_VISIBLE_DEVICES": ""}
+
+    def run(*command: str) -> str:
+        done = subprocess.run([sys.executable, *command], env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert (done.returncode, done.stderr) == (0, ""), done.stderr
+        return done.stdout
+
+    info = json.loads(run("-m", "fastcompress", "info", "--json"))
+    assert info["library"]["cuda_archs"] == ";".join(ARCHS) + "+PTX"
+    assert info["library"]["cuda_version"] == cuda_build.nvcc_version()
+    assert {choice["cuda"]["backend"] for choice in info["ops"].values()} == {"cuda"}
+    assert {choice["cpu"]["backend"] for choice in info["ops"].values()} == {"compiled"}
+    pool = "import torch, fastcompress as fc; print(len(fc.segment_pool(torch.eye(6), rule=fc.Uniform(2)).values))"
+    assert run("-c", pool).split() == ["3"]
+
+
+def test_nothing_of_cuda_is_needed_to_load(library: Path):
+    dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
+    needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
+    assert "libtorch.so" in needed  # brings libtorch_cuda along where there is one
+    assert [name for name in needed if "cuda" in name or "cudart" in name] == []
+    symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True).split("\n")
+    pairs = [line.split() for line in symbols if line]
+    # The current stream is asked for weakly; the number of CUDA among the kinds of devices is in libtorch_cpu.
+    assert ["w", "aoti_torch_get_current_cuda_stream"] in pairs
+    strong = [name for kind, name in pairs if kind == "U" and "cuda" in name]
+    assert set(strong) <= {"aoti_torch_device_type_cuda"}
+    assert [name for _, name in pairs if name.startswith(("Py", "_Py"))] == []
+
+
+def test_registers_that_spill_fail_the_build(library: Path, tmp_path: Path):
+    source = tmp_path / "spills.cu"
+    source.write_text(
+        "__global__ void __launch_bounds__(1024, 2) spills(float* x) {\n"
+        "  float v[96];\n#pragma unroll\n  for (int i = 0; i < 96; ++i) v[i] = x[threadIdx.x * 96 + i];\n"
+        "  __syncthreads();\n#pragma unroll\n  for (int i = 0; i < 96; ++i) x[threadIdx.x + 1024 * i] = v[95 - i];\n}\n"
+    )
+    ninja = (cuda_build.folder(ARCHS) / "build.ninja").read_text()
+    nvcc = re.search(r"rule nvcc\n  command = (\S+)", ninja)[1]
+    flags = re.search(r"\.cu\n  flags = (.+)", ninja)[1]
+    done = subprocess.run(f"{nvcc} -c {source} -o {tmp_path / 'spills.o'} {flags}", shell=True, capture_output=True)
+    assert done.returncode != 0 and b"spilled to local memory" in done.stderr
+
+
+@needs_cuobjdump
+def test_every_architecture_has_every_kernel(kernels: dict[str, dict[str, Kernel]]):
+    assert set(kernels) == {f"sm_{arch}" for arch in ARCHS}
+    names = [set(by_name) for by_name in kernels.values()]
+    assert names[0] and all(other == names[0] for other in names)
+
+
+@needs_cuobjdump
+def test_resources_are_no_worse_than_in_the_table(kernels: dict[str, dict[str, Kernel]]):
+    table = cuda_build.read_table()
+    if table["nvcc"] != cuda_build.nvcc_version():
+        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {cuda_build.nvcc_version()}")
+    problems = []
+    for arch, by_name in kernels.items():
+        expected = table["kernels"].get(arch, {})
+        problems += [f"{arch} {name}: not in the table" for name in sorted(set(by_name) - set(expected))]
+        problems += [f"{arch} {name}: in the table only" for name in sorted(set(expected) - set(by_name))]
+        for name in sorted(set(expected) & set(by_name)):
+            now, before = by_name[name], expected[name]
+            for what in ("registers", "stack", "shared"):
+                if getattr(now, what) > getattr(before, what):
+                    problems.append(f"{arch} {name}: {what} {getattr(before, what)} -> {getattr(now, what)}")
+            if lost := set(before.wide) - set(now.wide):
+                problems.append(f"{arch} {name}: no 128-bit {', '.join(sorted(lost))} any more")
+    assert not problems, "\n".join(["if this is meant, run python -m tests.support.cuda_build", *problems])
+
+
+@needs_cuobjdump
+def test_what_is_worse_is_noticed(kernels: dict[str, dict[str, Kernel]]):
+    arch, by_name = next(iter(kernels.items()))
+    name = "adjacent_distance_fwd_kernel<float, true>"
+    before = by_name[name]
+    for now, message in (
+        (dataclasses.replace(before, registers=before.registers + 50), f"{name}: registers {before.registers} ->"),
+        (dataclasses.replace(before, stack=8), f"{name}: stack 0 -> 8"),
+        (dataclasses.replace(before, wide=()), f"{name}: no 128-bit LDG any more"),
+    ):
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            test_resources_are_no_worse_than_in_the_table({arch: {**by_name, name: now}})
+    with pytest.raises(AssertionError, match="in the table only"):
+        test_resources_are_no_worse_than_in_the_table({arch: {}})
+    with pytest.raises(AssertionError, match="no 128-bit load"):
+        test_aligned_kernels_move_16_bytes_at_a_time({arch: {name: dataclasses.replace(before, wide=())}})
+
+
+@needs_cuobjdump
+def test_aligned_kernels_move_16_bytes_at_a_time(kernels: dict[str, dict[str, Kernel]]):
+    checked, problems = 0, []
+    for arch, by_name in kernels.items():
+        for name, kernel in by_name.items():
+            if not aligned(name):
+                continue
+            checked += 1
+            if not {"LDG", "LDGSTS"} & set(kernel.wide):
+                problems.append(f"{arch} {name}: no 128-bit load from global memory")
+            # Distances, norms and boundaries, a number a row, are the only results that are no row.
+            if "STG" not in kernel.wide and not name.startswith(("adjacent_distance_fwd", "greedy_")):
+                problems.append(f"{arch} {name}: no 128-bit store to global memory")
+    assert not problems, "\n".join(problems)
+    assert checked > 0
+
+
+@needs_cuobjdump
+def test_floats_are_computed_as_the_reference_does(library: Path, kernels: dict[str, dict[str, Kernel]]):
+    """fp32 and fp64 multiply and add apart; nobody divides or takes roots but by IEEE 754 (docs/numerics.md)."""
+    found = cuda_build.ptx(library)
+    assert set(found) == set(next(iter(kernels.values())))
+    problems = []
+    for name, text in found.items():
+        wrong = set(INEXACT.findall(text))
+        # Products of half types are exact, so that fusing changes nothing; not so those with a sum.
+        if not re.search(r"<(Half|BFloat16)\b", name) or name.startswith("greedy_walk"):
+            wrong |= set(FUSED.findall(text))
+        problems += [f"{name}: {instruction}" for instruction in sorted(wrong)]
+    assert not problems, "\n".join(problems)
+    scoring = "adjacent_distance_fwd_kernel<float, true>"
+    assert all(word in found[scoring] for word in ("mul.rn.f32", "add.rn.f32"))

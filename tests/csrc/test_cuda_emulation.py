@@ -1,0 +1,400 @@
+"""The CUDA kernels, run by an emulator on the CPU: the same bits as the CPU kernels, in every order of threads, and
+what they make of hostile input. test_cuda_emulator.py has whether the emulator finds bugs.
+
+``make test-emulated`` runs the whole correctness suite on them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+from fastcompress.ops.integrate_and_fire import integrate_rows
+from fastcompress.reference import OPS
+from tests.support.sample_inputs import (
+    DTYPES,
+    RULES,
+    TOKENS,
+    assert_same_bits,
+    batches,
+    features,
+    offsets,
+    packed,
+    padded,
+    row_groups,
+    strided,
+)
+
+pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
+from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
+    pytest.mark.xdist_group("emulated"),  # one worker compiles
+]
+
+SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, blocks that are resident at once
+# GPUs that cut the rows of 64 fp32 columns into tiles of many rows, of few, and too little shared memory to stage any.
+DEVICES = ((1, 100 << 10, 99 << 10), (64, 100 << 10, 99 << 10), (4, 1 << 10, 1 << 10))
+
+
+def assert_same(f: Callable[[], Tensor | tuple[Tensor, ...] | fc.Pooled], schedules=SCHEDULES) -> None:
+    """``f`` on the CPU kernels and on the emulated ones."""
+
+    def outputs() -> tuple[Tensor, ...]:
+        result = f()
+        if isinstance(result, fc.Pooled):
+            s = result.segments
+            return result.values, s.starts, s.lengths, s.cu_segments
+        return result if isinstance(result, tuple) else (result,)
+
+    expected = outputs()
+    for seed, os_threads in schedules:
+        with emulated(seed, os_threads):
+            actual = outputs()
+        for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
+            assert_same_bits(a, b, f"output {i}, order {seed}, {os_threads} resident blocks")
+
+
+# The same bits
+
+
+@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_segment_pool(rule: fc.Rule, dtype: torch.dtype):
+    for width in (7, 64):
+        for batch in batches(width, dtype):
+            for compact in (True, False):
+                assert_same(
+                    lambda batch=batch, compact=compact: fc.segment_pool(
+                        batch.x, rule=rule, compact=compact, **batch.layout
+                    ),
+                    SCHEDULES[2:] if compact else SCHEDULES[1:2],
+                )
+
+
+@pytest.mark.parametrize("device", DEVICES, ids=str)
+def test_segment_pool_in_tiles_of_every_size(device: tuple[int, int, int]):
+    x = packed("smooth", 64, torch.float32, (300, 0, 1, 77, 150)).x
+    layout = {"cu_seqlens": offsets((300, 0, 1, 77, 150))}
+    groups = row_groups(len(x))
+    load().set_device(*device)
+    try:
+        for rule in RULES:
+            for row_group in (None, groups):
+                assert_same(
+                    lambda rule=rule, row_group=row_group: fc.segment_pool(
+                        x, rule=rule, row_group=row_group, compact=False, **layout
+                    ),
+                    ((3, 2),),
+                )
+    finally:
+        load().set_device(*DEFAULT_DEVICE)
+
+
+LONG_RULES = (fc.LocalMax(), fc.Threshold(0.5), fc.Uniform(400), fc.Uniform(1), fc.LocalMax(order=16))
+
+
+@pytest.mark.parametrize("rule", LONG_RULES, ids=str)
+def test_segments_longer_than_tiles(rule: fc.Rule):
+    """One segment over many tiles, with and without one behind it; and a segment for every row."""
+    for length in (1, 63, 64, 65, 129, 400):
+        flat = torch.ones(length, 32)
+        steps = torch.cat([flat, -flat, features("smooth", 5, 32, torch.float32)])
+        for x in (flat, steps):
+            assert_same(lambda x=x: fc.segment_pool(x, rule=rule, compact=False), ((4, 2),))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_keys_and_strides(dtype: torch.dtype):
+    x = features("smooth", 90, 24, dtype)
+    keys = features("smooth", 90, 5, dtype, seed=1)
+    for _, same in strided(x):
+        assert_same(lambda same=same: fc.segment_pool(same), ((5, 1),))
+        assert_same(lambda same=same: fc.segment_pool(same, keys=keys), ((5, 1),))
+        assert_same(lambda same=same: fc.adjacent_distance(same, lag=2), ((5, 1),))
+
+
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Threshold(0.1)], ids=str)
+def test_keys_that_are_part_of_x(rule: fc.Rule):
+    """They begin where x does, but are narrower, or their rows are further apart."""
+    base = features("smooth", 180, 64, torch.float32)
+    x = base[:90]
+    for keys in (x[:, :16], x[:, :3], base[::2], x):
+        assert_same(lambda keys=keys: fc.segment_pool(x, keys=keys, rule=rule), ((5, 1),))
+    padded = x.view(3, 30, 64)
+    assert_same(lambda: fc.segment_pool(padded, keys=padded[..., :32], rule=rule), ((5, 1),))
+
+
+def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[], Tensor | tuple[Tensor, ...]]]]:
+    """Every other op on the rows of ``x``."""
+    ops = torch.ops.fastcompress
+    rows = x.reshape(-1, x.shape[-1])
+    cu, lengths = layout.get("cu_seqlens"), layout.get("lengths")
+    starts = torch.tensor([0, 1, 3, 3, 30, 97])
+    sizes = torch.tensor([1, 2, 0, 20, 66, 10])
+    assert int(starts[-1] + sizes[-1]) <= len(rows)
+    y, grad = features("iid", 6, x.shape[-1], x.dtype, seed=3), features("iid", 6, x.shape[-1], x.dtype, seed=4)
+    wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+    weights = features("zeros", len(rows), 1, wide, seed=5)[:, 0]
+    for lag in (1, 3):
+        yield f"distance {lag}", lambda lag=lag: ops.adjacent_distance(x, cu, lengths, lag)
+        slope = features("iid", len(rows), 1, wide, seed=6)[:, 0].reshape(x.shape[:-1])
+        yield (
+            f"distance backward {lag}",
+            lambda lag=lag, slope=slope: ops.adjacent_distance_backward(slope, x, cu, lengths, lag),
+        )
+    yield "greedy", lambda: ops.greedy_boundaries(x, cu, lengths, 0.3, 9)
+    for reduce in ("mean", "sum", "max", "first", "last", "middle"):
+        yield reduce, lambda reduce=reduce: ops.segment_reduce(rows, starts, sizes, reduce)
+        if reduce != "max":
+            yield f"expand {reduce}", lambda reduce=reduce: ops.segment_expand(y, starts, sizes, len(rows), reduce)
+    best = ops.segment_reduce(rows, starts, sizes, "max")
+    yield "max backward", lambda: ops.segment_max_backward(grad, rows, best, starts, sizes)
+    mean = ops.segment_weighted_mean(rows, weights, starts, sizes)
+    yield "weighted mean", lambda: ops.segment_weighted_mean(rows, weights, starts, sizes)
+    yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(
+        grad, rows, mean, weights, starts, sizes
+    )
+    # Tokens in those rows alone; a row that opens many, or is in none.
+    tokens = tuple(part[TOKENS[0] + TOKENS[1] <= len(rows)] for part in TOKENS)
+    slopes = features("iid", len(tokens[0]), x.shape[-1], x.dtype, seed=7)
+    first, divisors = features("iid", len(tokens[0]), 2, wide, seed=8).T
+    yield "integrate", lambda: ops.integrate_rows(rows, weights, first, None, *tokens)
+    yield "integrate and divide", lambda: ops.integrate_rows(rows, weights, first, divisors, *tokens)
+    yield "integrate backward", lambda: ops.integrate_rows_backward(slopes, rows, weights, first, *tokens)
+
+
+@pytest.mark.parametrize("kind", ["smooth", "nonfinite", "zeros"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_other_ops(dtype: torch.dtype, kind: str):
+    for width in (1, 33, 64, 320):
+        for batch in (packed(kind, width, dtype), padded(kind, width, dtype)):
+            for _, call in calls(batch.x, batch.layout):
+                assert_same(call, ((6, 1),))
+
+
+def test_gradients():
+    def gradients() -> tuple[Tensor, ...]:
+        x = features("smooth", 60, 16, torch.float32).requires_grad_()
+        weights = features("iid", 60, 1, torch.float32, seed=1)[:, 0].abs().requires_grad_()
+        pooled = fc.segment_pool(x, rule=fc.LocalMax())
+        weighted = fc.segment_pool(x, rule=fc.Uniform(3), weights=weights)
+        loss = pooled.values.square().sum() + weighted.values.square().sum() + fc.adjacent_distance(x)[:-1].sum()
+        return torch.autograd.grad(loss, (x, weights))
+
+    assert_same(gradients)
+
+
+def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
+    """Arguments of pack_map: samples of a few tiles, audios of any size next to each other."""
+    g = torch.Generator().manual_seed(seed)
+    groups = row_groups(rows, seed)
+    begins = torch.tensor([0, *sorted(torch.randint(0, rows, (3,), generator=g).tolist()), rows])
+    starts = (groups > 0) & ((groups != groups.roll(1)) | torch.zeros(rows).bool().index_fill(0, begins[:-1], True))
+    sizes = torch.randint(0, 40, (int(starts.sum()),), generator=g)
+    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    ids = torch.randint(0, 50, (rows,), generator=g)
+    return {
+        "row_group": groups, "ids": ids, "cu_seqlens": begins.int(), "lengths": None, "audio_cu_seqlens": cu,
+        "num_embeddings": 50, "num_audio_rows": int(cu[-1]), "compact": True, **changes,
+    }  # fmt: skip
+
+
+def test_packing():
+    ops = torch.ops.fastcompress
+    for seed in range(6):
+        for compact in (True, False):
+            arguments = packing(seed, 400 if seed else 1, compact=compact)
+            assert_same(lambda a=arguments: ops.pack_map(*a.values()))
+            index, source, target, cu = ops.pack_map(*arguments.values())
+            labels = torch.arange(len(arguments["row_group"]))
+            for given in (labels, None):
+                assert_same(lambda s=source, cu=cu, a=arguments, g=given: ops.pack_labels(s, cu, a["row_group"], g))
+            for width, dtype in ((64, torch.bfloat16), (7, torch.float32), (700, torch.float64)):
+                table = features("iid", 50, width, dtype)
+                audio = features("nonfinite", arguments["num_audio_rows"], width, dtype)
+                for _, same in strided(audio):
+                    assert_same(lambda t=table, a=same, i=index, to=target: ops.pack_rows(t, a, i, to, True), ((5, 1),))
+    padded_groups = row_groups(60, 3).view(3, 20)
+    lengths = torch.tensor([20, 0, 7])
+    kept_or_audio = fc.select_boundaries(torch.zeros(3, 20), "uniform:99", lengths=lengths, row_group=padded_groups)
+    kept = int(((padded_groups == 0) & (torch.arange(20) < lengths[:, None])).sum())
+    cu = torch.arange(len(kept_or_audio.starts) - kept + 1)
+    assert_same(lambda: ops.pack_map(padded_groups, None, None, lengths, cu, 60, int(cu[-1]), True))
+
+
+BAD_PACKINGS = {
+    "cu_seqlens must": {"cu_seqlens": torch.tensor([0, 500, 20, 400]).int()},
+    "input_ids must lie in [0, 50)": {"ids": torch.full((400,), BIG_ID := 2**62)},
+    "audio_cu_seqlens must start at 0": {"audio_cu_seqlens": torch.tensor([5, 9])},
+    "audio_cu_seqlens must not decrease": {"audio_cu_seqlens": torch.tensor([0, BIG_ID, -BIG_ID, 7, 9])},
+    "audio_cu_seqlens must end": {"num_audio_rows": 3},
+    "places": {"audio_cu_seqlens": torch.tensor([0, 2]), "num_audio_rows": 2},
+    "more": {"audio_cu_seqlens": torch.arange(401), "num_audio_rows": 400},
+}
+
+
+@pytest.mark.parametrize("message", BAD_PACKINGS)
+def test_wrong_packings(message: str, monkeypatch: pytest.MonkeyPatch):
+    arguments = packing(1, **BAD_PACKINGS[message])
+    table = features("iid", 50, 16, torch.float32)
+    audio = features("iid", arguments["num_audio_rows"], 16, torch.float32)
+    text = "places for them" if message == "more" else message
+    with emulated(9):
+        with pytest.raises(RuntimeError):
+            torch.ops.fastcompress.pack_map(*arguments.values())
+        given = {k: arguments[k] for k in ("row_group", "cu_seqlens", "audio_cu_seqlens")}
+        with pytest.raises(ValueError, match=re.escape(text)):
+            fc.pack(arguments["ids"], table, audio, **given)
+        packed = fc.pack(arguments["ids"], table, audio, **given, compact=False)
+        assert ((-1 <= packed.source) & (packed.source < 400 + len(audio))).all()
+        assert ((0 <= packed.cu_seqlens) & (packed.cu_seqlens <= len(packed.source))).all()
+        monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+        with pytest.raises(RuntimeError, match="index must lie"):
+            torch.ops.fastcompress.pack_rows(table, audio, torch.tensor([0, -2, BIG_ID]), packed.source, True)
+
+
+# Hostile input: a clear error where the count is read, never an access out of bounds (make sanitize runs this too)
+
+
+BAD_OFFSETS = (
+    [0, 50, 20, 60],
+    [5, 60],
+    [0, 40],
+    [0, 2**31 - 1],
+    [-7, 60],
+    [0, 70, 60],
+    [60],
+    [0, -5, 60],
+    [0, 60, 60, 61],
+)
+BIG = 2**63 - 1
+BAD_SEGMENTS = (  # starts, lengths
+    ([0, 5], [6, 1]),
+    ([-1], [3]),
+    ([18], [3]),
+    ([BIG], [BIG]),
+    ([-BIG, 3], [BIG, -2]),
+    ([9, 2], [1, 1]),
+)
+
+
+@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Uniform(3), fc.LocalMax(min_len=3), fc.Threshold(0.1)], ids=str)
+@pytest.mark.parametrize("values", BAD_OFFSETS, ids=str)
+def test_wrong_cu_seqlens(values: list[int], rule: fc.Rule):
+    x = features("smooth", 60, 16, torch.float32)
+    cu = torch.tensor(values, dtype=torch.int32)
+    with emulated(7):
+        with pytest.raises(ValueError, match="cu_seqlens must"):
+            fc.segment_pool(x, cu_seqlens=cu, rule=rule)
+        pooled = fc.segment_pool(x, cu_seqlens=cu, rule=rule, compact=False)
+        fc.adjacent_distance(x, cu_seqlens=cu)
+        segments = pooled.segments
+    assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 60)).all()
+    assert ((0 <= segments.cu_segments) & (segments.cu_segments <= len(segments.starts))).all()
+
+
+@pytest.mark.parametrize("values", [[5, 21], [-1, 20], [2**31 - 1, 0], [-(2**31), 2**31 - 1]], ids=str)
+def test_wrong_lengths(values: list[int]):
+    x = features("smooth", 40, 16, torch.float32).view(2, 20, 16)
+    lengths = torch.tensor(values, dtype=torch.int32)
+    with emulated(7):
+        with pytest.raises(ValueError, match=r"lengths must lie in \[0, 20\]"):
+            fc.segment_pool(x, lengths=lengths)
+        segments = fc.segment_pool(x, lengths=lengths, compact=False).segments
+    assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 40)).all()
+
+
+def test_row_groups_of_any_value():
+    x = features("smooth", 60, 16, torch.float32)
+    groups = torch.randint(-(2**31), 2**31 - 1, (60,), dtype=torch.int32)
+    groups[20:50] = 2**31 - 1
+    for rule in RULES:
+        assert_same(lambda rule=rule: fc.segment_pool(x, rule=rule, row_group=groups), ((8, 1),))
+
+
+def test_long_runs_of_row_groups():
+    """What a row looks back at in its run depends on the rule."""
+    d = features("iid", 700, 1, torch.float32)[:, 0]
+    groups = torch.ones(700, dtype=torch.int32)
+    groups[[0, 300, 301, 650]] = torch.tensor([0, -1, 2, 0], dtype=torch.int32)
+    for rule in (*(fc.LocalMax(order) for order in (1, 2, 20, 500, 2**63 - 1)), fc.LocalMax(prominence=0.5),
+                 fc.Threshold(0.5), fc.Uniform(7)):  # fmt: skip
+        assert_same(lambda rule=rule: fc.select_boundaries(d, rule, row_group=groups).starts, ((8, 1),))
+
+
+@pytest.mark.parametrize("name", ["segment_max_backward", "segment_weighted_mean_backward"])
+def test_backward_of_wrong_segments(name: str):
+    """One of them took a step for each row of a gap of 2**62."""
+    op, x, grad = getattr(torch.ops.fastcompress, name), torch.randn(20, 16), torch.randn(2, 16)
+    weights = [torch.ones(20)] if "weighted" in name else []
+    for starts, sizes in (*BAD_SEGMENTS, ([2**62], [1]), ([0, 2**62], [1, 1]), ([-BIG - 1, BIG], [BIG, BIG])):
+        with emulated(9):  # whatever it gives, from memory of its own
+            op(grad[: len(starts)], x, grad[: len(starts)], *weights, torch.tensor(starts), torch.tensor(sizes))
+
+
+@pytest.mark.parametrize("name", ["segment_reduce", "segment_expand"])
+def test_wrong_segments(name: str, monkeypatch: pytest.MonkeyPatch):
+    rows = features("iid", 20, 16, torch.float32)
+    for starts, sizes in BAD_SEGMENTS:
+        s, n = torch.tensor(starts), torch.tensor(sizes)
+        segments = fc.Segments(s, n, torch.tensor([0, len(s)]).int(), torch.tensor([0, 20]).int(), 20)
+        call = {
+            "segment_reduce": lambda g=segments: fc.segment_reduce(rows, g),
+            "segment_expand": lambda g=segments, s=s: fc.segment_expand(rows[: len(s)], g),
+        }[name]
+        with emulated(9):
+            call()  # whatever it gives, from memory of its own
+            with monkeypatch.context() as patch, pytest.raises(ValueError, match="segments"):
+                patch.setenv("FASTCOMPRESS_CHECK", "1")
+                call()
+
+
+@pytest.mark.parametrize("values", [*BAD_SEGMENTS[1:], ([0, 4], [6, 1]), ([3], [0])], ids=str)
+def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.MonkeyPatch):
+    x, weights = features("iid", 20, 16, torch.float32).requires_grad_(), torch.ones(20)
+    starts, lengths = map(torch.tensor, values)
+    first = torch.ones(len(starts))
+    with emulated(9):
+        integrate_rows(x, weights, first, None, starts, lengths).sum().backward()  # from memory of their own
+        torch.ops.fastcompress.integrate_rows_backward(x[:0], x[:0], weights[:0], first[:0], starts[:0], lengths[:0])
+        monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+        with pytest.raises(ValueError, match="starts must|lengths must|tokens must"):
+            integrate_rows(x, weights, first, None, starts, lengths)
+        with pytest.raises(RuntimeError, match="tokens must have rows, in order, share no more than a first row"):
+            torch.ops.fastcompress.integrate_rows_backward(x[: len(starts)], x, weights, first, starts, lengths)
+
+
+@pytest.mark.sanitizer
+@pytest.mark.timeout(1000)
+@pytest.mark.parametrize(
+    "kind, sanitizer, selection",
+    [
+        ("address", "asan", "not clean"),
+        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than or packing"),
+    ],
+    ids=["address", "thread"],
+)
+def test_kernels_are_clean(kind: str, sanitizer: str, selection: str):
+    """The tests above with every kernel under a sanitizer."""
+    command = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", __file__, "-k", selection]
+    done = run(command, build(kind), sanitizer)
+    assert done.returncode == 0 and "Sanitizer" not in done.stderr, (done.stdout[-2000:], done.stderr[-4000:])
+
+
+def test_every_op_has_a_kernel():
+    with emulated():
+        missing = [
+            name
+            for name in OPS
+            if not torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcompress_emulated::{name}", "CPU")
+        ]
+    assert not missing

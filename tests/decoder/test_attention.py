@@ -1,0 +1,492 @@
+"""Packed decoders against the same decoders sample by sample: equal, and no sample sees another."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+
+transformers = pytest.importorskip("transformers", reason="the attention is registered with transformers")
+
+from fastcompress.decoder import attention, packed_attention  # noqa: E402
+from fastcompress.decoder.attention import check_decoder  # noqa: E402
+from tests.decoder.test_packed_attention import reference  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+SIZES = {
+    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "pad_token_id": 0,
+}  # fmt: skip
+WINDOW = 9
+#: Model type: what its configuration has beside SIZES.
+DECODERS: dict[str, dict[str, Any]] = {
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {},
+    "mistral": {"sliding_window": WINDOW},
+    "gemma": {},
+    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
+    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+    "granite": {"attention_multiplier": 0.3},
+    "phi3": {"sliding_window": WINDOW},
+    # A window that the layer's mask alone has.
+    "qwen2_moe": {
+        "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 4, "num_experts": 4,
+        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+    },
+    "olmo2": {},
+    "smollm3": {},
+}
+LENGTHS = (37, 5, 300, 1, 23)
+
+
+def decoder(kind: str, implementation: str = "fastcompress") -> Any:
+    """A tiny random one, the same each time."""
+    config = transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind])
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
+    for p in model.parameters():
+        if p.dim() > 1:  # scores that differ, so that a wrong mask shows
+            torch.nn.init.normal_(p, std=1.5 / p.shape[1] ** 0.5)
+    return model.eval()
+
+
+def samples(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
+    """Embeddings and labels of each."""
+    g = torch.Generator().manual_seed(seed)
+    embeds = [torch.randn(1, n, model.config.hidden_size, generator=g) for n in lengths]
+    return embeds, [torch.randint(0, 60, (1, n), generator=g) for n in lengths]
+
+
+def packed_batch(embeds: list[Tensor], labels: list[Tensor] | None = None, compact: bool = True) -> fc.PackedInputs:
+    """From a padded batch, as it comes from a collator."""
+    longest = max(e.shape[1] for e in embeds)
+    rows = [torch.nn.functional.pad(e[0], (0, 0, 0, longest - e.shape[1])) for e in embeds]
+    mask = torch.tensor([[1] * e.shape[1] + [0] * (longest - e.shape[1]) for e in embeds])
+    given = None
+    if labels is not None:
+        given = torch.stack([torch.nn.functional.pad(t[0], (0, longest - t.shape[1]), value=-100) for t in labels])
+    return fc.pack(inputs_embeds=torch.stack(rows), attention_mask=mask, labels=given, compact=compact)
+
+
+# In fp32 a stock decoder itself is up to 1.8e-5 off what it gives in fp64 (gemma, logits up to 7, AVX2).
+@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("kind", DECODERS)
+def test_packed_equals_sample_by_sample(kind: str, dtype: torch.dtype, atol: float):
+    if kind == "qwen2_moe" and dtype == torch.float64:
+        pytest.skip("torch multiplies the rows of experts in no dtype that wide")
+    model, stock = decoder(kind).to(dtype), decoder(kind, "eager").to(dtype)
+    embeds, labels = samples(model)
+    embeds = [e.to(dtype) for e in embeds]
+    alone = [e.clone().requires_grad_() for e in embeds]
+    expected = [stock(inputs_embeds=e).logits[0] for e in alone]
+    losses = [
+        torch.nn.functional.cross_entropy(logits[:-1], target[0, 1:], reduction="sum")
+        for logits, target in zip(expected, labels, strict=True)
+    ]
+    expected_loss = sum(losses) / sum(n - 1 for n in LENGTHS)
+    together = [e.clone().requires_grad_() for e in embeds]
+    packed = packed_batch(together, labels)
+    for extra in ({}, {"use_cache": True}):
+        out = model(**(packed.model_inputs() | extra))
+        torch.testing.assert_close(out.logits[0], torch.cat(expected), rtol=1e-5, atol=atol)
+    torch.testing.assert_close(out.loss, expected_loss.float(), rtol=1e-5, atol=atol)
+    grads = torch.autograd.grad(out.loss, [*together, *model.parameters()], allow_unused=True)
+    expected_grads = torch.autograd.grad(expected_loss, [*alone, *stock.parameters()], allow_unused=True)
+    compared = 0
+    for a, b in zip(grads, expected_grads, strict=True):
+        assert (a is None) == (b is None)
+        if a is not None:
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=atol)
+            compared += bool(b.abs().max() > 1e-3)
+    assert compared > 10
+
+
+@pytest.mark.parametrize("kind", ["qwen2", "gemma2", "mistral"])
+def test_an_upper_bound_changes_nothing(kind: str):
+    model = decoder(kind)
+    embeds, labels = samples(model)
+    exact, loose = (packed_batch(embeds, labels, compact) for compact in (True, False))
+    assert len(loose.source) > len(exact.source)
+    a, b = model(**exact.model_inputs()), model(**loose.model_inputs())
+    torch.testing.assert_close(b.logits[0, : len(exact.source)], a.logits[0], rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(b.loss, a.loss, rtol=1e-5, atol=1e-6)
+    assert b.logits.isfinite().all()
+    padded, mask = exact.unpack(a.logits)
+    assert padded.shape == (len(LENGTHS), max(LENGTHS), 60) and mask.sum() == sum(LENGTHS)
+
+
+# Leaks
+
+
+class PackingModel(torch.nn.Module):
+    """A model as users write one: a padded batch in, packed inside."""
+
+    def __init__(self, decoder: Any):
+        super().__init__()
+        self.decoder = decoder
+        self.logits: list[Tensor] = []
+
+    def gradient_checkpointing_enable(self, **kwargs: Any) -> None:
+        self.decoder.gradient_checkpointing_enable(**kwargs)
+
+    def forward(self, inputs_embeds: Tensor, attention_mask: Tensor, labels: Tensor | None = None) -> Any:
+        packed = fc.pack(inputs_embeds=inputs_embeds, attention_mask=attention_mask, labels=labels)
+        kwargs = packed.model_inputs()
+        del kwargs["use_cache"]  # at its default
+        out = self.decoder(**kwargs)
+        self.logits.append(packed.unpack(out.logits)[0].detach())
+        return out
+
+
+@contextlib.contextmanager
+def never_a_full_mask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Nothing of T x T is built by the masks of transformers."""
+    from transformers import masking_utils
+
+    def refuse(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a mask was built")
+
+    with monkeypatch.context() as patch:
+        patch.setitem(transformers.AttentionMaskInterface._global_mapping, "fastcompress", refuse)
+        patch.setattr(masking_utils, "sdpa_mask", refuse)
+        yield
+
+
+def batches(other_length: bool) -> Iterator[dict[str, Tensor]]:
+    """Two batches: the second has another first sample."""
+    g = torch.Generator().manual_seed(3)
+    rows, labels = torch.randn(3, 40, 64, generator=g), torch.randint(0, 60, (3, 40), generator=g)
+    lengths = torch.tensor([[31], [40], [12]])
+    for changed in (False, True):
+        if changed:
+            rows = torch.cat([torch.randn(1, 40, 64, generator=g), rows[1:]])
+            lengths = torch.tensor([[17 if other_length else 31], [40], [12]])
+        mask = torch.arange(40) < lengths
+        yield {"inputs_embeds": rows, "attention_mask": mask.long(), "labels": labels.masked_fill(~mask, -100)}
+
+
+def check_no_leak(before: Tensor, after: Tensor, other_length: bool) -> None:
+    assert not torch.equal(before[0, :12], after[0, :12])
+    for sample, length in ((1, 40), (2, 12)):
+        a, b = before[sample, :length], after[sample, :length]
+        if other_length:
+            torch.testing.assert_close(b, a, rtol=0, atol=1e-5)
+        else:
+            assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
+@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
+@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
+def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkeypatch: pytest.MonkeyPatch):
+    model = PackingModel(decoder(kind)).train(mode != "eval")
+    if mode == "checkpointing":
+        model.gradient_checkpointing_enable()
+    with never_a_full_mask(monkeypatch):
+        for batch in batches(other_length):
+            batch["inputs_embeds"].requires_grad_()
+            out = model(**batch)
+            # What sample 1 says has nothing to do with the others.
+            first = int(batch["attention_mask"][0].sum())
+            (grad,) = torch.autograd.grad(out.logits[0, first + 30 : first + 40].square().sum(), batch["inputs_embeds"])
+            assert grad[1].abs().sum() > 0 and not grad[[0, 2]].any()
+    check_no_leak(*model.logits, other_length)
+
+
+@pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
+def test_no_sample_sees_another_under_trainer(other_length: bool, tmp_path, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("accelerate", reason="Trainer needs accelerate")
+    logits = []
+    for batch in batches(other_length):
+        model = PackingModel(decoder("qwen2"))
+        data = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)]
+        arguments = transformers.TrainingArguments(
+            output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1, learning_rate=0.0, report_to=[],
+            save_strategy="no", remove_unused_columns=False, gradient_checkpointing=True, use_cpu=True,
+            data_seed=0, disable_tqdm=True,
+        )  # fmt: skip
+        trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
+        sampler = torch.utils.data.SequentialSampler(data)
+        monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_, sampler=sampler: sampler)
+        with never_a_full_mask(monkeypatch):
+            trainer.train()
+        logits.append(model.logits[0])
+    check_no_leak(*logits, other_length)
+
+
+def test_the_leak_test_finds_leaks():
+    """Stock SDPA with its default cache attends across packed samples."""
+    model = decoder("qwen2", "sdpa")
+    logits = []
+    for batch in batches(False):
+        packed = fc.pack(inputs_embeds=batch["inputs_embeds"], attention_mask=batch["attention_mask"])
+        out = model(inputs_embeds=packed.inputs_embeds[None], position_ids=packed.position_ids[None])
+        logits.append(packed.unpack(out.logits)[0].detach())
+    with pytest.raises(AssertionError):
+        check_no_leak(*logits, False)
+
+
+# What is not packed
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_padded_batches_and_generation_are_stock(kind: str):
+    model, stock = decoder(kind), decoder(kind, "eager")
+    ids = torch.randint(1, 60, (3, 30), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :11] = mask[1, :4] = 0
+    a, b = (m(input_ids=ids, attention_mask=mask).logits for m in (model, stock))
+    torch.testing.assert_close(a[mask.bool()], b[mask.bool()], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(model(input_ids=ids).logits, stock(input_ids=ids).logits, rtol=1e-4, atol=1e-4)
+    tokens = [m.generate(ids, attention_mask=mask, max_new_tokens=12, do_sample=False) for m in (model, stock)]
+    assert torch.equal(*tokens)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatch):
+    """Which stock SDPA does not know: in blocks, so that nothing of T x T appears."""
+    monkeypatch.setattr(sys.modules[packed_attention.__module__], "BLOCK", 16)
+    query, key, value = (torch.randn(2, h, 50, 8, dtype=torch.float64) for h in (4, 2, 2))
+    module = torch.nn.Module()
+    module.is_causal = causal
+    out, _ = attention.attention_forward(module, query, key, value, None, softcap=2.0)
+    flat = [t.transpose(1, 2).reshape(100, t.shape[1], 8) for t in (query, key, value)]
+    expected = reference(*flat, [0, 50, 100], softcap=2.0, causal=causal)
+    torch.testing.assert_close(out.reshape(100, 4, 8), expected)
+    mask = torch.ones(50, 50, dtype=torch.bool).tril() if causal else torch.ones(50, 50, dtype=torch.bool)
+    masked, _ = attention.attention_forward(module, query, key, value, mask[None, None].expand(2, 1, 50, 50), softcap=2.0)
+    torch.testing.assert_close(masked, out)
+    # One decoded row sees all of the cache, and so do rows of another sequence.
+    for rows in (1, 20):
+        part, _ = attention.attention_forward(module, query[:, :, -rows:], key, value, None, softcap=2.0, is_causal=rows == 1)
+        whole = reference(*flat, [0, 50, 100], softcap=2.0, causal=False).reshape(2, 50, 4, 8)
+        torch.testing.assert_close(part, whole[:, -rows:])
+
+
+def test_an_encoder_with_a_soft_cap_is_not_causal():
+    sizes = SIZES | {"num_hidden_layers": 2, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "sliding_window": 64}
+    config = transformers.AutoConfig.for_model("t5gemma", encoder=dict(sizes), decoder=dict(sizes), vocab_size=60)
+    torch.manual_seed(0)
+    model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
+    ids = torch.randint(1, 60, (2, 20), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        expected = model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits
+        model.set_attn_implementation("fastcompress")
+        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_decoder_under_autocast():
+    """Rotary embeddings leave queries and keys in fp32 beside values in bf16."""
+    model = decoder("qwen2")
+    packed = packed_batch(samples(model)[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(**packed.model_inputs()).logits
+    torch.testing.assert_close(logits.float(), model(**packed.model_inputs()).logits, rtol=0.1, atol=0.5)
+
+
+def test_what_transformers_must_not_do():
+    model = decoder("llama")
+    packed = packed_batch(samples(model)[0])
+    inputs = packed.model_inputs()
+    with pytest.raises(ValueError, match="packed rows take no attention mask"):
+        model(**(inputs | {"attention_mask": torch.ones(1, 1, 366, 366, dtype=torch.bool)}))
+    with pytest.raises(ValueError, match="one batch row"):
+        model(**(inputs | {"inputs_embeds": inputs["inputs_embeds"].expand(2, -1, -1)}))
+    cache = model(**(inputs | {"use_cache": True})).past_key_values
+    with pytest.raises(ValueError, match="packed rows cannot follow rows in a cache"):
+        model(**(inputs | {"past_key_values": cache, "use_cache": True}))
+    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
+        model(**(inputs | {"cu_seq_lens_k": torch.tensor([0, 366])}))
+    moved = packed.cu_seqlens + torch.tensor([0, 0, 1, 0, 0, 0], dtype=torch.int32)
+    with pytest.raises(ValueError, match=re.escape("got [0, 37, 42, 342, 343, 366] and [0, 37, 43, 342, 343, 366]")):
+        model(**(inputs | {"cu_seq_lens_k": moved}))
+    model(**(inputs | {"cu_seq_lens_k": packed.cu_seqlens.clone()}))
+    with pytest.raises(ValueError, match="max_seqlen must be at least the rows of the longest sequence, 300, got 299"):
+        model(**(inputs | {"max_length_q": 299}))
+    with pytest.raises(NotImplementedError, match="output_attentions must be False"):
+        model(**inputs, output_attentions=True)
+    with pytest.raises(ValueError, match=re.escape("to generate give PackedInputs.unpack() instead")):
+        model.generate(**inputs, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("name", ["sinks", "indices", "position_bias"])
+def test_arguments_of_attention_that_are_not_known_are_refused(name: str):
+    model = decoder("llama")
+    with pytest.raises(NotImplementedError, match=f"does not know {name}, which LlamaAttention passes"):
+        model(**packed_batch(samples(model)[0]).model_inputs(), **{name: torch.zeros(4)})
+
+
+def test_the_routers_loss_is_refused():
+    model = decoder("qwen2_moe")
+    packed = packed_batch(*samples(model))
+    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
+        model(**packed.model_inputs(), output_router_logits=True)
+    model.config.output_router_logits = True
+    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
+        model(**packed.model_inputs())
+
+
+# Rotary embeddings whose frequencies are chosen by the longest sample of a batch
+
+
+LONGROPE = {
+    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "original_max_position_embeddings": 32,
+}  # fmt: skip
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
+
+
+@pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)], ids=["longrope", "dynamic"])
+def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str, Any]):
+    sizes = SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
+    config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # which it changes
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress").eval()
+    long, short = torch.randn(1, 33, 64), torch.randn(1, 20, 64)
+    alone = model(inputs_embeds=short).logits[0]
+    packed = packed_batch([long[:, :32], short])
+    torch.testing.assert_close(model(**packed.model_inputs()).logits[0, 32:], alone, rtol=1e-5, atol=1e-5)
+    packed = packed_batch([long, short])
+    message = f"cannot run samples of 33 rows packed: from 32 rows on the '{rope['rope_type']}'"
+    with pytest.raises(NotImplementedError, match=message):
+        model(**packed.model_inputs())
+    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # not known: the rows of the batch
+        model(**(packed.model_inputs() | {"max_length_q": None}))
+
+
+def test_frequencies_of_one_kind_of_layer():
+    config = transformers.AutoConfig.for_model("gemma3_text", **SIZES)
+    config.rope_parameters = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(LONGROPE),
+    }  # fmt: skip
+    with pytest.raises(NotImplementedError, match="'longrope'"):
+        attention._check_rope(config, 33)
+    attention._check_rope(config, 32)
+    attention._check_rope(transformers.AutoConfig.for_model("llama", **SIZES), 10**9)
+
+
+@pytest.mark.parametrize(
+    "config, reason",
+    [
+        ({"model_type": "qwen3_next"}, "'linear_attention' layers"),
+        ({"model_type": "llama4_text"}, "'chunked_attention' layers"),
+        ({"model_type": "bamba"}, "cannot run packed"),
+        ({"model_type": "jamba"}, "cannot run packed"),
+        ({"model_type": "falcon_h1"}, "cannot run packed"),
+        ({"model_type": "lfm2"}, "cannot run packed"),
+        ({"model_type": "zamba2"}, "cannot run packed"),
+        ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}, "cannot run packed"),
+        ({"model_type": "nemotron_h"}, "cannot run packed"),
+        ({"model_type": "mamba"}, "cannot run packed"),
+        ({"model_type": "recurrent_gemma"}, "cannot run packed"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)  # fmt: skip
+def test_decoders_that_mix_rows_are_refused(config: dict[str, Any], reason: str):
+    kind = config.pop("model_type")
+    config = transformers.AutoConfig.for_model(kind, **config)
+    with pytest.raises(NotImplementedError, match=reason):
+        check_decoder(config)
+
+
+@pytest.mark.parametrize("kind", DECODERS)
+def test_other_decoders_are_not(kind: str):
+    check_decoder(transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind]))
+    check_decoder(transformers.AutoConfig.for_model(kind))
+
+
+def test_a_hybrid_is_refused_where_it_runs():
+    layers = {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2}
+    config = transformers.AutoConfig.for_model("qwen3_next", **(SIZES | layers), num_experts=2, num_experts_per_tok=1)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
+    embeds = torch.randn(1, 6, 64)
+    with pytest.raises(NotImplementedError, match="qwen3_next cannot run packed"):
+        model(**packed_batch([embeds]).model_inputs())
+
+
+def test_flash_attention_of_transformers_takes_the_same_without_a_mask(monkeypatch: pytest.MonkeyPatch):
+    """Its kernels are not here; what it does with its arguments is its own."""
+    from transformers import modeling_flash_attention_utils as flash
+
+    def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **_: Any) -> Tensor:
+        return attention.packed_attention(q, k, v, cu_seqlens_q)
+
+    kernels = (None, varlen, None, flash._pad_input, flash._unpad_input), (lambda **_: {}, None)
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: kernels)
+    model = decoder("qwen2")
+    inputs = packed_batch(samples(model)[0]).model_inputs()
+    wanted = model(**inputs).logits
+    model.config._attn_implementation = "flash_attention_2"
+    torch.testing.assert_close(model(**inputs | {"attention_mask": None}).logits, wanted, atol=1e-5, rtol=1e-5)
+
+
+def test_prepare():
+    model = attention.prepare(decoder("qwen2", "eager"))
+    assert model.config._attn_implementation == "fastcompress"
+    embeds = samples(model)[0]
+    expected = torch.cat([decoder("qwen2", "eager")(inputs_embeds=e).logits[0] for e in embeds])
+    torch.testing.assert_close(model(**packed_batch(embeds).model_inputs()).logits[0], expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "kind, reason",
+    [
+        ("rwkv", "its layers do not take"), ("bart", "its layers do not take"), ("mamba", "'linear_attention' layers"),
+        ("jamba", "'linear_attention' layers"), ("xlstm", "its layers do not take"), ("roberta", "not causal"),
+    ],
+)  # fmt: skip
+def test_prepare_refuses(kind: str, reason: str):
+    config = transformers.AutoConfig.for_model(kind, vocab_size=60, hidden_size=48, num_hidden_layers=2, pad_token_id=0)
+    with torch.device("meta"):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(NotImplementedError, match=f"{kind} cannot run packed: .*{reason}"):
+        attention.prepare(model)
+
+
+def test_decoders_that_choose_what_a_row_sees_are_refused():
+    config = transformers.AutoConfig.for_model("doge", **SIZES)
+    with pytest.raises(NotImplementedError, match="doge cannot run packed: .*keep_window_size"):
+        attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
+
+
+def test_a_decoder_that_drops_cu_seqlens_is_refused():
+    config = transformers.AutoConfig.for_model("nemotron", **SIZES)
+    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
+    with pytest.raises(NotImplementedError, match="nemotron cannot run packed: .* hands no cu_seq_lens_q on"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+def test_a_model_whose_decoder_is_its_head_is_prepared_or_refused():
+    config = transformers.AutoConfig.for_model("modernbert-decoder", **(SIZES | {"num_hidden_layers": 2}))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    attention.prepare(model)
+    embeds = samples(model)[0]
+    with torch.no_grad():
+        expected = torch.cat([model(inputs_embeds=e).logits[0] for e in embeds])
+        got = model(**packed_batch(embeds).model_inputs()).logits[0]
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_window_that_no_layer_speaks_of_is_refused():
+    config = transformers.AutoConfig.for_model("phimoe", **SIZES, sliding_window=WINDOW, num_local_experts=2)
+    model = attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
+    with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not say"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+def test_sinks_are_refused():
+    config = transformers.AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=2, num_experts_per_tok=1)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    model.config._attn_implementation = "fastcompress"
+    with pytest.raises(NotImplementedError, match="s_aux"):
+        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())

@@ -1,0 +1,167 @@
+"""What is fuzzed of the readers: each takes any bytes, and may raise the one error that it documents.
+
+``python -m tests.fuzz.readers TARGET SECONDS`` looks with atheris (coverage of the Python code) for bytes that raise
+another one, from those in ``tests/fuzz/corpus/TARGET`` on; what it finds it writes there. ``test_fuzz_readers.py``
+replays the corpus.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import io
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from tests.support import ROOT
+
+CORPUS = Path(__file__).parent / "corpus"
+#: Samples that are read at most: what small files promise may be large.
+MOST_SAMPLES = 1 << 22
+
+
+@contextlib.contextmanager
+def file(data: bytes, name: str) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        path = Path(folder) / name
+        path.write_bytes(data)
+        yield path
+
+
+def _read_audio(source: Path | io.BytesIO) -> None:
+    import numpy as np
+
+    from fastcompress.audio import AudioError, audio_blocks
+
+    total = 0
+    with contextlib.suppress(AudioError), warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for block in audio_blocks(source):
+            assert block.ndim == 1 and block.dtype == np.float32 and np.isfinite(block).all()
+            total += len(block)
+            if total > MOST_SAMPLES:
+                break
+
+
+def audio(data: bytes) -> None:
+    with file(data, "a.wav") as path:
+        _read_audio(path)
+
+
+def audio_pipe(data: bytes) -> None:
+    _read_audio(io.BytesIO(data))
+
+
+def manifest(data: bytes) -> None:
+    from fastcompress.audio import AudioError
+    from fastcompress.training.manifest import (
+        ManifestError,
+        check_audio,
+        format_skipped,
+        load_utterance,
+        read_manifest,
+        write_manifest,
+    )
+
+    with file(data, "a.jsonl") as path:
+        try:
+            utterances = read_manifest(path)
+        except ManifestError as error:
+            assert "\n" not in str(error), error
+            return
+        write_manifest(path.with_name("b.jsonl"), utterances)
+        assert read_manifest(path.with_name("b.jsonl")) == utterances
+        good, skipped = check_audio(utterances)
+        assert len(good) + len(skipped) == len(utterances)
+        format_skipped(skipped)
+        for utterance in filter(lambda u: u.has_audio, utterances):
+            with contextlib.suppress(AudioError):
+                load_utterance(utterance, 16_000)
+
+
+def rule(data: bytes) -> None:
+    from fastcompress.rules import Rule
+
+    text = data.decode("utf-8", "surrogateescape")
+    try:
+        found = Rule.from_string(text)
+    except ValueError:
+        return
+    assert Rule.from_string(str(found)) == found
+    assert Rule.from_dict(found.to_dict()) == found
+
+
+def settings(data: bytes) -> None:
+    import yaml
+
+    from fastcompress.lalm.loading import RunError
+    from fastcompress.training.settings import RunSettings, read_settings
+
+    with file(data, "run.yaml") as path:
+        try:
+            found = RunSettings.from_flat(read_settings(path))
+        except RunError as error:
+            assert "\n" not in str(error), error
+            return
+        path.write_text(yaml.safe_dump(found.to_flat(), sort_keys=False), encoding="utf-8")
+        assert RunSettings.from_flat(read_settings(path)) == found
+
+
+def checkpoint(data: bytes) -> None:
+    """The same bytes as each of its files; the others are whole."""
+    import torch
+
+    from fastcompress.training import checkpoints
+
+    weights = {"a": torch.ones(2, requires_grad=True)}
+    optimizer = torch.optim.SGD(weights.values(), lr=0.1, momentum=0.9)
+    with tempfile.TemporaryDirectory(prefix="fuzz-") as folder:
+        path = checkpoints.save(Path(folder), 1, weights, optimizer, keep=1)
+        for part in sorted(path.iterdir()):
+            whole = part.read_bytes()
+            part.write_bytes(data)
+            with contextlib.suppress(checkpoints.CheckpointError):
+                checkpoints.load(path, weights, optimizer)
+            part.write_bytes(whole)
+        assert checkpoints.load(path, weights, optimizer) == 1
+
+
+TARGETS: dict[str, Callable[[bytes], None]] = {
+    function.__name__: function for function in (audio, audio_pipe, manifest, rule, settings, checkpoint)
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="fuzz a reader with atheris")
+    parser.add_argument("target", choices=TARGETS)
+    parser.add_argument("seconds", type=int)
+    arguments = parser.parse_args()
+    if arguments.seconds > 0:
+        import atheris
+
+        with atheris.instrument_imports(include=["fastcompress"]):
+            import fastcompress.audio
+            import fastcompress.training.manifest
+            import fastcompress.training.runs  # noqa: F401
+        folder = CORPUS / arguments.target
+        folder.mkdir(parents=True, exist_ok=True)
+        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer adds to the first folder; a later run goes on
+        new.mkdir(parents=True, exist_ok=True)
+        options = [f"-max_total_time={arguments.seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
+        options += [f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", str(new), str(folder)]
+        atheris.Setup([sys.argv[0], *options], TARGETS[arguments.target])
+        atheris.Fuzz()
+
+
+def run(target: str, seconds: int) -> int:
+    """Fuzzes in a process of its own, and returns its exit status."""
+    command = [sys.executable, "-m", "tests.fuzz.readers", target, str(seconds)]
+    return subprocess.run(command, cwd=ROOT).returncode
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""How long ``generate`` of the reference audio LLM writes: lengths count the ids of the prompt, not compressed rows."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from tests.lalm.test_model import batch, build  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+@pytest.mark.parametrize("rule", [None, "uniform:3"])
+def test_lengths_count_the_ids_of_the_prompt(rule: str | None):
+    model = build(rule=rule)
+    full = batch()
+    del full["labels"]
+    asked = full["input_ids"].shape[1]
+    greedy = {"do_sample": False}
+    model.language_model.generation_config.eos_token_id = None
+    wanted = model.generate(**full, max_new_tokens=3, **greedy)
+    config = transformers.GenerationConfig(max_length=asked + 3, **greedy)
+    assert torch.equal(model.generate(**full, max_length=asked + 3, **greedy), wanted)
+    assert torch.equal(model.generate(**full, generation_config=config), wanted)
+    assert config.max_length == asked + 3
+    assert torch.equal(model.generate(**full, max_length=500, max_new_tokens=3, **greedy), wanted)
+    model.language_model.generation_config.max_length = asked + 3
+    assert torch.equal(model.generate(**full, **greedy), wanted)
+    with pytest.raises(ValueError, match=f"max_length must be more than the {asked} ids of the prompt, got {asked}"):
+        model.generate(**full, max_length=asked, **greedy)
+
+
+def test_the_least_that_is_written():
+    model = build(rule="uniform:3")
+    full = batch()
+    del full["labels"]
+    asked = full["input_ids"].shape[1]
+    every = list(range(1, 60))  # whatever comes first ends it, but for 0
+    out = model.generate(**full, min_length=asked + 2, max_length=asked + 4, do_sample=False, eos_token_id=every)
+    assert out.shape[1] == asked + 3

@@ -1,0 +1,97 @@
+"""Training of pretrained parts in half precision: what is trained is in fp32, and is what is loaded again."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from fastcompress.lalm.loading import load_model  # noqa: E402
+from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
+from fastcompress.training.examples import Examples  # noqa: E402
+from fastcompress.training.manifest import read_manifest  # noqa: E402
+from fastcompress.training.recipes import build_tokenizer  # noqa: E402
+from fastcompress.training.runs import Run  # noqa: E402
+from fastcompress.training.settings import RunSettings  # noqa: E402
+from tests.lalm.test_model import TEXT, WHISPER, batch, build  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+@pytest.fixture(scope="module")
+def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An encoder and a decoder in bf16, and a manifest."""
+    folder = tmp_path_factory.mktemp("pretrained")
+    manifest = write_tones(folder, 8, texts=2)
+    tokenizer = build_tokenizer([u.target for u in read_manifest(manifest)])
+    torch.manual_seed(0)
+    audio = transformers.WhisperModel(transformers.AutoConfig.for_model("whisper", **WHISPER))
+    audio.to(torch.bfloat16).save_pretrained(folder / "audio")
+    transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1).save_pretrained(folder / "audio")
+    text = transformers.AutoConfig.for_model("qwen2", **TEXT, initializer_range=0.2)
+    decoder = transformers.AutoModelForCausalLM.from_config(text)
+    decoder.to(torch.bfloat16).save_pretrained(folder / "text")
+    tokenizer.save_pretrained(folder / "text")
+    return folder
+
+
+@pytest.fixture
+def one_precision() -> Iterator[None]:
+    """Which a process has, as a run has a process."""
+    AcceleratorState._reset_state()
+    yield
+    AcceleratorState._reset_state()
+
+
+def settings(folder: Path, **more: Any) -> RunSettings:
+    values = {
+        "train": str(folder / "train.jsonl"), "audio_model": str(folder / "audio"), "text_model": str(folder / "text"),
+        "steps": 3, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "save_every": 0,
+    }  # fmt: skip
+    return RunSettings.from_flat(values | more)
+
+
+@pytest.mark.usefixtures("one_precision")
+@pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "encoder"])
+@pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_what_is_trained_is_in_fp32(pretrained: Path, tmp_path: Path, precision: str, rank: int, train_encoder: bool):
+    chosen = settings(pretrained, precision=precision, lora_rank=rank, train_encoder=train_encoder)
+    run = Run(tmp_path / "run", chosen, say=lambda text: None)
+    run.train()
+    assert {p.dtype for p in run.training.trained.values()} == {torch.float32}
+    state = run.training.optimizer.state_dict()["state"].values()
+    assert {s[name].dtype for s in state for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
+    assert unwrap(run.model).audio_tower.dtype == (torch.float32 if train_encoder else torch.bfloat16)
+    if rank:  # frozen weights are as they came
+        assert unwrap(run.model).get_input_embeddings().weight.dtype == torch.bfloat16
+    loaded, processor = load_model(tmp_path / "run")
+    found = dict(loaded.named_parameters())
+    for name, p in run.training.trained.items():
+        assert found[name].dtype == torch.float32 and torch.equal(found[name], p), name
+    if precision == "bf16":  # accelerate has put autocast into the trained model's forward
+        return
+    inputs = Examples(read_manifest(pretrained / "train.jsonl"), processor).batch([0, 8])
+    assert torch.equal(loaded(**inputs).loss, run.model.eval()(**inputs).loss)
+
+
+def test_lora_on_half_precision():
+    """The decoder's weights stay, and what is trained in full is in fp32, with autocast and without."""
+    model = add_lora(build(rule="local-max").to(torch.bfloat16), rank=2)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+    assert unwrap(model).language_model.dtype == unwrap(model).audio_tower.dtype == torch.bfloat16
+    expected = build(rule="local-max")(**batch()).loss
+    torch.testing.assert_close(model(**batch()).loss, expected, rtol=0.05, atol=0.05)
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(model(**batch()).loss, expected, rtol=0.05, atol=0.05)
+    with model.disable_adapter():
+        torch.testing.assert_close(model(**batch()).loss, expected, rtol=0.05, atol=0.05)

@@ -1,0 +1,123 @@
+"""Memory that runs out in the middle of an op: an error, right results afterwards, and nothing that is never freed.
+
+The address space of another process is limited while it calls ops. Each block of any size is mapped for itself there,
+so that a few hundred limits stop an op at each of its allocations.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import fastcompress as fc
+from tests.support import ROOT
+from tests.support.calls import Call
+from tests.support.sample_inputs import assert_same_bits, features
+
+pytestmark = [
+    pytest.mark.skipif(
+        "config.getoption('--emulated') is not None or config.getoption('--device')", reason="of the CPU"
+    ),
+    pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="needs Linux"),
+]
+
+PAGE = resource.getpagesize()
+ROWS, WIDTH = 4000, 64
+#: Limits that are tried, and the most memory that they leave: what the ops need, forward and backward, lies within.
+STEPS, MOST = 50, 12 << 20
+
+
+def work(dtype: torch.dtype) -> dict[str, Call]:
+    x = features("smooth", ROWS, WIDTH, dtype)
+    segments = fc.segment_pool(x).segments
+    weights, alpha = torch.ones(ROWS), torch.full((ROWS,), 0.3)
+    rows = torch.arange(ROWS)
+    narrow = features("smooth", 20 * ROWS, 4, dtype)
+    cu = torch.tensor([0, ROWS], dtype=torch.int32)
+    return {
+        "segment_pool": Call(fc.segment_pool, {"x": x}, ("x",)),
+        "segment_pool, loose": Call(fc.segment_pool, {"x": x, "compact": False}, ("x",)),
+        "segment_pool, scalar rule": Call(fc.segment_pool, {"x": x, "rule": fc.TopK(rate=3.0)}, ("x",)),
+        "segment_pool, columns": Call(fc.segment_pool, {"x": x.T.contiguous().T}, ("x",)),
+        "adjacent_distance": Call(fc.adjacent_distance, {"x": x}, ("x",)),
+        "segment_reduce, max": Call(fc.segment_reduce, {"x": x, "segments": segments, "reduce": "max"}, ("x",)),
+        "segment_reduce, weights": Call(
+            fc.segment_reduce, {"x": x, "segments": segments, "weights": weights}, ("x", "weights")
+        ),
+        "segment_expand": Call(fc.segment_expand, {"y": x[: len(segments.starts)], "segments": segments}, ("y",)),
+        "greedy_segments": Call(fc.greedy_segments, {"x": narrow, "threshold": 0.3}),
+        "integrate_and_fire": Call(fc.integrate_and_fire, {"x": x, "alpha": alpha}, ("x", "alpha")),
+        "pack": Call(
+            fc.pack,
+            {"input_ids": rows % 9, "embedding": x[:9], "row_group": (rows == 9).int(), "audio": x,
+             "audio_cu_seqlens": cu},
+            ("embedding", "audio"),
+        ),
+    }  # fmt: skip
+
+
+def pages(field: int) -> int:
+    """Of this process: 0, its address space; 1, what is in memory."""
+    return int(Path("/proc/self/statm").read_text().split()[field])
+
+
+def starve(name: str, call: Call) -> tuple[int, int]:
+    """Calls with more and more address space; how often it failed and how often it was enough."""
+    expected = call.gradients()
+    failed = enough = resident = 0
+    unlimited = resource.getrlimit(resource.RLIMIT_AS)
+    for step in range(2 * STEPS):
+        limit = pages(0) * PAGE + MOST * (step % STEPS) // STEPS
+        resource.setrlimit(resource.RLIMIT_AS, (limit, unlimited[1]))
+        try:
+            found = call.gradients()
+        except (RuntimeError, MemoryError):
+            found = None
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, unlimited)
+        if found is None:
+            failed += 1
+            if step % 4 == 0:  # the process goes on as if nothing had been
+                found = call.gradients()
+        else:
+            enough += 1
+        for a, b in zip(expected, found or expected, strict=True):
+            assert_same_bits(a, b, name)
+        if step == STEPS:  # whatever is kept for later is there by now
+            resident = pages(1)
+    grown = (pages(1) - resident) * PAGE
+    # Of what is as large as x, one block lost at each failure would be more; caches still grew by 2.8 MB.
+    assert grown < 4 << 20, f"{name}: {grown} bytes more are in memory after {STEPS} more calls"
+    return failed, enough
+
+
+def starve_all(dtype: str, threads: int) -> None:
+    torch.set_num_threads(threads)
+    for name, call in work(getattr(torch, dtype)).items():
+        failed, enough = starve(name, call)
+        print(f"{name}: failed {failed}, worked {enough}", flush=True)
+        assert failed >= 3 and enough >= 3, "the limits must lie around what the op needs"
+
+
+@pytest.mark.timeout(280)
+@pytest.mark.parametrize(
+    "dtype, threads", [("float32", 1), pytest.param("bfloat16", 2, marks=pytest.mark.slow)], ids=["one", "two"]
+)
+def test_out_of_memory_in_the_middle(dtype: str, threads: int):
+    # Blocks of 64 KiB on are mapped, and given back when they are freed.
+    environment = os.environ | {
+        "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)), "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
+        "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive",
+    }  # fmt: skip
+    code = f"import tests.ops.test_memory as t; t.starve_all({dtype!r}, {threads})"
+    done = subprocess.run(
+        [sys.executable, "-X", "faulthandler", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-3000:]
+    assert done.stdout.count("failed") == len(work(torch.float32)), done.stdout

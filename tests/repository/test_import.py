@@ -1,0 +1,122 @@
+"""The package without a compiled library, and what importing it brings along."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import fastcompress
+
+PACKAGE = Path(fastcompress.__file__).parent
+
+USE = """
+import io, json, warnings
+import torch
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    import fastcompress as fc
+from fastcompress.dispatch.library import COMPILED
+ours = [(w.category.__name__, str(w.message), w.filename) for w in caught if "fastcompress" in str(w.message)]
+
+torch.manual_seed(0)
+def batch(*lengths):
+    return torch.randn(sum(lengths), 8), torch.tensor([0, *lengths]).cumsum(0).int()
+def pool(x, cu):
+    return fc.segment_pool(x, cu_seqlens=cu, rule=fc.LocalMax(order=2), compact=False)
+def equal(a, b):
+    return torch.equal(a.values, b.values) and torch.equal(a.segments.starts, b.segments.starts)
+
+small, large = batch(5, 0, 9), batch(20, 3, 1, 12)
+x = small[0].clone().requires_grad_()
+pooled = fc.segment_pool(x, cu_seqlens=small[1])
+pooled.values.sum().backward()
+# Each segment gives its frames 1 in all.
+runs = bool(torch.allclose(x.grad.sum(), torch.tensor(8.0 * len(pooled.values))))
+
+compiled = {}
+for backend in ("eager", "aot_eager"):
+    f = torch.compile(pool, fullgraph=True, dynamic=True, backend=backend)
+    compiled[backend] = all(equal(f(*b), pool(*b)) for b in (small, large))
+
+class Pool(torch.nn.Module):
+    def forward(self, x, cu):
+        return pool(x, cu)
+shapes = {"x": {0: torch.export.Dim.DYNAMIC}, "cu": {0: torch.export.Dim.DYNAMIC}}
+file = io.BytesIO()
+torch.export.save(torch.export.export(Pool(), small, dynamic_shapes=shapes), file)
+file.seek(0)
+exported = equal(torch.export.load(file).module()(*large), pool(*large))
+print(json.dumps(dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs, exported=exported, **compiled)))
+"""
+
+MODULES = """
+import json, sys
+import torch
+before = set(sys.modules)
+import fastcompress
+print(json.dumps(sorted(set(sys.modules) - before)))
+"""
+
+
+def python(code: str, path: Path) -> subprocess.CompletedProcess:
+    env = {**os.environ, "PYTHONPATH": str(path)}
+    return subprocess.run([sys.executable, "-c", code], env=env, cwd=path, capture_output=True, text=True, timeout=240)
+
+
+def last_line(code: str, path: Path):
+    result = python(code, path)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """The package's Python files alone."""
+    shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "library, reason",
+    [
+        (None, "is missing"),
+        (b"\x7fELF garbage, no library" * 100, "does not load"),
+        (b"", "does not load"),
+    ],
+    ids=["missing", "garbage", "empty"],
+)
+def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | None, reason: str):
+    if library is not None:
+        (copy / "fastcompress" / "_C.so").write_bytes(library)
+    result = last_line(USE, copy)
+    assert Path(result.pop("file")).parent == copy / "fastcompress"
+    (warning,) = result.pop("warnings")
+    category, message, file = warning
+    assert category == "RuntimeWarning"
+    for words in (str(copy / "fastcompress" / "_C.so"), reason, "correct but slow", "Install a wheel", "make build"):
+        assert words in message
+    assert "\n" not in message and len(message) < 500 + len(str(copy))
+    assert result == dict(library=False, runs=True, exported=True, eager=True, aot_eager=True)
+
+
+def test_importing_brings_no_extra_along():
+    modules = last_line(MODULES, PACKAGE.parent)
+    assert "fastcompress.reference" in modules
+    roots = {name.split(".")[0] for name in modules}
+    extras = {"transformers", "triton", "soundfile", "soxr", "matplotlib", "scipy", "tqdm", "pandas", "PIL"}
+    assert not roots & extras
+    tools = {f"fastcompress.{name}" for name in ("audio", "cli", "inspection", "plotting", "__main__")}
+    assert not set(modules) & tools
+
+
+def test_importing_says_nothing_when_the_library_is_there():
+    if not fastcompress.dispatch.library.COMPILED:
+        pytest.skip("no compiled library")
+    result = python("import fastcompress", PACKAGE.parent)
+    assert (result.returncode, result.stdout, result.stderr) == (0, "", "")

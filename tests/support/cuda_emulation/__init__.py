@@ -1,0 +1,142 @@
+"""Builds and loads the CUDA ops as CPU ops, their kernels run by ``emulator.h`` (see there).
+
+``load()`` compiles ``csrc/cuda`` and ``module.cpp`` with g++ by ninja into ``build/``, once for each kind of build, and
+returns the pybind11 module. ``emulated()`` routes the ops of CPU tensors to it for the length of a ``with``.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import functools
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+
+import pybind11
+import torch
+
+from fastcompress.dispatch.backends import override
+from fastcompress.dispatch.schemas import SCHEMAS
+from fastcompress.reference import OPS
+from tests.support import ROOT
+
+HERE = Path(__file__).parent
+TORCH = Path(torch.__file__).parent
+#: The imaginary GPU of module.cpp: multiprocessors, bytes of shared memory of each, and of a block at most.
+DEFAULT_DEVICE = (4, 100 << 10, 99 << 10)
+#: What each kind of build adds to the compiler's flags.
+KINDS = {
+    "plain": "-O2",
+    # UBSan goes on after what it finds, and the process ends well, unless it is told otherwise.
+    "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
+    "thread": "-O1 -g -fsanitize=thread",
+}
+FLAGS = (
+    "-std=c++17 -fPIC -fvisibility=hidden -ffp-contract=off -fno-math-errno -Wall -Wextra -Wno-unused-parameter "
+    "-Wno-unknown-pragmas -Wno-maybe-uninitialized -DTORCH_TARGET_VERSION=0x020A000000000000"
+)
+
+
+def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Path:
+    """Compiles and returns the path of the module.
+
+    Args:
+        kind: a key of ``KINDS``.
+        change: a file of ``csrc/cuda``, text that occurs in it once, and what to write instead: a seeded bug. Only
+            packing or greedy segments, if the file is their own, or the fused op is compiled with it.
+    """
+    csrc = ROOT / "csrc"
+    folder = ROOT / "build" / f"emulated-{kind}"
+    ops = [path for path in sorted((csrc / "cuda").glob("*.cpp")) if path.name != "runtime.cpp"]
+    host = [*ops, csrc / "arguments.cpp", HERE / "module.cpp"]
+    sources = [*sorted((csrc / "cuda").glob("*.cu")), *host]
+    objects = [folder / f"{source.stem}.o" for source in sources]
+    builds = dict(zip(objects, sources, strict=True))
+    if change is not None:
+        build(kind)
+        name, old, new = change
+        seeded = ROOT / "build" / f"emulated-{kind}-{hashlib.sha256(repr(change).encode()).hexdigest()[:12]}"
+        shutil.rmtree(seeded, ignore_errors=True)
+        shutil.copytree(csrc, seeded / "csrc")
+        text = (csrc / "cuda" / name).read_text()
+        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        (seeded / "csrc" / "cuda" / name).write_text(text.replace(old, new))
+        unit = next((unit for unit in ("pack", "greedy_boundaries") if name.startswith(unit)), "segment_pool")
+        objects = [seeded / f"{unit}.o" if path.stem == unit else path for path in objects]
+        builds = {seeded / f"{unit}.o": seeded / "csrc" / "cuda" / f"{unit}.cu"}
+        csrc, folder = seeded / "csrc", seeded
+    includes = [csrc, HERE, pybind11.get_include(), sysconfig.get_paths()["include"]]
+    flags = f"{FLAGS} {KINDS[kind]} -isystem {TORCH / 'include'} " + " ".join(f"-I{path}" for path in includes)
+    lines = [
+        "rule compile",
+        f"  command = g++ -MD -MF $out.d {flags} -x c++ -c $in -o $out",
+        "  depfile = $out.d",
+        "rule link",
+        f"  command = g++ {KINDS[kind]} -shared $in -o $out -L{TORCH / 'lib'} "
+        "-Wl,--no-as-needed -ltorch -ltorch_cpu -pthread",
+        *(f"build {output}: compile {source}" for output, source in builds.items()),
+        f"build {folder / '_emulated.so'}: link {' '.join(map(str, objects))}",
+        "",
+    ]
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # test processes side by side
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (folder / "build.ninja").write_text("\n".join(lines))
+        done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"the emulated kernels do not compile:\n{done.stdout}{done.stderr}")
+    return folder / "_emulated.so"
+
+
+@functools.cache
+def load() -> ModuleType:
+    """The module, built if need be. ``FASTCOMPRESS_EMULATED`` names one that is built already."""
+    path = os.environ.get("FASTCOMPRESS_EMULATED") or build()
+    library = torch.library.Library("fastcompress_emulated", "DEF")
+    for schema in SCHEMAS:
+        if schema.split("(")[0] in OPS:
+            library.define(schema)
+    spec = importlib.util.spec_from_file_location("_emulated", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module._library = library  # type: ignore[attr-defined]  (destroyed with its last reference)
+    return module
+
+
+@contextlib.contextmanager
+def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
+    """Within this context the ops of CPU tensors run the CUDA kernels, with that schedule."""
+    module = load()
+    module.set_schedule(seed, os_threads)
+    library = override({name: getattr(torch.ops.fastcompress_emulated, name) for name in OPS}, ("CPU",))
+    try:
+        yield module
+    finally:
+        library._destroy()
+
+
+def run(command: list[str], module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
+    """Runs Python with ``command`` on the kernels of ``module``, which were built for a sanitizer or for none."""
+    environment = {**os.environ, "FASTCOMPRESS_EMULATED": str(module), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *command]
+    if sanitizer is not None:
+        paths = [
+            subprocess.run(["gcc", f"-print-file-name={name}"], capture_output=True, text=True).stdout.strip()
+            for name in (f"lib{sanitizer}.so", "libstdc++.so")
+        ]
+        environment |= {
+            "LD_PRELOAD": " ".join(paths),
+            "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
+            "OMP_NUM_THREADS": "1",  # torch's threads synchronize in ways that ThreadSanitizer does not see
+        }
+        command = ["setarch", "-R", *command]  # ThreadSanitizer wants the usual layout of memory
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

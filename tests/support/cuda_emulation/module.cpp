@@ -1,0 +1,47 @@
+// The CUDA ops on CPU tensors, their kernels run by the emulator: the launchers of csrc/cuda compiled by g++, bound for
+// the tests. The ops are registered as fastcompress_emulated::<op>, whose schemas tests/support/cuda_emulation/__init__.py
+// defines.
+#include <pybind11/pybind11.h>
+
+#include <cstring>
+
+#include "cuda/launch.h"
+#include "cuda/ops.h"
+#include "emulator.h"
+
+namespace fastcompress::cuda {
+namespace {
+// An imaginary small GPU. Its sizes decide how the fused op cuts its rows.
+Device device{4, 100 << 10, 99 << 10};
+}  // namespace
+
+Device current_device() { return device; }
+std::shared_ptr<void> enter_device(int32_t) { return nullptr; }
+Stream current_stream(int32_t) { return nullptr; }
+Error read_back(void* host, const void* source, size_t bytes, Stream) {
+  std::memcpy(host, source, bytes);
+  return 0;
+}
+const char* error_text(Error) { return "a launcher failed"; }
+
+}  // namespace fastcompress::cuda
+
+STABLE_TORCH_LIBRARY_IMPL(fastcompress_emulated, CPU, m) { FASTCOMPRESS_REGISTER_OPS(m, cuda); }
+
+PYBIND11_MODULE(_emulated, m) {
+  m.def(
+      "set_schedule",
+      [](uint64_t seed, int os_threads) {
+        emulator::schedule().seed = seed;
+        emulator::schedule().os_threads = os_threads;
+      },
+      pybind11::arg("seed"), pybind11::arg("os_threads"),
+      "In which order threads run (0: their own) and how many blocks are resident at once.");
+  m.def(
+      "set_device",
+      [](int processors, int shared_per_processor, int shared_per_block) {
+        fastcompress::cuda::device = {processors, shared_per_processor, shared_per_block};
+      },
+      pybind11::arg("processors"), pybind11::arg("shared_per_processor"), pybind11::arg("shared_per_block"),
+      "The imaginary GPU: multiprocessors, and bytes of shared memory.");
+}

@@ -1,0 +1,46 @@
+"""Audio and manifests for the tests of the reference audio LLM: tones that stand for words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import soundfile
+
+from fastcompress.training.manifest import Utterance, write_manifest
+
+WORDS = {"low": 300.0, "middle": 900.0, "high": 2500.0}  # Hz
+RATE = 16_000
+
+
+def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, texts: int = 0) -> Path:
+    """A manifest of ``count`` utterances of one to three tones, and ``texts`` more without audio."""
+    g = np.random.default_rng(seed)
+    (folder / "audio").mkdir(parents=True, exist_ok=True)
+    utterances = []
+    for i in range(count):
+        words = list(g.choice(list(WORDS), g.integers(1, 4)))
+        parts = []
+        for word in words:
+            t = np.arange(int(RATE * g.uniform(0.12, 0.2))) / RATE
+            parts += [0.3 * np.sin(2 * np.pi * WORDS[word] * t), np.zeros(800)]
+        samples = np.concatenate(parts) + 0.003 * g.standard_normal(sum(map(len, parts)))
+        path = folder / "audio" / f"{name}-{i}.wav"
+        soundfile.write(path, samples, RATE)
+        text = " ".join(words)
+        utterances.append(Utterance(path, text, text, len(samples) / RATE, phones=text))
+    for _ in range(texts):
+        words = list(g.choice(list(WORDS), 2))
+        utterances.append(Utterance(None, " ".join(words), " ".join(words)))
+    manifest = folder / f"{name}.jsonl"
+    write_manifest(manifest, utterances)
+    return manifest
+
+
+def write_lines(folder: Path, *lines: Any) -> Path:
+    """A manifest of lines that are given: texts as they are, others as JSON."""
+    path = folder / "m.jsonl"
+    path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
+    return path

@@ -1,0 +1,47 @@
+"""Runs the ops of CPU tensors on another device, and so the whole test suite there without a change to it.
+
+``pytest --device cuda`` does. Inputs are moved with their storage, offset and strides, results are brought back.
+``--device cpu`` goes the same way with copies in place of moves, and calls the kernels of the CUDA key with CPU
+tensors: those of ``--backend reference``, or of ``--backend triton`` in Triton's interpreter.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastcompress.dispatch.backends import override
+from fastcompress.reference import OPS
+
+_CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
+
+
+def moved(x: Tensor, device: torch.device) -> Tensor:
+    """A copy of ``x`` on a device, with the strides and the storage offset of ``x``."""
+    storage = x.untyped_storage().to(device=device) if device.type != "cpu" else x.untyped_storage().clone()
+    return torch.empty(0, dtype=x.dtype, device=device).set_(storage, x.storage_offset(), x.shape, x.stride())
+
+
+def _on(device: torch.device, name: str) -> Callable[..., Any]:
+    op = getattr(torch.ops.fastcompress, name).default
+
+    def run(*args: Any) -> Any:
+        there = [moved(arg, device) if isinstance(arg, Tensor) else arg for arg in args]
+        out = op(*there) if device.type != "cpu" else op.redispatch(_CUDA_KEY, *there)
+        return out.cpu() if isinstance(out, Tensor) else tuple(part.cpu() for part in out)
+
+    return run
+
+
+@contextlib.contextmanager
+def on_device(device: torch.device) -> Iterator[None]:
+    """Within this context the ops of CPU tensors run on ``device``."""
+    library = override({name: _on(device, name) for name in OPS}, ("CPU",))
+    try:
+        yield
+    finally:
+        library._destroy()

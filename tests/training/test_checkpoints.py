@@ -1,0 +1,252 @@
+"""Checkpoints that are killed at any step of being written, or for which the disk is full: the last good one stays."""
+
+from __future__ import annotations
+
+import os
+import random
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.support import ROOT
+
+pytest.importorskip("safetensors")
+
+from fastcompress import files  # noqa: E402
+from fastcompress.training import checkpoints  # noqa: E402
+from fastcompress.training.checkpoints import CheckpointError  # noqa: E402
+from tests.support.forking import in_fork  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
+    pytest.mark.timeout(120),
+]
+
+WIDTH = 200  # 160 KB of weights, as much again twice in the optimizer
+KEEP = 2
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads would not live on in a forked process."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def state(step: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
+    """What training has after so many steps."""
+    weights = {"a": torch.full((WIDTH, WIDTH), float(step), requires_grad=True)}
+    optimizer = torch.optim.AdamW(weights.values())
+    weights["a"].grad = torch.full((WIDTH, WIDTH), float(step))
+    optimizer.step()
+    with torch.no_grad():
+        weights["a"].fill_(step)
+    return weights, optimizer
+
+
+def save(folder: Path, step: int) -> None:
+    checkpoints.save(folder, step, *state(step), KEEP)
+
+
+def check_whole(folder: Path) -> list[int]:
+    """Every checkpoint that is there can be loaded and is of one step; their steps."""
+    steps = []
+    for path in checkpoints.found(folder):
+        weights, optimizer = state(999)
+        step = checkpoints.load(path, weights, optimizer)
+        assert path.name == f"step-{step:08d}"
+        assert bool((weights["a"] == step).all())
+        moment = optimizer.state[weights["a"]]["exp_avg"]
+        torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * step))
+        steps.append(step)
+    return steps
+
+
+#: What Python does to files: before each of these, the process is killed once.
+EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree")
+
+
+def kill_at(number: int) -> None:
+    """Before the event of that number."""
+    count = 0
+
+    def hook(event: str, _: object) -> None:
+        nonlocal count
+        if event in EVENTS:
+            count += 1
+            if count == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)
+
+
+@pytest.mark.parametrize("steps", [(1, 2), (1, 2, 3, 4), (1, 2, 2)], ids=["first", "with deletion", "again"])
+def test_killed_before_each_system_call(steps: tuple[int, ...], tmp_path: Path):
+    """The last step's checkpoint is being written."""
+    *before, last = steps
+    killed = 0
+    for number in range(1, 500):
+        folder = tmp_path / str(number)
+        for step in before:
+            save(folder, step)
+
+        def task(folder: Path = folder, number: int = number) -> None:
+            kill_at(number)
+            save(folder, last)
+
+        status = in_fork(task)
+        # What is there under its name is whole, also before anything is cleaned.
+        check_whole(folder)
+        files.clean(folder)
+        found = check_whole(folder)
+        assert found and found[-1] in (before[-1], last)
+        assert not list(folder.glob("unfinished-*"))
+        if status == 0:
+            assert found == sorted(set(steps))[-KEEP:]
+            break
+        assert status == -signal.SIGKILL
+        killed += 1
+    assert status == 0 and killed > 10, killed
+
+
+def test_killed_at_random_moments(tmp_path: Path):
+    """From outside, inside of what libraries write, too; the next process goes on from what it finds."""
+    g = random.Random(0)
+
+    def train() -> None:
+        files.clean(tmp_path)
+        step = (check_whole(tmp_path) or [0])[-1]
+        while True:
+            step += 1
+            save(tmp_path, step)
+
+    def newest() -> int:
+        found = checkpoints.found(tmp_path)
+        return int(found[-1].name.removeprefix("step-")) if found else 0
+
+    last = 0
+    for _ in range(15):
+        pid = os.fork()
+        if pid == 0:
+            try:
+                train()
+            finally:
+                os._exit(1)
+        end = time.monotonic() + 20  # until it has come further
+        while time.monotonic() < end and newest() <= last:
+            time.sleep(0.002)
+        time.sleep(g.uniform(0, 0.03))
+        os.kill(pid, signal.SIGKILL)
+        assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == -signal.SIGKILL
+        files.clean(tmp_path)
+        found = check_whole(tmp_path)
+        assert found and found[-1] > last
+        last = found[-1]
+
+
+@pytest.fixture
+def limit() -> Iterator[Callable[[int], None]]:
+    """Files of this process grow to so many bytes and no further, as on a disk that is full."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize("size", [0, 10, 5_000, 159_000, 161_000, 200_000, 319_000])
+def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit: Callable[[int], None]):
+    """In the weights, behind them, in the optimizer."""
+    save(tmp_path, 1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    assert max(map(len, before.values())) > 319_000
+    limit(size)
+    with pytest.raises(CheckpointError) as caught:
+        save(tmp_path, 2)
+    limit(resource.RLIM_INFINITY)
+    message = str(caught.value)
+    assert "step-00000002: cannot be written (" in message and "\n" not in message
+    assert message.endswith(f"the last whole one is {tmp_path / 'step-00000001'}")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+    save(tmp_path, 2)  # there is room again
+    assert check_whole(tmp_path) == [1, 2]
+
+
+ON_A_FULL_DISK = """
+import os, sys
+from pathlib import Path
+from tests.training.test_checkpoints import CheckpointError, check_whole, save
+
+folder, filler = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "filler"
+save(folder, 1)
+before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+filler.mkdir()
+for left in (0, 4, 100, 160, 300, 472, "files"):  # KiB, of the 480 that a checkpoint takes
+    if left == "files":
+        try:
+            for number in range(10_000):
+                (filler / str(number)).touch()
+        except OSError:
+            pass
+    else:
+        disk = os.statvfs(folder)
+        (filler / "0").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 1024 * left))
+    try:
+        save(folder, 2)
+    except CheckpointError as error:
+        message = str(error)
+    else:
+        sys.exit(f"there was room: {left}")
+    assert "step-00000002: cannot be written (" in message and "No space left on device" in message, (left, message)
+    assert message.endswith(f"the last whole one is {folder / 'step-00000001'}"), (left, message)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, left
+    for path in filler.iterdir():
+        path.unlink()
+save(folder, 2)
+assert check_whole(folder) == [1, 2]
+print("good")
+"""
+
+
+def test_a_disk_that_is_full(tmp_path: Path):
+    """A real one, of 2 MiB and 200 files in memory, that only the process sees; little is left, or no more files."""
+    mount = 'mount -t tmpfs -o size=2m,nr_inodes=200 tmpfs "$0" && exec "$@"'
+    within = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
+    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
+        pytest.skip("this process may not mount a disk of its own")
+    command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)]
+    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*within, *command], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path, limit: Callable[[int], None]):
+    path = tmp_path / "run.yaml"
+    files.write_file(path, "good")
+    limit(100)
+    with pytest.raises(OSError):
+        files.write_file(path, "x" * 200)
+    limit(resource.RLIM_INFINITY)
+    assert path.read_text() == "good" and list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize(
+    "content", ["{}", "[]", '{"step": "x"}', '{"step": NaN}', "[" * 100_000, ""], ids=lambda text: text[:13]
+)
+def test_a_state_that_is_none(content: str, tmp_path: Path):
+    save(tmp_path, 1)
+    (tmp_path / "step-00000001" / "state.json").write_text(content)
+    with pytest.raises(CheckpointError, match="step-00000001: cannot be read"):
+        checkpoints.load(tmp_path / "step-00000001", *state(1))

@@ -1,0 +1,111 @@
+"""``fastcompress finetune --resume``: after a kill at any moment, and with other settings."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+from fastcompress.cli import main as cli  # noqa: E402
+from tests.support import audio_llms  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of 4 steps with checkpoints after 2 and 4, beside what it was trained with."""
+    folder = tmp_path_factory.mktemp("finetune")
+    audio_llms.make("qwen2_audio").save_pretrained(folder / "model")
+    audio_llms.processor("qwen2_audio").save_pretrained(folder / "model")
+    write_tones(folder, 8)
+    assert cli.main(arguments(folder / "run")) == 0
+    return folder / "run"
+
+
+def arguments(out: Path, **more: object) -> list[str]:
+    options = {
+        "model": out.parent / "model", "data": out.parent / "train.jsonl", "out": out, "steps": 4, "batch_size": 2,
+        "accumulate": 1, "learning_rate": 0.02, "precision": "fp32", "save_every": 2, "log_every": 1, "lora_rank": 4,
+        "prompt": "write",
+    } | more  # fmt: skip
+    return ["finetune", *(f"--{key.replace('_', '-')}={value}" for key, value in options.items())]
+
+
+def empty(checkpoint: Path) -> None:
+    shutil.rmtree(checkpoint)
+    checkpoint.mkdir()
+
+
+def cut(name: str) -> Callable[[Path], None]:
+    def half(checkpoint: Path) -> None:
+        content = (checkpoint / name).read_bytes()
+        (checkpoint / name).write_bytes(content[: len(content) // 2])
+
+    return half
+
+
+BROKEN: dict[str, Callable[[Path], None]] = {
+    "empty": empty,
+    "no state": lambda checkpoint: (checkpoint / "trainer_state.json").unlink(),
+    "no weights": lambda checkpoint: (checkpoint / "adapter_model.safetensors").unlink(),
+    "no optimizer": lambda checkpoint: (checkpoint / "optimizer.pt").unlink(),
+    "half a state": cut("trainer_state.json"),
+    "half of the weights": cut("adapter_model.safetensors"),
+    "half an optimizer": cut("optimizer.pt"),
+}
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+def test_the_newest_whole_checkpoint_is_taken(broken: str, run: Path, capsys: pytest.CaptureFixture[str]):
+    out = run.parent / "cut"
+    shutil.rmtree(out, ignore_errors=True)
+    shutil.copytree(run, out)
+    (out / "finetune.json").write_text(
+        json.dumps({"settings": json.loads((run / "finetune.json").read_text())["settings"] | {"out": str(out)}})
+    )
+    BROKEN[broken](out / "checkpoint-4")
+    capsys.readouterr()
+    assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert f"{out / 'checkpoint-4'} is not whole" in said and "going on after step 2 of 4" in said
+    losses = [json.loads((folder / "finetune.json").read_text())["losses"] for folder in (run, out)]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
+
+
+def test_no_whole_checkpoint_is_a_start(run: Path, capsys: pytest.CaptureFixture[str]):
+    out = run.parent / "new"
+    (out / "checkpoint-2").mkdir(parents=True)
+    assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
+    said = capsys.readouterr().out
+    assert "checkpoint-2 is not whole" in said and "going on" not in said
+    assert (out / "checkpoint-4" / "trainer_state.json").is_file()
+
+
+def test_a_run_goes_on_as_it_began(run: Path, capsys: pytest.CaptureFixture[str]):
+    kept = (run / "finetune.json").read_text()
+    other = ({"rule": "uniform:5"}, "rule is 'uniform:3', not 'uniform:5'"), ({"steps": 8}, "steps is 4, not 8")
+    for more, text in other:
+        assert cli.main([*arguments(run, **more), "--resume"]) == 2
+        error = capsys.readouterr().err
+        assert text in error and error.count("\n") == 1
+    assert (run / "finetune.json").read_text() == kept
+
+
+def test_settings_are_there_from_the_start(run: Path, monkeypatch: pytest.MonkeyPatch):
+    import transformers
+
+    def killed(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(transformers.Trainer, "train", killed)
+    out = run.parent / "killed"
+    assert cli.main(arguments(out)) == 130
+    assert json.loads((out / "finetune.json").read_text())["settings"]["lora_rank"] == 4

@@ -1,0 +1,119 @@
+"""Encoders that are trained and have their own random numbers, or statistics: repeated and resumed to the bit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from fastcompress.lalm import (  # noqa: E402
+    FastCompressConfig,
+    FastCompressForConditionalGeneration,
+    FastCompressProcessor,
+)
+from fastcompress.training import checkpoints  # noqa: E402
+from fastcompress.training.examples import Examples  # noqa: E402
+from fastcompress.training.manifest import read_manifest  # noqa: E402
+from fastcompress.training.recipes import build_tokenizer  # noqa: E402
+from fastcompress.training.trainer import Training, TrainingArguments  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+#: Of every encoder and decoder here.
+SIZE = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
+
+
+def training(kind: str, folder: Path, **values: Any) -> Training:
+    """Of a model with an encoder of SpecAugment and layer drop (wav2vec2), or of batch normalisation (Parakeet)."""
+    if not (folder.parent / "train.jsonl").exists():
+        write_tones(folder.parent, 12)
+    utterances = read_manifest(folder.parent / "train.jsonl")
+    tokenizer = build_tokenizer([u.target for u in utterances])
+    if kind == "wav2vec2":
+        audio = transformers.Wav2Vec2Config(
+            **SIZE, num_hidden_layers=2, conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
+            mask_time_length=2, mask_time_prob=0.3, layerdrop=0.5,
+        )  # fmt: skip
+        processor = FastCompressProcessor(transformers.Wav2Vec2FeatureExtractor(), tokenizer)
+    else:
+        audio = transformers.ParakeetEncoderConfig(
+            **SIZE, num_hidden_layers=2, subsampling_conv_channels=4, num_mel_bins=80
+        )
+        processor = FastCompressProcessor(transformers.ParakeetFeatureExtractor(feature_size=80), tokenizer)
+    text = transformers.Qwen2Config(
+        **SIZE, vocab_size=len(tokenizer), num_hidden_layers=1, num_key_value_heads=1, bos_token_id=1, eos_token_id=2,
+        pad_token_id=0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    config = FastCompressConfig(audio, text, audio_token_id=processor.audio_token_id, train_encoder=True)
+    arguments = TrainingArguments(**({"steps": 6, "batch_size": 4, "log_every": 1, "save_every": 3} | values))
+    model = FastCompressForConditionalGeneration(config)
+    return Training(model, Examples(utterances, processor), arguments, folder)
+
+
+def steps(run: Training, count: int) -> list[float]:
+    return [run.update()["loss"] for _ in range(count)]
+
+
+def state(run: Training) -> dict[str, torch.Tensor]:
+    return dict(run.model.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["wav2vec2", "parakeet"])
+def test_an_encoder_is_repeated_and_resumed_to_the_bit(kind: str, tmp_path: Path):
+    whole = training(kind, tmp_path / "whole")
+    found = steps(whole, 6)
+    assert steps(training(kind, tmp_path / "again"), 6) == found
+    half = training(kind, tmp_path / "half")
+    assert steps(half, 3) == found[:3]
+    half.save()
+    resumed = training(kind, tmp_path / "half")
+    assert resumed.resume() == 3
+    assert steps(resumed, 3) == found[3:]
+    for name, value in state(whole).items():
+        assert torch.equal(value, state(resumed)[name]), name
+    other = training(kind, tmp_path / "other", seed=1)
+    assert steps(other, 1) != found[:1]
+
+
+def test_statistics_that_a_checkpoint_lacks(tmp_path: Path):
+    """As those lack them that were written before there were any."""
+    run = training("parakeet", tmp_path / "run")
+    steps(run, 1)
+    before = training("parakeet", tmp_path / "run")
+    assert set(run.buffers) == set(before.buffers) and "audio_tower.layers.0.conv.norm.running_mean" in run.buffers
+    run.buffers = {}
+    run.save()
+    (saved,) = checkpoints.found(tmp_path / "run" / "checkpoints")
+    assert before.resume() == 1
+    assert torch.equal(before.trained["projector.weight"], run.trained["projector.weight"])
+    assert not before.buffers["audio_tower.layers.0.conv.norm.running_mean"].any()
+    weights = checkpoints.load_file(saved / "weights.safetensors")
+    assert not any("running_mean" in name for name in weights)
+
+
+def test_frozen_statistics_are_not_saved(tmp_path: Path):
+    run = training("parakeet", tmp_path / "run")
+    run.model.train_encoder(False)
+    frozen = Training(run.model, run.examples, run.arguments, tmp_path / "frozen")
+    assert run.buffers and not frozen.buffers
+
+
+def test_what_an_encoder_leaves_out_is_in_the_graph(tmp_path: Path):
+    """Layers that are dropped, and what masked frames become: processes wait for each other's gradients."""
+    run = training("wav2vec2", tmp_path / "run")
+    run.model.train()
+    run.model.audio_tower.config.layerdrop, run.model.audio_tower.config.mask_time_prob = 1.0, 0.0
+    run.model(**run.examples.batch([0, 1])).loss.backward()
+    assert [name for name, p in run.trained.items() if p.grad is None] == []
+    assert not run.trained["audio_tower.encoder.layers.0.attention.q_proj.weight"].grad.any()
+    assert run.trained["audio_tower.feature_projection.projection.weight"].grad.any()

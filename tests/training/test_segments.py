@@ -1,0 +1,106 @@
+"""Segments of a long recording: what a manifest cuts, and what is decoded for it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+
+from fastcompress.audio import load_audio
+from fastcompress.training.manifest import (
+    ManifestError,
+    Utterance,
+    check_audio,
+    load_utterance,
+    read_manifest,
+    write_manifest,
+)
+from tests.support.lalm_data import write_lines
+
+RATE = 16_000
+pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+
+
+def recording(path: Path, seconds: float, rate: int = RATE, **more: Any) -> Path:
+    soundfile.write(path, 0.1 * np.random.default_rng(0).standard_normal(int(seconds * rate)), rate, **more)
+    return path
+
+
+@pytest.mark.parametrize(
+    "line, seconds",
+    [
+        ({"offset": 0.0, "duration": 2.5}, 2.5),
+        ({"offset": 0.0, "duration": 9.95}, 9.95),
+        ({"offset": 0.0}, 10.0),
+        ({"offset": 2.5, "duration": 3.0}, 3.0),
+        ({"offset": 8.0, "duration": 3.0}, 2.0),
+        ({"offset": 8.0}, 2.0),
+        ({"duration": 2.5}, 2.5),
+        ({"duration": 9.95}, 10.0),  # rounded
+        ({"duration": 12.0}, 10.0),
+        ({}, 10.0),
+    ],
+    ids=str,
+)
+def test_what_is_cut(line: dict[str, float], seconds: float, tmp_path: Path):
+    recording(tmp_path / "long.wav", 10.0)
+    utterances = read_manifest(write_lines(tmp_path, {"audio_filepath": "long.wav", "text": "a", **line}))
+    checked, _ = check_audio(utterances)
+    again = check_audio([Utterance(**vars(checked[0]))])[0]
+    assert checked[0].duration == again[0].duration == pytest.approx(seconds)
+    whole = load_audio(tmp_path / "long.wav")
+    begin = round(line.get("offset", 0.0) * RATE)
+    for u in (*utterances, *checked):
+        assert np.array_equal(load_utterance(u, RATE), whole[begin : begin + round(seconds * RATE)])
+
+
+def test_samples_are_cut_as_files_are():
+    samples = np.random.default_rng(0).standard_normal(RATE).astype(np.float32)
+    u = Utterance(None, "a", "a", 0.25, 0.5, samples=(samples, RATE))
+    assert check_audio([u])[0][0].duration == 0.25
+    assert np.array_equal(load_utterance(u, RATE), samples[RATE // 2 : 3 * RATE // 4])
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "ogg", "mp3"])
+@pytest.mark.parametrize("rate", [16_000, 44_100, 8_000])
+def test_a_part_is_that_of_the_whole(rate: int, kind: str, tmp_path: Path):
+    path = recording(tmp_path / f"a.{kind}", 6.0, rate)
+    whole = load_audio(path)
+    for offset, duration in ((0.0, 1.0), (0.0313, 0.5), (2.34567, 1.0), (5.5, 9.0), (5.9, None), (3.0, 0.0)):
+        part = load_audio(path, offset=offset, duration=duration)
+        begin = round(offset * RATE)
+        wanted = whole[begin:] if duration is None else whole[begin : begin + round(duration * RATE)]
+        np.testing.assert_allclose(part, wanted, atol=1e-6)
+    assert len(load_audio(path, offset=7.0)) == 0
+
+
+def test_a_part_is_all_that_is_decoded(tmp_path: Path):
+    path = recording(tmp_path / "a.wav", 60.0, 8000)
+    seen: list[float] = []
+    load_audio(path, progress=lambda done, total: seen.append(done), offset=30.0, duration=1.0)
+    assert len(seen) == 1 and 30 < seen[0] < 39  # a block is 8.2 s
+
+
+def test_a_written_manifest_means_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.chdir(tmp_path)
+    for folder in ("data", "out"):
+        Path(folder).mkdir()
+    recording(Path("data/a.wav"), 1.0)
+    Path("data/m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}')
+    (u,) = read_manifest("data/m.jsonl")
+    for target, wanted in (("out/m.jsonl", str(tmp_path / "data/a.wav")), ("data/again.jsonl", "a.wav"),
+                           ("m.jsonl", "data/a.wav"), (str(tmp_path / "n.jsonl"), "data/a.wav")):  # fmt: skip
+        write_manifest(Path(target), [u])
+        assert json.loads(Path(target).read_text())["audio_filepath"] == wanted
+        assert len(load_utterance(read_manifest(target)[0], RATE)) == RATE
+
+
+def test_samples_are_not_written(tmp_path: Path):
+    u = Utterance(None, "hello", "hello", samples=(np.zeros(RATE, np.float32), RATE))
+    with pytest.raises(ManifestError, match="m.jsonl: the utterance 'hello' has samples, which no manifest"):
+        write_manifest(tmp_path / "m.jsonl", [u])
+    assert not (tmp_path / "m.jsonl").exists()

@@ -1,0 +1,503 @@
+"""Training of the reference audio LLM: what survives a kill, what several processes compute, what stops it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+pytest.importorskip("yaml")
+
+from accelerate.state import AcceleratorState  # noqa: E402
+
+from fastcompress import files  # noqa: E402
+from fastcompress.lalm.loading import RunError, load_model  # noqa: E402
+from fastcompress.training import checkpoints, logs  # noqa: E402
+from fastcompress.training.batches import BatchPlan  # noqa: E402
+from fastcompress.training.checkpoints import CheckpointError  # noqa: E402
+from fastcompress.training.examples import EncodedExamples, Examples  # noqa: E402
+from fastcompress.training.manifest import read_manifest  # noqa: E402
+from fastcompress.training.runs import Run  # noqa: E402
+from fastcompress.training.settings import RunSettings  # noqa: E402
+from fastcompress.training.trainer import Training, TrainingArguments, TrainingStopped  # noqa: E402
+from tests.support import ROOT  # noqa: E402
+from tests.support.lalm_data import write_tones  # noqa: E402
+from tests.support.slow import some  # noqa: E402
+
+pytestmark = [
+    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
+    pytest.mark.xdist_group("training"),
+]
+
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tones")
+    write_tones(folder, 24, texts=4)
+    write_tones(folder, 6, "dev", seed=1)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def settings(data: Path, **values: Any) -> RunSettings:
+    small = {"train": str(data / "train.jsonl"), "steps": 8, "batch_size": 4, "log_every": 1, "save_every": 3}
+    return RunSettings.from_flat(small | values)
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in logs.read(folder / "log.csv")]
+
+
+@pytest.fixture(scope="module")
+def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run."""
+    torch.set_num_threads(1)
+    folder = tmp_path_factory.mktemp("run") / "whole"
+    Run(folder, settings(data, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
+    return folder
+
+
+def test_a_run_says_what_it_was(trained: Path, data: Path):
+    assert len(losses(trained)) == 8 and all(map(math.isfinite, losses(trained)))
+    rows = logs.read(trained / "log.csv")
+    assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["development_loss"] > 0
+    assert rows[0]["audio_tokens"] == rows[0]["audio_frames"] > 0 and rows[0]["tokens_per_second"] > 0
+    environment = json.loads((trained / "environment.json").read_text())
+    assert environment["packages"]["torch"] == torch.__version__.partition("+")[0] or environment["packages"]["torch"]
+    assert environment["sha256"].keys() == {str(data / "train.jsonl"), str(data / "dev.jsonl")}
+    assert [p.name for p in checkpoints.found(trained / "checkpoints")] == ["step-00000006", "step-00000008"]
+    model, processor = load_model(trained)
+    assert processor.audio_token_id == model.config.audio_token_id
+
+
+def test_the_same_settings_give_the_same_run(trained: Path, data: Path, tmp_path: Path):
+    Run(tmp_path / "again", settings(data, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
+    assert losses(tmp_path / "again") == losses(trained)
+    other = settings(data, seed=1)
+    Run(tmp_path / "other", other, say=lambda text: None).train()
+    assert losses(tmp_path / "other")[0] != losses(trained)[0]
+
+
+def test_training_learns(data: Path, tmp_path: Path):
+    Run(tmp_path / "run", settings(data, steps=40, learning_rate=3e-3, warmup_steps=5), say=lambda text: None).train()
+    found = losses(tmp_path / "run")
+    assert sum(found[-5:]) < 0.6 * sum(found[:5])
+
+
+# Kills
+
+
+def command(folder: Path, data: Path, *more: str) -> list[str]:
+    return [
+        sys.executable, "-m", "fastcompress", "train", str(folder), "--train", str(data / "train.jsonl"),
+        "--threads", "1", "--batch-size", "4", "--log-every", "1", "--save-every", "3", *more,
+    ]  # fmt: skip
+
+
+def environment(**more: str) -> dict[str, str]:
+    return os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"} | more
+
+
+@pytest.mark.parametrize("when", some(["step 4", "writing a checkpoint", "writing the result"], "step 4"))
+def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
+    """``kill -9`` at a step, in the middle of a checkpoint, in the middle of the result."""
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    steps = ["--steps", "8"]
+    subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
+    # The process kills itself, at a place that no signal from outside could hit for sure.
+    places = {
+        "step 4": ("fastcompress.training.trainer.Training.update", 4),
+        "writing a checkpoint": ("torch.save", 1),
+        "writing the result": ("fastcompress.training.runs.Run._write_final", 1),
+    }
+    script = tmp_path / "kill.py"
+    name, call = places[when]
+    script.write_text(KILLER.format(name=name, call=call))
+    arguments = command(killed, data, *steps)
+    killing = [sys.executable, str(script), *arguments[3:]]
+    done = subprocess.run(killing, env=environment(), capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    assert not (killed / "final").exists()
+    found = checkpoints.found(killed / "checkpoints")
+    assert (len(found) > 0) == (when != "writing a checkpoint")
+    again = subprocess.run(command(killed, data, *steps, "--resume"), env=environment(), capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert "going on after step" in again.stdout
+    assert losses(killed) == losses(whole)
+    a, b = ((f / "final" / "model.safetensors").read_bytes() for f in (killed, whole))
+    assert a == b
+    assert not list(killed.rglob("unfinished-*"))
+
+
+KILLER = """
+import os, pydoc, signal, sys
+
+parts = {name!r}.split(".")
+owner = pydoc.locate(".".join(parts[:-1]))
+real, calls = getattr(owner, parts[-1]), 0
+
+def killing(*arguments, **more):
+    global calls
+    calls += 1
+    if calls == {call}:
+        real(*arguments, **more)
+        os.kill(os.getpid(), signal.SIGKILL)
+    return real(*arguments, **more)
+
+setattr(owner, parts[-1], killing)
+from fastcompress.cli.main import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("seed", range(3))
+def test_killed_at_any_moment(seed: int, data: Path, tmp_path: Path):
+    """From outside, again and again until it is through: the losses are those of a run that was left alone."""
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", ["--steps", "30"]
+    begin = time.monotonic()
+    subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
+    took = time.monotonic() - begin
+    for attempt in range(20):
+        more = ["--resume"] if (killed / "run.yaml").exists() else []
+        process = subprocess.Popen(
+            command(killed, data, *steps, *more), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        )
+        try:
+            process.wait(took * (0.6 + 0.05 * seed + 0.07 * attempt))
+            assert process.returncode == 0, process.stderr.read().decode()
+            break
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGKILL)
+            process.wait()
+    assert losses(killed) == losses(whole)
+
+
+def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    target = tmp_path / "final"
+
+    def write(text: str) -> None:
+        files.write_folder(target, lambda folder: (folder / "a").write_text(text))
+
+    write("one")
+    write("two")
+    assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["final"]
+
+    def fail(folder: Path) -> None:
+        (folder / "a").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space left"):
+        files.write_folder(target, fail)
+    assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["final"]
+    # Killed between the two renames: neither is there under its name, and cleaning puts the old one back.
+    rename, calls = os.rename, []
+
+    def once(a: Any, b: Any) -> None:
+        calls.append(a)
+        if len(calls) == 2:
+            raise SystemExit
+        rename(a, b)
+
+    monkeypatch.setattr(os, "rename", once)
+    with pytest.raises(SystemExit):
+        write("three")
+    monkeypatch.undo()
+    assert not target.exists()
+    files.clean(tmp_path)
+    assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["final"]
+
+
+# What cannot go on
+
+
+def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
+    run = Run(tmp_path / "run", settings(data), say=lambda text: None)
+    good = run.training.update
+    model = run.training.model
+
+    def poisoned() -> dict[str, float]:
+        if run.training.step == 5:
+            with torch.no_grad():
+                model.projector.weight[0, 0] = math.nan
+        return good()
+
+    run.training.update = poisoned
+    message = re.escape(f"the last good checkpoint is {tmp_path / 'run' / 'checkpoints' / 'step-00000003'}")
+    with pytest.raises(TrainingStopped, match=f"the loss of step 6 is nan .*{message}"):
+        run.train()
+    assert [p.name for p in checkpoints.found(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
+    # What was learnt until then can be used.
+    again = Run(tmp_path / "run", None, resume=True, say=lambda text: None)
+    assert again.training.step == 3 and again.training.model.projector.weight.isfinite().all()
+    again.train()
+    assert len(losses(tmp_path / "run")) == 8
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"train": ""}, "train is missing"),
+        ({"nonsense": 1}, "unknown setting 'nonsense'; known are "),
+        ({"rule": "nonsense"}, "rule: unknown rule 'nonsense'"),
+        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
+        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
+        ({"audio_model": "a"}, "audio_model and text_model go together"),
+        ({"audio_model": "a", "text_model": "b", "model": "c"}, "model excludes audio_model and text_model"),
+        ({"lora_rank": -1}, "lora_rank must not be negative"),
+        ({"save_every": 5, "log_every": 2}, "save_every must be a multiple of log_every, 2, got 5"),
+    ],
+)
+def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):
+    with pytest.raises(RunError, match=re.escape(message)):
+        settings(data, **values)
+
+
+def test_runs_that_cannot_start(data: Path, tmp_path: Path, trained: Path):
+    with pytest.raises(RunError, match="holds a run already; resume it, or choose another folder"):
+        Run(trained, settings(data))
+    with pytest.raises(RunError, match="no run to go on with"):
+        Run(tmp_path / "none", None, resume=True)
+    with pytest.raises(RunError, match="its steps is 8, not 9; a run goes on as it began"):
+        Run(trained, settings(data, steps=9, dev=str(data / "dev.jsonl")), resume=True)
+    with pytest.raises(RunError, match="LoRA needs a trained model"):
+        Run(tmp_path / "lora", settings(data, lora_rank=4))
+    with pytest.raises(RunError, match="no model here"):
+        load_model(tmp_path)
+    (tmp_path / "empty.jsonl").write_text('{"audio_filepath": "nowhere.wav", "text": "low"}\n')
+    with pytest.raises(RunError, match="no utterance is left that can be used"):
+        Run(tmp_path / "x", settings(data, train=str(tmp_path / "empty.jsonl")), say=lambda text: None)
+
+
+def test_a_checkpoint_of_another_shape(trained: Path, data: Path, tmp_path: Path):
+    model, processor = load_model(trained)
+    model.train_encoder(True)
+    examples = Examples(read_manifest(data / "train.jsonl"), processor)
+    training = Training(model, examples, TrainingArguments(steps=1), tmp_path)
+    last = checkpoints.found(trained / "checkpoints")[-1]
+    weights = dict(training.trained)
+    weights["projector.weight"] = torch.zeros(3, 3)
+    message = re.escape("projector.weight has shape [128, 128], the model's has [3, 3]")
+    with pytest.raises(CheckpointError, match=message):
+        checkpoints.load(last, weights, training.optimizer)
+    del weights["projector.weight"]
+    with pytest.raises(CheckpointError, match="has projector.weight, which the model lacks"):
+        checkpoints.load(last, weights, training.optimizer)
+    (tmp_path / "step-00000001").mkdir()
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        checkpoints.load(tmp_path / "step-00000001", weights, training.optimizer)
+
+
+def test_damaged_files_are_skipped_and_said(data: Path, tmp_path: Path):
+    """Headers are checked before; what is wrong inside shows when it is decoded, and must not end a run."""
+    lines = (data / "train.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines[:8]]
+    for entry in entries:
+        entry["audio_filepath"] = str(data / entry["audio_filepath"])
+    import numpy as np
+    import soundfile
+
+    soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
+    entries[1]["audio_filepath"] = str(tmp_path / "nan.wav")
+    entries[2]["audio_filepath"] = str(tmp_path / "missing.wav")
+    manifest = tmp_path / "train.jsonl"
+    manifest.write_text("\n".join(map(json.dumps, entries)))
+    said: list[str] = []
+    Run(tmp_path / "run", settings(data, train=str(manifest), steps=3), say=said.append).train()
+    assert "skipped 1 utterances" in said[0] and "missing.wav: no such file" in said[0]
+    assert "missing.wav" in (tmp_path / "run" / "skipped.txt").read_text()
+    assert "1 utterances turned out to be damaged" in said[-1] and "nan.wav: holds NaN" in said[-1]
+    assert len(losses(tmp_path / "run")) == 3
+
+
+# Going on with LoRA
+
+
+def test_lora_on_a_trained_model(trained: Path, data: Path, tmp_path: Path):
+    pytest.importorskip("peft")
+    lora = {"model": str(trained / "final"), "lora_rank": 4, "rule": "uniform:2", "steps": 4}
+    final = Run(tmp_path / "lora", settings(data, **lora), say=lambda text: None).train()
+    assert (final / "adapter_model.safetensors").exists() and not (final / "model.safetensors").exists()
+    model, processor = load_model(tmp_path / "lora")
+    base, _ = load_model(trained, rule="uniform:2")
+    examples = Examples(read_manifest(data / "dev.jsonl"), processor)
+    batch = examples.batch(range(4))
+    adapted = model(**batch).loss
+    assert abs(float(adapted - base(**batch).loss)) > 1e-4 and model.get_base_model().rule == "uniform:2"
+    merged = settings(data, **lora, merge=True)
+    Run(tmp_path / "merged", merged, say=lambda text: None).train()
+    whole, _ = load_model(tmp_path / "merged")
+    torch.testing.assert_close(whole(**batch).loss, adapted, rtol=1e-4, atol=1e-4)
+    # LoRA on LoRA: the first is merged.
+    again = settings(data, **(lora | {"model": str(tmp_path / "lora"), "rule": None}))
+    Run(tmp_path / "again", again, say=lambda text: None).train()
+    assert load_model(tmp_path / "again")[0].get_base_model().rule == "uniform:2"
+
+
+def test_frames_that_are_encoded_once(trained: Path, data: Path):
+    model, processor = load_model(trained, rule="uniform:2")
+    examples = Examples(read_manifest(data / "train.jsonl"), processor, cache=True)
+    encoded = EncodedExamples(examples, model)
+    for indices in ([0, 1, 2], [25, 3], [26]):
+        a, b = (model(**e.batch(indices)).loss for e in (examples, encoded))
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+def test_dropout_goes_on_as_it_was(trained: Path, data: Path, tmp_path: Path):
+    """What is random in a step depends on the step alone, not on how many came before it in this process."""
+    pytest.importorskip("peft")
+    lora = {"model": str(trained / "final"), "lora_rank": 4, "lora_dropout": 0.5, "steps": 6, "augment": False}
+    Run(tmp_path / "whole", settings(data, **lora), say=lambda text: None).train()
+    run = Run(tmp_path / "half", settings(data, **lora), say=lambda text: None)
+    run.training.save, save = lambda: (_ for _ in ()).throw(KeyboardInterrupt), run.training.save
+    with pytest.raises(KeyboardInterrupt):
+        run.train()
+    save()
+    again = Run(tmp_path / "half", None, resume=True, say=lambda text: None)
+    assert again.training.step == 3
+    again.train()
+    assert losses(tmp_path / "half") == losses(tmp_path / "whole")
+    plain = settings(data, **(lora | {"lora_dropout": 0.0}))
+    Run(tmp_path / "plain", plain, say=lambda text: None).train()
+    assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "values, tolerance",
+    [
+        ({"accumulate": 2, "batch_size": 2}, 1e-4),
+        ({"gradient_checkpointing": True}, 1e-5),
+        ({"precision": "bf16"}, 0.05),
+    ],
+    ids=["accumulate", "checkpointing", "bf16"],
+)
+def test_other_ways_to_the_same_losses(values: dict[str, Any], tolerance: float, data: Path, tmp_path: Path):
+    found = []
+    for name, more in (("plain", {}), ("other", values)):
+        AcceleratorState._reset_state()  # a process has one precision, as a run has a process
+        run = Run(tmp_path / name, settings(data, steps=3, augment=False, **more), say=lambda text: None)
+        arguments = run.settings.training
+        order = [[0, 1, 2, 25], [3, 4, 24, 5], [6, 7, 8, 9]]  # 24 and 25 have no audio
+
+        def batch(where: int, process: int = 0, size: int = arguments.batch_size, order: list = order) -> list[int]:
+            flat = [index for row in order for index in row]
+            return flat[where * size : (where + 1) * size]
+
+        run.training.plan.batch = batch
+        if name == "plain":
+            with torch.no_grad():
+                first = run.training.model(**run.training.examples.batch(order[0]))
+        run.train()
+        found.append(logs.read(tmp_path / name / "log.csv"))
+    assert found[0][0]["loss"] == pytest.approx(float(first.loss), rel=1e-5)
+    assert found[0][0]["ctc_loss"] == pytest.approx(float(first.ctc_loss), rel=1e-5) and first.ctc_loss > 0
+    for a, b in zip(*found, strict=True):
+        for column in ("loss", "lm_loss", "ctc_loss", "grad_norm"):
+            assert a[column] == pytest.approx(b[column], rel=tolerance), (a["step"], column)
+        assert a["audio_tokens"] == b["audio_tokens"]
+    AcceleratorState._reset_state()
+    assert ("bf16" not in values.values()) or found[0][0]["loss"] != found[1][0]["loss"]
+
+
+# Batches
+
+
+def test_every_example_once_an_epoch():
+    plan = BatchPlan([float(i % 7) for i in range(101)], 4, num_processes=3, seed=5)
+    assert plan.steps_an_epoch == 8
+    for epoch in range(3):
+        seen = [i for s in range(8) for p in range(3) for i in plan.batch(8 * epoch + s, p)]
+        assert len(seen) == len(set(seen)) == 96
+    again = BatchPlan(plan.lengths, 4, 3, 5)
+    assert [again.batch(s, 1) for s in (17, 3, 9)] == [plan.batch(s, 1) for s in (17, 3, 9)]
+    assert plan.batch(0, 0) != plan.batch(8, 0)
+    # Batches hold examples of similar length.
+    spread = [max(x) - min(x) for x in ([plan.lengths[i] for i in plan.batch(s, 0)] for s in range(8))]
+    assert sum(spread) / 8 < 1.5
+    few = BatchPlan([1.0, 2.0], 8)
+    assert sorted(set(few.batch(0))) == [0, 1] and len(few.batch(0)) == 8
+    for wrong in ({"batch_size": 0}, {"num_processes": 0}):
+        with pytest.raises(ValueError, match="must be at least 1, got 0"):
+            BatchPlan([1.0], **({"batch_size": 1} | wrong))
+    with pytest.raises(ValueError, match="at least one example"):
+        BatchPlan([], 1)
+
+
+# Several processes
+
+
+LAUNCH = """
+import json, sys
+import torch
+from fastcompress.training.batches import BatchPlan
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_small
+from fastcompress.training.trainer import Training, TrainingArguments
+from pathlib import Path
+
+torch.set_num_threads(1)
+folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
+utterances = read_manifest(sys.argv[3])
+model, processor = build_small(utterances, rule="local-max")
+examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
+arguments = TrainingArguments(steps=3, batch_size=batch_size, log_every=1, save_every=0, augment=False)
+training = Training(model, examples, arguments, folder)
+# The second process has text alone, in the second step.
+order = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 24, 25, 26], [9, 10, 11, 12, 13, 14]]
+count = training.accelerator.num_processes
+training.plan.batch = lambda step, process=0: order[step][process * batch_size : (process + 1) * batch_size]
+training.run()
+if training.accelerator.is_main_process:
+    (folder / "processes").write_text(str(count))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(data: Path, tmp_path: Path):
+    """Loss and weights are those of one process with the batches of both, though one batch is text alone."""
+    script = tmp_path / "train.py"
+    script.write_text(LAUNCH)
+    # On the CPU alone accelerate would want MPI; told of GPUs it takes torch's launcher, and then finds none.
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
+    launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
+    arguments = [str(script), str(tmp_path / "two"), "3", str(data / "train.jsonl")]
+    env = environment(ACCELERATE_USE_CPU="true")
+    done = subprocess.run([*launch, *arguments], env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "two" / "processes").read_text() == "2"
+    arguments = [str(script), str(tmp_path / "one"), "6", str(data / "train.jsonl")]
+    done = subprocess.run([sys.executable, *arguments], env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    two, one = (logs.read(tmp_path / name / "log.csv") for name in ("two", "one"))
+    for a, b in zip(two, one, strict=True):
+        for name in ("loss", "lm_loss", "ctc_loss", "grad_norm"):
+            assert a[name] == pytest.approx(b[name], rel=2e-4), (a["step"], name)
+        assert a["audio_tokens"] == b["audio_tokens"] and a["audio_frames"] == b["audio_frames"]
+    a, b = (
+        checkpoints.load_file(checkpoints.found(tmp_path / name / "checkpoints")[-1] / "weights.safetensors")
+        for name in ("two", "one")
+    )
+    assert max(float((a[n.removeprefix("module.")] - b[n]).abs().max()) for n in b) < 1e-3

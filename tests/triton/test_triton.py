@@ -1,0 +1,105 @@
+"""Runs ``tests/triton/interpreted.py``, each of its tests in a process where triton is imported as an interpreter."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+
+import pytest
+
+from fastcompress.dispatch import backends
+from tests.support import ROOT
+
+numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
+
+FILE = ROOT / "tests" / "triton" / "interpreted.py"
+
+
+def no_interpreter(triton: str, numpy: str) -> str:
+    """Up to 3.6 the interpreter takes arrays of one element for numbers, which NumPy refuses from 2.4 on."""
+
+    def minor(version: str) -> tuple[int, ...]:
+        return tuple(map(int, version.split(".")[:2]))
+
+    broken = minor(triton) < (3, 7) and minor(numpy) >= (2, 4)
+    return f"the interpreter of triton {triton} does not run with numpy {numpy}" if broken else ""
+
+
+WHY_NOT = no_interpreter(triton.__version__, numpy.__version__)
+pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
+
+
+def read_tests() -> tuple[list[str], list[str]]:
+    """The tests of the file, read and not imported: those that are quick, and those that are marked slow."""
+    quick, slow = [], []
+    for node in ast.parse(FILE.read_text()).body:
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+            marked = any("slow" in ast.unparse(decorator) for decorator in node.decorator_list)
+            (slow if marked else quick).append(node.name)
+    return quick, slow
+
+
+QUICK, SLOW = read_tests()
+#: Processes that share the quick tests: more would only start more often.
+SHARES = 2
+
+
+def in_process(command: list[str], timeout: float = 280) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    for name in list(environment):
+        if name.startswith("PYTEST_"):  # of the process above
+            del environment[name]
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout
+    )
+
+
+def run_tests(names: list[str], *options: str, timeout: float = 280) -> None:
+    nodes = [f"{FILE}::{name}" for name in names]
+    run = in_process(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *nodes], timeout)
+    assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("share", range(SHARES))
+def test_in_the_interpreter(share: int):
+    run_tests(QUICK[share::SHARES])
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("share", range(SHARES))
+def test_other_cases_in_the_interpreter(share: int):
+    """Those of the same tests that are marked slow."""
+    run_tests(QUICK[share::SHARES], "--run-slow", "-m", "slow", "--timeout=1200", timeout=1180)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", SLOW)
+def test_in_the_interpreter_in_full(name: str):
+    run_tests([name], "--run-slow", "--timeout=1200", timeout=1180)
+
+
+def test_triton_is_imported_by_the_kernels_alone():
+    script = (
+        "import sys, fastcompress; assert 'triton.language' not in sys.modules;"
+        "from fastcompress.triton import OPS; from fastcompress.reference import OPS as DEFINITION;"
+        "assert 'triton.language' in sys.modules;"
+        "assert [op for op in DEFINITION if op not in OPS] == ['pack_map', 'pack_labels']"  # scalars alone
+    )
+    run = in_process(["-c", script])
+    assert run.returncode == 0, run.stderr
+
+
+def test_what_the_interpreter_does_not_run_with():
+    assert no_interpreter("3.6.0", "2.4.6") == "the interpreter of triton 3.6.0 does not run with numpy 2.4.6"
+    assert not no_interpreter("3.6.0", "2.3.5") and not no_interpreter("3.7.1", "2.4.6")
+    assert not no_interpreter("3.10.0+git1", "2.10.0")
+
+
+@pytest.mark.parametrize("word", ["1", "TRUE", "on", "Yes", "y", "0", "false", "", "2"])
+def test_the_words_that_start_the_interpreter(word: str, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("TRITON_INTERPRET", word)
+    assert backends._covers_cpu("triton") == triton.knobs.runtime.interpret

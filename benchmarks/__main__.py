@@ -76,9 +76,16 @@ def _pool(options: argparse.Namespace, record: Record) -> None:
         for dtype in options.dtypes:
             for threads in options.threads:
                 new = measure(
-                    case(name), _DTYPES[dtype], threads, wanted, options.floor, options.reps, options.cache,
-                    options.max_seconds, options.tries,
-                )  # fmt: skip
+                    case(name),
+                    _DTYPES[dtype],
+                    threads,
+                    wanted,
+                    options.floor,
+                    options.reps,
+                    options.cache,
+                    options.max_seconds,
+                    options.tries,
+                )
                 record.pool += new
                 for table in new:
                     _print(report.table_text(table))
@@ -135,9 +142,16 @@ def _scaling(options: argparse.Namespace, record: Record) -> None:
     for (one, threads), on in scaling.plan(axes, options.threads, most).items():
         for dtype in options.dtypes:
             tables = measure(
-                one, _DTYPES[dtype], threads, scaling.contenders(options.quick), options.floor, min(options.reps, 9),
-                options.cache, min(options.max_seconds, 2.0), min(options.tries, 2),
-            )  # fmt: skip
+                one,
+                _DTYPES[dtype],
+                threads,
+                scaling.contenders(options.quick),
+                options.floor,
+                min(options.reps, 9),
+                options.cache,
+                min(options.max_seconds, 2.0),
+                min(options.tries, 2),
+            )
             record.scaling += [scaling.Point(on, table) for table in tables]
             print(f"{one.name}, {dtype}, {threads} thr: measured", flush=True)
     _print(report.scaling_text(record.scaling))
@@ -193,9 +207,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _arguments(argv)
     warnings.filterwarnings("ignore", module="torch")
     settings = {
-        "reps": options.reps, "max_seconds": options.max_seconds, "quick": options.quick, "threads": options.threads,
+        "reps": options.reps,
+        "max_seconds": options.max_seconds,
+        "quick": options.quick,
+        "threads": options.threads,
         "most": options.most,
-    }  # fmt: skip
+    }
     _print(report.heading(settings))
     record = Record()
     for part, run in _PARTS.items():

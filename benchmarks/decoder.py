@@ -71,9 +71,13 @@ def build(
     implementation, is_packed = FORMS[form]
     heads = max(4, size.width // 128)
     config = transformers.Qwen2Config(
-        vocab_size=2000, hidden_size=size.width, intermediate_size=4 * size.width, num_hidden_layers=size.layers,
-        num_attention_heads=heads, num_key_value_heads=heads // 2,
-    )  # fmt: skip
+        vocab_size=2000,
+        hidden_size=size.width,
+        intermediate_size=4 * size.width,
+        num_hidden_layers=size.layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads // 2,
+    )
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     model.to(device, dtype)

@@ -21,9 +21,12 @@ from benchmarks.registry import CONTENDERS, OURS
 
 #: An hour of audio at 25 frames a second, the rate of Qwen2-Audio's encoder, in clips of a minute.
 HOUR = Case(
-    "an hour", (1500,) * 60, 1280, backward=False,
+    "an hour",
+    (1500,) * 60,
+    1280,
+    backward=False,
     contenders=(OURS, "compile, tuned + embedding_bag", "compile, tuned + gather", "blocked + embedding_bag"),
-)  # fmt: skip
+)
 QUICK = Case("quick", (200, 100), 64, backward=False, contenders=(OURS, "blocked + embedding_bag"))
 
 

@@ -120,8 +120,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     else:
         known = document.read(RESULTS)
         if machine.slug() not in known:
-            print(f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
-                  "give --committed", file=sys.stderr)  # fmt: skip
+            print(
+                f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
+                "give --committed",
+                file=sys.stderr,
+            )
             return 2
         then = known[machine.slug()]
     now: dict[str, Any] = {}

@@ -57,9 +57,14 @@ def measure_packing(run: Run, dry: bool) -> None:
 
 
 def _measure_form(
-    run: Run, case: PackCase, batch: Batch, dtype: torch.dtype, who: tuple[str, str], form: Callable[[Batch], Tensor],
+    run: Run,
+    case: PackCase,
+    batch: Batch,
+    dtype: torch.dtype,
+    who: tuple[str, str],
+    form: Callable[[Batch], Tensor],
     graph: Callable[[Batch], Tensor] | None,
-) -> None:  # fmt: skip
+) -> None:
     name = f"pack {case.name} x {case.width}"
     moved = 2 * case.tokens * case.width * dtype.itemsize
     packing.check(who[0], batch, form(batch))

@@ -58,9 +58,13 @@ def heading(copy_rate: float, dry: bool) -> str:
 
 
 def document(
-    rows: Sequence[dict[str, Any]], copy_rate: float, skipped: list[str], wrong: list[str], settings: dict[str, Any],
+    rows: Sequence[dict[str, Any]],
+    copy_rate: float,
+    skipped: list[str],
+    wrong: list[str],
+    settings: dict[str, Any],
     energy: dict[str, Any],
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Everything, for JSON."""
     return {
         "schema": SCHEMA,

@@ -46,9 +46,17 @@ class Run:
     wrong: list[str] = field(default_factory=list)
 
     def add(
-        self, case: Any, dtype: torch.dtype, direction: str, contender: str, group: str, found: tuple[str, list[float]],
-        moved: int, call: float | None = None, peak: int | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        case: Any,
+        dtype: torch.dtype,
+        direction: str,
+        contender: str,
+        group: str,
+        found: tuple[str, list[float]],
+        moved: int,
+        call: float | None = None,
+        peak: int | None = None,
+    ) -> None:
         """A row of what :func:`timed` found."""
         how, seconds = found
         low, high = seconds[len(seconds) // 10], seconds[min(len(seconds) - 1, 9 * len(seconds) // 10)]

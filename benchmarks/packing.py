@@ -83,10 +83,12 @@ def batch(case: PackCase, dtype: torch.dtype, device: torch.device | str = "cpu"
         short.append(torch.cat([ids[:place], marker[:1], ids[place:]]))
         long.append(torch.cat([ids[:place], marker, ids[place:]]))
     padded = [
-        (pad_sequence(rows, batch_first=True).to(device),
-         pad_sequence([torch.ones(len(ids)).long() for ids in rows], batch_first=True).to(device))
+        (
+            pad_sequence(rows, batch_first=True).to(device),
+            pad_sequence([torch.ones(len(ids)).long() for ids in rows], batch_first=True).to(device),
+        )
         for rows in (short, long)
-    ]  # fmt: skip
+    ]
     table = torch.randn(VOCABULARY, case.width, generator=g).to(dtype)
     audio = torch.randn(sum(case.audio), case.width, generator=g).to(dtype)
     cu = torch.tensor([0, *case.audio]).cumsum(0).int()
@@ -181,9 +183,7 @@ class _Gather(torch.autograd.Function):
     """Compiled, and its backward a gather as well: autograd's adds to rows one after the other."""
 
     @staticmethod
-    def forward(
-        ctx: Any, audio: Tensor, ids: Tensor, is_audio: Tensor, place: Tensor, table: Tensor
-    ) -> Tensor:
+    def forward(ctx: Any, audio: Tensor, ids: Tensor, is_audio: Tensor, place: Tensor, table: Tensor) -> Tensor:
         ctx.save_for_backward(is_audio)
         return _compiled()(ids, is_audio, place, audio, table)
 

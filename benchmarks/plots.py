@@ -68,9 +68,13 @@ def _scaling(tables: document.Tables) -> Any:
     axes = [axis for axis in axes if len({document.place(t, axis) for t in tables if axis in t["axes"]}) > 1]
     dtypes = list(dict.fromkeys(table["dtype"] for table in tables))
     figure, panels = plt.subplots(
-        len(dtypes), len(axes), figsize=(max(10.5, 3.1 * len(axes)), 2.7 * len(dtypes) + 0.5), squeeze=False,
-        sharey="row", layout="constrained",
-    )  # fmt: skip
+        len(dtypes),
+        len(axes),
+        figsize=(max(10.5, 3.1 * len(axes)), 2.7 * len(dtypes) + 0.5),
+        squeeze=False,
+        sharey="row",
+        layout="constrained",
+    )
     for dtype, row in zip(dtypes, panels, strict=True):
         for axis, panel in zip(axes, row, strict=True):
             on_axis = [table for table in tables if table["dtype"] == dtype and axis in table["axes"]]
@@ -147,9 +151,11 @@ def _roofline_handles() -> list[Line2D]:
         for name, _ in document.LINES[:-1]
     ]
     for label, marker, style in (
-        ("fp32, forward", "o", "full"), ("fp32, forward + backward", "o", "none"),
-        ("bf16, forward", "s", "full"), ("bf16, forward + backward", "s", "none"),
-    ):  # fmt: skip
+        ("fp32, forward", "o", "full"),
+        ("fp32, forward + backward", "o", "none"),
+        ("bf16, forward", "s", "full"),
+        ("bf16, forward + backward", "s", "none"),
+    ):
         shape: dict[str, Any] = {"color": "#444444", "marker": marker, "fillstyle": style, "linestyle": ""}
         handles.append(Line2D([], [], label=label, **shape))
     return handles

@@ -31,8 +31,11 @@ from benchmarks.timing import Disturbance, Samples, interleave
 STOCK = "stock"
 #: Rules, by the name of the form; in bytes and time the last depends on what is heard.
 FORMS: dict[str, str | None] = {
-    STOCK: None, "uniform:2": "uniform:2", "uniform:3": "uniform:3", "local-max": "local-max",
-}  # fmt: skip
+    STOCK: None,
+    "uniform:2": "uniform:2",
+    "uniform:3": "uniform:3",
+    "local-max": "local-max",
+}
 TEXT = 50  # ids before and behind the audio, together
 
 
@@ -102,10 +105,11 @@ def build(
     text = torch.randint(1, audio_id, (size.count, TEXT), generator=g)
     ids = torch.cat([text[:, :10], torch.full((size.count, tokens), audio_id), text[:, 10:]], 1)
     inputs = {
-        "input_ids": ids, "attention_mask": torch.ones_like(ids),
+        "input_ids": ids,
+        "attention_mask": torch.ones_like(ids),
         "input_features": torch.randn(size.count, 80, frames, generator=g).to(dtype),
         "feature_attention_mask": torch.ones(size.count, frames, dtype=torch.long),
-    }  # fmt: skip
+    }
     return model, {name: value.to(device) for name, value in inputs.items()}
 
 
@@ -186,9 +190,14 @@ def measure(threads: int, reps: int, size: str, tries: int) -> PrefillTable:
     del stock, models, functions
     peaks = {form: peak(form, threads, size) for form in FORMS}
     return PrefillTable(
-        threads, SIZES[size], {form: tokens for form, (tokens, _) in found.items()},
-        {form: cache for form, (_, cache) in found.items()}, samples, peaks, disturbance,
-    )  # fmt: skip
+        threads,
+        SIZES[size],
+        {form: tokens for form, (tokens, _) in found.items()},
+        {form: cache for form, (_, cache) in found.items()},
+        samples,
+        peaks,
+        disturbance,
+    )
 
 
 def peak(form: str, threads: int, size: str) -> int | None:
@@ -207,10 +216,18 @@ def rows(table: PrefillTable) -> list[Sequence[str]]:
         times = [f"{seconds * 1e3:.0f}" for seconds in (sample.median, sample.p10, sample.p90)]
         at_most = table.peaks[form]
         memory = "" if at_most is None else f"{at_most / 1e6:.0f}"
-        lines.append([
-            form, str(tokens), f"{table.tokens[STOCK] / tokens:.2f}", *times, str(len(sample.seconds)),
-            f"{stock / sample.median:.2f}", f"{table.cache[form] / 1e6:.1f}", memory,
-        ])  # fmt: skip
+        lines.append(
+            [
+                form,
+                str(tokens),
+                f"{table.tokens[STOCK] / tokens:.2f}",
+                *times,
+                str(len(sample.seconds)),
+                f"{stock / sample.median:.2f}",
+                f"{table.cache[form] / 1e6:.1f}",
+                memory,
+            ]
+        )
     return lines
 
 

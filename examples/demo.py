@@ -42,8 +42,15 @@ def main() -> int:
         written = [answer or "" for answer in answers]
         rows.append(written)
         seconds = sum(u.duration or 0.0 for u in utterances)
-        scores.append((title, totals["audio_tokens"], totals["audio_tokens"] / seconds, _prefill(model, examples),
-                       100 * jiwer.wer(rows[0], written)))  # fmt: skip
+        scores.append(
+            (
+                title,
+                totals["audio_tokens"],
+                totals["audio_tokens"] / seconds,
+                _prefill(model, examples),
+                100 * jiwer.wer(rows[0], written),
+            )
+        )
     heads = ["said", *(title for title, _, _ in COLUMNS)]
     widths = [max(len(text) for text in [head, *column]) for head, column in zip(heads, rows, strict=True)]
     for line in [heads, *zip(*rows, strict=True)]:

@@ -87,9 +87,11 @@ def main(argv: list[str] | None = None) -> list[float]:
         data = batches(arguments.model, arguments.data, arguments.batch_size)
     apply_to(model.to(device), arguments.rule)
     lora = LoraConfig(
-        r=16, lora_alpha=32, modules_to_save=["multi_modal_projector"],  # the projector is trained in full
+        r=16,
+        lora_alpha=32,
+        modules_to_save=["multi_modal_projector"],  # the projector is trained in full
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
-    )  # fmt: skip
+    )
     model = get_peft_model(model, lora).train()
     model.print_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]

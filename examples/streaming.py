@@ -1,7 +1,7 @@
 """Frames that arrive in chunks: each token as soon as it is final, and together the bits of the whole.
 
-    python examples/streaming.py
-    python examples/streaming.py --rule uniform:3 --chunk 1
+python examples/streaming.py
+python examples/streaming.py --rule uniform:3 --chunk 1
 """
 
 from __future__ import annotations

@@ -36,9 +36,14 @@ def main() -> int:
         options.out = options.out / "quick"
         chosen = tuple(c for c in COMPRESSIONS if c.name in QUICK)
         small = Budget(
-            lora_steps=200, lora_utterances=1500, scored=100, base=str(SHIPPED), compressions=chosen, methods=(),
+            lora_steps=200,
+            lora_utterances=1500,
+            scored=100,
+            base=str(SHIPPED),
+            compressions=chosen,
+            methods=(),
             from_the_start=(),
-        )  # fmt: skip
+        )
         budgets = {"digits": small}
     since = time.monotonic()
     for task in options.tasks:

@@ -128,21 +128,28 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def _point(
-    axis: Any, same: Sequence[dict[str, Any]], name: str, label: str, marker: str, colour: str,
+    axis: Any,
+    same: Sequence[dict[str, Any]],
+    name: str,
+    label: str,
+    marker: str,
+    colour: str,
     offset: tuple[int, int] = (6, 4),
-) -> None:  # fmt: skip
+) -> None:
     errors = [row["scores"][name]["wer"] for row in same]
     rate, mean = spread([row["scores"][name]["tokens_per_second"] for row in same])[0], spread(errors)[0]
     axis.errorbar(
         rate, mean, yerr=[[mean - min(errors)], [max(errors) - mean]], fmt=marker, color=colour, capsize=3, markersize=7
-    )  # fmt: skip
+    )
     axis.annotate(label, (rate, mean), offset, textcoords="offset points", fontsize=8)
 
 
 def _panels(
-    rows: Sequence[dict[str, Any]], path: Path,
-    draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None], beside: bool = False,
-) -> None:  # fmt: skip
+    rows: Sequence[dict[str, Any]],
+    path: Path,
+    draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
+    beside: bool = False,
+) -> None:
     """A row of panels a task; ``beside``: one legend, beside them."""
     import matplotlib
 

@@ -1,4 +1,4 @@
-"""``python experiments/streaming.py [MANIFEST]``: words wrong and latency of streamed transcription, against whole audio.
+"""Compare streamed transcription with that of the whole audio: ``python -m experiments.streaming [MANIFEST]``.
 
 Each utterance is a stream of its own; then all of them, one after the other, are one.
 """
@@ -49,11 +49,12 @@ def main(arguments: Sequence[str]) -> int:
             streams = [_stream(model, processor, a, look_ahead=look_ahead, hop=hop) for a in audio]
             found = [s.latency() for s in streams]
             _row(
-                f"look-ahead {look_ahead:g}, hop {hop:g}", _wrong(references, [s.text for s in streams]),
+                f"look-ahead {look_ahead:g}, hop {hop:g}",
+                _wrong(references, [s.text for s in streams]),
                 sum(s.text == w for s, w in zip(streams, whole, strict=True)),
                 statistics.fmean(f.first for f in found if f.first is not None),
                 statistics.fmean(f.lagging for f in found if f.lagging is not None),
-            )  # fmt: skip
+            )
         joined, reference = np.concatenate(audio), " ".join(references)
         print(f"all as one, {len(joined) / processor.sampling_rate:.1f} s")
         seconds = len(joined) / processor.sampling_rate

@@ -210,9 +210,14 @@ class Study:
         compression.apply(model)
         examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
         arguments = TrainingArguments(
-            steps=self.budget.steps, batch_size=8, learning_rate=2e-3, warmup_steps=250, seed=self.seed, save_every=500,
+            steps=self.budget.steps,
+            batch_size=8,
+            learning_rate=2e-3,
+            warmup_steps=250,
+            seed=self.seed,
+            save_every=500,
             log_every=50,
-        )  # fmt: skip
+        )
         since = time.monotonic()
         training = Training(model, examples, arguments, path)
         training.resume()
@@ -230,28 +235,47 @@ class Study:
         torch.manual_seed(self.seed)
         model = add_lora(model, rank=16, alpha=32.0)
         arguments = TrainingArguments(
-            steps=self.budget.lora_steps, batch_size=16, learning_rate=2e-3, projector_learning_rate=5e-4,
-            warmup_steps=40, augment=False, seed=self.seed, save_every=0, log_every=50,
-        )  # fmt: skip
+            steps=self.budget.lora_steps,
+            batch_size=16,
+            learning_rate=2e-3,
+            projector_learning_rate=5e-4,
+            warmup_steps=40,
+            augment=False,
+            seed=self.seed,
+            save_every=0,
+            log_every=50,
+        )
         since = time.monotonic()
         name = f"{self.task}-{self.seed}-lora-{compression.name.replace(' ', '-')}"
         Training(model, train, arguments, self.folder / "models" / name).run()
         self._score("lora", compression, model, sets, time.monotonic() - since, self.budget.lora_steps)
 
     def _score(
-        self, stage: str, compression: Compression, model: Any, sets: dict[str, EncodedExamples], seconds: float,
+        self,
+        stage: str,
+        compression: Compression,
+        model: Any,
+        sets: dict[str, EncodedExamples],
+        seconds: float,
         steps: int,
-    ) -> None:  # fmt: skip
+    ) -> None:
         scores = {}
         for name, examples in sets.items():
             timed = 10 if name == "test" else 0
             result, _ = evaluate(model, examples, 32, timed=timed, max_new_tokens=self.budget.written)
             scores[name] = dataclasses.asdict(result)
         row = {
-            "task": self.task, "seed": self.seed, "stage": stage, "compression": compression.name,
-            "rule": compression.text, "reduce": compression.reduce, "keys": compression.keys, "steps": steps,
-            "training_seconds": round(seconds, 1), "scores": scores,
-        }  # fmt: skip
+            "task": self.task,
+            "seed": self.seed,
+            "stage": stage,
+            "compression": compression.name,
+            "rule": compression.text,
+            "reduce": compression.reduce,
+            "keys": compression.keys,
+            "steps": steps,
+            "training_seconds": round(seconds, 1),
+            "scores": scores,
+        }
         self.rows.append(row)
         write_file(self.record, json.dumps(self.rows, indent=1))
         wer, rate = scores["dev"]["wer"], scores["dev"]["tokens_per_second"]

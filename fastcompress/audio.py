@@ -38,9 +38,12 @@ class AudioError(ValueError):
 
 
 def load_audio(
-    path: str | os.PathLike[str], sample_rate: int = SAMPLE_RATE, progress: Progress | None = None,
-    offset: float = 0.0, duration: float | None = None,
-) -> np.ndarray:  # fmt: skip
+    path: str | os.PathLike[str],
+    sample_rate: int = SAMPLE_RATE,
+    progress: Progress | None = None,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> np.ndarray:
     """Read any file that libsndfile reads (WAV, FLAC, MP3, Ogg Vorbis and Opus, ...) as mono samples.
 
     Memory holds the result and one block (:func:`audio_blocks`): 230 MB an hour at 16 kHz, whatever the file's own rate
@@ -68,9 +71,13 @@ def load_audio(
 
 
 def audio_blocks(
-    source: str | os.PathLike[str] | BinaryIO, sample_rate: int = SAMPLE_RATE, seconds: float | None = None,
-    progress: Progress | None = None, offset: float = 0.0, duration: float | None = None,
-) -> Iterator[np.ndarray]:  # fmt: skip
+    source: str | os.PathLike[str] | BinaryIO,
+    sample_rate: int = SAMPLE_RATE,
+    seconds: float | None = None,
+    progress: Progress | None = None,
+    offset: float = 0.0,
+    duration: float | None = None,
+) -> Iterator[np.ndarray]:
     """Mono samples of a file, or of a stream, block by block as they are read.
 
     Channels are averaged, and resampled (soxr, high quality, no delay) across the blocks: joined, they are the same

@@ -110,9 +110,7 @@ def check_layout(
             raise ValueError("attention_mask excludes lengths and row_group: they say the same thing")
         check_same_device("attention_mask", attention_mask, rows)
         if attention_mask.shape != rows.shape[:2]:
-            raise ValueError(
-                f"attention_mask must have shape {list(rows.shape[:2])}, got {list(attention_mask.shape)}"
-            )
+            raise ValueError(f"attention_mask must have shape {list(rows.shape[:2])}, got {list(attention_mask.shape)}")
         return torch.where(attention_mask.bool(), 1, -1).int()
     if row_group is not None:
         check_same_device("row_group", row_group, rows)

@@ -248,9 +248,13 @@ class IntegrateAndFire(LearnedCompressor):
         frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
         wanted = (frames / self.ratio).ceil().long()
         fired = integrate_and_fire(
-            x, alpha, cu_seqlens=cu_seqlens, lengths=lengths, tail=self.tail,
+            x,
+            alpha,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            tail=self.tail,
             target_lengths=wanted if self.training else None,
-        )  # fmt: skip
+        )
         per_sequence = (wanted.sum() / max(1, len(wanted))).clamp_min(1.0)
         self.loss: Tensor | None = quantity_loss(fired, wanted).float() / per_sequence
         return fired

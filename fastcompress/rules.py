@@ -5,8 +5,8 @@ A rule is a small frozen dataclass. ``d[t]`` below is the distance between frame
 first frame of every sequence does.
 
 A rule has a text form, ``"local-max:order=2,min_len=3"`` (:meth:`Rule.from_string`, ``str(rule)``), for command lines
-and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON. What a rule *does* is
-defined once, in ``fastcompress/reference/select_boundaries.py``; ``csrc/rule.h`` is the compiled form of the same definition.
+and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON.
+``fastcompress/reference/select_boundaries.py`` defines what a rule does; ``csrc/rule.h`` is its compiled form.
 """
 
 from __future__ import annotations

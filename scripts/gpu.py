@@ -33,10 +33,17 @@ BENCHMARK_SECONDS = 170.0  # of these, kept for the benchmark
 SUITE = [
     f"ops/{name}"
     for name in (
-        "adjacent_distance", "select_boundaries", "segment_reduce", "segment_pool", "pack", "properties", "errors",
-        "opcheck", "compile",
+        "adjacent_distance",
+        "select_boundaries",
+        "segment_reduce",
+        "segment_pool",
+        "pack",
+        "properties",
+        "errors",
+        "opcheck",
+        "compile",
     )
-]  # fmt: skip
+]
 PACKAGES = ("pytest", "numpy", "scipy", "hypothesis")
 SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]

@@ -17,9 +17,12 @@ _SYSTEM = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
 _COMPILER = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 #: Where torch declares the C functions of its stable ABI.
 HEADERS = (
-    "stable/c/shim.h", "inductor/aoti_torch/c/shim.h", "inductor/aoti_torch/generated/c_shim_aten.h",
-    "inductor/aoti_torch/generated/c_shim_cpu.h", "inductor/aoti_torch/generated/c_shim_cuda.h",
-)  # fmt: skip
+    "stable/c/shim.h",
+    "inductor/aoti_torch/c/shim.h",
+    "inductor/aoti_torch/generated/c_shim_aten.h",
+    "inductor/aoti_torch/generated/c_shim_cpu.h",
+    "inductor/aoti_torch/generated/c_shim_cuda.h",
+)
 _LIBRARIES = re.compile(r"lib(torch|torch_cpu|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\.so.*|ld-linux.*")
 
 

@@ -13,6 +13,9 @@ import torch
 import fastcompress
 from fastcompress.dispatch.backends import BACKENDS
 from tests.support.on_device import on_device
+from tests.support.skips import skip_without
+
+pytest_pycollect_makemodule = skip_without("soundfile", "soxr", files=("test_audio.py", "test_wave_pipe.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -24,7 +27,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=int,
         help="run the CUDA kernels, emulated, in place of the CPU's; 0: threads in their order",
     )
-    parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda (tests/support/on_device.py)")
+    parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda")
     parser.addoption("--backend", choices=BACKENDS, help="run every op by this backend")
     parser.addoption("--fuzz-seconds", type=float, help="how long each test of tests/fuzz/test_ops.py looks")
 

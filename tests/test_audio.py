@@ -6,15 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
+import soxr
 import torch
 
+from fastcompress import audio
+from fastcompress.audio import AudioError, load_audio, log_mel, mel_centres
 from tests.support import ROOT
-
-soundfile = pytest.importorskip("soundfile")
-soxr = pytest.importorskip("soxr")
-
-from fastcompress import audio  # noqa: E402
-from fastcompress.audio import AudioError, load_audio, log_mel, mel_centres  # noqa: E402
 
 
 def sine(frequency: float, seconds: float, rate: int, level: float = 0.4) -> np.ndarray:
@@ -26,9 +24,15 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
 
 
 # Lossless formats must give the samples back; MP3 and Vorbis may be 2 % off in level.
-@pytest.mark.parametrize("suffix, level_error, wave_error", [
-    ("wav", 1e-3, 1e-3), ("flac", 1e-3, 1e-3), ("mp3", 0.02, None), ("ogg", 0.02, None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "suffix, level_error, wave_error",
+    [
+        ("wav", 1e-3, 1e-3),
+        ("flac", 1e-3, 1e-3),
+        ("mp3", 0.02, None),
+        ("ogg", 0.02, None),
+    ],
+)
 @pytest.mark.parametrize("rate", [8_000, 16_000, 44_100, 48_000])
 def test_every_format_and_rate_keeps_frequency_level_and_time(tmp_path, suffix, level_error, wave_error, rate):
     path = tmp_path / f"tone.{suffix}"
@@ -103,17 +107,20 @@ def broken_file(folder: Path, kind: str) -> Path:
     return path
 
 
-@pytest.mark.parametrize("kind, cause", [
-    ("missing", "no such file or directory"),
-    ("folder", "is a directory"),
-    ("empty", "the file is empty (0 bytes)"),
-    ("text", "not an audio file that can be read (Format not recognised)"),
-    ("headerless", "not an audio file that can be read (samplerate must be specified)"),
-    ("no-samples", "holds no audio (0 seconds)"),
-    ("nan", "holds NaN or infinite samples before 0.0 s"),
-    ("infinite", "holds NaN or infinite samples before 0.0 s"),
-    ("cut-flac", "damaged after "),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, cause",
+    [
+        ("missing", "no such file or directory"),
+        ("folder", "is a directory"),
+        ("empty", "the file is empty (0 bytes)"),
+        ("text", "not an audio file that can be read (Format not recognised)"),
+        ("headerless", "not an audio file that can be read (samplerate must be specified)"),
+        ("no-samples", "holds no audio (0 seconds)"),
+        ("nan", "holds NaN or infinite samples before 0.0 s"),
+        ("infinite", "holds NaN or infinite samples before 0.0 s"),
+        ("cut-flac", "damaged after "),
+    ],
+)
 def test_a_file_that_cannot_be_used_says_which_and_why(tmp_path, kind, cause):
     path = broken_file(tmp_path, kind)
     with pytest.raises(AudioError) as caught:

@@ -8,12 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import soundfile
 
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("soxr")
-
-from fastcompress.audio import AudioError, audio_blocks, load_audio  # noqa: E402
-from fastcompress.wave_pipe import WavePipe  # noqa: E402
+from fastcompress.audio import AudioError, audio_blocks, load_audio
+from fastcompress.wave_pipe import WavePipe
 
 
 class Pipe(io.RawIOBase):

@@ -59,10 +59,13 @@ def _run_evaluate(options: argparse.Namespace) -> int:
                 raise UserError(f"{path}: no utterance is left that can be used")
             with tqdm(total=len(utterances), desc=path.stem, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
                 result, written = evaluate(
-                    model, Examples(utterances, processor), options.batch_size,
+                    model,
+                    Examples(utterances, processor),
+                    options.batch_size,
                     progress=lambda done: bar.update(done - bar.n),  # noqa: B023
-                    num_beams=options.num_beams, max_new_tokens=options.max_new_tokens,
-                )  # fmt: skip
+                    num_beams=options.num_beams,
+                    max_new_tokens=options.max_new_tokens,
+                )
         except (ManifestError, AudioError) as error:
             raise UserError(error) from error
         lines = [{"reference": u.target, "written": w} for u, w in zip(utterances, written, strict=True)]

@@ -57,9 +57,16 @@ def _run_make_data(options: argparse.Namespace) -> int:
 
     try:
         counts = make_data(
-            options.folder, options.task, options.direction, train=options.train, dev=options.dev, test=options.test,
-            seed=options.seed, jobs=options.jobs, progress=progress,
-        )  # fmt: skip
+            options.folder,
+            options.task,
+            options.direction,
+            train=options.train,
+            dev=options.dev,
+            test=options.test,
+            seed=options.seed,
+            jobs=options.jobs,
+            progress=progress,
+        )
     except (ValueError, SynthesisError, OSError) as error:
         raise UserError(error) from error
     finally:

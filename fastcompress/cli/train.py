@@ -94,9 +94,13 @@ def _run_train(options: argparse.Namespace) -> int:
         main = run.accelerator.is_main_process
         terminal = sys.stderr.isatty()
         bar = tqdm(
-            total=steps, initial=run.training.step, unit="step", file=sys.stderr, disable=not main,
+            total=steps,
+            initial=run.training.step,
+            unit="step",
+            file=sys.stderr,
+            disable=not main,
             mininterval=0.5 if terminal else 30.0,
-        )  # fmt: skip
+        )
 
         def progress(step: int, row: dict[str, float]) -> None:
             bar.set_postfix(loss=f"{row['loss']:.3f}", tokens_per_s=f"{row['tokens_per_second']:.0f}", refresh=False)

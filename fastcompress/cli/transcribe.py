@@ -99,9 +99,13 @@ def _run_stream(options: argparse.Namespace, settings: dict[str, float]) -> int:
     for file in options.files:
         try:
             stream = StreamingTranscriber(
-                model, processor, prompt=options.prompt, num_beams=options.num_beams,
-                max_new_tokens=options.max_new_tokens, **settings,
-            )  # fmt: skip
+                model,
+                processor,
+                prompt=options.prompt,
+                num_beams=options.num_beams,
+                max_new_tokens=options.max_new_tokens,
+                **settings,
+            )
         except (NotImplementedError, ValueError) as error:
             raise UserError(f"--stream: {error}") from error
         if len(options.files) > 1:

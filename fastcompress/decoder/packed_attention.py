@@ -100,9 +100,9 @@ def packed_attention(
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # [1, H, T, D]
     offsets = _read_offsets(cu_seqlens, query.shape[0], max_seqlen)
     outputs = [
-        attend(
-            q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], scale, causal, window, softcap, dropout
-        )[0].transpose(0, 1)
+        attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], scale, causal, window, softcap, dropout)[
+            0
+        ].transpose(0, 1)
         for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
         if begin < end
     ]
@@ -149,9 +149,16 @@ def _read_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> list
 
 
 def attend(
-    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, window: int | None, softcap: float | None,
-    dropout: float, mask: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    softcap: float | None,
+    dropout: float,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Sequences of one length, ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``; ``mask`` ``[B, 1 or H, Q, K]`` goes without
     ``causal``."""
     rows, columns = query.shape[2], key.shape[2]
@@ -206,9 +213,16 @@ class _Varlen:
         return "window_size" in self.parameters
 
     def __call__(
-        self, query: Tensor, key: Tensor, value: Tensor, cu_seqlens: Tensor, max_seqlen: int, scale: float | None,
-        causal: bool, window: int | None,
-    ) -> Tensor:  # fmt: skip
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        scale: float | None,
+        causal: bool,
+        window: int | None,
+    ) -> Tensor:
         kwargs: dict[str, Any] = {}
         if self.has_windows:
             kwargs["window_size"] = (-1 if window is None else window - 1, 0) if causal else (-1, -1)

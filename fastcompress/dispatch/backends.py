@@ -161,8 +161,7 @@ def settle() -> bool:
     if choice.backend == "reference" and not _warned:
         _warned = True
         warnings.warn(
-            "fastcompress: CUDA tensors run on the pure PyTorch reference, which is correct but slow: "
-            f"{choice.reason}",
+            f"fastcompress: CUDA tensors run on the pure PyTorch reference, which is correct but slow: {choice.reason}",
             RuntimeWarning,
             stacklevel=2,
         )

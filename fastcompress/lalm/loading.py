@@ -23,9 +23,7 @@ class RunError(ValueError):
     """A run that cannot start or go on as asked; the message is one line."""
 
 
-def load_parts(
-    audio_model: str, text_model: str
-) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
+def load_parts(audio_model: str, text_model: str) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(text_model)

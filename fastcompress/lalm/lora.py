@@ -45,8 +45,11 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
-        lora_dropout=dropout, target_modules=lora_targets(model.language_model), modules_to_save=saved, **kwargs,
-    )  # fmt: skip
+        lora_dropout=dropout,
+        target_modules=lora_targets(model.language_model),
+        modules_to_save=saved,
+        **kwargs,
+    )
     wrapped = get_peft_model(model, config)
     if model.config.train_encoder:  # of which peft trains a copy, all of it
         for copy in model.audio_tower.modules_to_save.values():

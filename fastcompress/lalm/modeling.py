@@ -96,9 +96,14 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_parts(
-        cls, audio_model: str | nn.Module, text_model: str | nn.Module, *, audio_token_id: int,
-        rule: Rule | str | None = None, **kwargs: Any,
-    ) -> FastCompressForConditionalGeneration:  # fmt: skip
+        cls,
+        audio_model: str | nn.Module,
+        text_model: str | nn.Module,
+        *,
+        audio_token_id: int,
+        rule: Rule | str | None = None,
+        **kwargs: Any,
+    ) -> FastCompressForConditionalGeneration:
         """From a pretrained encoder and decoder, each in its dtype, with a new projector, in fp32 to be trained.
 
         Args:
@@ -318,9 +323,12 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audio, offsets = self.projector(pooled.values.to(self.projector_dtype)), pooled.cu_seqlens
         table = self.get_input_embeddings()
         rest: dict[str, Any] = {
-            "audio_cu_seqlens": offsets, "placeholder": self.config.audio_token_id, "placeholder_counts": 1,
-            "attention_mask": attention_mask, "labels": labels,
-        }  # fmt: skip
+            "audio_cu_seqlens": offsets,
+            "placeholder": self.config.audio_token_id,
+            "placeholder_counts": 1,
+            "attention_mask": attention_mask,
+            "labels": labels,
+        }
         if type(table) is nn.Embedding:
             return fc.pack(input_ids, table.weight, None if audio is None else audio.to(table.weight.dtype), **rest)
         # A table that scales what it looks up, or that is wrapped.
@@ -381,9 +389,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             loss, lm_loss = loss + unused, lm_loss + unused
         count = packed.source >= input_ids.numel()
         frame_count = torch.zeros((), dtype=torch.int64) if frame_lengths is None else frame_lengths.sum()
-        return FastCompressOutput(
-            loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count
-        )  # fmt: skip
+        return FastCompressOutput(loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count)
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
         """What the decoder does before it writes.

@@ -31,9 +31,12 @@ class FastCompressProcessor(ProcessorMixin):
     """
 
     def __init__(
-        self, feature_extractor: Any = None, tokenizer: Any = None, chat_template: str | None = None,
+        self,
+        feature_extractor: Any = None,
+        tokenizer: Any = None,
+        chat_template: str | None = None,
         audio_token: str = "<|audio|>",
-    ) -> None:  # fmt: skip
+    ) -> None:
         if audio_token not in tokenizer.get_vocab():
             tokenizer.add_tokens([AddedToken(audio_token, special=True, normalized=False)])
         self.audio_token = audio_token
@@ -143,9 +146,15 @@ class FastCompressProcessor(ProcessorMixin):
         return self.tokenizer(content, add_special_tokens=False).input_ids + ([] if begin is None else [begin])
 
     def apply_chat_template(  # type: ignore[override]  # fewer arguments
-        self, conversation: Any, chat_template: str | None = None, tokenize: bool = False, return_dict: bool = True,
-        return_tensors: str = "pt", tools: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
+        self,
+        conversation: Any,
+        chat_template: str | None = None,
+        tokenize: bool = False,
+        return_dict: bool = True,
+        return_tensors: str = "pt",
+        tools: Any = None,
+        **kwargs: Any,
+    ) -> Any:
         """Text of one conversation or several; with ``tokenize``, and ``return_dict``, what the model takes.
 
         A content may be a list of ``{"type": "text", "text": ...}`` and ``{"type": "audio", "audio": samples or

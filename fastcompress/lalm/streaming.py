@@ -32,7 +32,7 @@ CUT_SECONDS = 1.0
 LONGEST_SECONDS = 30.0
 #: Seconds over which a level is taken.
 LEVEL_SECONDS = 0.1
-#: Seconds: the earliest that cost almost no words in noise, of what ``experiments/streaming.py`` tries (docs/speech.md).
+#: Seconds: the earliest setting that costs almost no words in noise (``experiments/streaming.py``, docs/speech.md).
 LOOK_AHEAD, HOP = 0.5, 0.5
 
 
@@ -76,9 +76,17 @@ class StreamingTranscriber:
     """
 
     def __init__(
-        self, model: Any, processor: Any, *, window: float | None = None, look_ahead: float = LOOK_AHEAD,
-        hop: float = HOP, prompt: str = "", max_new_tokens: int = 256, **generation: Any,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        processor: Any,
+        *,
+        window: float | None = None,
+        look_ahead: float = LOOK_AHEAD,
+        hop: float = HOP,
+        prompt: str = "",
+        max_new_tokens: int = 256,
+        **generation: Any,
+    ) -> None:
         self.model: Any = model.eval()
         self.processor: Any = processor
         self.rate: int = processor.sampling_rate

@@ -20,9 +20,14 @@ _greedy_op: Op[Tensor] = torch.ops.fastcompress.greedy_boundaries.default
 
 
 def greedy_segments(
-    x: Tensor, threshold: float, *, max_len: int | None = None, cu_seqlens: Tensor | None = None,
-    lengths: Tensor | None = None, compact: bool = True,
-) -> Segments:  # fmt: skip
+    x: Tensor,
+    threshold: float,
+    *,
+    max_len: int | None = None,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    compact: bool = True,
+) -> Segments:
     """Segments of frames that are alike on average (the merge of SA-MAP; average linkage).
 
     Left to right, a frame joins the open segment iff the mean of its cosines to all of the segment's frames is at least

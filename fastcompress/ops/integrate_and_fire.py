@@ -211,9 +211,7 @@ def integrate_rows(
 
 
 @torch.library.register_fake("fastcompress::integrate_rows")
-def _(
-    x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
-) -> Tensor:
+def _(x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor) -> Tensor:
     return x.new_empty((starts.shape[0], x.shape[1]))
 
 
@@ -286,9 +284,13 @@ def _check_target_lengths(target_lengths: Tensor, count: int) -> None:
 
 
 def _check_values(
-    x: Tensor, alpha: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, target_lengths: Tensor | None,
+    x: Tensor,
+    alpha: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    target_lengths: Tensor | None,
     count: int,
-) -> None:  # fmt: skip
+) -> None:
     if target_lengths is not None:
         _check_target_lengths(target_lengths, count)
     if x.device.type != "cpu" or torch.compiler.is_compiling():

@@ -45,8 +45,14 @@ pack_rows: Op[Tensor] = _ops.pack_rows.default
 
 @torch.library.register_fake("fastcompress::pack_map")
 def _(
-    row_group: Tensor, ids: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, audio_cu_seqlens: Tensor,
-    num_embeddings: int, num_audio_rows: int, compact: bool,
+    row_group: Tensor,
+    ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    audio_cu_seqlens: Tensor,
+    num_embeddings: int,
+    num_audio_rows: int,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     if compact:
         size: int | torch.SymInt = torch.library.get_ctx().new_dynamic_size()
@@ -262,9 +268,17 @@ def pack(
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None
     groups = _groups(
-        shape, input_ids, like.device, placeholder, placeholder_counts, row_group, attention_mask, lengths, cu_seqlens,
+        shape,
+        input_ids,
+        like.device,
+        placeholder,
+        placeholder_counts,
+        row_group,
+        attention_mask,
+        lengths,
+        cu_seqlens,
         compact,
-    )  # fmt: skip
+    )
     if labels is not None:
         check_ids("labels", labels, shape)
         check_same_device("labels", labels, like)
@@ -304,9 +318,7 @@ def pack(
             pack_map, arguments, False, lambda: check_pack_values(*arguments)
         )
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or audio_values.requires_grad)
-        values = call(
-            pack_rows, (rows, audio_values, index, target, inputs_embeds is None), needs_grad, lambda: None
-        )
+        values = call(pack_rows, (rows, audio_values, index, target, inputs_embeds is None), needs_grad, lambda: None)
     # Under compile the count has no value yet.
     if compact and not torch.compiler.is_compiling() and values.shape[0] == 0:
         samples = packed_cu_seqlens.shape[0] - 1
@@ -395,9 +407,7 @@ def _groups(
     return groups if attention_mask is None else groups.clamp_max(0)
 
 
-def _check_audio(
-    audio: Pooled | Tensor | None, audio_cu_seqlens: Tensor | None, like: Tensor
-) -> tuple[Tensor, Tensor]:
+def _check_audio(audio: Pooled | Tensor | None, audio_cu_seqlens: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
     """Rows ``[M, H]`` and offsets ``[A + 1]``."""
     offsets: Tensor | None
     width = like.shape[-1]

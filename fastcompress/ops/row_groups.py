@@ -70,9 +70,13 @@ def row_groups(
 
 
 def find_row_groups(
-    input_ids: Tensor, placeholder: int, attention_mask: Tensor | None, cu_seqlens: Tensor | None,
-    placeholder_counts: Tensor | int | None, reads_values: bool,
-) -> Tensor:  # fmt: skip
+    input_ids: Tensor,
+    placeholder: int,
+    attention_mask: Tensor | None,
+    cu_seqlens: Tensor | None,
+    placeholder_counts: Tensor | int | None,
+    reads_values: bool,
+) -> Tensor:
     check_int64("placeholder", placeholder)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")

@@ -74,9 +74,12 @@ def find_runs(
 
 
 def find_checked_runs(
-    shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None,
+    shape: torch.Size,
+    device: torch.device,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
     groups: Tensor | None = None,
-) -> Runs:  # fmt: skip
+) -> Runs:
     """The same where no kernel looks at the layout: on the CPU, where that waits for nothing, its values are checked.
 
     Raises:

@@ -122,8 +122,18 @@ def segment_pool(
 
 @torch.library.register_fake("fastcompress::segment_pool")
 def _(
-    x: Tensor, keys: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None,
-    rule: str, size: int, threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool,
+    x: Tensor,
+    keys: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    row_group: Tensor | None,
+    rule: str,
+    size: int,
+    threshold: float,
+    prominence: float,
+    min_len: int,
+    max_len: int,
+    keep_tail: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x.shape[0] * x.shape[1] if x.dim() == 3 else x.shape[0]

@@ -88,9 +88,15 @@ def select_boundaries(
 
 
 def _select_scalar(
-    d: Tensor | None, rule: Rule, labels: Tensor | None, cu_seqlens: Tensor | None, lengths: Tensor | None,
-    attention_mask: Tensor | None, row_group: Tensor | None, compact: bool,
-) -> Segments:  # fmt: skip
+    d: Tensor | None,
+    rule: Rule,
+    labels: Tensor | None,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    attention_mask: Tensor | None,
+    row_group: Tensor | None,
+    compact: bool,
+) -> Segments:
     """By a rule that is no state machine: the rows that start a segment, and then ``min_len`` and ``max_len``."""
     min_len, max_len = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
     if labels is not None:
@@ -112,15 +118,24 @@ def _select_scalar(
     runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, groups)
     mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
-        mask.view(rows.shape), cu_seqlens=cu_seqlens, lengths=lengths, row_group=groups, min_len=min_len,
-        max_len=max_len, compact=compact,
-    )  # fmt: skip
+        mask.view(rows.shape),
+        cu_seqlens=cu_seqlens,
+        lengths=lengths,
+        row_group=groups,
+        min_len=min_len,
+        max_len=max_len,
+        compact=compact,
+    )
 
 
 def normalize_distance(
-    d: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, attention_mask: Tensor | None = None,
+    d: Tensor,
+    *,
+    cu_seqlens: Tensor | None = None,
+    lengths: Tensor | None = None,
+    attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Distances scaled to [0, 1] in each sequence, as Segmental CPC and UnsupSeg take them. Not differentiable.
 
     NaN stays NaN and counts for nothing; where all are alike they become 0. The last of each sequence, which is no
@@ -259,8 +274,15 @@ def segments_from_starts(
 
 
 def fake_segments(
-    like: Tensor, num_rows: int, num_sequences: int, has_row_group: bool, rule: str, size: int, min_len: int,
-    max_len: int, compact: bool,
+    like: Tensor,
+    num_rows: int,
+    num_sequences: int,
+    has_row_group: bool,
+    rule: str,
+    size: int,
+    min_len: int,
+    max_len: int,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Fake starts, lengths and cu_segments of an op that selects."""
     if compact:
@@ -280,8 +302,18 @@ def num_sequences(shape: torch.Size, padded: bool, cu_seqlens: Tensor | None) ->
 
 @torch.library.register_fake("fastcompress::select_boundaries")
 def _(
-    d: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None, rule: str, size: int,
-    threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool, compact: bool,
+    d: Tensor,
+    cu_seqlens: Tensor | None,
+    lengths: Tensor | None,
+    row_group: Tensor | None,
+    rule: str,
+    size: int,
+    threshold: float,
+    prominence: float,
+    min_len: int,
+    max_len: int,
+    keep_tail: bool,
+    compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sequences = num_sequences(d.shape, d.dim() == 2, cu_seqlens)
     return fake_segments(d, d.numel(), sequences, row_group is not None, rule, size, min_len, max_len, compact)

@@ -143,9 +143,13 @@ def bipartite_merge(
 
 
 def iterative_fusion(
-    x: Tensor, count: int, *, weights: Tensor | None = None, cu_seqlens: Tensor | None = None,
+    x: Tensor,
+    count: int,
+    *,
+    weights: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
-) -> Merged:  # fmt: skip
+) -> Merged:
     """Halves sequences, round after round, until none has over ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
 
     A round merges the neighbours that are most alike, chains of them into one, so that ``T`` tokens become

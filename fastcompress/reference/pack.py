@@ -122,9 +122,7 @@ def pack_map(
     return index, source, target, before[bounds].clamp_max(size).int()
 
 
-def pack_labels(
-    source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: Tensor | None
-) -> tuple[Tensor, Tensor]:
+def pack_labels(source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
     """``position_ids`` [T] int64, 0 behind the last sequence, and the packed labels [T] int64 ([0] without any).
 
     A label is kept for text that is not the first row of its sequence: that one has nothing to be predicted from.

@@ -110,8 +110,8 @@ def select_boundaries(
             t = stop
         counts.append(len(segments))
     if not compact:
-        bound = d.numel() if groups is not None else max_segments(
-            rule, size, min_len, max_len, d.numel(), len(counts) - 1
+        bound = (
+            d.numel() if groups is not None else max_segments(rule, size, min_len, max_len, d.numel(), len(counts) - 1)
         )
         segments += [(d.numel(), 0)] * (bound - len(segments))
     rows = torch.tensor(segments, dtype=torch.int64, device=d.device).reshape(-1, 2)

@@ -165,15 +165,27 @@ def _make(job: _Job) -> Utterance:
         write_file(note, json.dumps(values, ensure_ascii=False))
     target = values["german"] if job.direction == "translation" else values["text"]
     return Utterance(
-        job.path, values["text"], target, round(values["seconds"], 4), phones=values["phones"],
+        job.path,
+        values["text"],
+        target,
+        round(values["seconds"], 4),
+        phones=values["phones"],
         more={"voice": values["voice"]},
-    )  # fmt: skip
+    )
 
 
 def make_data(
-    folder: Path, task: str, direction: str = "recognition", *, train: int = 4000, dev: int = 200, test: int = 200,
-    seed: int = 0, jobs: int = 1, progress: Callable[[str, int, int], None] | None = None,
-) -> dict[str, int]:  # fmt: skip
+    folder: Path,
+    task: str,
+    direction: str = "recognition",
+    *,
+    train: int = 4000,
+    dev: int = 200,
+    test: int = 200,
+    seed: int = 0,
+    jobs: int = 1,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, int]:
     """Makes audio and manifests: ``train``, ``dev``, ``test``, ``test-voice``, ``test-noise``, and, where a second
     synthesiser is installed, ``test-engine``.
 
@@ -229,9 +241,14 @@ def make_data(
             counts[which.name] = count
             hours[which.name] = math.fsum(u.duration or 0.0 for u in made) / 3600
     details = {
-        "version": __version__, "direction": direction, "utterances": counts, "hours": hours,
-        "held_out_voices": HELD_OUT_VARIANTS, "held_out_snr_db": HELD_OUT_SNR, "train_snr_db": TRAIN_SNR,
-    }  # fmt: skip
+        "version": __version__,
+        "direction": direction,
+        "utterances": counts,
+        "hours": hours,
+        "held_out_voices": HELD_OUT_VARIANTS,
+        "held_out_snr_db": HELD_OUT_SNR,
+        "train_snr_db": TRAIN_SNR,
+    }
     write_file(record, json.dumps(made_of | details, indent=1))
     return counts
 

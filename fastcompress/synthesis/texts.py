@@ -17,12 +17,12 @@ SPLITS = ("train", "dev", "test")
 ONES = (
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen"
-).split()  # fmt: skip
+).split()
 TENS = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()
 ONES_DE = (
     "null eins zwei drei vier fünf sechs sieben acht neun zehn elf zwölf dreizehn vierzehn fünfzehn sechzehn siebzehn "
     "achtzehn neunzehn"
-).split()  # fmt: skip
+).split()
 TENS_DE = "null zehn zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig neunzig".split()
 
 
@@ -68,47 +68,98 @@ def _numbers(g: random.Random) -> tuple[str, str]:
 
 
 ROOMS = {
-    "kitchen": "in der küche", "bedroom": "im schlafzimmer", "bathroom": "im bad", "garden": "im garten",
-    "office": "im büro", "hallway": "im flur", "cellar": "im keller", "attic": "auf dem dachboden",
-}  # fmt: skip
+    "kitchen": "in der küche",
+    "bedroom": "im schlafzimmer",
+    "bathroom": "im bad",
+    "garden": "im garten",
+    "office": "im büro",
+    "hallway": "im flur",
+    "cellar": "im keller",
+    "attic": "auf dem dachboden",
+}
 DEVICES = {
-    "light": "das licht", "lamp": "die lampe", "fan": "den ventilator", "heater": "die heizung", "radio": "das radio",
-    "television": "den fernseher", "oven": "den ofen", "camera": "die kamera",
-}  # fmt: skip
+    "light": "das licht",
+    "lamp": "die lampe",
+    "fan": "den ventilator",
+    "heater": "die heizung",
+    "radio": "das radio",
+    "television": "den fernseher",
+    "oven": "den ofen",
+    "camera": "die kamera",
+}
 CITIES = {
-    "london": "london", "paris": "paris", "berlin": "berlin", "boston": "boston", "denver": "denver",
-    "madrid": "madrid", "tokyo": "tokio", "cairo": "kairo", "oslo": "oslo", "vienna": "wien",
-}  # fmt: skip
+    "london": "london",
+    "paris": "paris",
+    "berlin": "berlin",
+    "boston": "boston",
+    "denver": "denver",
+    "madrid": "madrid",
+    "tokyo": "tokio",
+    "cairo": "kairo",
+    "oslo": "oslo",
+    "vienna": "wien",
+}
 DAYS = {
-    "monday": "montag", "tuesday": "dienstag", "wednesday": "mittwoch", "thursday": "donnerstag", "friday": "freitag",
-    "saturday": "samstag", "sunday": "sonntag",
-}  # fmt: skip
+    "monday": "montag",
+    "tuesday": "dienstag",
+    "wednesday": "mittwoch",
+    "thursday": "donnerstag",
+    "friday": "freitag",
+    "saturday": "samstag",
+    "sunday": "sonntag",
+}
 NAMES = "anna peter maria john susan david laura michael emma robert alice george".split()
 GENRES = {
-    "jazz": "jazz", "rock": "rock", "classical": "klassische musik", "country": "country", "piano": "klaviermusik",
-    "dance": "tanzmusik", "folk": "volksmusik", "opera": "opern",
-}  # fmt: skip
+    "jazz": "jazz",
+    "rock": "rock",
+    "classical": "klassische musik",
+    "country": "country",
+    "piano": "klaviermusik",
+    "dance": "tanzmusik",
+    "folk": "volksmusik",
+    "opera": "opern",
+}
 ITEMS = {
     "apples": "äpfel", "bananas": "bananen", "eggs": "eier", "potatoes": "kartoffeln", "tomatoes": "tomaten",
     "carrots": "karotten", "lemons": "zitronen", "onions": "zwiebeln", "cookies": "kekse", "bottles": "flaschen",
     "candles": "kerzen", "batteries": "batterien",
 }  # fmt: skip
 PLACES = {
-    "station": "zum bahnhof", "airport": "zum flughafen", "hospital": "zum krankenhaus", "library": "zur bibliothek",
-    "museum": "zum museum", "market": "zum markt", "school": "zur schule", "bank": "zur bank", "hotel": "zum hotel",
+    "station": "zum bahnhof",
+    "airport": "zum flughafen",
+    "hospital": "zum krankenhaus",
+    "library": "zur bibliothek",
+    "museum": "zum museum",
+    "market": "zum markt",
+    "school": "zur schule",
+    "bank": "zur bank",
+    "hotel": "zum hotel",
     "beach": "zum strand",
-}  # fmt: skip
+}
 CHORES = {
-    "buy milk": "milch zu kaufen", "feed the cat": "die katze zu füttern", "pay the rent": "die miete zu zahlen",
-    "water the plants": "die pflanzen zu gießen", "wash the car": "das auto zu waschen",
-    "walk the dog": "den hund auszuführen", "clean the house": "das haus zu putzen",
-    "bake a cake": "einen kuchen zu backen", "fix the bike": "das rad zu reparieren",
+    "buy milk": "milch zu kaufen",
+    "feed the cat": "die katze zu füttern",
+    "pay the rent": "die miete zu zahlen",
+    "water the plants": "die pflanzen zu gießen",
+    "wash the car": "das auto zu waschen",
+    "walk the dog": "den hund auszuführen",
+    "clean the house": "das haus zu putzen",
+    "bake a cake": "einen kuchen zu backen",
+    "fix the bike": "das rad zu reparieren",
     "read the book": "das buch zu lesen",
-}  # fmt: skip
+}
 UNITS = {
-    "miles": "meilen", "meters": "meter", "inches": "zoll", "pounds": "pfund", "grams": "gramm", "gallons": "gallonen",
-    "liters": "liter", "hours": "stunden", "minutes": "minuten", "seconds": "sekunden",
-}  # fmt: skip
+    "miles": "meilen",
+    "meters": "meter",
+    "inches": "zoll",
+    "pounds": "pfund",
+    "grams": "gramm",
+    "gallons": "gallonen",
+    "liters": "liter",
+    "hours": "stunden",
+    "minutes": "minuten",
+    "seconds": "sekunden",
+}
 OPENINGS = {"door": "die tür", "window": "das fenster", "curtains": "die vorhänge"}
 
 
@@ -150,8 +201,10 @@ def _commands(g: random.Random) -> tuple[str, str]:
         return f"set {what} for {when}", f"stelle {was} {wann}"
     if kind == 1:
         (state, an), (device, gerät), (room, zimmer) = (
-            g.choice((("on", "ein"), ("off", "aus"))), _pick(g, DEVICES), _pick(g, ROOMS)
-        )  # fmt: skip
+            g.choice((("on", "ein"), ("off", "aus"))),
+            _pick(g, DEVICES),
+            _pick(g, ROOMS),
+        )
         return f"turn {state} the {device} in the {room}", f"schalte {gerät} {zimmer} {an}"
     if kind == 2:
         (genre, art), (room, zimmer) = _pick(g, GENRES), _pick(g, ROOMS)
@@ -162,14 +215,15 @@ def _commands(g: random.Random) -> tuple[str, str]:
     if kind == 4:
         (verb, tu), name, (when, wann) = (
             g.choice((("call", "rufe {} {} an"), ("meet", "triff {} {}"), ("visit", "besuche {} {}"))),
-            g.choice(NAMES), _when(g),
-        )  # fmt: skip
+            g.choice(NAMES),
+            _when(g),
+        )
         return f"{verb} {name} {when}", tu.format(name, wann)
     if kind == 5:
         (what, was), (one, other) = (
             g.choice((("message", "eine nachricht"), ("letter", "einen brief"), ("picture", "ein bild"))),
             g.sample(NAMES, 2),
-        )  # fmt: skip
+        )
         return f"send a {what} to {one} and {other}", f"schicke {was} an {one} und {other}"
     if kind == 6:
         a, b = g.randrange(100), g.randrange(100)
@@ -180,8 +234,9 @@ def _commands(g: random.Random) -> tuple[str, str]:
             g.choice(
                 (("table", "einen tisch"), ("room", "ein zimmer"), ("flight", "einen flug"), ("taxi", "ein taxi"))
             ),
-            g.randint(2, 9), _when(g),
-        )  # fmt: skip
+            g.randint(2, 9),
+            _when(g),
+        )
         return (
             f"book a {what} for {ONES[people]} people {when}",
             f"buche {was} für {ONES_DE[people]} personen {wann}",
@@ -191,8 +246,10 @@ def _commands(g: random.Random) -> tuple[str, str]:
         return f"remind {who} to {chore} {when}", f"erinnere {who} daran {wann} {arbeit}"
     if kind == 9:
         (verb, tu), (opening, öffnung), (room, zimmer) = (
-            g.choice((("open", "öffne"), ("close", "schließe"))), _pick(g, OPENINGS), _pick(g, ROOMS)
-        )  # fmt: skip
+            g.choice((("open", "öffne"), ("close", "schließe"))),
+            _pick(g, OPENINGS),
+            _pick(g, ROOMS),
+        )
         return f"{verb} the {room} {opening}", f"{tu} {öffnung} {zimmer}"
     if kind == 10:
         (room, zimmer), degrees = _pick(g, ROOMS), g.randint(10, 99)
@@ -214,8 +271,10 @@ def _commands(g: random.Random) -> tuple[str, str]:
 
 
 TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
-    "digits": _digits, "numbers": _numbers, "commands": _commands,
-}  # fmt: skip
+    "digits": _digits,
+    "numbers": _numbers,
+    "commands": _commands,
+}
 
 
 def sentence(task: str, split: str, index: int, seed: int = 0) -> tuple[str, str]:

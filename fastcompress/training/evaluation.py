@@ -62,9 +62,12 @@ class Result:
 
 @torch.inference_mode()
 def transcribe(
-    model: Any, examples: Examples, batch_size: int = 16, progress: Callable[[int], object] | None = None,
+    model: Any,
+    examples: Examples,
+    batch_size: int = 16,
+    progress: Callable[[int], object] | None = None,
     **generation: Any,
-) -> tuple[list[str | None], dict[str, float]]:  # fmt: skip
+) -> tuple[list[str | None], dict[str, float]]:
     """What the model writes for each utterance, and the counts of tokens, frames and seconds.
 
     For damaged audio it is ``None``. Utterances of similar length share a batch. ``generation`` goes to ``generate``.
@@ -89,9 +92,12 @@ def transcribe(
             totals["audio_tokens"] += len(base.compress(frames, lengths).values)
         since = time.perf_counter()
         out = model.generate(
-            input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], frames=frames, frame_lengths=lengths,
+            input_ids=batch["input_ids"],
+            attention_mask=batch["attention_mask"],
+            frames=frames,
+            frame_lengths=lengths,
             **generation,
-        )  # fmt: skip
+        )
         new = out[:: len(out) // len(indices), batch["input_ids"].shape[1] :]
         totals["seconds"] += time.perf_counter() - since
         totals["written"] += int((new != tokenizer.pad_token_id).sum())
@@ -103,9 +109,13 @@ def transcribe(
 
 
 def evaluate(
-    model: Any, examples: Examples, batch_size: int = 16, timed: int = 10,
-    progress: Callable[[int], object] | None = None, **generation: Any,
-) -> tuple[Result, list[str | None]]:  # fmt: skip
+    model: Any,
+    examples: Examples,
+    batch_size: int = 16,
+    timed: int = 10,
+    progress: Callable[[int], object] | None = None,
+    **generation: Any,
+) -> tuple[Result, list[str | None]]:
     """Scores a model on the utterances of a manifest.
 
     Args:

@@ -205,9 +205,10 @@ def add_lora(model: Any, settings: Finetuning) -> Any:
     config = LoraConfig(
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
-        lora_dropout=settings.lora_dropout, target_modules=lora_targets(model.model.language_model),
+        lora_dropout=settings.lora_dropout,
+        target_modules=lora_targets(model.model.language_model),
         modules_to_save=saved or None,
-    )  # fmt: skip
+    )
     tuned = get_peft_model(model, config)
     for module in tuned.modules():
         if isinstance(module, ModulesToSaveWrapper):
@@ -282,9 +283,13 @@ def finetune(settings: Finetuning, resume: bool = False, say: Callable[[str], No
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=conversations)
     record: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
-        "versions": {"fastcompress": __version__, "torch": torch.__version__, "transformers": transformers.__version__,
-                     "python": platform.python_version()},
-    }  # fmt: skip
+        "versions": {
+            "fastcompress": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "python": platform.python_version(),
+        },
+    }
     if trainer.is_world_process_zero() and last is None:  # before the first checkpoint, which is resumed with them
         out.mkdir(parents=True, exist_ok=True)
         write_file(out / RECORD, json.dumps(record, indent=1))

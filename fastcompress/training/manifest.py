@@ -69,9 +69,14 @@ class Utterance:
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
-    "audio_filepath": (str,), "text": (str,), "target": (str,), "prompt": (str,), "phones": (str,),
-    "duration": (int, float), "offset": (int, float),
-}  # fmt: skip
+    "audio_filepath": (str,),
+    "text": (str,),
+    "target": (str,),
+    "prompt": (str,),
+    "phones": (str,),
+    "duration": (int, float),
+    "offset": (int, float),
+}
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
@@ -129,9 +134,12 @@ def _parse(line: str, folder: Path) -> Utterance:
     audio = known.pop("audio_filepath", None)
     text = known.pop("text", known.get("target"))
     return Utterance(
-        audio_filepath=None if audio is None else folder / audio, text=text, target=known.pop("target", text),
-        more=values, **known,
-    )  # fmt: skip
+        audio_filepath=None if audio is None else folder / audio,
+        text=text,
+        target=known.pop("target", text),
+        more=values,
+        **known,
+    )
 
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
@@ -238,9 +246,12 @@ def format_skipped(skipped: Sequence[tuple[Utterance, str]], most: int = 5) -> s
 
 
 def from_hf_dataset(
-    dataset: Any, audio_column: str = "audio", text_column: str = "text", target_column: str | None = None,
+    dataset: Any,
+    audio_column: str = "audio",
+    text_column: str = "text",
+    target_column: str | None = None,
     prompt: str | None = None,
-) -> list[Utterance]:  # fmt: skip
+) -> list[Utterance]:
     """Utterances of a Hugging Face dataset, which must be indexable (``datasets.load_dataset`` without streaming).
 
     Args:

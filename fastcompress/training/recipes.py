@@ -79,10 +79,16 @@ def build_small(
         pad_token_id=tokenizer.pad_token_id, rope_parameters={"rope_type": "default", "rope_theta": 1e4},
     )  # fmt: skip
     config = FastCompressConfig(
-        audio_config=audio, text_config=text, rule=rule, audio_token_id=processor.audio_token_id, train_encoder=True,
-        ctc_tokens=phones_of(utterances) or None, ctc_weight=1.0, audio_padding="longest",
+        audio_config=audio,
+        text_config=text,
+        rule=rule,
+        audio_token_id=processor.audio_token_id,
+        train_encoder=True,
+        ctc_tokens=phones_of(utterances) or None,
+        ctc_weight=1.0,
+        audio_padding="longest",
         normalize_features=True,
-    )  # fmt: skip
+    )
     torch.manual_seed(seed)
     model = FastCompressForConditionalGeneration(config)
     _initialize_encoder(model.audio_tower)

@@ -119,9 +119,14 @@ class Training:
     """
 
     def __init__(
-        self, model: Any, examples: Examples, arguments: TrainingArguments, folder: Path,
-        development: Examples | None = None, accelerator: Any = None,
-    ) -> None:  # fmt: skip
+        self,
+        model: Any,
+        examples: Examples,
+        arguments: TrainingArguments,
+        folder: Path,
+        development: Examples | None = None,
+        accelerator: Any = None,
+    ) -> None:
         from accelerate import Accelerator
 
         self.arguments = arguments

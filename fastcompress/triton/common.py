@@ -28,9 +28,17 @@ COUNT_SO_FAR = tl.constexpr(2)  # of the tile and all before it
 #: Arguments that differ from batch to batch. Triton would compile a kernel for each of 1, multiples of 16 and others, a
 #: second each time, for nothing: wide loads hang on widths and strides alone.
 BATCH_SIZES = [
-    "num_rows", "num_sequences", "steps", "padded_length", "num_segments", "num_tiles", "bound", "count",
-    "num_texts", "num_audio_rows",
-]  # fmt: skip
+    "num_rows",
+    "num_sequences",
+    "steps",
+    "padded_length",
+    "num_segments",
+    "num_tiles",
+    "bound",
+    "count",
+    "num_texts",
+    "num_audio_rows",
+]
 
 #: Words that the preparing kernel clears a program.
 CLEARED = tl.constexpr(1024)
@@ -48,9 +56,14 @@ def compile_options(num_warps: int, registers: int, nvidia: bool) -> dict[str, A
 
 
 def launch(
-    kernel: Any, grid: tuple[int, ...], like: Tensor, *args: Any, num_warps: int = 4, registers: int = 0,
+    kernel: Any,
+    grid: tuple[int, ...],
+    like: Tensor,
+    *args: Any,
+    num_warps: int = 4,
+    registers: int = 0,
     **constants: Any,
-) -> None:  # fmt: skip
+) -> None:
     """Runs a kernel on the device of ``like``; ``args`` and ``constants`` are the kernel's own."""
     if 0 in grid:
         return
@@ -170,9 +183,17 @@ def prepare_sequences(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def prepare_sequences_kernel(
-    VALUES, BEGIN, END, STATE, num_sequences, padded_length, num_rows, num_tiles,
-    PADDED: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
+    VALUES,
+    BEGIN,
+    END,
+    STATE,
+    num_sequences,
+    padded_length,
+    num_rows,
+    num_tiles,
+    PADDED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """Program 0 checks and writes the sequences, the others clear the words of the tiles."""
     program = tl.program_id(0)
     if program == 0:

@@ -67,9 +67,15 @@ def integrate_rows_backward(
         COLUMNS=column_block(x.shape[1], x.dtype, 128),
     )  # fmt: skip
     launch(
-        integrate_rows_bwd_first_kernel, (triton.cdiv(count, ROWS),), x, *given, *tokens, grad_first,
-        ACC=accumulate(x.dtype), ROWS=ROWS,
-    )  # fmt: skip
+        integrate_rows_bwd_first_kernel,
+        (triton.cdiv(count, ROWS),),
+        x,
+        *given,
+        *tokens,
+        grad_first,
+        ACC=accumulate(x.dtype),
+        ROWS=ROWS,
+    )
     return out, grad_weights, grad_first
 
 

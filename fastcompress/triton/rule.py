@@ -50,9 +50,7 @@ def frame_in_run(row, begin, alive, changes, group, GROUP, HAS_GROUP: tl.constex
 
 
 @triton.jit
-def is_peak(
-    row, step, wants, begin, end, group, D, GROUP, order, HAS_GROUP: tl.constexpr, ROWS: tl.constexpr
-):
+def is_peak(row, step, wants, begin, end, group, D, GROUP, order, HAS_GROUP: tl.constexpr, ROWS: tl.constexpr):
     """Strict local maximum among the ``order`` distances on either side inside the run, whose first and last distance
     are none. The neighbours of ``step`` [ROWS] are read from ``D``, or where that is None from the other rows, which
     must then reach ``order`` rows beyond each that matters.

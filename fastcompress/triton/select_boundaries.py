@@ -41,9 +41,17 @@ WALK_ROWS = 128
 
 
 def mark_boundaries(
-    d: Tensor, row_group: Tensor | None, sequences: Sequences, rule: str, size: int, threshold: float,
-    prominence: float, min_len: int, max_len: int, keep_tail: bool,
-) -> Tensor:  # fmt: skip
+    d: Tensor,
+    row_group: Tensor | None,
+    sequences: Sequences,
+    rule: str,
+    size: int,
+    threshold: float,
+    prominence: float,
+    min_len: int,
+    max_len: int,
+    keep_tail: bool,
+) -> Tensor:
     """``d`` [rows] -> ``[rows]`` uint8 with the bits above. One launch, two with ``min_len`` or ``max_len``."""
     flags = torch.empty(d.shape, dtype=torch.uint8, device=d.device)
     walks = rule != "uniform" and (min_len > 1 or max_len > 0)
@@ -57,9 +65,17 @@ def mark_boundaries(
     )  # fmt: skip
     if walks:
         launch(
-            walk_sequences_fwd_kernel, (sequences.count,), d,
-            wanted, flags, sequences.begin, sequences.end, min_len, max_len, ROWS=WALK_ROWS,
-        )  # fmt: skip
+            walk_sequences_fwd_kernel,
+            (sequences.count,),
+            d,
+            wanted,
+            flags,
+            sequences.begin,
+            sequences.end,
+            min_len,
+            max_len,
+            ROWS=WALK_ROWS,
+        )
     return flags
 
 
@@ -75,9 +91,7 @@ def select_boundaries(
     tiles = num_tiles(d.numel(), None)
     sequences = prepare_sequences(d, d.dim(), cu_seqlens, lengths, tiles)
     groups = flat(row_group)
-    flags = mark_boundaries(
-        flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
-    )
+    flags = mark_boundaries(flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail)
     _, starts, segment_lengths, cu_segments = collect_segments(
         None, flags, sequences, tiles, (rule, size, min_len, max_len, groups is not None), compact
     )

@@ -24,12 +24,14 @@ DOCUMENT: dict[str, Any] = {
     ],
     "methods": [
         {
-            "case": {"name": "8 clips"}, "method": "CIF", **SETTING,
+            "case": {"name": "8 clips"},
+            "method": "CIF",
+            **SETTING,
             "rows": [{"form": "fastcompress", "seconds": {"p10": 2}}, {"form": "loop", "seconds": {"p10": 20}}],
         }
     ],
     "packing": [],
-}  # fmt: skip
+}
 
 
 def test_ratios_and_not_times():
@@ -45,8 +47,9 @@ def test_ratios_and_not_times():
     del slower["tables"][1]
     changes = gate.compare(DOCUMENT, slower)
     assert [change.table for change in changes] == [
-        "tables, S1, float32, 1 thr, forward", "methods, 8 clips, CIF, float32, 1 thr, forward",
-    ]  # fmt: skip
+        "tables, S1, float32, 1 thr, forward",
+        "methods, 8 clips, CIF, float32, 1 thr, forward",
+    ]
     assert changes[0].factor == pytest.approx(0.5) and changes[1].factor == pytest.approx(1)
 
 

@@ -69,14 +69,22 @@ def result(date: str, **parts: Any) -> dict[str, Any]:
 def table(**seconds: float) -> dict[str, Any]:
     groups = {"fastcompress": "fastcompress", "a": "compile", "b": "eager", "floor, fresh": "floor"}
     return {
-        "case": "S1", "sequences": 2, "frames": 1000, "dim": 64, "tokens": 300, "window": 3, "dtype": "float32",
-        "threads": 1, "direction": FORWARD, "bytes_moved": 332_800,
+        "case": "S1",
+        "sequences": 2,
+        "frames": 1000,
+        "dim": 64,
+        "tokens": 300,
+        "window": 3,
+        "dtype": "float32",
+        "threads": 1,
+        "direction": FORWARD,
+        "bytes_moved": 332_800,
         "samples": {"samples": 9, "retried": 1, "kept": 2, "foreign": 0.25},
         "rows": [
             {"contender": name, "group": groups[name], "seconds": {"median": s, "p10": s / 2, "p90": 2 * s}}
             for name, s in sorted(seconds.items(), key=lambda item: item[1])
         ],
-    }  # fmt: skip
+    }
 
 
 OLD = result("2026-01-01", tables=[table(fastcompress=0.001, a=0.9)], no_energy="no counter")
@@ -123,9 +131,12 @@ def test_scaling_is_by_what_changes(tmp_path: Path):
 
 def test_the_roof():
     ceilings = {
-        "threads": 1, "read_bytes_per_second": 10e9, "copy_bytes_per_second": 8e9, "operations_per_second": 50e9,
+        "threads": 1,
+        "read_bytes_per_second": 10e9,
+        "copy_bytes_per_second": 8e9,
+        "operations_per_second": 50e9,
         "fused_operations_per_second": 90e9,
-    }  # fmt: skip
+    }
     assert document.roof_at(ceilings, 2) == 20e9 and document.roof_at(ceilings, 6) == 50e9
     one = table(fastcompress=0.001, **{"floor, fresh": 0.0005})
     intensity, rate = document.work_of(one, "fastcompress")

@@ -14,22 +14,18 @@ import pytest
 import soundfile
 import yaml
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from fastcompress.cli import transcribe as cli_transcribe  # noqa: E402
-from fastcompress.cli.main import main  # noqa: E402
-from fastcompress.synthesis.data import DIRECTIONS  # noqa: E402
-from fastcompress.synthesis.texts import TASKS  # noqa: E402
-from fastcompress.training import logs  # noqa: E402
-from fastcompress.training.manifest import read_manifest, write_manifest  # noqa: E402
-from fastcompress.training.settings import RunSettings  # noqa: E402
-from fastcompress.training.trainer import TrainingArguments  # noqa: E402
-from tests.support.command_line import fails  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
+from fastcompress.cli import transcribe as cli_transcribe
+from fastcompress.cli.main import main
+from fastcompress.synthesis.data import DIRECTIONS
+from fastcompress.synthesis.texts import TASKS
+from fastcompress.training import logs
+from fastcompress.training.manifest import read_manifest, write_manifest
+from fastcompress.training.settings import RunSettings
+from fastcompress.training.trainer import TrainingArguments
+from tests.support.command_line import fails
+from tests.support.lalm_data import write_tones
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.xdist_group("training"),
 ]
 

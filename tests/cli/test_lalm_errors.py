@@ -12,20 +12,15 @@ import pytest
 import soundfile
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from fastcompress.audio import AudioError  # noqa: E402
-from fastcompress.cli import main as cli  # noqa: E402
-from fastcompress.lalm import FastCompressProcessor  # noqa: E402
-from fastcompress.training import logs  # noqa: E402
-from fastcompress.training.examples import Examples  # noqa: E402
-from fastcompress.training.manifest import ManifestError, Utterance, check_audio, read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_small, build_tokenizer  # noqa: E402
-from tests.support.command_line import fails  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.audio import AudioError
+from fastcompress.cli import main as cli
+from fastcompress.lalm import FastCompressProcessor
+from fastcompress.training import logs
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import ManifestError, Utterance, check_audio, read_manifest
+from fastcompress.training.recipes import build_small, build_tokenizer
+from tests.support.command_line import fails
+from tests.support.lalm_data import write_tones
 
 
 @pytest.fixture(scope="module")

@@ -18,6 +18,7 @@ from torch import Tensor
 import fastcompress as fc
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.reference import OPS
+from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run
 from tests.support.sample_inputs import (
     DTYPES,
     RULES,
@@ -31,9 +32,6 @@ from tests.support.sample_inputs import (
     row_groups,
     strided,
 )
-
-pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
-from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run  # noqa: E402
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
@@ -160,9 +158,7 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
     yield "max backward", lambda: ops.segment_max_backward(grad, rows, best, starts, sizes)
     mean = ops.segment_weighted_mean(rows, weights, starts, sizes)
     yield "weighted mean", lambda: ops.segment_weighted_mean(rows, weights, starts, sizes)
-    yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(
-        grad, rows, mean, weights, starts, sizes
-    )
+    yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(grad, rows, mean, weights, starts, sizes)
     # Tokens in those rows alone; a row that opens many, or is in none.
     tokens = tuple(part[TOKENS[0] + TOKENS[1] <= len(rows)] for part in TOKENS)
     slopes = features("iid", len(tokens[0]), x.shape[-1], x.dtype, seed=7)
@@ -203,9 +199,16 @@ def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
     cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
     ids = torch.randint(0, 50, (rows,), generator=g)
     return {
-        "row_group": groups, "ids": ids, "cu_seqlens": begins.int(), "lengths": None, "audio_cu_seqlens": cu,
-        "num_embeddings": 50, "num_audio_rows": int(cu[-1]), "compact": True, **changes,
-    }  # fmt: skip
+        "row_group": groups,
+        "ids": ids,
+        "cu_seqlens": begins.int(),
+        "lengths": None,
+        "audio_cu_seqlens": cu,
+        "num_embeddings": 50,
+        "num_audio_rows": int(cu[-1]),
+        "compact": True,
+        **changes,
+    }
 
 
 def test_packing():
@@ -326,8 +329,12 @@ def test_long_runs_of_row_groups():
     d = features("iid", 700, 1, torch.float32)[:, 0]
     groups = torch.ones(700, dtype=torch.int32)
     groups[[0, 300, 301, 650]] = torch.tensor([0, -1, 2, 0], dtype=torch.int32)
-    for rule in (*(fc.LocalMax(order) for order in (1, 2, 20, 500, 2**63 - 1)), fc.LocalMax(prominence=0.5),
-                 fc.Threshold(0.5), fc.Uniform(7)):  # fmt: skip
+    for rule in (
+        *(fc.LocalMax(order) for order in (1, 2, 20, 500, 2**63 - 1)),
+        fc.LocalMax(prominence=0.5),
+        fc.Threshold(0.5),
+        fc.Uniform(7),
+    ):
         assert_same(lambda rule=rule: fc.select_boundaries(d, rule, row_group=groups).starts, ((8, 1),))
 
 

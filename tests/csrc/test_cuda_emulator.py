@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
-from tests.support.cuda_emulation import build, run  # noqa: E402
-from tests.support.slow import some  # noqa: E402
+from tests.support.cuda_emulation import build, run
+from tests.support.slow import some
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),

@@ -9,12 +9,10 @@ import pytest
 import torch
 
 import fastcompress as fc
+from tests.csrc.test_cuda_emulation import BAD_OFFSETS, SCHEDULES
+from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run
 from tests.support.sample_inputs import DTYPES, assert_same_bits, features, packed, strided
-
-pytest.importorskip("pybind11", reason="the emulated kernels are bound by pybind11, which is not installed")
-from tests.csrc.test_cuda_emulation import BAD_OFFSETS, SCHEDULES  # noqa: E402
-from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run  # noqa: E402
-from tests.support.slow import some  # noqa: E402
+from tests.support.slow import some
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),

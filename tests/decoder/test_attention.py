@@ -10,22 +10,25 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 import fastcompress as fc
-
-transformers = pytest.importorskip("transformers", reason="the attention is registered with transformers")
-
-from fastcompress.decoder import attention, packed_attention  # noqa: E402
-from fastcompress.decoder.attention import check_decoder  # noqa: E402
-from tests.decoder.test_packed_attention import reference  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.decoder import attention, packed_attention
+from fastcompress.decoder.attention import check_decoder
+from tests.decoder.test_packed_attention import reference
 
 SIZES = {
-    "vocab_size": 60, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 16, "max_position_embeddings": 1024, "pad_token_id": 0,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 1024,
+    "pad_token_id": 0,
+}
 WINDOW = 9
 #: Model type: what its configuration has beside SIZES.
 DECODERS: dict[str, dict[str, Any]] = {
@@ -40,8 +43,13 @@ DECODERS: dict[str, dict[str, Any]] = {
     "phi3": {"sliding_window": WINDOW},
     # A window that the layer's mask alone has.
     "qwen2_moe": {
-        "sliding_window": WINDOW, "use_sliding_window": True, "max_window_layers": 4, "num_experts": 4,
-        "num_experts_per_tok": 2, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32,
+        "sliding_window": WINDOW,
+        "use_sliding_window": True,
+        "max_window_layers": 4,
+        "num_experts": 4,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 32,
+        "shared_expert_intermediate_size": 32,
     },
     "olmo2": {},
     "smollm3": {},
@@ -211,10 +219,18 @@ def test_no_sample_sees_another_under_trainer(other_length: bool, tmp_path, monk
         model = PackingModel(decoder("qwen2"))
         data = [{name: tensor[i] for name, tensor in batch.items()} for i in range(3)]
         arguments = transformers.TrainingArguments(
-            output_dir=str(tmp_path), per_device_train_batch_size=3, max_steps=1, learning_rate=0.0, report_to=[],
-            save_strategy="no", remove_unused_columns=False, gradient_checkpointing=True, use_cpu=True,
-            data_seed=0, disable_tqdm=True,
-        )  # fmt: skip
+            output_dir=str(tmp_path),
+            per_device_train_batch_size=3,
+            max_steps=1,
+            learning_rate=0.0,
+            report_to=[],
+            save_strategy="no",
+            remove_unused_columns=False,
+            gradient_checkpointing=True,
+            use_cpu=True,
+            data_seed=0,
+            disable_tqdm=True,
+        )
         trainer = transformers.Trainer(model=model, args=arguments, train_dataset=data)
         sampler = torch.utils.data.SequentialSampler(data)
         monkeypatch.setattr(trainer, "_get_train_sampler", lambda *_, sampler=sampler: sampler)
@@ -264,17 +280,26 @@ def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatc
     expected = reference(*flat, [0, 50, 100], softcap=2.0, causal=causal)
     torch.testing.assert_close(out.reshape(100, 4, 8), expected)
     mask = torch.ones(50, 50, dtype=torch.bool).tril() if causal else torch.ones(50, 50, dtype=torch.bool)
-    masked, _ = attention.attention_forward(module, query, key, value, mask[None, None].expand(2, 1, 50, 50), softcap=2.0)
+    masked, _ = attention.attention_forward(
+        module, query, key, value, mask[None, None].expand(2, 1, 50, 50), softcap=2.0
+    )
     torch.testing.assert_close(masked, out)
     # One decoded row sees all of the cache, and so do rows of another sequence.
     for rows in (1, 20):
-        part, _ = attention.attention_forward(module, query[:, :, -rows:], key, value, None, softcap=2.0, is_causal=rows == 1)
+        part, _ = attention.attention_forward(
+            module, query[:, :, -rows:], key, value, None, softcap=2.0, is_causal=rows == 1
+        )
         whole = reference(*flat, [0, 50, 100], softcap=2.0, causal=False).reshape(2, 50, 4, 8)
         torch.testing.assert_close(part, whole[:, -rows:])
 
 
 def test_an_encoder_with_a_soft_cap_is_not_causal():
-    sizes = SIZES | {"num_hidden_layers": 2, "query_pre_attn_scalar": 16, "attn_logit_softcapping": 2.0, "sliding_window": 64}
+    sizes = SIZES | {
+        "num_hidden_layers": 2,
+        "query_pre_attn_scalar": 16,
+        "attn_logit_softcapping": 2.0,
+        "sliding_window": 64,
+    }
     config = transformers.AutoConfig.for_model("t5gemma", encoder=dict(sizes), decoder=dict(sizes), vocab_size=60)
     torch.manual_seed(0)
     model = transformers.AutoModelForSeq2SeqLM.from_config(config, attn_implementation="eager").eval()
@@ -282,7 +307,9 @@ def test_an_encoder_with_a_soft_cap_is_not_causal():
     with torch.no_grad():
         expected = model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits
         model.set_attn_implementation("fastcompress")
-        torch.testing.assert_close(model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits, expected, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            model(input_ids=ids, decoder_input_ids=ids[:, :7]).logits, expected, rtol=1e-5, atol=1e-5
+        )
 
 
 def test_a_decoder_under_autocast():
@@ -340,15 +367,20 @@ def test_the_routers_loss_is_refused():
 
 
 LONGROPE = {
-    "rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
+    "rope_type": "longrope",
+    "rope_theta": 1e4,
+    "short_factor": [1.0] * 8,
+    "long_factor": [4.0] * 8,
     "original_max_position_embeddings": 32,
-}  # fmt: skip
+}
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
 
 
 @pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)], ids=["longrope", "dynamic"])
 def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str, Any]):
-    sizes = SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
+    sizes = (
+        SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
+    )
     config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # which it changes
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress").eval()
@@ -367,8 +399,9 @@ def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str
 def test_frequencies_of_one_kind_of_layer():
     config = transformers.AutoConfig.for_model("gemma3_text", **SIZES)
     config.rope_parameters = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}, "full_attention": dict(LONGROPE),
-    }  # fmt: skip
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": dict(LONGROPE),
+    }
     with pytest.raises(NotImplementedError, match="'longrope'"):
         attention._check_rope(config, 33)
     attention._check_rope(config, 32)
@@ -385,13 +418,16 @@ def test_frequencies_of_one_kind_of_layer():
         ({"model_type": "falcon_h1"}, "cannot run packed"),
         ({"model_type": "lfm2"}, "cannot run packed"),
         ({"model_type": "zamba2"}, "cannot run packed"),
-        ({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "num_hidden_layers": 2}, "cannot run packed"),
+        (
+            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
+            "cannot run packed",
+        ),
         ({"model_type": "nemotron_h"}, "cannot run packed"),
         ({"model_type": "mamba"}, "cannot run packed"),
         ({"model_type": "recurrent_gemma"}, "cannot run packed"),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
-)  # fmt: skip
+)
 def test_decoders_that_mix_rows_are_refused(config: dict[str, Any], reason: str):
     kind = config.pop("model_type")
     config = transformers.AutoConfig.for_model(kind, **config)
@@ -441,10 +477,14 @@ def test_prepare():
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        ("rwkv", "its layers do not take"), ("bart", "its layers do not take"), ("mamba", "'linear_attention' layers"),
-        ("jamba", "'linear_attention' layers"), ("xlstm", "its layers do not take"), ("roberta", "not causal"),
+        ("rwkv", "its layers do not take"),
+        ("bart", "its layers do not take"),
+        ("mamba", "'linear_attention' layers"),
+        ("jamba", "'linear_attention' layers"),
+        ("xlstm", "its layers do not take"),
+        ("roberta", "not causal"),
     ],
-)  # fmt: skip
+)
 def test_prepare_refuses(kind: str, reason: str):
     config = transformers.AutoConfig.for_model(kind, vocab_size=60, hidden_size=48, num_hidden_layers=2, pad_token_id=0)
     with torch.device("meta"):

@@ -13,8 +13,6 @@ from torch import Tensor
 from fastcompress.decoder.packed_attention import _Varlen, _varlen, packed_attention
 from tests.support.sample_inputs import offsets
 
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
-
 
 def reference(query: Tensor, key: Tensor, value: Tensor, cu: list[int], **options: Any) -> Tensor:
     """Attention written out, with one mask over everything."""
@@ -91,7 +89,9 @@ def test_inference_tensors():
 def test_dropout_drops():
     q = torch.randn(40, 2, 8)
     for softcap in (None, 5.0):
-        kept, dropped = (packed_attention(q, q, q, torch.tensor([0, 40]), softcap=softcap, dropout=p) for p in (0.0, 0.5))
+        kept, dropped = (
+            packed_attention(q, q, q, torch.tensor([0, 40]), softcap=softcap, dropout=p) for p in (0.0, 0.5)
+        )
         assert not torch.equal(kept, dropped)
 
 
@@ -140,10 +140,14 @@ def varlen_of(version: str) -> Any:
     def v2_10(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False, return_aux=None):
         return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal, None, None, False)
 
-    def v2_11(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)):
+    def v2_11(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, return_aux=None, scale=None, window_size=(-1, -1)
+    ):
         return v2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, scale=scale, window_size=window_size)
 
-    def v2_12(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False):
+    def v2_12(
+        query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, scale=None, window_size=(-1, -1), enable_gqa=False
+    ):
         window = None if window_size[0] == -1 else window_size[0] + 1
         causal = window_size[1] == 0
         return compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, window, scale, enable_gqa)

@@ -10,21 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from experiments import report  # noqa: E402
-from experiments.__main__ import SHIPPED  # noqa: E402
-from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread  # noqa: E402
-from fastcompress.lalm.loading import load_model  # noqa: E402
-from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
-from fastcompress.training.examples import EncodedExamples, Examples  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.trainer import Training, TrainingArguments  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
+from experiments import report
+from experiments.__main__ import SHIPPED
+from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread
+from fastcompress.lalm.loading import load_model
+from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.training.examples import EncodedExamples, Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.trainer import Training, TrainingArguments
+from tests.support.lalm_data import write_tones
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.xdist_group("training"),
 ]
 

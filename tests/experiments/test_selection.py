@@ -10,13 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-pytest.importorskip("transformers")
-
-from experiments.__main__ import SHIPPED  # noqa: E402
-from experiments.selection import AttentionSelection, BlankRemoval, FrameSelection  # noqa: E402
-from fastcompress.lalm.loading import load_model  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from experiments.__main__ import SHIPPED
+from experiments.selection import AttentionSelection, BlankRemoval, FrameSelection
+from fastcompress.lalm.loading import load_model
 
 LENGTHS = torch.tensor([37, 0, 1, 20])
 

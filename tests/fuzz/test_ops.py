@@ -105,7 +105,11 @@ JUNK: dict[str, Any] = {
         torch.tensor([0]), torch.tensor([1]), torch.tensor([0, 1]).int(), torch.tensor([0, 5]).int(), 2**60 + 1
     ),
     "segments of no whole number of rows": fc.Segments(
-        torch.tensor([0]), torch.tensor([1]), torch.tensor([0, 1]).int(), torch.tensor([0, 5]).int(), 1.5  # type: ignore
+        torch.tensor([0]),
+        torch.tensor([1]),
+        torch.tensor([0, 1]).int(),
+        torch.tensor([0, 5]).int(),
+        1.5,  # type: ignore
     ),
     "pooled": fc.segment_pool(X),
 }

@@ -1,8 +1,8 @@
 """Tensors on a GPU: streams, graphs, sizes, hostile input, and every op against the reference on the CPU, bit for bit.
 
 ``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``triton``). ``--device cpu`` exercises the tests
-themselves on any machine (tests/support/on_device.py), ``--device cpu --emulated 0`` with the CUDA kernels in the emulator.
-``-k short`` is what compute-sanitizer has time for.
+themselves on any machine (tests/support/on_device.py); ``--device cpu --emulated 0`` does so with the CUDA kernels in
+the emulator. ``-k short`` is what compute-sanitizer has time for.
 """
 
 from __future__ import annotations

@@ -8,21 +8,18 @@ import subprocess
 import sys
 from pathlib import Path
 
+import matplotlib.image as matplotlib_image
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("soxr")
-pytest.importorskip("tqdm")
-matplotlib_image = pytest.importorskip("matplotlib.image")
-
-import fastcompress as fc  # noqa: E402
-from fastcompress.audio import log_mel  # noqa: E402
-from fastcompress.cli.main import main  # noqa: E402
-from fastcompress.inspection import picture  # noqa: E402
-from fastcompress.inspection.table import LOG_MEL_RULES, LogMel, inspect_audio, white_noise  # noqa: E402
-from tests.support import ROOT  # noqa: E402
+import fastcompress as fc
+from fastcompress.audio import log_mel
+from fastcompress.cli.main import main
+from fastcompress.inspection import picture
+from fastcompress.inspection.table import LOG_MEL_RULES, LogMel, inspect_audio, white_noise
+from tests.support import ROOT
 
 SPEECH = ROOT / "assets" / "speech" / "rainbow.wav"
 SAMPLES = 70_717  # 4.42 s: 441 frames
@@ -176,8 +173,10 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
     (file,) = json.loads((tmp_path / "new" / "a.json").read_text())
     assert (file["path"], file["frame_rate"], file["frame_width"]) == (str(SPEECH), 100.0, 80)
     speech, on_noise = file["results"]
-    cells = [[str(r["tokens"]), f"{r['ratio']:.2f}", f"{r['tokens_per_second']:.1f}", f"{r['milliseconds']:.2f}"]
-             for r in (speech, on_noise)]  # fmt: skip
+    cells = [
+        [str(r["tokens"]), f"{r['ratio']:.2f}", f"{r['tokens_per_second']:.1f}", f"{r['milliseconds']:.2f}"]
+        for r in (speech, on_noise)
+    ]
     assert cells == [row[2:] for row in table_rows(out)]
     assert (speech["input"], on_noise["input"]) == ("audio", "white noise")
     assert "segments_seconds" not in on_noise
@@ -188,26 +187,29 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
     assert segments[-1, 1] == 4.41
 
 
-@pytest.mark.parametrize("arguments, message", [
-    ([], "the following arguments are required: FILE (see: fastcompress inspect --help)"),
-    (["a.wav", "--rule", "foo"], "unknown rule 'foo'; the rules are "),
-    (["a.wav", "--rule", "uniform:0"], "size must be at least 1, got 0"),
-    (["a.wav", "--rule", "local-max:size=3"], "has no field 'size'"),
-    ([SPEECH, "--rule", "label-change"], "label-change needs a label a frame, which an audio file does not give"),
-    (["a.wav", "--start", "-1"], "argument --start: '-1' is not a time in seconds"),
-    (["a.wav", "--start", "soon"], "argument --start: 'soon' is not a time in seconds"),
-    (["a.wav", "--seconds", "0"], "argument --seconds: must be more than 0 seconds"),
-    (["a.wav", "--seconds", "nan"], "argument --seconds: 'nan' is not a time in seconds"),
-    (["a.wav", "b.wav", "--png", "x.png"], "--png x.png: one picture for 2 files; name a folder instead"),
-    (["a/x.wav", "b/x.flac", "--png", "out"], "a/x.wav and b/x.flac would both be drawn to out"),
-    (["a.wav", "--png", SPEECH], "neither a folder nor a .png file"),
-    (["missing.wav"], "missing.wav: no such file or directory"),
-    ([SPEECH, "--json", ROOT], "is a directory"),
-    ([SPEECH, "--json", SPEECH / "a.json"], "a.json: not a directory"),
-    ([SPEECH, "--png", SPEECH / "a.png"], "a.png: not a directory"),
-    ([SPEECH, "--encoder", "nowhere"], "nowhere: no such folder"),
-    ([SPEECH, "--start", "5", "--png", "x.png"], "the picture starts at 5 s, but the audio is from 0 to 4.42 s"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "the following arguments are required: FILE (see: fastcompress inspect --help)"),
+        (["a.wav", "--rule", "foo"], "unknown rule 'foo'; the rules are "),
+        (["a.wav", "--rule", "uniform:0"], "size must be at least 1, got 0"),
+        (["a.wav", "--rule", "local-max:size=3"], "has no field 'size'"),
+        ([SPEECH, "--rule", "label-change"], "label-change needs a label a frame, which an audio file does not give"),
+        (["a.wav", "--start", "-1"], "argument --start: '-1' is not a time in seconds"),
+        (["a.wav", "--start", "soon"], "argument --start: 'soon' is not a time in seconds"),
+        (["a.wav", "--seconds", "0"], "argument --seconds: must be more than 0 seconds"),
+        (["a.wav", "--seconds", "nan"], "argument --seconds: 'nan' is not a time in seconds"),
+        (["a.wav", "b.wav", "--png", "x.png"], "--png x.png: one picture for 2 files; name a folder instead"),
+        (["a/x.wav", "b/x.flac", "--png", "out"], "a/x.wav and b/x.flac would both be drawn to out"),
+        (["a.wav", "--png", SPEECH], "neither a folder nor a .png file"),
+        (["missing.wav"], "missing.wav: no such file or directory"),
+        ([SPEECH, "--json", ROOT], "is a directory"),
+        ([SPEECH, "--json", SPEECH / "a.json"], "a.json: not a directory"),
+        ([SPEECH, "--png", SPEECH / "a.png"], "a.png: not a directory"),
+        ([SPEECH, "--encoder", "nowhere"], "nowhere: no such folder"),
+        ([SPEECH, "--start", "5", "--png", "x.png"], "the picture starts at 5 s, but the audio is from 0 to 4.42 s"),
+    ],
+)
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
@@ -239,9 +241,16 @@ def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):
     assert run(capsys, *bad)[0] == 2
 
 
-@pytest.mark.parametrize("module, extra", [
-    ("soundfile", "audio"), ("soxr", "audio"), ("tqdm", "audio"), ("matplotlib", "audio"), ("transformers", "encoders"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "module, extra",
+    [
+        ("soundfile", "audio"),
+        ("soxr", "audio"),
+        ("tqdm", "audio"),
+        ("matplotlib", "audio"),
+        ("transformers", "encoders"),
+    ],
+)
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, tmp_path, module, extra):
     for name in list(sys.modules):
         if name.partition(".")[0] == module or name in ("fastcompress.audio", "fastcompress.inspection.table"):
@@ -326,9 +335,14 @@ def test_a_waveform_encoder_is_run_in_pieces(tmp_path):
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.Wav2Vec2Config(
-        hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, conv_dim=(8,) * 7,
-        num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=2,
-    )  # fmt: skip
+        hidden_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        conv_dim=(8,) * 7,
+        num_conv_pos_embeddings=16,
+        num_conv_pos_embedding_groups=2,
+    )
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "wav2vec2")
     transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "wav2vec2")
     encoder = fc.inspection.Encoder(tmp_path / "wav2vec2")

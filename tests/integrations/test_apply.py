@@ -9,16 +9,14 @@ import threading
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastcompress as fc
+from fastcompress.integrations import transformers as integration
+from fastcompress.integrations.transformers import FAMILIES, REFUSED, apply_to, load_compressor, revert
 from tests.integrations.test_dynamic import GREEDY, batch, grads, largest, make
 from tests.support import audio_llms
-
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.integrations import transformers as integration  # noqa: E402
-from fastcompress.integrations.transformers import FAMILIES, REFUSED, apply_to, load_compressor, revert  # noqa: E402
 
 
 class Gate(nn.Module):
@@ -107,10 +105,14 @@ def test_modules_that_return_something_else():
 
     for function, before, error, text in (
         (lambda rows, cu: rows, False, TypeError, "such as a fastcompress.Pooled, got Tensor"),
-        (lambda rows, cu: fc.segment_pool(rows, rule="uniform:2"), False, ValueError,
-         "as many audios as it was given, 3, got 1"),
+        (
+            lambda rows, cu: fc.segment_pool(rows, rule="uniform:2"),
+            False,
+            ValueError,
+            "as many audios as it was given, 3, got 1",
+        ),
         (longer, True, ValueError, "compressor must not return more rows than it was given, [10, 4, 8]"),
-    ):  # fmt: skip
+    ):
         apply_to(model, Odd(function), before_projector=before)
         with pytest.raises(error, match=re.escape(text)):
             model(**inputs)
@@ -309,7 +311,7 @@ def test_bad_input():
         ({"position_ids": torch.zeros_like(inputs["input_ids"])}, ValueError, "position_ids cannot be given"),
         ({"attention_mask": torch.ones(3, 1, 21, 21)}, ValueError, "must have the shape of input_ids, [3, 21], got"),
         ({"inputs_embeds": torch.zeros(3, 21, 32)}, ValueError, "inputs_embeds excludes input_ids"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=re.escape(text)):
             model(**inputs | more)
     unexpanded = {k: v[:1] for k, v in inputs.items()}
@@ -448,9 +450,13 @@ def test_caches():
 def peft_prefix(model: nn.Module) -> nn.Module:
     peft = pytest.importorskip("peft")
     config = peft.PrefixTuningConfig(
-        task_type="CAUSAL_LM", num_virtual_tokens=3, num_layers=2, token_dim=16, num_attention_heads=2,
+        task_type="CAUSAL_LM",
+        num_virtual_tokens=3,
+        num_layers=2,
+        token_dim=16,
+        num_attention_heads=2,
         num_transformer_submodules=1,
-    )  # fmt: skip
+    )
     return peft.get_peft_model(model, config)
 
 

@@ -9,12 +9,9 @@ import pytest
 import torch
 
 import fastcompress as fc
+from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, revert
 from tests.integrations.test_dynamic import GREEDY, batch, make
 from tests.support import audio_llms
-
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, revert  # noqa: E402
 
 NAMES = tuple(name for name, family in FAMILIES.items() if family.budget is not None)
 #: Of several windows where a family cuts audio.

@@ -7,14 +7,12 @@ import re
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 import fastcompress as fc
+from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
 from tests.support import audio_llms
-
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.integrations.transformers import FAMILIES, apply_to, revert  # noqa: E402
 
 NAMES = tuple(audio_llms.FAMILIES)
 BEFORE_PROJECTOR = tuple(name for name in NAMES if not FAMILIES[name].why_not_before)
@@ -278,12 +276,14 @@ def test_generation_settings(name):
         settings = {
             "static": {"cache_implementation": "static"},
             "total": {"max_length": ids.shape[1] + 5, "max_new_tokens": None},
-            "config": {"generation_config": transformers.GenerationConfig(max_length=ids.shape[1] + 5, do_sample=False),
-                       "max_new_tokens": None},
+            "config": {
+                "generation_config": transformers.GenerationConfig(max_length=ids.shape[1] + 5, do_sample=False),
+                "max_new_tokens": None,
+            },
             "at least": {"min_length": ids.shape[1] + 5},
             "penalty": {"repetition_penalty": 1.3},
             "details": {"return_dict_in_generate": True, "output_scores": True},
-        }  # fmt: skip
+        }
         for key, more in settings.items():
             stock[key] = model.generate(**inputs, **{k: v for k, v in (GREEDY | more).items() if v is not None})
         apply_to(model, "uniform:1")

@@ -10,21 +10,17 @@ from pathlib import Path
 import pytest
 import torch
 
-pytest.importorskip("transformers")
-
-import fastcompress as fc  # noqa: E402
-from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
-from fastcompress.lalm.loading import RunError, _load_adapter, load_model, set_compression  # noqa: E402
-from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
-from fastcompress.training import logs  # noqa: E402
-from fastcompress.training.examples import Examples  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.runs import Run  # noqa: E402
-from fastcompress.training.settings import RunSettings  # noqa: E402
-from tests.lalm.test_model import batch, build  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+import fastcompress as fc
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
+from fastcompress.lalm.loading import RunError, _load_adapter, load_model, set_compression
+from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.training import logs
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.runs import Run
+from fastcompress.training.settings import RunSettings
+from tests.lalm.test_model import batch, build
+from tests.support.lalm_data import write_tones
 
 
 def learned(**options) -> FastCompressForConditionalGeneration:

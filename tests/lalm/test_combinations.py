@@ -14,17 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
-from fastcompress.lalm.encoders import WAVEFORM, WHISPER  # noqa: E402
-from fastcompress.ops.segment_reduce import REDUCTIONS  # noqa: E402
-from tests.lalm.test_model import AUDIO, TEXT, WAVE, WINDOW  # noqa: E402
-from tests.lalm.test_model import WHISPER as WHISPER_OPTIONS  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
+from fastcompress.lalm.encoders import WAVEFORM, WHISPER
+from fastcompress.ops.segment_reduce import REDUCTIONS
+from tests.lalm.test_model import AUDIO, TEXT, WAVE, WINDOW
+from tests.lalm.test_model import WHISPER as WHISPER_OPTIONS
 
 MELS = 16
 NO_DROPOUT = dict.fromkeys(
@@ -111,9 +108,13 @@ def draw_decoder_sizes(g: random.Random, decoder: str) -> dict[str, int]:
         return {"hidden_size": heads * size, "num_hidden_layers": layers}
     shared = g.choice([count for count in (1, 2, 3, 4, 6) if heads % count == 0])
     return {
-        "hidden_size": heads * size, "num_hidden_layers": layers, "num_attention_heads": heads,
-        "num_key_value_heads": shared, "head_dim": size, "intermediate_size": g.choice([16, 48]),
-    }  # fmt: skip
+        "hidden_size": heads * size,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": shared,
+        "head_dim": size,
+        "intermediate_size": g.choice([16, 48]),
+    }
 
 
 def draw(number: int) -> Combination:

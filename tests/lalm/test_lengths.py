@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from tests.lalm.test_model import batch, build  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from tests.lalm.test_model import batch, build
 
 
 @pytest.mark.parametrize("rule", [None, "uniform:3"])

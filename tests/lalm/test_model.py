@@ -9,21 +9,26 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
-from fastcompress.lalm.encoders import WAVEFORM, encode  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
+from fastcompress.lalm.encoders import WAVEFORM, encode
 
 AUDIO = 60  # not in the decoder's table
 WINDOW = 100  # mel frames
 TEXT = {
-    "vocab_size": 60, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+    "vocab_size": 60,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
 WHISPER = {
     "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_layers": 1,
     "num_mel_bins": 16, "max_source_positions": WINDOW // 2, "vocab_size": 4, "pad_token_id": 0, "bos_token_id": 1,
@@ -125,7 +130,9 @@ def test_a_decoder_that_cannot_be_packed_runs_padded():
     audio = transformers.AutoConfig.for_model("whisper", **WHISPER)
     torch.manual_seed(0)
     with pytest.warns(UserWarning, match="the decoder runs padded: mamba cannot run packed"):
-        model = FastCompressForConditionalGeneration(FastCompressConfig(audio, config, "uniform:3", audio_token_id=AUDIO)).eval()
+        model = FastCompressForConditionalGeneration(
+            FastCompressConfig(audio, config, "uniform:3", audio_token_id=AUDIO)
+        ).eval()
     full = batch()
     whole, parts = model(**full), [model(**part) for part in samples(full)]
     torch.testing.assert_close(whole.logits, torch.cat([p.logits for p in parts], 1), rtol=1e-4, atol=1e-4)
@@ -202,7 +209,9 @@ def test_padding_as_whisper_pads():
     extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     samples = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
     stock = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features  # padded to a second
-    short = extractor(samples, sampling_rate=16000, padding="longest", truncation=False, return_tensors="pt").input_features
+    short = extractor(
+        samples, sampling_rate=16000, padding="longest", truncation=False, return_tensors="pt"
+    ).input_features
     model = build()
     assert stock.shape[2] == WINDOW and short.shape[2] == 50
     expected = model.audio_tower(stock).last_hidden_state[:, :24]
@@ -254,7 +263,9 @@ def test_masked_encoder():
         activation_dropout=0.0, attention_dropout=0.0, dropout_positions=0.0,
     )  # fmt: skip
     text = transformers.AutoConfig.for_model("qwen2", **TEXT)
-    model = FastCompressForConditionalGeneration(FastCompressConfig(config, text, "uniform:2", audio_token_id=AUDIO)).eval()
+    model = FastCompressForConditionalGeneration(
+        FastCompressConfig(config, text, "uniform:2", audio_token_id=AUDIO)
+    ).eval()
     full = batch()
     frames, lengths = model.encode(full["input_features"], full["feature_attention_mask"])
     alone, length = model.encode(full["input_features"][:1, :, :70], torch.ones(1, 70))
@@ -375,14 +386,26 @@ def test_trainer(tmp_path: Path):
         ids = torch.nn.utils.rnn.pad_sequence([item["input_ids"] for item in items], batch_first=True)
         mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(i["input_ids"]) for i in items], batch_first=True)
         audio = [item["input_features"] for item in items if "input_features" in item]
-        found = {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill((mask == 0) | (ids == AUDIO), -100)}
+        found = {
+            "input_ids": ids,
+            "attention_mask": mask,
+            "labels": ids.masked_fill((mask == 0) | (ids == AUDIO), -100),
+        }
         return found | ({"input_features": torch.stack(audio)} if audio else {})
 
     arguments = transformers.TrainingArguments(
-        output_dir=str(tmp_path), per_device_train_batch_size=2, max_steps=3, learning_rate=1e-3, report_to=[],
-        use_cpu=True, remove_unused_columns=False, save_strategy="steps", save_steps=3, disable_tqdm=True,
+        output_dir=str(tmp_path),
+        per_device_train_batch_size=2,
+        max_steps=3,
+        learning_rate=1e-3,
+        report_to=[],
+        use_cpu=True,
+        remove_unused_columns=False,
+        save_strategy="steps",
+        save_steps=3,
+        disable_tqdm=True,
         gradient_accumulation_steps=2,
-    )  # fmt: skip
+    )
     result = transformers.Trainer(model=model, args=arguments, train_dataset=data, data_collator=collate).train()
     assert 0 < result.training_loss < 20 and not torch.equal(model.projector.weight, before)
     loaded = FastCompressForConditionalGeneration.from_pretrained(tmp_path / "checkpoint-3")
@@ -426,8 +449,13 @@ def test_what_generate_can_return():
     full = batch()
     del full["labels"]
     out = model.generate(
-        **full, max_new_tokens=3, num_beams=2, num_return_sequences=2, return_dict_in_generate=True, output_scores=True,
+        **full,
+        max_new_tokens=3,
+        num_beams=2,
+        num_return_sequences=2,
+        return_dict_in_generate=True,
+        output_scores=True,
         eos_token_id=None,
-    )  # fmt: skip
+    )
     assert out.sequences.shape == (6, 8) and len(out.scores) == 3
     assert torch.equal(out.sequences[:, :5], full["input_ids"].repeat_interleave(2, 0))

@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration  # noqa: E402
-from fastcompress.lalm.dtypes import part_dtypes  # noqa: E402
-from fastcompress.lalm.encoders import build_encoder, encode  # noqa: E402
-from fastcompress.lalm.loading import load_model  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_small  # noqa: E402
-from tests.lalm.test_combinations import ENCODERS  # noqa: E402
-from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
+from fastcompress.lalm.dtypes import part_dtypes
+from fastcompress.lalm.encoders import build_encoder, encode
+from fastcompress.lalm.loading import load_model
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_small
+from tests.lalm.test_combinations import ENCODERS
+from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch
+from tests.support.lalm_data import write_tones
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.filterwarnings("ignore:the decoder runs padded"),
 ]
 

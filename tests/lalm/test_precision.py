@@ -8,23 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from accelerate.state import AcceleratorState
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from accelerate.state import AcceleratorState  # noqa: E402
-
-from fastcompress.lalm.loading import load_model  # noqa: E402
-from fastcompress.lalm.lora import add_lora, unwrap  # noqa: E402
-from fastcompress.training.examples import Examples  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_tokenizer  # noqa: E402
-from fastcompress.training.runs import Run  # noqa: E402
-from fastcompress.training.settings import RunSettings  # noqa: E402
-from tests.lalm.test_model import TEXT, WHISPER, batch, build  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm.loading import load_model
+from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_tokenizer
+from fastcompress.training.runs import Run
+from fastcompress.training.settings import RunSettings
+from tests.lalm.test_model import TEXT, WHISPER, batch, build
+from tests.support.lalm_data import write_tones
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +49,15 @@ def one_precision() -> Iterator[None]:
 
 def settings(folder: Path, **more: Any) -> RunSettings:
     values = {
-        "train": str(folder / "train.jsonl"), "audio_model": str(folder / "audio"), "text_model": str(folder / "text"),
-        "steps": 3, "batch_size": 2, "warmup_steps": 0, "log_every": 1, "save_every": 0,
-    }  # fmt: skip
+        "train": str(folder / "train.jsonl"),
+        "audio_model": str(folder / "audio"),
+        "text_model": str(folder / "text"),
+        "steps": 3,
+        "batch_size": 2,
+        "warmup_steps": 0,
+        "log_every": 1,
+        "save_every": 0,
+    }
     return RunSettings.from_flat(values | more)
 
 

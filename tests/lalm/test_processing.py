@@ -10,13 +10,10 @@ import numpy as np
 import pytest
 import soundfile
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.lalm import FastCompressConfig, FastCompressProcessor  # noqa: E402
-from fastcompress.training.recipes import MOST_WORDS, PIECES, build_tokenizer  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm import FastCompressConfig, FastCompressProcessor
+from fastcompress.training.recipes import MOST_WORDS, PIECES, build_tokenizer
 
 A = "<|audio|>"
 TEMPLATE = "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }} {% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
@@ -36,7 +33,9 @@ def noise(seconds: float, seed: int = 0) -> np.ndarray:
 
 def test_text_and_audio():
     p = processor()
-    inputs = p([f"{A} what", "is", f"this {A} {A}"], audio=[noise(1.0), noise(0.5, 1), noise(2.0, 2)], sampling_rate=16000)
+    inputs = p(
+        [f"{A} what", "is", f"this {A} {A}"], audio=[noise(1.0), noise(0.5, 1), noise(2.0, 2)], sampling_rate=16000
+    )
     ids = inputs["input_ids"]
     assert (ids == p.audio_token_id).sum(1).tolist() == [1, 0, 2]
     assert inputs["attention_mask"].sum(1).tolist() == [2, 1, 3]
@@ -81,13 +80,19 @@ def test_conversations(tmp_path: Path):
     p = processor(template=TEMPLATE)
     path = tmp_path / "a.wav"
     soundfile.write(path, noise(0.5), 8000)
-    talk = [{"role": "user", "content": [{"type": "audio", "audio": str(path)}, {"type": "text", "text": " what is this"}]}]
+    talk = [
+        {"role": "user", "content": [{"type": "audio", "audio": str(path)}, {"type": "text", "text": " what is this"}]}
+    ]
     assert p.apply_chat_template(talk) == f"[user] {A} what is this "
-    assert p.apply_chat_template([talk, talk], add_generation_prompt=True) == [f"[user] {A} what is this [assistant]"] * 2
+    assert (
+        p.apply_chat_template([talk, talk], add_generation_prompt=True) == [f"[user] {A} what is this [assistant]"] * 2
+    )
     inputs = p.apply_chat_template(talk, tokenize=True, add_generation_prompt=True)
     assert inputs["input_features"].shape[2] == 100  # a second, resampled
     text = [{"role": "user", "content": "what"}]
-    assert p.apply_chat_template(text, tokenize=True, return_dict=False).tolist() == [p.tokenizer("[user] what").input_ids]
+    assert p.apply_chat_template(text, tokenize=True, return_dict=False).tolist() == [
+        p.tokenizer("[user] what").input_ids
+    ]
     wrong = [{"role": "user", "content": [{"type": "image"}]}]
     with pytest.raises(ValueError, match="a content must be audio or text, got 'image'"):
         p.apply_chat_template(wrong)
@@ -119,7 +124,9 @@ def test_tokenizers():
     few = build_tokenizer(["drei vier", "vier fünf"])
     assert len(few) == 4 + 3 and few.decode(few("fünf drei").input_ids) == "fünf drei"
     assert few("sechs").input_ids == [few.unk_token_id]
-    texts = [f"{a}und{b}" for a in ("ein", "zwei", "drei", "vier", "fünf") for b in (f"x{i}y" for i in range(MOST_WORDS))]
+    texts = [
+        f"{a}und{b}" for a in ("ein", "zwei", "drei", "vier", "fünf") for b in (f"x{i}y" for i in range(MOST_WORDS))
+    ]
     many = build_tokenizer(texts)
     assert len(many) == PIECES
     for text in (texts[7], f"{texts[3]} {texts[11]}"):

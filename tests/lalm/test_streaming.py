@@ -15,30 +15,25 @@ from typing import Any
 
 import numpy as np
 import pytest
+import soundfile
 import torch
 
-soundfile = pytest.importorskip("soundfile")
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from fastcompress.audio import load_audio  # noqa: E402
-from fastcompress.cli import transcribe as cli_transcribe  # noqa: E402
-from fastcompress.cli.main import main  # noqa: E402
-from fastcompress.lalm import (  # noqa: E402
+from fastcompress.audio import load_audio
+from fastcompress.cli import transcribe as cli_transcribe
+from fastcompress.cli.main import main
+from fastcompress.lalm import (
     FastCompressConfig,
     FastCompressForConditionalGeneration,
     FastCompressProcessor,
     add_lora,
 )
-from fastcompress.lalm.loading import load_model  # noqa: E402
-from fastcompress.lalm.streaming import HOP, LOOK_AHEAD, StreamingTranscriber, average_lagging, quietest  # noqa: E402
-from fastcompress.training.evaluation import transcribe  # noqa: E402
-from fastcompress.training.examples import Examples  # noqa: E402
-from fastcompress.training.manifest import Utterance, read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_tokenizer  # noqa: E402
-from tests.support import ROOT  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm.loading import load_model
+from fastcompress.lalm.streaming import HOP, LOOK_AHEAD, StreamingTranscriber, average_lagging, quietest
+from fastcompress.training.evaluation import transcribe
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import Utterance, read_manifest
+from fastcompress.training.recipes import build_tokenizer
+from tests.support import ROOT
 
 ASSETS = ROOT / "assets"
 DIGITS = [ASSETS / "digits" / f"{i}.wav" for i in range(10)]
@@ -322,9 +317,16 @@ def test_an_encoder_of_samples_and_lora():
         num_conv_pos_embedding_groups=2, feat_extract_norm="layer", do_stable_layer_norm=True,
     )  # fmt: skip
     text = transformers.Qwen2Config(
-        vocab_size=8, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=64, bos_token_id=1, eos_token_id=2, pad_token_id=0,
-    )  # fmt: skip
+        vocab_size=8,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        intermediate_size=64,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=0,
+    )
     torch.manual_seed(0)
     config = FastCompressConfig(audio, text, "threshold:0.001", audio_token_id=processor.audio_token_id)
     model = add_lora(FastCompressForConditionalGeneration(config), rank=2)
@@ -333,9 +335,11 @@ def test_an_encoder_of_samples_and_lora():
             torch.nn.init.normal_(weights, std=0.5)
     samples = np.random.default_rng(0).standard_normal(3 * RATE).astype(np.float32)
     wanted = transcribe(
-        model, Examples([Utterance(None, "", "", 3.0, samples=(samples, RATE))], processor), max_new_tokens=6,
+        model,
+        Examples([Utterance(None, "", "", 3.0, samples=(samples, RATE))], processor),
+        max_new_tokens=6,
         do_sample=False,
-    )[0][0]  # fmt: skip
+    )[0][0]
     assert stream(model, processor, chunked(samples, 0), look_ahead=3, max_new_tokens=6).text == wanted != ""
     assert StreamingTranscriber(model, processor)._window == 30 * RATE
     long = np.tile(samples, 3)

@@ -79,9 +79,7 @@ def test_same_bits_as_reference(dtype: torch.dtype, width: int, kind: str):
     d = fc.adjacent_distance(batch.x, **batch.layout)
     assert_same_bits(d, reference(batch.x, batch.layout), "d")
     grad = random_grad(d)
-    assert_same_bits(
-        gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient"
-    )
+    assert_same_bits(gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient")
 
 
 @pytest.mark.parametrize("lag", LAGS)
@@ -121,9 +119,7 @@ def test_same_bits_as_reference_on_wide_rows(dtype: torch.dtype, width: int):
     d = fc.adjacent_distance(batch.x, **batch.layout)
     assert_same_bits(d, reference(batch.x, batch.layout), "d")
     grad = random_grad(d)
-    assert_same_bits(
-        gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient"
-    )
+    assert_same_bits(gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient")
 
 
 @pytest.mark.parametrize("width", (1, 33, 64))

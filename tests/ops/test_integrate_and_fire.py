@@ -307,7 +307,7 @@ def test_nothing():
         ({"cu_seqlens": torch.tensor([0, 9])}, ValueError, "cu_seqlens"),
         ({"x": torch.zeros(5)}, ValueError, "x must have shape [N, D] or [B, T, D], got [5]"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(change: dict, error: type[Exception], message: str):
     arguments = {"x": torch.randn(5, 2), "alpha": torch.rand(5)} | change
     with pytest.raises(error, match=re.escape(message)):

@@ -55,11 +55,16 @@ def work(dtype: torch.dtype) -> dict[str, Call]:
         "integrate_and_fire": Call(fc.integrate_and_fire, {"x": x, "alpha": alpha}, ("x", "alpha")),
         "pack": Call(
             fc.pack,
-            {"input_ids": rows % 9, "embedding": x[:9], "row_group": (rows == 9).int(), "audio": x,
-             "audio_cu_seqlens": cu},
+            {
+                "input_ids": rows % 9,
+                "embedding": x[:9],
+                "row_group": (rows == 9).int(),
+                "audio": x,
+                "audio_cu_seqlens": cu,
+            },
             ("embedding", "audio"),
         ),
-    }  # fmt: skip
+    }
 
 
 def pages(field: int) -> int:
@@ -112,9 +117,11 @@ def starve_all(dtype: str, threads: int) -> None:
 def test_out_of_memory_in_the_middle(dtype: str, threads: int):
     # Blocks of 64 KiB on are mapped, and given back when they are freed.
     environment = os.environ | {
-        "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)), "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
-        "MALLOC_ARENA_MAX": "1", "OMP_WAIT_POLICY": "passive",
-    }  # fmt: skip
+        "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
+        "MALLOC_MMAP_THRESHOLD_": str(64 << 10),
+        "MALLOC_ARENA_MAX": "1",
+        "OMP_WAIT_POLICY": "passive",
+    }
     code = f"import tests.ops.test_memory as t; t.starve_all({dtype!r}, {threads})"
     done = subprocess.run(
         [sys.executable, "-X", "faulthandler", "-c", code], cwd=ROOT, env=environment, capture_output=True, text=True

@@ -86,7 +86,6 @@ def samples() -> Iterator[Any]:
             yield sample("integrate_rows", f"{short}-divided={divisors is not None}", *leaves, divisors, *TOKENS)
         yield sample("integrate_rows_backward", short, slopes, rows, *scalars, *TOKENS)
 
-
     groups = torch.tensor([[0, 1, 1, 0, 2, -1], [2, 0, 0, 3, -1, -1]]).int()
     cu, labels = torch.tensor([0, 2, 2, 3, 5]), torch.arange(12).view(2, 6)
     for compact in (True, False):

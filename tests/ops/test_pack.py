@@ -353,9 +353,14 @@ def test_unpack_is_the_inverse(side):
     audio = torch.randn(int(case["audio_cu_seqlens"][-1]), 6)
     for compact in (True, False):
         packed = fc.pack(
-            case["ids"], table, audio, audio_cu_seqlens=case["audio_cu_seqlens"], placeholder=AUDIO, compact=compact,
+            case["ids"],
+            table,
+            audio,
+            audio_cu_seqlens=case["audio_cu_seqlens"],
+            placeholder=AUDIO,
+            compact=compact,
             **case["kwargs"],
-        )  # fmt: skip
+        )
         padded, mask = packed.unpack(side=side)
         lengths = case["counts"].diff().tolist()
         assert padded.shape == (4, max(lengths), 6) and mask.sum(1).tolist() == lengths

@@ -145,9 +145,13 @@ def test_padded(rule: fc.Rule):
 
 @settings(max_examples=60, deadline=None)
 @given(
-    st.integers(0, 40), st.integers(1, 5), st.integers(1, 4), st.integers(0, 4), st.integers(0, 1000),
+    st.integers(0, 40),
+    st.integers(1, 5),
+    st.integers(1, 4),
+    st.integers(0, 4),
+    st.integers(0, 1000),
     st.sampled_from(["iid", "ties", "nan"]),
-)  # fmt: skip
+)
 def test_lookback_over_everything(rows: int, width: int, shortest: int, more: int, seed: int, kind: str):
     rule = fc.Lookback(width, 0.5, min_len=shortest, max_len=None if more == 0 else shortest + more)
     d = distances(kind, rows, width, torch.float64, seed)
@@ -410,8 +414,11 @@ def test_bad_calls():
     for call, error, message in (
         (lambda: fc.segment_pool(x, rule=fc.LabelChange()), ValueError, "labels go with LabelChange, which needs them"),
         (lambda: fc.segment_pool(x, rule="top-k:2", labels=torch.zeros(5).long()), ValueError, "labels go with"),
-        (lambda: fc.segment_pool(x, rule="label-change", labels=torch.zeros(4).long()), ValueError,
-         "labels must have shape [5], one a row, got [4]"),
+        (
+            lambda: fc.segment_pool(x, rule="label-change", labels=torch.zeros(4).long()),
+            ValueError,
+            "labels must have shape [5], one a row, got [4]",
+        ),
         (lambda: fc.segment_pool(x, rule="label-change", labels=torch.zeros(5)), TypeError, "labels must be integers"),
         (lambda: fc.select_boundaries(None, "label-change", labels=[1, 2]), TypeError, "labels must be a tensor"),
         (lambda: fc.select_boundaries(d, fc.Lookback(2, 0.5)), ValueError, "d must have shape [..., 2], a lag each"),
@@ -419,7 +426,7 @@ def test_bad_calls():
         (lambda: fc.select_boundaries(d, "top-k:2", lengths=torch.tensor([5])), ValueError, "lengths goes with padded"),
         (lambda: fc.select_boundaries(d, "top-k:2", cu_seqlens=torch.tensor([0, 9])), ValueError, "cu_seqlens"),
         (lambda: fc.normalize_distance(torch.zeros(3).long()), TypeError, "d must be"),
-    ):  # fmt: skip
+    ):
         with pytest.raises(error, match=re.escape(message)):
             call()
 

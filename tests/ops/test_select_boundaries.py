@@ -364,9 +364,13 @@ def test_ids_counts_and_seconds(case: tuple[Batch, fc.Segments], compact: bool):
     if not compact:  # an empty tail changes nothing but the shapes
         tail = segments.starts.new_full((4,), segments.num_rows)
         segments = fc.Segments(
-            torch.cat([segments.starts, tail]), torch.cat([segments.lengths, tail * 0]), segments.cu_segments,
-            segments.frame_cu_seqlens, segments.num_rows, segments.padded_length,
-        )  # fmt: skip
+            torch.cat([segments.starts, tail]),
+            torch.cat([segments.lengths, tail * 0]),
+            segments.cu_segments,
+            segments.frame_cu_seqlens,
+            segments.num_rows,
+            segments.padded_length,
+        )
     ids, seconds, counts = [-1] * segments.num_rows, [], [0] * len(batch.sequences())
     for index, (start, length) in enumerate(as_parts(segments)[: int(segments.cu_segments[-1])]):
         ids[start : start + length] = [index] * length

@@ -25,12 +25,22 @@ DOCS = ROOT / "docs"
 FOLDERS = ("docs", "assets", "benchmarks", "examples", "experiments", "scripts", "tests")
 PAGES = [*ROOT.glob("*.md"), *sorted(page for folder in FOLDERS for page in (ROOT / folder).rglob("*.md"))]
 #: What a page's blocks need to be installed.
-REQUIREMENTS = {"wheels.md": "triton", "packing.md": "transformers", "speech.md": "transformers",
-                "integration.md": "transformers", "adding-a-rule.md": "numpy"}  # fmt: skip
+REQUIREMENTS = {
+    "wheels.md": "triton",
+    "packing.md": "transformers",
+    "speech.md": "transformers",
+    "integration.md": "transformers",
+    "adding-a-rule.md": "numpy",
+}
 NEEDS = re.compile(r"# needs (a GPU|a download: \S.*)\n")
 FENCE = re.compile(r"^```(.*)\n((?:.*\n)*?)^```$", re.MULTILINE)
-MODULES = ("fastcompress", "fastcompress.nn", "fastcompress.decoder", "fastcompress.lalm",
-           "fastcompress.integrations.transformers")  # fmt: skip
+MODULES = (
+    "fastcompress",
+    "fastcompress.nn",
+    "fastcompress.decoder",
+    "fastcompress.lalm",
+    "fastcompress.integrations.transformers",
+)
 
 
 def identify(path: Path) -> str:
@@ -237,12 +247,20 @@ def test_every_rule_is_in_the_guide():
         assert f"| [`{rule.__name__}`](api/fastcompress.md#fastcompress.{rule.__name__}) |" in text
 
 
-@pytest.mark.parametrize(("rule", "rows"), [
-    ("uniform:3", 40 // 3 + 2), ("local-max", 40 // 2 + 2), ("local-max:min_len=3", 40 // 3 + 2),
-    ("local-max:max_len=2", 42), ("local-max:min_len=2,max_len=2", 40 // 2 + 2),
-    ("threshold:0.5,min_len=3", 40 // 3 + 2), ("peak-height:min_len=4", 40 // 4 + 2), ("top-k:rate=2", 42),
-    ("lookback:2,threshold=0.3,min_len=4", 42),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("rule", "rows"),
+    [
+        ("uniform:3", 40 // 3 + 2),
+        ("local-max", 40 // 2 + 2),
+        ("local-max:min_len=3", 40 // 3 + 2),
+        ("local-max:max_len=2", 42),
+        ("local-max:min_len=2,max_len=2", 40 // 2 + 2),
+        ("threshold:0.5,min_len=3", 40 // 3 + 2),
+        ("peak-height:min_len=4", 40 // 4 + 2),
+        ("top-k:rate=2", 42),
+        ("lookback:2,threshold=0.3,min_len=4", 42),
+    ],
+)
 def test_upper_bounds_of_the_guide(rule: str, rows: int):
     x, cu_seqlens = torch.randn(40, 8), torch.tensor([0, 10, 40])
     assert len(fc.segment_pool(x, cu_seqlens=cu_seqlens, rule=rule, compact=False).values) == rows
@@ -272,10 +290,15 @@ def test_every_method_runs():
     g = torch.Generator().manual_seed(0)
     x = torch.randn(60, 8, generator=g).cumsum(0)  # frames that are alike
     names = {
-        "fc": fc, "torch": torch, "x": x, "keys": torch.randn(60, 4, generator=g),
-        "labels": torch.randint(0, 4, (60,), generator=g), "attention": torch.rand(60, generator=g),
-        "blank": torch.rand(60, generator=g), "alpha": torch.rand(60, generator=g),
-    }  # fmt: skip
+        "fc": fc,
+        "torch": torch,
+        "x": x,
+        "keys": torch.randn(60, 4, generator=g),
+        "labels": torch.randint(0, 4, (60,), generator=g),
+        "attention": torch.rand(60, generator=g),
+        "blank": torch.rand(60, generator=g),
+        "alpha": torch.rand(60, generator=g),
+    }
     rules = set()
     for _, code, _ in lines:
         for snippet in re.findall(r"`(fc\.[^`]+)`", code):

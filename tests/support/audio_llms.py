@@ -21,9 +21,15 @@ TEXT = {
     "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 WHISPER = {
-    "num_mel_bins": MELS, "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 32,
-    "max_source_positions": 50, "initializer_range": 0.3, "dropout": 0.0,
-}  # fmt: skip
+    "num_mel_bins": MELS,
+    "d_model": 24,
+    "encoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_dim": 32,
+    "max_source_positions": 50,
+    "initializer_range": 0.3,
+    "dropout": 0.0,
+}
 
 
 @dataclass(frozen=True)
@@ -46,9 +52,14 @@ def make(name: str, seed: int = 0) -> Any:
 
 
 def batch(
-    name: str, model: Any, sizes: Sequence[int | None] = (40, 9, 22), *, labels: bool = False, side: str = "left",
+    name: str,
+    model: Any,
+    sizes: Sequence[int | None] = (40, 9, 22),
+    *,
+    labels: bool = False,
+    side: str = "left",
     seed: int = 0,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """One sample for each size, an audio of so many frames (of 100) in it; ``None`` for a sample of text alone.
 
     Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
@@ -64,10 +75,14 @@ def batch(
     longest = max(map(len, rows))
 
     def padded(values: list[Tensor], value: int) -> Tensor:
-        return torch.stack([
-            torch.nn.functional.pad(v, (longest - len(v), 0) if side == "left" else (0, longest - len(v)), value=value)
-            for v in values
-        ])  # fmt: skip
+        return torch.stack(
+            [
+                torch.nn.functional.pad(
+                    v, (longest - len(v), 0) if side == "left" else (0, longest - len(v)), value=value
+                )
+                for v in values
+            ]
+        )
 
     found = {"input_ids": padded(rows, PAD), "attention_mask": padded([torch.ones_like(r) for r in rows], 0)}
     if labels:
@@ -80,10 +95,13 @@ def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
     kept = inputs["attention_mask"][index].bool()
     row = slice(index, index + 1)
     return {
-        key: value if isinstance(value, bool) else value[row, kept] if value.shape == inputs["input_ids"].shape
+        key: value
+        if isinstance(value, bool)
+        else value[row, kept]
+        if value.shape == inputs["input_ids"].shape
         else value[row]
         for key, value in inputs.items()
-    }  # fmt: skip
+    }
 
 
 def _mel(sizes: Sequence[int], width: int, bins: int = MELS) -> tuple[Tensor, Tensor]:
@@ -97,9 +115,10 @@ def _qwen2_audio() -> Any:
     from transformers import Qwen2AudioConfig, Qwen2AudioForConditionalGeneration
 
     config = Qwen2AudioConfig(
-        audio_config=WHISPER | {"model_type": "qwen2_audio_encoder"}, text_config=TEXT | {"model_type": "qwen2"},
+        audio_config=WHISPER | {"model_type": "qwen2_audio_encoder"},
+        text_config=TEXT | {"model_type": "qwen2"},
         audio_token_id=AUDIO,
-    )  # fmt: skip
+    )
     return Qwen2AudioForConditionalGeneration(config)
 
 
@@ -114,11 +133,19 @@ def _flamingo(music: bool) -> Any:
 
     name = "MusicFlamingo" if music else "AudioFlamingo3"
     config = getattr(transformers, f"{name}Config")(
-        audio_config={"num_mel_bins": MELS, "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2,
-                      "intermediate_size": 32, "max_source_positions": 50, "initializer_range": 0.3,
-                      "model_type": "audioflamingo3_encoder"},
-        text_config=TEXT | {"model_type": "qwen2"}, audio_token_id=AUDIO,
-    )  # fmt: skip
+        audio_config={
+            "num_mel_bins": MELS,
+            "hidden_size": 24,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "intermediate_size": 32,
+            "max_source_positions": 50,
+            "initializer_range": 0.3,
+            "model_type": "audioflamingo3_encoder",
+        },
+        text_config=TEXT | {"model_type": "qwen2"},
+        audio_token_id=AUDIO,
+    )
     return getattr(transformers, f"{name}ForConditionalGeneration")(config)
 
 
@@ -154,11 +181,19 @@ def _voxtral() -> Any:
     from transformers import VoxtralConfig, VoxtralForConditionalGeneration
 
     config = VoxtralConfig(
-        audio_config={"num_mel_bins": MELS, "hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2,
-                      "num_attention_heads": 2, "max_source_positions": 80, "initializer_range": 0.3,
-                      "model_type": "voxtral_encoder"},
-        text_config=TEXT | {"model_type": "llama"}, audio_token_id=AUDIO,
-    )  # fmt: skip
+        audio_config={
+            "num_mel_bins": MELS,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 2,
+            "max_source_positions": 80,
+            "initializer_range": 0.3,
+            "model_type": "voxtral_encoder",
+        },
+        text_config=TEXT | {"model_type": "llama"},
+        audio_token_id=AUDIO,
+    )
     return VoxtralForConditionalGeneration(config)
 
 
@@ -307,13 +342,23 @@ def _moss_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor],
 def _vibevoice() -> Any:
     from transformers import VibeVoiceAsrConfig, VibeVoiceAsrForConditionalGeneration
 
-    encoder = {"model_type": "vibevoice_acoustic_tokenizer_encoder", "num_filters": 4, "depths": [1, 1],
-               "downsampling_ratios": [4], "hidden_size": 16, "kernel_size": 3, "initializer_range": 0.3}  # fmt: skip
+    encoder = {
+        "model_type": "vibevoice_acoustic_tokenizer_encoder",
+        "num_filters": 4,
+        "depths": [1, 1],
+        "downsampling_ratios": [4],
+        "hidden_size": 16,
+        "kernel_size": 3,
+        "initializer_range": 0.3,
+    }
     config = VibeVoiceAsrConfig(
-        acoustic_tokenizer_encoder_config=dict(encoder), semantic_tokenizer_encoder_config=dict(encoder),
-        text_config=TEXT | {"model_type": "qwen2"}, audio_token_id=AUDIO, audio_bos_token_id=101,
+        acoustic_tokenizer_encoder_config=dict(encoder),
+        semantic_tokenizer_encoder_config=dict(encoder),
+        text_config=TEXT | {"model_type": "qwen2"},
+        audio_token_id=AUDIO,
+        audio_bos_token_id=101,
         audio_eos_token_id=102,
-    )  # fmt: skip
+    )
     return VibeVoiceAsrForConditionalGeneration(config)
 
 
@@ -359,9 +404,13 @@ def processor(name: str) -> Any:
     tokenizer = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
         padding_side="left",
-    )  # fmt: skip
+    )
     fast.add_tokens(["<audio>"], special_tokens=True)
     assert fast.convert_tokens_to_ids("<audio>") == AUDIO
     extractor = transformers.WhisperFeatureExtractor(feature_size=MELS, chunk_length=1)

@@ -1,7 +1,7 @@
 """Builds the library with CUDA kernels and reads what nvcc made of them: for tests/csrc/test_cuda_build.py.
 
-``python -m tests.support.cuda_build`` builds for every architecture and rewrites tests/csrc/cuda_resources.json, the table that the
-kernels are held to; ``python -m tests.support.cuda_build 90`` for one. No GPU is needed.
+``python -m tests.support.cuda_build`` builds for every architecture and rewrites tests/csrc/cuda_resources.json, the
+table that the kernels are held to; ``python -m tests.support.cuda_build 90`` builds for one. No GPU is needed.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """How long hypothesis looks: a few examples, always the same, or, with ``--fuzz-seconds``, others until time is up.
 
-A seed that found something is kept in ``tests/fuzz/seeds.json``, by test, and tried in each later run. What a seed draws
-changes with the strategies: it stands in for the test that is to be written of what it found, not for good.
+A seed that found something is kept in ``tests/fuzz/seeds.json``, by test, and tried in each later run. What a seed
+draws changes with the strategies: it stands in for the test that is to be written of what it found, not for good.
 """
 
 from __future__ import annotations

@@ -17,17 +17,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from fastcompress import files
+from fastcompress.training import checkpoints
+from fastcompress.training.checkpoints import CheckpointError
 from tests.support import ROOT
-
-pytest.importorskip("safetensors")
-
-from fastcompress import files  # noqa: E402
-from fastcompress.training import checkpoints  # noqa: E402
-from fastcompress.training.checkpoints import CheckpointError  # noqa: E402
-from tests.support.forking import in_fork  # noqa: E402
+from tests.support.forking import in_fork
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.timeout(120),
 ]

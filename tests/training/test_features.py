@@ -8,17 +8,12 @@ from typing import Any
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("jiwer")
-
-from fastcompress.training import examples as examples_module  # noqa: E402
-from fastcompress.training.evaluation import evaluate, transcribe  # noqa: E402
-from fastcompress.training.examples import EncodedExamples, Examples  # noqa: E402
-from fastcompress.training.manifest import Utterance, read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_small  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.training import examples as examples_module
+from fastcompress.training.evaluation import evaluate, transcribe
+from fastcompress.training.examples import EncodedExamples, Examples
+from fastcompress.training.manifest import Utterance, read_manifest
+from fastcompress.training.recipes import build_small
+from tests.support.lalm_data import write_tones
 
 
 @pytest.fixture

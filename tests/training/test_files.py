@@ -7,16 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
 
 import fastcompress as fc
-
-transformers = pytest.importorskip("transformers")
-
-from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration, add_lora  # noqa: E402
-from fastcompress.lalm.lora import lora_targets  # noqa: E402
-from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch, build  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration, add_lora
+from fastcompress.lalm.lora import lora_targets
+from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch, build
 
 
 @pytest.mark.parametrize("rule", [None, "local-max:order=2"])

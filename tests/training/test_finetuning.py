@@ -8,21 +8,19 @@ import subprocess
 import sys
 from pathlib import Path
 
+import peft
 import pytest
 import torch
+import transformers
 
+from fastcompress.cli import main as cli
+from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
+from fastcompress.training import finetuning
+from fastcompress.training.manifest import read_manifest
+from tests.integrations.test_apply import Gate
 from tests.integrations.test_dynamic import GREEDY, batch, grads, largest, make
 from tests.support import ROOT, audio_llms
 from tests.support.lalm_data import write_tones
-
-transformers = pytest.importorskip("transformers")
-peft = pytest.importorskip("peft")
-
-from fastcompress.cli import main as cli  # noqa: E402
-from fastcompress.integrations.transformers import FAMILIES, apply_to, revert  # noqa: E402
-from fastcompress.training import finetuning  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from tests.integrations.test_apply import Gate  # noqa: E402
 
 NAMES = tuple(audio_llms.FAMILIES)
 TARGETS = r".*language_model.*\.(q_proj|v_proj|down_proj)"
@@ -220,15 +218,18 @@ def test_pipeline(name):
     handle = decoder.register_forward_pre_hook(
         lambda _, args, kwargs: seen.append(x.shape[1]) if (x := kwargs.get("inputs_embeds")) is not None else None,
         with_kwargs=True,
-    )  # fmt: skip
+    )
     pipe = transformers.pipeline("any-to-any", model=model, processor=processor)
     out = pipe([{"role": "user", "content": content}], max_new_tokens=4, return_full_text=False)
     handle.remove()
     assert isinstance(out[0]["generated_text"], str) and out[0]["generated_text"]
     inputs = processor.apply_chat_template(
-        [{"role": "user", "content": content}], tokenize=True, return_dict=True, add_generation_prompt=True,
+        [{"role": "user", "content": content}],
+        tokenize=True,
+        return_dict=True,
+        add_generation_prompt=True,
         processor_kwargs={"return_tensors": "pt"},
-    )  # fmt: skip
+    )
     alone = model.generate(**inputs, max_new_tokens=4)
     words = processor.batch_decode(alone[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)[0]
     assert out[0]["generated_text"].split() == words.split()

@@ -9,14 +9,9 @@ from pathlib import Path
 
 import pytest
 
-pytest.importorskip("transformers")
-pytest.importorskip("peft")
-
-from fastcompress.cli import main as cli  # noqa: E402
-from tests.support import audio_llms  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
+from fastcompress.cli import main as cli
+from tests.support import audio_llms
+from tests.support.lalm_data import write_tones
 
 
 @pytest.fixture(scope="module")

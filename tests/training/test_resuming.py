@@ -7,24 +7,21 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-
-from fastcompress.lalm import (  # noqa: E402
+from fastcompress.lalm import (
     FastCompressConfig,
     FastCompressForConditionalGeneration,
     FastCompressProcessor,
 )
-from fastcompress.training import checkpoints  # noqa: E402
-from fastcompress.training.examples import Examples  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_tokenizer  # noqa: E402
-from fastcompress.training.trainer import Training, TrainingArguments  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
+from fastcompress.training import checkpoints
+from fastcompress.training.examples import Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_tokenizer
+from fastcompress.training.trainer import Training, TrainingArguments
+from tests.support.lalm_data import write_tones
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.xdist_group("training"),
 ]
 
@@ -40,9 +37,15 @@ def training(kind: str, folder: Path, **values: Any) -> Training:
     tokenizer = build_tokenizer([u.target for u in utterances])
     if kind == "wav2vec2":
         audio = transformers.Wav2Vec2Config(
-            **SIZE, num_hidden_layers=2, conv_dim=(8,) * 7, num_conv_pos_embeddings=16, num_conv_pos_embedding_groups=4,
-            mask_time_length=2, mask_time_prob=0.3, layerdrop=0.5,
-        )  # fmt: skip
+            **SIZE,
+            num_hidden_layers=2,
+            conv_dim=(8,) * 7,
+            num_conv_pos_embeddings=16,
+            num_conv_pos_embedding_groups=4,
+            mask_time_length=2,
+            mask_time_prob=0.3,
+            layerdrop=0.5,
+        )
         processor = FastCompressProcessor(transformers.Wav2Vec2FeatureExtractor(), tokenizer)
     else:
         audio = transformers.ParakeetEncoderConfig(
@@ -50,9 +53,14 @@ def training(kind: str, folder: Path, **values: Any) -> Training:
         )
         processor = FastCompressProcessor(transformers.ParakeetFeatureExtractor(feature_size=80), tokenizer)
     text = transformers.Qwen2Config(
-        **SIZE, vocab_size=len(tokenizer), num_hidden_layers=1, num_key_value_heads=1, bos_token_id=1, eos_token_id=2,
+        **SIZE,
+        vocab_size=len(tokenizer),
+        num_hidden_layers=1,
+        num_key_value_heads=1,
+        bos_token_id=1,
+        eos_token_id=2,
         pad_token_id=0,
-    )  # fmt: skip
+    )
     torch.manual_seed(0)
     config = FastCompressConfig(audio, text, audio_token_id=processor.audio_token_id, train_encoder=True)
     arguments = TrainingArguments(**({"steps": 6, "batch_size": 4, "log_every": 1, "save_every": 3} | values))

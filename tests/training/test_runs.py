@@ -8,22 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
-transformers = pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("yaml")
-
-from fastcompress.lalm.loading import RunError, load_model  # noqa: E402
-from fastcompress.training import logs  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.recipes import build_tokenizer  # noqa: E402
-from fastcompress.training.runs import Run  # noqa: E402
-from fastcompress.training.settings import RunSettings  # noqa: E402
-from tests.lalm.test_model import TEXT, WHISPER  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
+from fastcompress.lalm.loading import RunError, load_model
+from fastcompress.training import logs
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.recipes import build_tokenizer
+from fastcompress.training.runs import Run
+from fastcompress.training.settings import RunSettings
+from tests.lalm.test_model import TEXT, WHISPER
+from tests.support.lalm_data import write_tones
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.xdist_group("training"),
 ]
 

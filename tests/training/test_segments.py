@@ -22,7 +22,6 @@ from fastcompress.training.manifest import (
 from tests.support.lalm_data import write_lines
 
 RATE = 16_000
-pytestmark = pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU")
 
 
 def recording(path: Path, seconds: float, rate: int = RATE, **more: Any) -> Path:
@@ -92,8 +91,12 @@ def test_a_written_manifest_means_the_same_files(tmp_path: Path, monkeypatch: py
     recording(Path("data/a.wav"), 1.0)
     Path("data/m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}')
     (u,) = read_manifest("data/m.jsonl")
-    for target, wanted in (("out/m.jsonl", str(tmp_path / "data/a.wav")), ("data/again.jsonl", "a.wav"),
-                           ("m.jsonl", "data/a.wav"), (str(tmp_path / "n.jsonl"), "data/a.wav")):  # fmt: skip
+    for target, wanted in (
+        ("out/m.jsonl", str(tmp_path / "data/a.wav")),
+        ("data/again.jsonl", "a.wav"),
+        ("m.jsonl", "data/a.wav"),
+        (str(tmp_path / "n.jsonl"), "data/a.wav"),
+    ):
         write_manifest(Path(target), [u])
         assert json.loads(Path(target).read_text())["audio_filepath"] == wanted
         assert len(load_utterance(read_manifest(target)[0], RATE)) == RATE

@@ -15,32 +15,25 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-pytest.importorskip("transformers")
-pytest.importorskip("accelerate")
-pytest.importorskip("yaml")
-
-from accelerate.state import AcceleratorState  # noqa: E402
-
-from fastcompress import files  # noqa: E402
-from fastcompress.lalm.loading import RunError, load_model  # noqa: E402
-from fastcompress.training import checkpoints, logs  # noqa: E402
-from fastcompress.training.batches import BatchPlan  # noqa: E402
-from fastcompress.training.checkpoints import CheckpointError  # noqa: E402
-from fastcompress.training.examples import EncodedExamples, Examples  # noqa: E402
-from fastcompress.training.manifest import read_manifest  # noqa: E402
-from fastcompress.training.runs import Run  # noqa: E402
-from fastcompress.training.settings import RunSettings  # noqa: E402
-from fastcompress.training.trainer import Training, TrainingArguments, TrainingStopped  # noqa: E402
-from tests.support import ROOT  # noqa: E402
-from tests.support.lalm_data import write_tones  # noqa: E402
-from tests.support.slow import some  # noqa: E402
+from fastcompress import files
+from fastcompress.lalm.loading import RunError, load_model
+from fastcompress.training import checkpoints, logs
+from fastcompress.training.batches import BatchPlan
+from fastcompress.training.checkpoints import CheckpointError
+from fastcompress.training.examples import EncodedExamples, Examples
+from fastcompress.training.manifest import read_manifest
+from fastcompress.training.runs import Run
+from fastcompress.training.settings import RunSettings
+from fastcompress.training.trainer import Training, TrainingArguments, TrainingStopped
+from tests.support import ROOT
+from tests.support.lalm_data import write_tones
+from tests.support.slow import some
 
 pytestmark = [
-    pytest.mark.skipif("config.getoption('--device') or config.getoption('--backend')", reason="of the CPU"),
     pytest.mark.xdist_group("training"),
 ]
-
 
 
 @pytest.fixture(scope="module")

@@ -1,7 +1,7 @@
 """The Triton ops against the definition, bit for bit, in Triton's interpreter: no GPU needed.
 
-The interpreter is chosen when triton is imported, for the whole process; so ``tests/triton/test_triton.py`` runs the tests of
-this file in processes of their own. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted.py``.
+The interpreter is chosen when triton is imported, for the whole process, so ``tests/triton/test_triton.py`` runs the
+tests of this file in processes of their own. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted.py``.
 """
 
 from __future__ import annotations
@@ -39,15 +39,22 @@ from tests.support.sample_inputs import (
     padded,
     row_groups,
     strided,
-)  # fmt: skip
+)
 from tests.support.slow import some
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
 
 FUSED = (
-    fc.Uniform(1), fc.Uniform(3), fc.Uniform(3, tail="drop"), fc.Uniform(100), fc.Threshold(0.15),
-    fc.LocalMax(), fc.LocalMax(order=2, threshold=0.3), fc.LocalMax(order=3), fc.LocalMax(order=16),
-)  # fmt: skip
+    fc.Uniform(1),
+    fc.Uniform(3),
+    fc.Uniform(3, tail="drop"),
+    fc.Uniform(100),
+    fc.Threshold(0.15),
+    fc.LocalMax(),
+    fc.LocalMax(order=2, threshold=0.3),
+    fc.LocalMax(order=3),
+    fc.LocalMax(order=16),
+)
 SHORT = (0, 1, 2, 3, 17, 5)
 # The interpreter takes its time.
 QUICK = some(DTYPES, torch.float32, torch.bfloat16)

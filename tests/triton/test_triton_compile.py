@@ -45,14 +45,25 @@ TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 MODULES = tuple(
     importlib.import_module(f"fastcompress.triton.{name}")
     for name in (
-        "adjacent_distance", "common", "greedy_segments", "integrate_and_fire", "pack", "segment_reduce",
-        "select_boundaries", "tiles",
+        "adjacent_distance",
+        "common",
+        "greedy_segments",
+        "integrate_and_fire",
+        "pack",
+        "segment_reduce",
+        "select_boundaries",
+        "tiles",
     )
-)  # fmt: skip
+)
 POINTERS = {
-    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.float64: "*fp64",
-    torch.int32: "*i32", torch.int64: "*i64", torch.uint8: "*u8",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+    torch.float64: "*fp64",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 #: fp32 arithmetic that rounds in another way than the definition.
 INEXACT = re.compile(r"fma\.rn\.f32|mad\.f32|div\.(?:full|approx)|r?sqrt\.approx|rcp\.approx|\.ftz")
 
@@ -125,9 +136,11 @@ def compiled(launch: Launch, target: str, fused: bool = False) -> Any:
     nvidia = target in NVIDIA
     gpu = GPUTarget("cuda", int(target[3:]), 32) if nvidia else GPUTarget("hip", target, 64)
     source = ASTSource(
-        fn=launch.kernel, signature=dict(launch.signature), constexprs=dict(launch.constants),
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs=dict(launch.constants),
         attrs={(i,): [["tt.divisibility", 16]] for i in launch.aligned},
-    )  # fmt: skip
+    )
     options = compile_options(launch.num_warps, launch.registers, nvidia)
     return triton.compile(source, target=gpu, options={**options, "enable_fp_fusion": fused})
 
@@ -270,8 +283,10 @@ def test_scores_are_rounded_as_defined(record, target: str):
 def test_scores_are_not_fused_on_amd(record):
     distances, _, *greedy = scoring(record, torch.float32)  # no division in fp32, which has its own fused steps
     assert [launch.name for launch in (distances, *greedy)] == [
-        "adjacent_distance_fwd_kernel", "greedy_norms_kernel", "greedy_walk_kernel",
-    ]  # fmt: skip
+        "adjacent_distance_fwd_kernel",
+        "greedy_norms_kernel",
+        "greedy_walk_kernel",
+    ]
     fused = re.compile(r"v_(?:pk_)?(?:fma|fmac|mad|mac)_f32")
     for launch in (distances, *greedy):
         assert not fused.findall(compiled(launch, "gfx942").asm["amdgcn"]), launch.name

@@ -30,17 +30,29 @@ from fastcompress.nn import SegmentPool
 from fastcompress.rules import LabelChange, Rule, as_rule
 
 __all__ = [
-    "FAMILIES", "REFUSED", "TESTED", "BudgetProcessor", "apply_to", "compressed_prompt", "load_compressor", "revert",
-    "support", "table",
-]  # fmt: skip
+    "FAMILIES",
+    "REFUSED",
+    "TESTED",
+    "BudgetProcessor",
+    "apply_to",
+    "compressed_prompt",
+    "load_compressor",
+    "revert",
+    "support",
+    "table",
+]
 
 MODES = ("dynamic", "budget")
 
 
 def apply_to(
-    model: Any, compressor: Rule | str | nn.Module, mode: str = "dynamic", pack: bool | None = None,
-    *, before_projector: bool = False,
-) -> Any:  # fmt: skip
+    model: Any,
+    compressor: Rule | str | nn.Module,
+    mode: str = "dynamic",
+    pack: bool | None = None,
+    *,
+    before_projector: bool = False,
+) -> Any:
     """Makes a stock audio LLM compress its audio, in place.
 
     In **dynamic** mode the number of tokens may depend on what is heard. Processor, chat template, ``forward`` with

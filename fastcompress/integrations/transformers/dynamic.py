@@ -235,9 +235,15 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
     else:
         embeds, mask = packed.unpack(side=call.side)
         positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = stock(**arguments | {
-            "inputs_embeds": embeds, "attention_mask": mask, "position_ids": positions, "return_dict": True,
-        })  # fmt: skip
+        out = stock(
+            **arguments
+            | {
+                "inputs_embeds": embeds,
+                "attention_mask": mask,
+                "position_ids": positions,
+                "return_dict": True,
+            }
+        )
         hidden = out.last_hidden_state[mask.bool()]
     if labels is not None:
         out.last_hidden_state = hidden[_label_rows(packed)][None]

@@ -206,12 +206,17 @@ def support() -> dict[str, dict[str, Any]]:
     """What is supported, by ``model_type``; what is not, with the reason."""
     found: dict[str, dict[str, Any]] = {
         kind: {
-            "name": family.title, "tokens_per_second": family.tokens_per_second, "dynamic": True, "packed": True,
-            "before_projector": not family.why_not_before, "why_not_before": family.why_not_before or None,
-            "budget": family.budget is not None, "why_no_budget": family.why_no_budget or None,
+            "name": family.title,
+            "tokens_per_second": family.tokens_per_second,
+            "dynamic": True,
+            "packed": True,
+            "before_projector": not family.why_not_before,
+            "why_not_before": family.why_not_before or None,
+            "budget": family.budget is not None,
+            "why_no_budget": family.why_no_budget or None,
         }
         for kind, family in FAMILIES.items()
-    }  # fmt: skip
+    }
     return found | {kind: {"refused": reason} for kind, reason in REFUSED.items()}
 
 

@@ -1,0 +1,7 @@
+"""The emulated kernels are bound by pybind11."""
+
+from tests.support.skips import skip_without
+
+pytest_pycollect_makemodule = skip_without(
+    "pybind11", files=("test_cuda_emulation.py", "test_cuda_emulator.py", "test_greedy_emulation.py")
+)

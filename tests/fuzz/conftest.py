@@ -1,0 +1,5 @@
+"""The readers need the packages of the reference model."""
+
+from tests.support.skips import skip_without
+
+pytest_pycollect_makemodule = skip_without("soundfile", "soxr", "transformers", "yaml", files=("test_readers.py",))

@@ -1,0 +1,5 @@
+"""Tests of `fastcompress inspect` need its packages."""
+
+from tests.support.skips import skip_without
+
+pytest_pycollect_makemodule = skip_without("matplotlib", "soundfile", "soxr", "tqdm")

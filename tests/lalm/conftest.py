@@ -1,0 +1,6 @@
+"""Tests of the reference model need its packages."""
+
+from tests.support.skips import only_on_the_cpu, skip_without
+
+pytest_pycollect_makemodule = skip_without("accelerate", "peft", "soundfile", "transformers")
+pytest_itemcollected = only_on_the_cpu

@@ -1,0 +1,45 @@
+"""Hooks with which the ``conftest.py`` of a folder says what its tests need."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Collection
+from pathlib import Path
+
+import pytest
+
+
+class _SkippedModule(pytest.Module):
+    """A test file that is reported as skipped, without being imported."""
+
+    reason: str
+
+    def collect(self) -> list[pytest.Item]:
+        pytest.skip(self.reason, allow_module_level=True)
+
+
+def skip_without(
+    *modules: str, files: Collection[str] | None = None
+) -> Callable[[Path, pytest.Collector], pytest.Module | None]:
+    """Return the hook ``pytest_pycollect_makemodule`` of a folder whose tests need packages.
+
+    Args:
+        modules: Names to import.
+        files: Names of the test files that need them; ``None``: every file of the folder.
+    """
+    missing = [module for module in modules if importlib.util.find_spec(module) is None]
+
+    def pytest_pycollect_makemodule(module_path: Path, parent: pytest.Collector) -> pytest.Module | None:
+        if not missing or (files is not None and module_path.name not in files):
+            return None
+        skipped: _SkippedModule = _SkippedModule.from_parent(parent, path=module_path)
+        skipped.reason = f"needs {', '.join(missing)}"
+        return skipped
+
+    return pytest_pycollect_makemodule
+
+
+def only_on_the_cpu(item: pytest.Item) -> None:
+    """Skip a test with ``--device`` or ``--backend``: the hook ``pytest_itemcollected`` of a folder."""
+    if item.config.getoption("--device") or item.config.getoption("--backend"):
+        item.add_marker(pytest.mark.skip(reason="runs on the CPU alone"))

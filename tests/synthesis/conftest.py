@@ -1,0 +1,6 @@
+"""Tests of synthetic speech need espeak-ng."""
+
+from tests.support.skips import only_on_the_cpu, skip_without
+
+pytest_pycollect_makemodule = skip_without("espeakng_loader", "scipy", "soundfile", files=("test_data.py",))
+pytest_itemcollected = only_on_the_cpu

@@ -1,0 +1,6 @@
+"""Tests of training need the packages of the reference model."""
+
+from tests.support.skips import only_on_the_cpu, skip_without
+
+pytest_pycollect_makemodule = skip_without("accelerate", "jiwer", "peft", "soundfile", "transformers", "yaml")
+pytest_itemcollected = only_on_the_cpu

@@ -18,9 +18,9 @@ FASTCOMPRESS_HD inline int64_t pack_bound(int64_t num_rows, int64_t num_audios, 
 
 // The label of a packed row that was the row `source` of the input: the first of a sequence has nothing to be predicted
 // from, and only text has labels.
-FASTCOMPRESS_HD inline int64_t packed_label(int64_t source, bool is_first, const int32_t* group, int64_t num_rows,
+FASTCOMPRESS_HD inline int64_t packed_label(int64_t source, bool is_first, const int32_t* row_group, int64_t num_rows,
                                             const int64_t* labels) {
-  const bool is_text = source >= 0 && source < num_rows && group[source] == kKeepRow;
+  const bool is_text = source >= 0 && source < num_rows && row_group[source] == kKeepRow;
   return is_text && !is_first ? labels[source] : kIgnoredLabel;
 }
 

@@ -33,15 +33,16 @@ struct Rule {
 // same.
 constexpr int32_t kKeepRow = 0;
 
-// Distances of a batch, indexed by row: d[t] lies between rows t and t + 1. `group` may be null: all rows are alike.
+// Distances of a batch, indexed by row: d[t] lies between rows t and t + 1. `row_group` may be null: all rows are
+// alike.
 template <class S>
 struct Scores {
   const S* d;
-  const int32_t* group;
+  const int32_t* row_group;
 
   // Whether row t + 1 is in the run of row t, where `end` is the end of their sequence.
   FASTCOMPRESS_HD bool continues(int64_t t, int64_t end) const {
-    return t + 1 < end && (group == nullptr || group[t + 1] == group[t]);
+    return t + 1 < end && (row_group == nullptr || row_group[t + 1] == row_group[t]);
   }
 };
 
@@ -109,8 +110,8 @@ struct Walk {
       // A boundary at this row is judged by d[row - 1 + lookahead], which lies before row + lookahead.
       const int64_t last = rule.lookahead() < end - 1 - row ? row + rule.lookahead() : end - 1;
       if (last >= known) return false;
-      const int32_t group = scores.group == nullptr ? kKeepRow + 1 : scores.group[row];
-      if (row == begin || group <= kKeepRow || (scores.group != nullptr && scores.group[row - 1] != group)) {
+      const int32_t group = scores.row_group == nullptr ? kKeepRow + 1 : scores.row_group[row];
+      if (row == begin || group <= kKeepRow || (scores.row_group != nullptr && scores.row_group[row - 1] != group)) {
         close(rule, scores, emit);
         run = row;
         segment = group < kKeepRow ? -1 : row;
@@ -129,7 +130,7 @@ struct Walk {
   FASTCOMPRESS_HD void close(const Rule& rule, const Scores<S>& scores, Emit&& emit) const {
     if (segment < 0) return;
     const int64_t length = row - segment;
-    const bool kept = scores.group != nullptr && scores.group[segment] == kKeepRow;
+    const bool kept = scores.row_group != nullptr && scores.row_group[segment] == kKeepRow;
     if (rule.kind == RuleKind::kUniform && !rule.keep_tail && !kept && length < rule.size) return;
     emit(segment, length);
   }

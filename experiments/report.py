@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from experiments.study import METHODS, spread
 
 STAGES = {
@@ -47,7 +49,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             "",
         ]
         heads = ["", "", "tokens/s", "ratio", *(HEADS[name] for name in sets), "exact %", "prefill ms"]
-        lines += [f"| {' | '.join(heads)} |", "| --- | --- |" + " ---: |" * (len(heads) - 2)]
+        table = []
         for stage, title in STAGES.items():
             for (_, s, compression), same in groups(of_task).items():
                 if s != stage:
@@ -64,8 +66,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     interval = f" [{_mean(same, name, 'wer_low', 1)}, {_mean(same, name, 'wer_high', 1)}]"
                     cells.append(f"{mean:.1f} ± {deviation:.1f}{interval if name == 'test' else ''}")
                 cells += [_mean(same, "test", "exact", 1), _mean(same, "test", "prefill_ms", 1)]
-                lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
+                table.append(cells)
+        align = ("left", "left", *["right"] * (len(heads) - 2))
+        lines += [tabulate(table, heads, "pipe", colalign=align, disable_numparse=True), ""]
     return "\n".join(lines)
 
 

@@ -6,10 +6,10 @@ refused its input.
 
 from __future__ import annotations
 
+import sys
+
 import torch
 from torch import Tensor
-
-from fastcompress.segments import Segments
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -40,11 +40,16 @@ def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
 
 
 def check_number(name: str, value: float) -> None:
+    """Check a finite or infinite real number; NaN and integers beyond float64 are refused."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
+    is_int = isinstance(value, int)
+    if (isinstance(value, float) and value != value) or (is_int and abs(value) > sys.float_info.max):
+        raise ValueError(f"{name} must be a number, got {value}")
 
 
 def check_int64(name: str, value: int) -> None:
+    """Check an integer that ops take as an int64."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
@@ -52,12 +57,15 @@ def check_int64(name: str, value: int) -> None:
 
 
 def check_whole(name: str, value: int | None, least: int, optional: bool = False) -> None:
-    """Checks a count, which ops take as an int64."""
+    """Check a count that ops take as an int64; ``optional`` allows ``None``."""
     if optional and value is None:
         return
-    whole = isinstance(value, (int, torch.SymInt)) and not isinstance(value, bool)
-    if not (whole and value is not None and least <= value < 2**63):
-        raise ValueError(f"{name} must be a whole number from {least} on{', or None' * optional}, got {value}")
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise ValueError(f"{name} must be an integer, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}, got {value}")
+    if isinstance(value, int) and value >= 2**63:
+        raise ValueError(f"{name} must fit in 64 bits, got {value}")
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
@@ -141,25 +149,6 @@ def check_values_of_rows(name: str, values: Tensor, x: Tensor) -> None:
         raise ValueError(f"{name} must have shape {list(x.shape[:-1])}, a value a row, got {list(values.shape)}")
 
 
-def check_segments(segments: Segments, like: Tensor) -> None:
-    """Checks what can be seen of segments without reading their values."""
-    if not isinstance(segments, Segments):
-        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
-    for name, tensor in (("segments.starts", segments.starts), ("segments.lengths", segments.lengths)):
-        check_same_device(name, tensor, like)
-        if tensor.dtype != torch.int64:
-            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
-        if tensor.dim() != 1:
-            raise ValueError(f"{name} must have shape [M], got {list(tensor.shape)}")
-    if not isinstance(segments.num_rows, (int, torch.SymInt)) or segments.num_rows < 0:
-        raise ValueError(f"segments.num_rows must be a whole number, got {segments.num_rows!r}")
-    if segments.starts.shape != segments.lengths.shape:
-        raise ValueError(
-            f"segments.starts and segments.lengths must have one shape, got {list(segments.starts.shape)} "
-            f"and {list(segments.lengths.shape)}"
-        )
-
-
 def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
     """Checks that segments are in order, do not overlap, and lie inside ``num_rows`` rows."""
     end = 0
@@ -233,12 +222,12 @@ def check_pack_values(
     check_offsets(
         "audio_cu_seqlens", audio_cu_seqlens.tolist(), num_audio_rows, "the number of audio rows", exact=compact
     )
-    groups = row_group.reshape(-1).cpu()
+    flat_row_group = row_group.reshape(-1).cpu()
     flat_ids = None if ids is None else ids.reshape(-1).cpu()
     num_audios, audios = audio_cu_seqlens.shape[0] - 1, 0
     ranges = sequence_ranges(row_group.shape, cu_seqlens, lengths)
     for sample, (begin, end) in enumerate(ranges):
-        group = groups[begin:end]
+        group = flat_row_group[begin:end]
         if flat_ids is not None:
             wrong = (group == 0) & ((flat_ids[begin:end] < 0) | (flat_ids[begin:end] >= num_embeddings))
             if wrong.any():

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_dense, check_float, check_layout, check_number, check_whole
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.greedy_segments import check_threshold, greedy_segments
+from fastcompress.ops.greedy_segments import greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, check_firing, integrate_and_fire, quantity_loss
 from fastcompress.ops.scalar_rules import find_checked_runs, find_runs
 from fastcompress.ops.segment_pool import segment_pool
@@ -191,7 +191,7 @@ class GreedySegments(torch.nn.Module):
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
-        check_threshold(threshold)
+        check_number("threshold", threshold)
         check_whole("max_len", max_len, 1, optional=True)
         self.threshold: float = threshold
         self.max_len: int | None = max_len

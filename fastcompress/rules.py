@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import sys
 from dataclasses import dataclass
 from numbers import Integral
 from typing import Any, ClassVar
 
 import torch
+
+from fastcompress.checks import check_number, check_whole
 
 
 @dataclass(frozen=True)
@@ -130,24 +131,17 @@ def _parse_value(text: str) -> Any:
 
 
 def _check_int(rule: Rule, field: str, minimum: int, optional: bool = False) -> None:
-    value = getattr(rule, field)
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise ValueError(f"{type(rule).__name__}: {field} must be an integer, got {value!r}")
-    if value >= 2**63:
-        raise ValueError(f"{type(rule).__name__}: {field} must fit in 64 bits, got {value}")
-    if value < minimum:
-        raise ValueError(f"{type(rule).__name__}: {field} must be at least {minimum}, got {value}")
+    check_whole(f"{type(rule).__name__}: {field}", getattr(rule, field), minimum, optional)
 
 
 def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
     value = getattr(rule, field)
     if optional and value is None:
         return
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if not number or value != value or (isinstance(value, int) and abs(value) > sys.float_info.max):
-        raise ValueError(f"{type(rule).__name__}: {field} must be a number, got {value!r}")
+    try:
+        check_number(f"{type(rule).__name__}: {field}", value)
+    except TypeError as error:
+        raise ValueError(str(error)) from None
 
 
 def _check_bool(rule: Rule, field: str) -> None:

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastcompress.checks import check_number, check_same_device
+
 
 @dataclass(eq=False)
 class Segments:
@@ -59,8 +61,6 @@ class Segments:
         Raises:
             TypeError, ValueError: ``frame_rate`` is no number, or not positive.
         """
-        from fastcompress.checks import check_number  # which imports this module
-
         check_number("frame_rate", frame_rate)
         if not frame_rate > 0:
             raise ValueError(f"frame_rate must be positive, got {frame_rate}")
@@ -82,6 +82,25 @@ def row_segments(starts: Tensor, lengths: Tensor, num_rows: int) -> Segments:
     """Segments of ``num_rows`` rows, in order, taken as one sequence."""
     ends = torch.arange(2, dtype=torch.int32, device=starts.device)
     return Segments(starts, lengths, ends * starts.shape[0], ends * num_rows, num_rows)
+
+
+def check_segments(segments: Segments, like: Tensor) -> None:
+    """Checks what can be seen of segments without reading their values."""
+    if not isinstance(segments, Segments):
+        raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
+    for name, tensor in (("segments.starts", segments.starts), ("segments.lengths", segments.lengths)):
+        check_same_device(name, tensor, like)
+        if tensor.dtype != torch.int64:
+            raise TypeError(f"{name} must be int64, got {tensor.dtype}")
+        if tensor.dim() != 1:
+            raise ValueError(f"{name} must have shape [M], got {list(tensor.shape)}")
+    if not isinstance(segments.num_rows, (int, torch.SymInt)) or segments.num_rows < 0:
+        raise ValueError(f"segments.num_rows must be a whole number, got {segments.num_rows!r}")
+    if segments.starts.shape != segments.lengths.shape:
+        raise ValueError(
+            f"segments.starts and segments.lengths must have one shape, got {list(segments.starts.shape)} "
+            f"and {list(segments.lengths.shape)}"
+        )
 
 
 @dataclass(eq=False)

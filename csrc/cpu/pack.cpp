@@ -29,7 +29,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   const Sequences sequences = read_sequences(row_group, row_group.dim(), cu_seqlens, lengths);
   const int64_t num_rows = sequences.rows;
   Tensor group_holder, id_holder;
-  const int32_t* group = read_row_group(row_group, num_rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, num_rows, group_holder);
   const int64_t* id = nullptr;
   if (ids.has_value()) {
     id_holder = read_int64("ids", *ids, num_rows);
@@ -54,13 +54,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   int64_t audio = 0;
   for (int64_t b = 0; b < sequences.count(); ++b) {
     for (int64_t row = sequences.begin[b]; row < sequences.end[b]; ++row) {
-      if (group[row] < kKeepRow) continue;
-      if (group[row] == kKeepRow) {
+      if (row_group_data[row] < kKeepRow) continue;
+      if (row_group_data[row] == kKeepRow) {
         STD_TORCH_CHECK(id == nullptr || (0 <= id[row] && id[row] < num_embeddings), "ids must lie in [0, ",
                         num_embeddings, "), got ", id[row]);
         to[row] = int64_t(sources.size());
         sources.push_back(row);
-      } else if (row == sequences.begin[b] || group[row] != group[row - 1]) {
+      } else if (row == sequences.begin[b] || row_group_data[row] != row_group_data[row - 1]) {
         STD_TORCH_CHECK(audio < num_audios, "there are only ", num_audios, " audios");
         for (int64_t k = audio_begin[audio]; k < audio_begin[audio + 1]; ++k) {
           to[num_rows + k] = int64_t(sources.size());
@@ -89,7 +89,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
   const Tensor ends = read_int64("cu_seqlens", cu_seqlens, cu_seqlens.numel());
   const int64_t* from = const_int64_data(sources);
   Tensor group_holder, label_holder;
-  const int32_t* group = read_row_group(row_group, num_rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, num_rows, group_holder);
   const int64_t* label = nullptr;
   if (labels.has_value()) {
     label_holder = read_int64("labels", *labels, num_rows);
@@ -104,7 +104,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
   for (int64_t b = 1; b < ends.numel(); ++b) {
     for (const int64_t begin = t, end = std::min(cu[b], count); t < end; ++t) {
       position_data[t] = t - begin;
-      if (label != nullptr) packed_data[t] = packed_label(from[t], t == begin, group, num_rows, label);
+      if (label != nullptr) packed_data[t] = packed_label(from[t], t == begin, row_group_data, num_rows, label);
     }
   }
   std::fill(position_data + t, position_data + count, int64_t(0));

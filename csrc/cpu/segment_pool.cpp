@@ -48,9 +48,9 @@ class Pool {
   using S = accumulate_t<T>;
 
  public:
-  Pool(const Rows& x, const Rows& keys, const Sequences& sequences, const Rule& rule, const int32_t* group, T* out,
+  Pool(const Rows& x, const Rows& keys, const Sequences& sequences, const Rule& rule, const int32_t* row_group, T* out,
        int64_t* starts, int64_t* lengths, int64_t* cu_segments)
-      : x_(x), keys_(keys), sequences_(sequences), rule_(rule), group_(group), out_(out), starts_(starts),
+      : x_(x), keys_(keys), sequences_(sequences), rule_(rule), row_group_(row_group), out_(out), starts_(starts),
         lengths_(lengths), cu_segments_(cu_segments) {
     if (rule.needs_distance()) d_.reset(new S[std::max<int64_t>(1, sequences.rows)]);
     const int64_t row_bytes = std::max<int64_t>(1, x.width * int64_t(sizeof(T)));
@@ -108,7 +108,7 @@ class Pool {
   }
 
   void decide(Progress& p, int64_t known) {
-    const Scores<S> scores{d_.get(), group_};
+    const Scores<S> scores{d_.get(), row_group_};
     auto emit = [&](int64_t start, int64_t length) {
       starts_[p.segments] = start;
       lengths_[p.segments] = length;
@@ -126,7 +126,7 @@ class Pool {
   const Rows& keys_;
   const Sequences& sequences_;
   const Rule& rule_;
-  const int32_t* group_;
+  const int32_t* row_group_;
   T* out_;
   int64_t* starts_;
   int64_t* lengths_;
@@ -149,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   const Rows rows = read_rows(x);
   const Sequences sequences = read_sequences(x, x.dim() - 1, cu_seqlens, lengths);
   Tensor group_holder;
-  const int32_t* group = read_row_group(row_group, sequences.rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, sequences.rows, group_holder);
   Rows key_rows = rows;
   if (keys.has_value()) {
     key_rows = read_rows(*keys);
@@ -165,7 +165,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     using T = decltype(zero);
     OutputRows out(bound, rows.width, x.scalar_type(), sizeof(T));
     auto* data = static_cast<T*>(out.data());
-    Pool<T> pool(rows, key_rows, sequences, rule, group, data, starts.get(), segment_lengths.get(), cu_segments.data());
+    Pool<T> pool(rows, key_rows, sequences, rule, row_group_data, data, starts.get(), segment_lengths.get(),
+                 cu_segments.data());
     count = pool.run();
     kept = compact ? count : bound;
     std::memset(static_cast<void*>(data + count * rows.width), 0, size_t(kept - count) * rows.width * sizeof(T));

@@ -10,7 +10,7 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   STD_TORCH_CHECK(d.dim() == 1 || d.dim() == 2, "d must have shape [N] or [B, T]");
   const Sequences sequences = read_sequences(d, d.dim(), cu_seqlens, lengths);
   Tensor group_holder;
-  const int32_t* group = read_row_group(row_group, sequences.rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, sequences.rows, group_holder);
   round_threshold(rule, d.scalar_type());
   const bool is_double = d.scalar_type() == ScalarType::Double;
   const Tensor scores = torch::stable::contiguous(
@@ -23,7 +23,7 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   auto walk = [&](const auto* data) {
     for (int64_t b = 0; b < sequences.count(); ++b) {
       const int64_t begin = sequences.begin[b], end = sequences.end[b];
-      Walk(begin).advance(rule, Scores<std::decay_t<decltype(*data)>>{data, group}, begin, end, end,
+      Walk(begin).advance(rule, Scores<std::decay_t<decltype(*data)>>{data, row_group_data}, begin, end, end,
                           [&](int64_t start, int64_t length) {
                             starts.push_back(start);
                             segment_lengths.push_back(length);

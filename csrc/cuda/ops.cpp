@@ -104,15 +104,15 @@ Tensor first_rows(const Tensor& tensor, int64_t count) {
 }
 
 // Segments of distances whose sequences are in a prepared workspace; not yet cut to their number.
-Found select(const Tensor& d, const Workspace& workspace, const int32_t* groups, bool has_groups, const Rule& rule,
-             bool compact, Stream stream) {
+Found select(const Tensor& d, const Workspace& workspace, const int32_t* row_group, bool has_row_group,
+             const Rule& rule, bool compact, Stream stream) {
   const BatchIn& batch = workspace.batch();
-  Found found = allocate_segments(d, batch.count, max_segments(rule, has_groups, batch.rows, batch.count), compact);
+  Found found = allocate_segments(d, batch.count, max_segments(rule, has_row_group, batch.rows, batch.count), compact);
   const Tensor flags = empty_like(d, {batch.rows}, ScalarType::Byte);
   const SelectParams p{d.const_data_ptr(),
                        batch.rows,
                        workspace.sequences(),
-                       groups,
+                       row_group,
                        rule,
                        static_cast<uint8_t*>(flags.mutable_data_ptr()),
                        found.out,
@@ -194,9 +194,9 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   const Tensor scores = torch::stable::contiguous(is_wide ? d : torch::stable::to(d, ScalarType::Float));
   Workspace workspace(d, d.dim(), cu_seqlens, lengths);
   Tensor holder;
-  const int32_t* groups = read_row_group(row_group, workspace.batch().rows, holder);
+  const int32_t* row_group_data = read_row_group(row_group, workspace.batch().rows, holder);
   workspace.prepare(select_tiles(workspace.batch().rows), scope.stream);
-  Found found = select(scores, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
+  Found found = select(scores, workspace, row_group_data, row_group.has_value(), rule, compact, scope.stream);
   if (compact || checks_at_once()) {
     const int64_t count = workspace.read_count(scope.stream);
     if (compact) return {first_rows(found.starts, count), first_rows(found.lengths, count), found.cu_segments};
@@ -223,7 +223,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
   const BatchIn& batch = workspace.batch();
   Tensor holder;
-  const int32_t* groups = read_row_group(row_group, batch.rows, holder);
+  const int32_t* row_group_data = read_row_group(row_group, batch.rows, holder);
 
   Found found;
   Tensor values;
@@ -233,7 +233,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     found =
         allocate_segments(x, batch.count, max_segments(rule, row_group.has_value(), batch.rows, batch.count), compact);
     values = empty_like(x, {found.out.bound, rows.width}, x.scalar_type());
-    const PoolParams p{rows_in(rows), rows_in(key_rows),         workspace.sequences(), groups,         rule,
+    const PoolParams p{rows_in(rows), rows_in(key_rows),         workspace.sequences(), row_group_data, rule,
                        found.out,     values.mutable_data_ptr(), workspace.scratch(),   plan.tile_rows, plan.pitch};
     check(launch_segment_pool_fwd(dtype, p, plan, scope.stream), "segment_pool");
   } else {
@@ -241,7 +241,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     const Tensor d = empty_like(x, {batch.rows}, accumulate_type(x.scalar_type()));
     const DistanceParams p{rows_in(key_rows), workspace.sequences(), 1, nullptr, d.mutable_data_ptr()};
     check(launch_adjacent_distance_fwd(dtype, p, scope.stream), "adjacent_distance");
-    found = select(d, workspace, groups, row_group.has_value(), rule, compact, scope.stream);
+    found = select(d, workspace, row_group_data, row_group.has_value(), rule, compact, scope.stream);
   }
   int64_t count = found.out.bound;
   if (compact || checks_at_once()) {
@@ -266,7 +266,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   STD_TORCH_CHECK(num_audios >= 0, "audio_cu_seqlens must start at 0");
   STD_TORCH_CHECK(batch.rows + num_audio_rows < int64_t(1) << 31, "there are more rows than int32 counts");
   Tensor group_holder, id_holder;
-  const int32_t* groups = read_row_group(row_group, batch.rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, batch.rows, group_holder);
   if (ids.has_value()) id_holder = read_int64("ids", *ids, batch.rows);
   const Tensor offsets = read_int64("audio_cu_seqlens", audio_cu_seqlens, num_audios + 1);
   workspace.prepare(select_tiles(batch.rows), scope.stream);
@@ -276,7 +276,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   Tensor packed_cu_seqlens = empty_like(row_group, {batch.count + 1}, ScalarType::Int);
   const PackMapParams p{workspace.sequences(),
                         batch.rows,
-                        groups,
+                        row_group_data,
                         ids.has_value() ? const_int64_data(id_holder) : nullptr,
                         const_int64_data(offsets),
                         num_audios,
@@ -304,7 +304,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
                   "cu_seqlens must be int32 and start at 0");
   const Tensor sources = read_int64("source", source, count), ends = torch::stable::contiguous(cu_seqlens);
   Tensor group_holder, label_holder;
-  const int32_t* groups = read_row_group(row_group, num_rows, group_holder);
+  const int32_t* row_group_data = read_row_group(row_group, num_rows, group_holder);
   if (labels.has_value()) label_holder = read_int64("labels", *labels, num_rows);
   Tensor position_ids = empty_like(source, {count}, ScalarType::Long);
   Tensor packed_labels = empty_like(source, {labels.has_value() ? count : 0}, ScalarType::Long);
@@ -312,7 +312,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
                            count,
                            static_cast<const int32_t*>(ends.const_data_ptr()),
                            ends.numel() - 1,
-                           groups,
+                           row_group_data,
                            num_rows,
                            labels.has_value() ? const_int64_data(label_holder) : nullptr,
                            static_cast<int64_t*>(position_ids.mutable_data_ptr()),

@@ -46,7 +46,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   const int64_t tile = tile_shared, begin = tile * kThreads, row = begin + thread;
   const int64_t end = kThreads < p.rows - begin ? begin + kThreads : p.rows;
   RowPlace place;
-  if (row < p.rows) place = place_row(p.sequences, p.groups, row);
+  if (row < p.rows) place = place_row(p.sequences, p.row_group, row);
   const bool is_text = place.alive && place.group == kKeepRow;
   texts_shared.vote(thread, is_text);
   audios_shared.vote(thread, place.alive && !is_text && place.changes);
@@ -132,7 +132,7 @@ static __global__ void __launch_bounds__(kThreads) pack_labels_kernel(PackLabels
   const int64_t position = inside ? t - p.cu_seqlens[low] : 0;
   p.position_ids[t] = position;
   if (p.labels == nullptr) return;
-  p.packed_labels[t] = inside ? packed_label(p.source[t], position == 0, p.groups, p.rows, p.labels) : kIgnoredLabel;
+  p.packed_labels[t] = inside ? packed_label(p.source[t], position == 0, p.row_group, p.rows, p.labels) : kIgnoredLabel;
 }
 
 // Units of a row that a lane has in flight.

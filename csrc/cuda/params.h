@@ -104,7 +104,7 @@ struct SelectParams {
   const void* d;  // fp32 or fp64, a value a row
   int64_t rows;
   Sequences sequences;
-  const int32_t* groups;  // may be null
+  const int32_t* row_group;  // may be null
   Rule rule;
   uint8_t* flags;  // scratch, a byte a row
   SegmentsOut out;
@@ -137,7 +137,7 @@ struct IntegrateParams {
 struct PoolParams {
   RowsIn x, keys;
   Sequences sequences;
-  const int32_t* groups;  // may be null
+  const int32_t* row_group;  // may be null
   Rule rule;
   SegmentsOut out;
   void* values;
@@ -149,7 +149,7 @@ struct PoolParams {
 struct PackMapParams {
   Sequences sequences;
   int64_t rows;
-  const int32_t* groups;
+  const int32_t* row_group;
   const int64_t* ids;          // may be null
   const int64_t* audio_begin;  // [num_audios + 1]
   int64_t num_audios, num_audio_rows, num_embeddings;
@@ -167,7 +167,7 @@ struct PackLabelsParams {
   int64_t count;
   const int32_t* cu_seqlens;
   int64_t num_sequences;
-  const int32_t* groups;
+  const int32_t* row_group;
   int64_t rows;
   const int64_t* labels;  // may be null
   int64_t* position_ids;

@@ -29,7 +29,7 @@ template <class S>
 struct PoolShared {
   double dots[kThreads], squares[kThreads];
   S d[kThreads];
-  int32_t groups[kThreads];
+  int32_t row_group[kThreads];
   RowBits changes, stops, starts;
   // Of the segments that start in the tile: first row, counted from the window's, and length.
   int32_t rows[kThreads];
@@ -76,11 +76,11 @@ __device__ void score_window(const Row& row, int rows, int64_t width, int thread
 // Start of the run that row `first` lies in, by all threads; a row group is given.
 template <class S>
 __device__ int64_t find_run(const PoolParams& p, int64_t first, int thread, PoolShared<S>& shared) {
-  const RowPlace place = place_row(p.sequences, p.groups, first);
+  const RowPlace place = place_row(p.sequences, p.row_group, first);
   if (place.changes) return first;
   for (int64_t high = first;; high -= kThreads) {  // rows [high, first] are of one run
     const int64_t row = high - 1 - thread;
-    const bool starts = row <= place.begin || p.groups[row - 1] != place.group;
+    const bool starts = row <= place.begin || p.row_group[row - 1] != place.group;
     shared.changes.vote(thread, starts);
     __syncthreads();
     const int nearest = shared.changes.first(0, kThreads);
@@ -96,11 +96,11 @@ __device__ void decide_window(const PoolParams& p, const Window& window, int thr
   const bool uniform = !p.rule.needs_distance();
   // How far back a run reaches matters to Uniform alone; other rules look no further than the window.
   int64_t run = window.first;
-  if (uniform && p.groups != nullptr && window.first < window.last) run = find_run(p, window.first, thread, shared);
+  if (uniform && p.row_group != nullptr && window.first < window.last) run = find_run(p, window.first, thread, shared);
   const int64_t row = window.first + thread;
   RowPlace place;
-  if (row < window.last) place = place_row(p.sequences, p.groups, row);
-  shared.groups[thread] = place.group;
+  if (row < window.last) place = place_row(p.sequences, p.row_group, row);
+  shared.row_group[thread] = place.group;
   shared.changes.vote(thread, place.changes);
   __syncthreads();
   bool stops = false, starts = false;
@@ -109,11 +109,12 @@ __device__ void decide_window(const PoolParams& p, const Window& window, int thr
     if (!stops) {
       const int change = shared.changes.last(thread + 1);
       if (change >= 0) run = window.first + change;
-      if (uniform && p.groups == nullptr) run = place.begin;
-      const Scores<S> scores{shared.d - window.first, p.groups == nullptr ? nullptr : shared.groups - window.first};
+      if (uniform && p.row_group == nullptr) run = place.begin;
+      const Scores<S> scores{shared.d - window.first,
+                             p.row_group == nullptr ? nullptr : shared.row_group - window.first};
       stops = wants_boundary(p.rule, scores, row, run, place.end);
     }
-    starts = stops && starts_segment(p.rule, place, p.groups, row);
+    starts = stops && starts_segment(p.rule, place, p.row_group, row);
   }
   shared.stops.vote(thread, stops);
   shared.starts.vote(thread, starts);

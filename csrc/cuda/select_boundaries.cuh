@@ -15,7 +15,7 @@ template <class S>
 __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
-  const RowPlace place = place_row(p.sequences, p.groups, row);
+  const RowPlace place = place_row(p.sequences, p.row_group, row);
   if (needs_walk(p.rule)) {
     p.flags[row] = place.alive ? 0 : kStops;
     return;
@@ -23,16 +23,16 @@ __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) 
   bool stops = place.changes;
   if (!stops) {
     int64_t run = place.begin;
-    if (p.groups != nullptr) {
+    if (p.row_group != nullptr) {
       // Uniform windows and prominences count from the start of the run; a peak looks back no further than its order.
       const bool all = p.rule.kind == RuleKind::kUniform || p.rule.prominence > 0;
       const int64_t reach = all ? row : p.rule.kind == RuleKind::kLocalMax ? p.rule.size : 0;
       const int64_t first = reach < row - 2 - place.begin ? row - 2 - reach : place.begin;
-      for (run = row - 1; run > first && p.groups[run - 1] == place.group;) --run;
+      for (run = row - 1; run > first && p.row_group[run - 1] == place.group;) --run;
     }
-    stops = wants_boundary(p.rule, Scores<S>{static_cast<const S*>(p.d), p.groups}, row, run, place.end);
+    stops = wants_boundary(p.rule, Scores<S>{static_cast<const S*>(p.d), p.row_group}, row, run, place.end);
   }
-  const bool starts = stops && starts_segment(p.rule, place, p.groups, row);
+  const bool starts = stops && starts_segment(p.rule, place, p.row_group, row);
   p.flags[row] = uint8_t((stops ? kStops : 0) | (starts ? kStarts : 0));
 }
 
@@ -42,7 +42,7 @@ __global__ void __launch_bounds__(kThreads) select_walk_kernel(SelectParams p) {
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (b >= p.sequences.count) return;
   const int64_t begin = p.sequences.begin[b], end = p.sequences.end[b];
-  const Scores<S> scores{static_cast<const S*>(p.d), p.groups};
+  const Scores<S> scores{static_cast<const S*>(p.d), p.row_group};
   Walk(begin).advance(p.rule, scores, begin, end, end,
                       [&](int64_t start, int64_t) { p.flags[start] = kStops | kStarts; });
 }

@@ -69,34 +69,34 @@ struct RowPlace {
   int64_t begin = 0, end = 0;  // of its sequence
 };
 
-__device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* groups, int64_t row) {
+__device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* row_group, int64_t row) {
   RowPlace place;
   const int64_t b = upper_bound(sequences.end, sequences.count, row);
   const bool inside = b < sequences.count && sequences.begin[b] <= row;
   if (inside) {
     place.begin = sequences.begin[b];
     place.end = sequences.end[b];
-    if (groups != nullptr) place.group = groups[row];
+    if (row_group != nullptr) place.group = row_group[row];
   }
   place.alive = inside && place.group >= kKeepRow;
   place.changes = !place.alive || row == place.begin || place.group == kKeepRow ||
-                  (groups != nullptr && groups[row - 1] != place.group);
+                  (row_group != nullptr && row_group[row - 1] != place.group);
   return place;
 }
 
 // Whether the segment of a Uniform rule that starts at `row` has all its frames.
-__device__ inline bool is_whole(const Rule& rule, const RowPlace& place, const int32_t* groups, int64_t row) {
+__device__ inline bool is_whole(const Rule& rule, const RowPlace& place, const int32_t* row_group, int64_t row) {
   if (rule.size > place.end - row) return false;
-  for (int64_t r = row + 1; groups != nullptr && r < row + rule.size; ++r)
-    if (groups[r] != place.group) return false;
+  for (int64_t r = row + 1; row_group != nullptr && r < row + rule.size; ++r)
+    if (row_group[r] != place.group) return false;
   return true;
 }
 
 // Whether a row on which the rule stops a segment starts one.
-__device__ inline bool starts_segment(const Rule& rule, const RowPlace& place, const int32_t* groups, int64_t row) {
+__device__ inline bool starts_segment(const Rule& rule, const RowPlace& place, const int32_t* row_group, int64_t row) {
   if (!place.alive) return false;
   const bool drops_short = rule.kind == RuleKind::kUniform && !rule.keep_tail && place.group != kKeepRow;
-  return !drops_short || is_whole(rule, place, groups, row);
+  return !drops_short || is_whole(rule, place, row_group, row);
 }
 
 // ---- look-back ----

@@ -37,7 +37,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     from tqdm import tqdm
 
     from fastcompress.audio import AudioError
-    from fastcompress.lalm.lora import unwrap
+    from fastcompress.decoder.generation import unwrap
     from fastcompress.training.evaluation import evaluate
     from fastcompress.training.examples import Examples
     from fastcompress.training.manifest import ManifestError, check_audio, format_skipped, read_manifest

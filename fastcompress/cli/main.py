@@ -22,9 +22,8 @@ from fastcompress.cli.errors import (
 )
 
 # Which extra of the package brings a module that is missing.
-_EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tqdm")} | {"transformers": "encoders"}
-
-
+_EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tabulate", "tqdm")}
+_EXTRA |= {"transformers": "encoders"}
 _EXTRA |= {name: "lalm" for name in ("accelerate", "jiwer", "peft", "sacrebleu", "scipy", "tokenizers", "yaml")}
 
 

@@ -6,6 +6,14 @@ import copy
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+from torch import Tensor
+
+
+def unwrap(model: Any) -> Any:
+    """Return the model inside a ``PeftModel``, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
     """Of an argument of ``generate``: as it is passed, or in the configuration passed, or in the model's."""
@@ -33,3 +41,25 @@ def new_token_limits(model: Any, arguments: Mapping[str, Any], asked: int) -> di
         config.max_length = config.min_length = None
         found["generation_config"] = config
     return found
+
+
+def prepend_prompt(output: Any, input_ids: Tensor, skip: int = 0) -> Any:
+    """Put the ids of the prompt before those that ``generate`` returned.
+
+    Args:
+        output: ``[R, S]`` int64, or the output of ``return_dict_in_generate`` with such ``sequences``; ``R`` is a
+            multiple of the batch size.
+        input_ids: ``[B, L]`` int64, the ids the caller gave.
+        skip: Leading columns of ``output`` that stand for the compressed prompt.
+
+    Returns:
+        ``output`` with ``[R, L + S - skip]`` ids.
+    """
+    tokens = output if isinstance(output, Tensor) else output.sequences
+    answers = tokens[:, skip:]
+    prompt = input_ids.repeat_interleave(answers.shape[0] // input_ids.shape[0], 0).to(answers.device)
+    tokens = torch.cat([prompt, answers], 1)
+    if isinstance(output, Tensor):
+        return tokens
+    output.sequences = tokens
+    return output

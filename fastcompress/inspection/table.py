@@ -83,51 +83,46 @@ class LogMel:
 
 
 class Encoder:
-    """A transformers audio encoder from a local folder (configuration, weights, feature extractor); never downloads.
+    """Frames of a transformers audio encoder in a local folder (configuration, weights, feature extractor).
 
-    Whisper-style encoders (input ``input_features``) and waveform encoders (``input_values``: wav2vec 2.0, HuBERT,
-    WavLM) work. Audio is encoded in pieces of the encoder's own window, or of at most 30 s where it has none; frames of
-    the padding behind the last piece are dropped.
+    The encoders are those of the reference model (:mod:`fastcompress.lalm.encoders`). Audio is encoded in pieces: the
+    encoder's own window, or at most 30 s where it has none. The frames of padding after the last piece are dropped.
 
     Args:
-        path: the folder that ``save_pretrained`` wrote or a hub snapshot.
+        path: Folder that ``save_pretrained`` wrote, or a hub snapshot. Nothing is downloaded.
 
     Raises:
-        EncoderError: no such folder, or one that does not hold an audio model and its feature extractor.
+        EncoderError: The folder is missing, or holds no known audio encoder and its feature extractor.
         ModuleNotFoundError: transformers is not installed.
     """
 
     default_rules: tuple[str, ...] = ENCODER_RULES
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        from transformers import AutoConfig, AutoFeatureExtractor, AutoModel
+        from transformers import AutoFeatureExtractor
+
+        from fastcompress.lalm.encoders import load_encoder
 
         self.path: str = os.fspath(path)
         if not os.path.isdir(self.path):
             raise EncoderError(f"{self.path}: no such folder; --encoder takes a local folder with a transformers model")
         try:
-            config = AutoConfig.from_pretrained(self.path, local_files_only=True)
             self._extractor = AutoFeatureExtractor.from_pretrained(self.path, local_files_only=True)
-            model = AutoModel.from_pretrained(self.path, config=config, local_files_only=True, dtype=torch.float32)
+            model: Any = load_encoder(self.path)
+            self._model = model.float().eval()
         except Exception as error:  # transformers, safetensors and json have a dozen types for a bad folder
             raise EncoderError(f"{self.path}: not a transformers audio model ({_first_line(error)})") from error
-        self._input_name = self._extractor.model_input_names[0]
-        if self._input_name == "input_features":
-            model = model.get_encoder()
-        elif self._input_name != "input_values":
-            raise EncoderError(f"{self.path}: takes {self._input_name!r}, not audio features or samples")
-        self._model = model.eval()
         self.sample_rate: int = self._extractor.sampling_rate
-        #: Samples of the encoder's fixed window, None if it takes any length.
+        #: Samples of the encoder's fixed window; ``None``: it takes any length.
         self.window: int | None = getattr(self._extractor, "n_samples", None)
-        self.name: str = f"{config.model_type} encoder {Path(self.path).resolve().name}"
+        self.name: str = f"{self._model.config.model_type} encoder {Path(self.path).resolve().name}"
 
     @torch.no_grad()
     def frames(self, samples: np.ndarray, progress: Progress | None = None) -> tuple[Tensor, float]:
-        """Last hidden states ``[T, D]`` fp32 and their rate.
+        """Return the last hidden states ``[T, D]`` fp32 and their rate in frames per second.
 
         Raises:
-            EncoderError: there are no samples, the model refuses the input, or it gives no ``last_hidden_state``.
+            EncoderError: There are no samples, or the encoder refuses them.
         """
         count = len(samples)
         if count == 0:  # of a file that is shorter than a sample at this rate
@@ -151,13 +146,18 @@ class Encoder:
         return torch.cat(pieces), rate
 
     def _encode(self, piece: np.ndarray) -> Tensor:
+        from fastcompress.lalm.encoders import MASKED, encode
+
         try:
             inputs = self._extractor(piece, sampling_rate=self.sample_rate, return_tensors="pt")
-            frames: Tensor = self._model(inputs[self._input_name]).last_hidden_state[0]
+            features = inputs[self._extractor.model_input_names[0]]
+            if self._model.config.model_type in MASKED:  # their extractors give [1, T, bins]
+                features = features.transpose(1, 2)
+            frames, lengths = encode(self._model, features, None)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             seconds = len(piece) / self.sample_rate
             raise EncoderError(f"{self.path}: cannot encode {seconds:.2f} s of audio ({_first_line(error)})") from error
-        return frames
+        return frames[0, : int(lengths[0])]
 
 
 @dataclass(frozen=True)
@@ -307,6 +307,8 @@ NOISE_LABEL = "  on white noise"
 
 def format_table(inspection: Inspection) -> str:
     """The inspection as plain text: a heading, one aligned row a result, notes. No trailing newline."""
+    from tabulate import tabulate
+
     header = ("rule", "frames", "tokens", "ratio", "tokens/s", "ms")
     rows = [
         (
@@ -319,14 +321,10 @@ def format_table(inspection: Inspection) -> str:
         )
         for result in inspection.results
     ]
-    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
-    lines = [heading(inspection)]
-    lines += [
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
-        for row in (header, *rows)
-    ]
-    lines += [f"note: {note}" for note in inspection.notes]
-    return "\n".join(lines)
+    table = tabulate(
+        rows, header, "plain", colalign=("left", *["right"] * 5), disable_numparse=True, preserve_whitespace=True
+    )
+    return "\n".join([heading(inspection), table, *(f"note: {note}" for note in inspection.notes)])
 
 
 def heading(inspection: Inspection) -> str:

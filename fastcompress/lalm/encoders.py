@@ -56,11 +56,6 @@ def load_encoder(path: str) -> nn.Module:
     return model.get_encoder() if config.model_type == "whisper" else model
 
 
-def takes_samples(config: Any) -> bool:
-    """Whether an encoder takes samples and not log-mel features."""
-    return config.model_type in WAVEFORM
-
-
 def window_length(config: Any) -> int | None:
     """Log-mel frames that an encoder takes at once; ``None``: as much as there is."""
     return 2 * config.max_source_positions if config.model_type in WHISPER else None

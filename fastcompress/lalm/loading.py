@@ -8,10 +8,11 @@ from typing import Any
 
 import torch
 
+from fastcompress.decoder.generation import unwrap
 from fastcompress.files import one_line
 from fastcompress.lalm.configuration import FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import part_dtypes
-from fastcompress.lalm.lora import load_lora, unwrap
+from fastcompress.lalm.lora import load_lora
 from fastcompress.lalm.modeling import FastCompressForConditionalGeneration
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.nn import LearnedBoundary

@@ -65,8 +65,3 @@ def load_lora(model: Any, path: str | Path) -> Any:
     for name in PeftConfig.from_pretrained(str(path)).modules_to_save or ():
         getattr(model, name).float()
     return PeftModel.from_pretrained(model, str(path))
-
-
-def unwrap(model: Any) -> Any:
-    """The model itself, of one with LoRA or without."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -14,7 +14,9 @@ from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import decoder
-from fastcompress.decoder.generation import new_token_limits
+from fastcompress.checks import IGNORED_LABEL
+from fastcompress.decoder.generation import new_token_limits, prepend_prompt
+from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
@@ -379,8 +381,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         loss = None
         if lm_loss is not None:
             loss = lm_loss
-            # Losses of the batches of a step are added up: what is a mean counts once.
-            share = 1.0 if num_items_in_batch is None else logits.shape[1] / num_items_in_batch
+            share = batch_share(logits.shape[1], num_items_in_batch)
             if ctc_loss is not None:
                 loss = loss + self.config.ctc_weight * share * ctc_loss
             if compressor_loss is not None:
@@ -415,7 +416,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs.pop("labels", None)
             if labels is None:
                 return self.language_model(**inputs).logits, None
-            rows = (labels[1:] != -100).nonzero()[:, 0]  # row t says label t + 1
+            rows = label_rows(labels)
             logits = self.language_model(**inputs, logits_to_keep=rows).logits
             if logits.shape[1] != len(rows):  # a decoder that does not know tensors there
                 logits = logits[:, rows]
@@ -425,10 +426,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = out.logits[mask.bool()][None]
             if labels is None:
                 return logits, None
-            rows = (labels[1:] != -100).nonzero()[:, 0]
+            rows = label_rows(labels)
             logits = logits[:, rows]
-        total = nn.functional.cross_entropy(logits[0].float(), labels[rows + 1], reduction="sum")
-        return logits, total / (max(1, len(rows)) if num_items is None else num_items)
+        return logits, next_token_loss(logits[0], labels, rows, num_items)
 
     def _ctc_logits(self, frames: Tensor) -> Tensor:
         """``[A, F, D]`` -> ``[A, F, units]``."""
@@ -443,7 +443,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             audios = 0 if frames is None else frames.shape[0]
             raise ValueError(f"ctc_labels must have a row for each of the {audios} audios, got {list(labels.shape)}")
         log_probs = self._ctc_logits(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
-        counts = (labels != -100).sum(1)
+        counts = (labels != IGNORED_LABEL).sum(1)
         return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
@@ -452,8 +452,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         unused = [self.audio_tower] + ([] if has_audio else [self.projector, *filter(None, [self.compressor])])
         if self.ctc_head is not None and not has_ctc:
             unused.append(self.ctc_head)
-        parameters = [p for module in unused for p in module.parameters() if p.requires_grad]
-        return sum((p.flatten()[:0].sum() for p in parameters), torch.zeros((), device=self.device))
+        return zero_of((p for module in unused for p in module.parameters()), self.device)
 
     @torch.no_grad()
     def generate(
@@ -486,13 +485,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        tokens = out if isinstance(out, Tensor) else out.sequences
-        prompt = input_ids.repeat_interleave(tokens.shape[0] // input_ids.shape[0], 0).to(tokens.device)
-        tokens = torch.cat([prompt, tokens], 1)
-        if isinstance(out, Tensor):
-            return tokens
-        out.sequences = tokens
-        return out
+        return prepend_prompt(out, input_ids)
 
 
 AutoModel.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.encoders import window_length
-from fastcompress.lalm.lora import unwrap
 from fastcompress.segments import Pooled, row_segments
 from fastcompress.streaming import StreamingSegmentPool
 

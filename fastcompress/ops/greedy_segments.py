@@ -47,7 +47,7 @@ def greedy_segments(
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    check_threshold(threshold)
+    check_number("threshold", threshold)
     check_whole("max_len", max_len, 1, optional=True)
     mask = call(
         _greedy_op,
@@ -61,10 +61,3 @@ def greedy_segments(
 @torch.library.register_fake("fastcompress::greedy_boundaries")
 def _(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, threshold: float, max_len: int) -> Tensor:
     return x.new_empty(x.shape[:-1], dtype=torch.bool)
-
-
-def check_threshold(threshold: float) -> None:
-    """Checks that of :func:`greedy_segments`; NaN is none."""
-    check_number("threshold", threshold)
-    if isinstance(threshold, float) and threshold != threshold:
-        raise ValueError(f"threshold must be a number, got {threshold}")

@@ -267,7 +267,9 @@ def pack(
     shape = _check_text(input_ids, embedding, inputs_embeds)
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None
-    groups = _groups(
+    if (rule is not None or keys is not None) and placeholder is None and row_group is None:
+        raise ValueError("rule and keys need placeholder or row_group, which say where the audio is")
+    row_group = _find_row_group(
         shape,
         input_ids,
         like.device,
@@ -285,14 +287,12 @@ def pack(
     segments = None
     if audio is None and audio_cu_seqlens is not None:
         raise ValueError("audio_cu_seqlens goes with audio, which is missing")
-    if (rule is not None or keys is not None) and placeholder is None and row_group is None:
-        raise ValueError("rule and keys need placeholder or row_group, which say where the audio is")
     if audio is None and inputs_embeds is not None:
         pooled = segment_pool(
             inputs_embeds,
             cu_seqlens=cu_seqlens,
             lengths=lengths,
-            row_group=groups,
+            row_group=row_group,
             rule=Uniform(1) if rule is None else as_rule(rule),
             keys=keys,
             compact=compact,
@@ -309,11 +309,11 @@ def pack(
         rows = like if inputs_embeds is None else like.flatten(0, -2)
         ids = input_ids if inputs_embeds is None else None
         num_audio_rows = audio_values.shape[0]
-        if groups.numel() + num_audio_rows >= 2**31:
+        if row_group.numel() + num_audio_rows >= 2**31:
             raise ValueError(
-                f"{groups.numel()} rows and {num_audio_rows} of audio are more than int32 offsets of samples can count"
+                f"{row_group.numel()} rows and {num_audio_rows} rows of audio exceed what int32 offsets can count"
             )
-        arguments = (groups, ids, cu_seqlens, lengths, audio_cu_seqlens, rows.shape[0], num_audio_rows, compact)
+        arguments = (row_group, ids, cu_seqlens, lengths, audio_cu_seqlens, rows.shape[0], num_audio_rows, compact)
         index, source, target, packed_cu_seqlens = call(
             pack_map, arguments, False, lambda: check_pack_values(*arguments)
         )
@@ -323,7 +323,7 @@ def pack(
     if compact and not torch.compiler.is_compiling() and values.shape[0] == 0:
         samples = packed_cu_seqlens.shape[0] - 1
         raise ValueError(f"nothing is left to pack: every row of the {samples} samples is dropped")
-    positions, packed_labels = call(pack_labels, (source, packed_cu_seqlens, groups, labels), False, lambda: None)
+    positions, packed_labels = call(pack_labels, (source, packed_cu_seqlens, row_group, labels), False, lambda: None)
     if exact_max_seqlen:
         max_seqlen = int(packed_cu_seqlens.diff().max())
     else:
@@ -368,7 +368,7 @@ def _check_text(input_ids: Tensor | None, embedding: Tensor | None, inputs_embed
     return shape
 
 
-def _groups(
+def _find_row_group(
     shape: torch.Size,
     input_ids: Tensor | None,
     device: torch.device,
@@ -400,11 +400,11 @@ def _groups(
         reads_values = values_are_checked(input_ids) or (compact and not torch.compiler.is_compiling())
         return find_row_groups(input_ids, placeholder, mask, cu_seqlens, placeholder_counts, reads_values)
     rows = torch.empty(shape, device=device) if input_ids is None else input_ids
-    groups = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
-    if groups is None:
+    row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
+    if row_group is None:
         return torch.zeros(shape, dtype=torch.int32, device=device)
     # A mask has 1 for what it keeps.
-    return groups if attention_mask is None else groups.clamp_max(0)
+    return row_group if attention_mask is None else row_group.clamp_max(0)
 
 
 def _check_audio(audio: Pooled | Tensor | None, audio_cu_seqlens: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:

@@ -46,7 +46,7 @@ class Runs:
 
 
 def find_runs(
-    shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None, groups: Tensor | None
+    shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None
 ) -> Runs:
     """Runs of rows of shape ``[N]`` or ``[B, T]``."""
     count = shape.numel()
@@ -61,8 +61,8 @@ def find_runs(
         inside = sequence < cu_seqlens.shape[0] - 1
     first = torch.ones_like(inside)
     first[1:] = sequence[1:] != sequence[:-1]
-    if groups is not None:
-        flat = groups.reshape(-1)
+    if row_group is not None:
+        flat = row_group.reshape(-1)
         inside = inside & (flat > 0)
         first[1:] |= flat[1:] != flat[:-1]
     first = first & inside
@@ -78,7 +78,7 @@ def find_checked_runs(
     device: torch.device,
     cu_seqlens: Tensor | None,
     lengths: Tensor | None,
-    groups: Tensor | None = None,
+    row_group: Tensor | None = None,
 ) -> Runs:
     """The same where no kernel looks at the layout: on the CPU, where that waits for nothing, its values are checked.
 
@@ -87,7 +87,7 @@ def find_checked_runs(
     """
     if device.type == "cpu" and not torch.compiler.is_compiling():
         check_layout_values(shape, cu_seqlens, lengths)
-    return find_runs(shape, device, cu_seqlens, lengths, groups)
+    return find_runs(shape, device, cu_seqlens, lengths, row_group)
 
 
 def normalize(d: Tensor, runs: Runs) -> Tensor:

@@ -104,11 +104,11 @@ def segment_pool(
             compact=compact,
         )
         return Pooled(segment_reduce(x, segments, reduce, weights), segments)
-    groups = check_layout(x, 2, cu_seqlens, lengths, attention_mask, row_group)
+    row_group = check_layout(x, 2, cu_seqlens, lengths, attention_mask, row_group)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     values, starts, segment_lengths, cu_segments = call(
         _op,
-        (x, keys, cu_seqlens, lengths, groups, *rule.op_args(), compact),
+        (x, keys, cu_seqlens, lengths, row_group, *rule.op_args(), compact),
         torch.is_grad_enabled() and x.requires_grad,
         lambda: check_layout_values(x.shape, cu_seqlens, lengths),
     )

@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_segment_values, check_segments, check_values_of_rows
+from fastcompress.checks import check_float, check_segment_values, check_values_of_rows
 from fastcompress.dispatch.call import Op, call, differentiable_once
-from fastcompress.segments import Segments
+from fastcompress.segments import Segments, check_segments
 
 _ops = torch.ops.fastcompress
 _reduce_op: Op[Tensor] = _ops.segment_reduce.default

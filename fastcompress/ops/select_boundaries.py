@@ -72,15 +72,15 @@ def select_boundaries(
         return _select_scalar(d, rule, labels, cu_seqlens, lengths, attention_mask, row_group, compact)
     check_float("d", d)
     assert d is not None
-    groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
+    row_group = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LocalMax) and rule.normalize:
-        runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, groups)
+        runs = scalar_rules.find_runs(d.shape, d.device, cu_seqlens, lengths, row_group)
         d = scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
     shape, padded = d.shape, d.dim() == 2
     offsets = frame_offsets(d, padded, cu_seqlens, lengths)
     starts, segment_lengths, cu_segments = call(
         _op,
-        (d.detach(), cu_seqlens, lengths, groups, *rule.op_args(), compact),
+        (d.detach(), cu_seqlens, lengths, row_group, *rule.op_args(), compact),
         False,
         lambda: check_layout_values(shape, cu_seqlens, lengths),
     )
@@ -111,17 +111,17 @@ def _select_scalar(
                 raise ValueError(f"d must have shape [..., {rule.window}], a lag each, got {list(d.shape)}")
             rows, flat = rows[..., 0], rows.reshape(-1, rule.window).T
             min_len, max_len = 1, None  # which the rule has seen to
-    groups = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
+    row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LabelChange) and rule.blank is not None:
-        kept = torch.ones_like(rows, dtype=torch.int32) if groups is None else groups
-        groups = torch.where(rows.long() == rule.blank, -1, kept)  # a blank beyond a small dtype is no label of it
-    runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, groups)
+        kept = torch.ones_like(rows, dtype=torch.int32) if row_group is None else row_group
+        row_group = torch.where(rows.long() == rule.blank, -1, kept)  # a blank beyond a small dtype is no label of it
+    runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
     mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
         mask.view(rows.shape),
         cu_seqlens=cu_seqlens,
         lengths=lengths,
-        row_group=groups,
+        row_group=row_group,
         min_len=min_len,
         max_len=max_len,
         compact=compact,
@@ -153,8 +153,8 @@ def normalize_distance(
         ValueError: a shape, device or value that does not fit, named in the message.
     """
     check_float("d", d)
-    groups = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
-    runs = scalar_rules.find_checked_runs(d.shape, d.device, cu_seqlens, lengths, groups)
+    row_group = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
+    runs = scalar_rules.find_checked_runs(d.shape, d.device, cu_seqlens, lengths, row_group)
     return scalar_rules.normalize(d.detach().reshape(-1), runs).view(d.shape)
 
 
@@ -230,8 +230,8 @@ def segments_from_ids(
     check_integers("ids", ids)
     _check_rank("ids", ids)
     changed = ids != ids.roll(1, dims=-1)
-    groups = torch.where(ids < 0, -1, 1).int()
-    return segments_from_mask(changed, cu_seqlens=cu_seqlens, lengths=lengths, row_group=groups, compact=compact)
+    row_group = torch.where(ids < 0, -1, 1).int()
+    return segments_from_mask(changed, cu_seqlens=cu_seqlens, lengths=lengths, row_group=row_group, compact=compact)
 
 
 def segments_from_starts(

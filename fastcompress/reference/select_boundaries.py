@@ -85,7 +85,7 @@ def select_boundaries(
     """Rows where segments start ``[M]`` int64, their lengths ``[M]`` int64, and ``cu_segments`` ``[B + 1]`` int32."""
     check_layout_values(d.shape, cu_seqlens, lengths)
     distances = d.reshape(-1).tolist()
-    groups = None if row_group is None else row_group.reshape(-1).tolist()
+    row_group_list = None if row_group is None else row_group.reshape(-1).tolist()
     if threshold != -math.inf:
         threshold = torch.tensor(threshold, dtype=d.dtype).item() if d.is_floating_point() else threshold
     segments: list[tuple[int, int]] = []
@@ -93,10 +93,10 @@ def select_boundaries(
     for begin, end in sequence_ranges(d.shape, cu_seqlens, lengths):
         t = begin
         while t < end:
-            group = 1 if groups is None else groups[t]
+            group = 1 if row_group_list is None else row_group_list[t]
             stop = t + 1
             if group > KEEP:
-                while stop < end and (groups is None or groups[stop] == group):
+                while stop < end and (row_group_list is None or row_group_list[stop] == group):
                     stop += 1
                 starts = split_run(
                     distances[t : stop - 1], stop - t, rule, size, threshold, prominence, min_len, max_len
@@ -111,7 +111,9 @@ def select_boundaries(
         counts.append(len(segments))
     if not compact:
         bound = (
-            d.numel() if groups is not None else max_segments(rule, size, min_len, max_len, d.numel(), len(counts) - 1)
+            d.numel()
+            if row_group is not None
+            else max_segments(rule, size, min_len, max_len, d.numel(), len(counts) - 1)
         )
         segments += [(d.numel(), 0)] * (bound - len(segments))
     rows = torch.tensor(segments, dtype=torch.int64, device=d.device).reshape(-1, 2)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.audio import AudioError
-from fastcompress.lalm.lora import unwrap
+from fastcompress.decoder.generation import unwrap
 from fastcompress.training.examples import Examples
 
 #: Resamples of the bootstrap of confidence intervals, which are of 95 %.

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor
 
 from fastcompress.audio import AudioError
+from fastcompress.checks import IGNORED_LABEL
 from fastcompress.training.manifest import ManifestError, Utterance, load_utterance
-
-IGNORED = -100
 
 
 @dataclass(frozen=True)
@@ -182,7 +181,7 @@ class Examples:
         for place, index in enumerate(self.usable(i) for i in indices):
             prompt, target = self.prompt_ids(index), self.target_ids(index) if targets else []
             rows.append(torch.tensor(prompt + target))
-            labels.append(torch.tensor([IGNORED] * len(prompt) + target))
+            labels.append(torch.tensor([IGNORED_LABEL] * len(prompt) + target))
             found = self.features(index)
             if found is None:
                 continue
@@ -197,11 +196,11 @@ class Examples:
             "attention_mask": _pad([torch.ones_like(row) for row in rows], 0),
         }
         if targets:
-            batch["labels"] = _pad(labels, IGNORED)
+            batch["labels"] = _pad(labels, IGNORED_LABEL)
         if features:
             batch |= self._pad_audio(features)
             if self.phones is not None and targets:
-                batch["ctc_labels"] = _pad(ctc_labels, IGNORED)
+                batch["ctc_labels"] = _pad(ctc_labels, IGNORED_LABEL)
         return batch
 
     def _pad_audio(self, features: list[Tensor]) -> dict[str, Tensor]:

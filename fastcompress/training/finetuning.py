@@ -22,10 +22,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from fastcompress.audio import AudioError
+from fastcompress.checks import IGNORED_LABEL
+from fastcompress.decoder.generation import unwrap
 from fastcompress.files import write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
-from fastcompress.lalm.lora import lora_targets, unwrap
-from fastcompress.training.examples import IGNORED
+from fastcompress.lalm.lora import lora_targets
 from fastcompress.training.manifest import Utterance, check_audio, format_skipped, load_utterance, read_manifest
 from fastcompress.version import __version__
 
@@ -162,13 +163,13 @@ class Conversations:
             target = tokenizer(u.target, add_special_tokens=False).input_ids
             target = torch.tensor([*target, tokenizer.eos_token_id])
             rows.append(torch.cat([row[kept], target]))
-            labels.append(torch.cat([torch.full_like(row[kept], IGNORED), target]))
+            labels.append(torch.cat([torch.full_like(row[kept], IGNORED_LABEL), target]))
         pad = nn.utils.rnn.pad_sequence
         others = {name: value for name, value in inputs.items() if value.shape != ids.shape}
         return others | {
             "input_ids": pad(rows, True, tokenizer.pad_token_id),
             "attention_mask": pad([torch.ones_like(row) for row in rows], True, 0),
-            "labels": pad(labels, True, IGNORED),
+            "labels": pad(labels, True, IGNORED_LABEL),
         }
 
 

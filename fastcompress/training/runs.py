@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import yaml
 
+from fastcompress.decoder.generation import unwrap
 from fastcompress.files import WRITE_ERRORS, clean, one_line, write_file, write_folder
 from fastcompress.lalm.dtypes import float_trained
 from fastcompress.lalm.loading import BASE_FILE, RunError, load_model, load_parts, set_compression
-from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.lora import add_lora
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import Utterance, check_audio, format_skipped, read_manifest

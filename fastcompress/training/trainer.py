@@ -20,7 +20,8 @@ import numpy as np
 import torch
 
 from fastcompress import files
-from fastcompress.lalm.lora import unwrap
+from fastcompress.checks import IGNORED_LABEL
+from fastcompress.decoder.generation import unwrap
 from fastcompress.training import checkpoints
 from fastcompress.training.batches import BatchPlan
 from fastcompress.training.examples import Augmentation, Examples
@@ -235,7 +236,7 @@ class Training:
         # Of all processes and parts: each label, and each audio, then weighs the same wherever it landed.
         counts = torch.tensor(
             [
-                sum(int((b["labels"] != -100).sum()) for b in batches),
+                sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches),
                 sum(len(b.get("ctc_labels", ())) for b in batches),
             ],
             device=accelerator.device,
@@ -296,7 +297,7 @@ class Training:
             indices = range(begin, min(begin + self.arguments.batch_size, len(examples)))
             batch = {k: v.to(self.accelerator.device) for k, v in examples.batch(indices).items()}
             batch.pop("ctc_labels", None)
-            labels = int((batch["labels"] != -100).sum())
+            labels = int((batch["labels"] != IGNORED_LABEL).sum())
             with self.accelerator.autocast():
                 total += float(model(**batch, num_items_in_batch=1).lm_loss)
             count += labels

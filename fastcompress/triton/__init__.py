@@ -6,35 +6,15 @@ any device that Triton runs on (under ``TRITON_INTERPRET=1`` the CPU). Each take
 the dtype by a fixed rule; nothing is tuned at run time.
 """
 
-from fastcompress.triton.adjacent_distance import adjacent_distance, adjacent_distance_backward
-from fastcompress.triton.greedy_segments import greedy_boundaries
-from fastcompress.triton.integrate_and_fire import integrate_rows, integrate_rows_backward
-from fastcompress.triton.pack import pack_rows
-from fastcompress.triton.segment_pool import segment_pool
-from fastcompress.triton.segment_reduce import (
-    segment_expand,
-    segment_max_backward,
-    segment_reduce,
-    segment_weighted_mean,
-    segment_weighted_mean_backward,
-)
-from fastcompress.triton.select_boundaries import select_boundaries
+from importlib import import_module
 
-OPS = {
-    op.__name__: op
-    for op in (
-        adjacent_distance,
-        adjacent_distance_backward,
-        select_boundaries,
-        greedy_boundaries,
-        segment_reduce,
-        segment_max_backward,
-        segment_weighted_mean,
-        segment_weighted_mean_backward,
-        integrate_rows,
-        integrate_rows_backward,
-        segment_expand,
-        segment_pool,
-        pack_rows,
-    )
-}
+from fastcompress import reference
+
+_FILES = (
+    "adjacent_distance", "greedy_segments", "integrate_and_fire", "pack", "segment_pool", "segment_reduce",
+    "select_boundaries",
+)  # fmt: skip
+_FUNCTIONS = {name: value for file in _FILES for name, value in vars(import_module(f"{__name__}.{file}")).items()}
+
+#: The ops of ``reference.OPS`` that have a Triton kernel, by name.
+OPS = {name: _FUNCTIONS[name] for name in reference.OPS if name in _FUNCTIONS}

@@ -255,7 +255,7 @@ def upper_bound(VALUES, count, value, steps):
 
 
 @triton.jit
-def place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP: tl.constexpr):
+def place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP: tl.constexpr):
     """Where rows lie, [ROWS] each: whether a row is in a sequence and not dropped by its group; whether it starts a run
     or is in none; its sequence's first and end row; its group."""
     b = upper_bound(END, num_sequences, row, steps)
@@ -266,9 +266,9 @@ def place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP: tl.const
     alive = inside
     changes = (inside == 0) | (row == begin)
     group = tl.where(inside, 1, -1)
-    if HAS_GROUP:
-        group = tl.load(GROUP + row, mask=inside, other=-1)
-        previous = tl.load(GROUP + row - 1, mask=inside & (row > begin), other=-1)
+    if HAS_ROW_GROUP:
+        group = tl.load(ROW_GROUP + row, mask=inside, other=-1)
+        previous = tl.load(ROW_GROUP + row - 1, mask=inside & (row > begin), other=-1)
         alive = inside & (group >= 0)
         changes = changes | (group <= 0) | (group != previous)
     return alive, changes, begin, end, group

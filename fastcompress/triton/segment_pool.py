@@ -36,9 +36,9 @@ def segment_pool(
     less than half; without it nothing is read.
     """
     rows = as_rows(x)
-    groups = flat(row_group)
+    row_group = flat(row_group)
     scored = x if keys is None else keys
-    bound_args = (rule, size, min_len, max_len, groups is not None)
+    bound_args = (rule, size, min_len, max_len, row_group is not None)
     limited = rule != "uniform" and (min_len > 1 or max_len > 0 or prominence > 0)
     if not limited and (rule != "local-max" or size <= MAX_ORDER):
         window = scored_window(rule, size, scored.dtype)
@@ -46,13 +46,13 @@ def segment_pool(
         sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths, tiles)
         bits = rounded_threshold(threshold, accumulate_dtype(scored.dtype))
         size = bounded_size(size, rows.shape[0])
-        boundaries: Scoring | Tensor = Scoring(rule, as_rows(scored), groups, size, bits, keep_tail, window)
+        boundaries: Scoring | Tensor = Scoring(rule, as_rows(scored), row_group, size, bits, keep_tail, window)
     else:
         d = adjacent_distance(scored, cu_seqlens, lengths, 1)
         tiles = num_tiles(rows.shape[0], flag_window(True))
         sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths, tiles)
         boundaries = mark_boundaries(
-            flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
+            flat(d), row_group, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
         )
     values, starts, lengths, cu_segments = collect_segments(rows, boundaries, sequences, tiles, bound_args, compact)
     assert values is not None

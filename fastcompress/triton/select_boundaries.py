@@ -60,8 +60,8 @@ def mark_boundaries(
         select_boundaries_fwd_kernel, (triton.cdiv(d.numel(), ROWS),), d,
         d, row_group, sequences.begin, sequences.end, sequences.count, sequences.steps, flags, wanted, d.numel(),
         bounded_size(size, d.numel()), rounded_threshold(threshold, d.dtype), double_bits(prominence), RULE=rule,
-        HAS_GROUP=row_group is not None, HAS_PROMINENCE=prominence > 0, KEEP_TAIL=keep_tail, ACC=accumulate(d.dtype),
-        ROWS=ROWS,
+        HAS_ROW_GROUP=row_group is not None, HAS_PROMINENCE=prominence > 0, KEEP_TAIL=keep_tail,
+        ACC=accumulate(d.dtype), ROWS=ROWS,
     )  # fmt: skip
     if walks:
         launch(
@@ -90,34 +90,50 @@ def select_boundaries(
     """
     tiles = num_tiles(d.numel(), None)
     sequences = prepare_sequences(d, d.dim(), cu_seqlens, lengths, tiles)
-    groups = flat(row_group)
-    flags = mark_boundaries(flat(d), groups, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail)
+    row_group = flat(row_group)
+    flags = mark_boundaries(
+        flat(d), row_group, sequences, rule, size, threshold, prominence, min_len, max_len, keep_tail
+    )
     _, starts, segment_lengths, cu_segments = collect_segments(
-        None, flags, sequences, tiles, (rule, size, min_len, max_len, groups is not None), compact
+        None, flags, sequences, tiles, (rule, size, min_len, max_len, row_group is not None), compact
     )
     return starts, segment_lengths, cu_segments
 
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits", "prominence_bits"])
 def select_boundaries_fwd_kernel(
-    D, GROUP, BEGIN, END, num_sequences, steps, FLAGS, WANTED_FLAGS, num_rows, size, threshold_bits: tl.int64,
-    prominence_bits: tl.int64, RULE: tl.constexpr, HAS_GROUP: tl.constexpr, HAS_PROMINENCE: tl.constexpr,
+    D, ROW_GROUP, BEGIN, END, num_sequences, steps, FLAGS, WANTED_FLAGS, num_rows, size, threshold_bits: tl.int64,
+    prominence_bits: tl.int64, RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, HAS_PROMINENCE: tl.constexpr,
     KEEP_TAIL: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Bits of every row. With a walk to follow, what the rule wants is written apart and only what stops a segment for
     another reason is set: the walk adds to bits that it does not read."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP)
+    alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP)
     linked = alive & (changes == 0)
     step = row
     if RULE != "uniform":
         step = tl.load(D + row - 1, mask=linked, other=0).to(ACC)  # [ROWS]
     wants, may_start = judge_rows(
-        row, step, alive, changes, begin, end, group, D, GROUP, size, threshold_bits, RULE, HAS_GROUP, KEEP_TAIL, ROWS
+        row,
+        step,
+        alive,
+        changes,
+        begin,
+        end,
+        group,
+        D,
+        ROW_GROUP,
+        size,
+        threshold_bits,
+        RULE,
+        HAS_ROW_GROUP,
+        KEEP_TAIL,
+        ROWS,
     )
     if HAS_PROMINENCE:
-        left = lowest_base(row, step, wants, begin, group, D, GROUP, -1, HAS_GROUP)
-        right = lowest_base(row, step, wants, end, group, D, GROUP, 1, HAS_GROUP)
+        left = lowest_base(row, step, wants, begin, group, D, ROW_GROUP, -1, HAS_ROW_GROUP)
+        right = lowest_base(row, step, wants, end, group, D, ROW_GROUP, 1, HAS_ROW_GROUP)
         height = step.to(tl.float64) - tl.where(left > right, left, right).to(tl.float64)
         wants = wants & (height >= prominence_bits.to(tl.int64).to(tl.float64, bitcast=True))
     stops = changes

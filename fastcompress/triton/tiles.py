@@ -136,7 +136,7 @@ def collect_segments(
     flags = isinstance(boundaries, Tensor)
     if isinstance(boundaries, Tensor):
         boundaries = Scoring("flags", boundaries, None, 1, 0, True, flag_window(rows is not None))
-    keys, window, groups = boundaries.keys, boundaries.window, boundaries.row_group
+    keys, window, row_group = boundaries.keys, boundaries.window, boundaries.row_group
     # The look-back asks for a word a thread, see there.
     scores = not flags and boundaries.rule != "uniform"
     dtypes = [tensor.dtype for tensor in (keys, rows) if tensor is not None]
@@ -147,10 +147,10 @@ def collect_segments(
     clearing = 0 if compact else triton.cdiv(bound, window.rows)
     launch(
         segment_pool_fwd_kernel, (tiles + clearing,), starts,
-        rows, stride, width, keys, keys.stride(0), keys.shape[1] if keys.dim() == 2 else 0, groups,
+        rows, stride, width, keys, keys.stride(0), keys.shape[1] if keys.dim() == 2 else 0, row_group,
         sequences.begin, sequences.end, sequences.count, sequences.steps, sequences.rows, sequences.state, tiles,
         starts, lengths, cu_segments, values, bound, boundaries.size, boundaries.threshold_bits,
-        window.halo, window.judged, window.owned, RULE=boundaries.rule, HAS_GROUP=groups is not None,
+        window.halo, window.judged, window.owned, RULE=boundaries.rule, HAS_ROW_GROUP=row_group is not None,
         KEEP_TAIL=boundaries.keep_tail, ACC=acc,
         KEY_ACC=tl.float32 if flags else accumulate(keys.dtype), ROWS=window.rows,
         WORDS=32 * num_warps, num_warps=num_warps, registers=registers, **tile,
@@ -170,8 +170,8 @@ def first_rows(tensor: Tensor, count: int) -> Tensor:
 
 @triton.jit
 def judge_window(
-    row, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, size, threshold_bits,
-    RULE: tl.constexpr, HAS_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, KEY_ACC: tl.constexpr, ROWS: tl.constexpr,
+    row, KEYS, key_stride, key_width, ROW_GROUP, BEGIN, END, num_sequences, steps, num_rows, size, threshold_bits,
+    RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, KEY_ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """Whether a segment stops at rows, and whether one starts there, [ROWS] bool each; right for the rows that a window
     can judge."""
@@ -180,7 +180,7 @@ def judge_window(
         stops = (flags & STOPS) != 0
         starts = stops & ((flags & STARTS) != 0)
     else:
-        alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, GROUP, HAS_GROUP)
+        alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP)
         step = row
         if RULE != "uniform":
             w = tl.arange(0, ROWS)
@@ -192,8 +192,8 @@ def judge_window(
             square_before = tl.gather(square, tl.maximum(w - 1, 0), 0)
             step = cosine_distance(dot, square_before, square).to(KEY_ACC)
         wants, may_start = judge_rows(
-            row, step, alive, changes, begin, end, group, None, GROUP, size, threshold_bits, RULE, HAS_GROUP, KEEP_TAIL,
-            ROWS,
+            row, step, alive, changes, begin, end, group, None, ROW_GROUP, size, threshold_bits, RULE, HAS_ROW_GROUP,
+            KEEP_TAIL, ROWS,
         )  # fmt: skip
         stops = changes | wants
         starts = stops & may_start
@@ -242,9 +242,9 @@ def write_cu_segments(CU_SEGMENTS, END, num_sequences, steps, row, starts, first
 
 @triton.jit(do_not_specialize=[*BATCH_SIZES, "threshold_bits"])
 def segment_pool_fwd_kernel(
-    X, stride, width, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, STATE, num_tiles,
-    STARTS, LENGTHS, CU_SEGMENTS, VALUES, bound, size, threshold_bits: tl.int64, halo, judged, owned,
-    RULE: tl.constexpr, HAS_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, ACC: tl.constexpr, KEY_ACC: tl.constexpr,
+    X, stride, width, KEYS, key_stride, key_width, ROW_GROUP, BEGIN, END, num_sequences, steps, num_rows, STATE,
+    num_tiles, STARTS, LENGTHS, CU_SEGMENTS, VALUES, bound, size, threshold_bits: tl.int64, halo, judged, owned,
+    RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, ACC: tl.constexpr, KEY_ACC: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     # Numbered in the order in which programs start: none waits for one that has not.
@@ -258,8 +258,8 @@ def segment_pool_fwd_kernel(
         base = first - halo
         row = base + w  # [ROWS]
         stops, starts = judge_window(
-            row, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, size, threshold_bits,
-            RULE, HAS_GROUP, KEEP_TAIL, KEY_ACC, ROWS,
+            row, KEYS, key_stride, key_width, ROW_GROUP, BEGIN, END, num_sequences, steps, num_rows, size,
+            threshold_bits, RULE, HAS_ROW_GROUP, KEEP_TAIL, KEY_ACC, ROWS,
         )  # fmt: skip
         stops = stops & (w >= halo) & (w < judged)
         starts = starts & (row >= first) & (row < last)
@@ -276,8 +276,8 @@ def segment_pool_fwd_kernel(
             nearest = tl.full((), ROWS, tl.int32)
             while nearest == ROWS:
                 later, _ = judge_window(
-                    next_base + w, KEYS, key_stride, key_width, GROUP, BEGIN, END, num_sequences, steps, num_rows, size,
-                    threshold_bits, RULE, HAS_GROUP, KEEP_TAIL, KEY_ACC, ROWS,
+                    next_base + w, KEYS, key_stride, key_width, ROW_GROUP, BEGIN, END, num_sequences, steps, num_rows,
+                    size, threshold_bits, RULE, HAS_ROW_GROUP, KEEP_TAIL, KEY_ACC, ROWS,
                 )  # fmt: skip
                 nearest = tl.min(tl.where(later & (w >= halo) & (w < judged), w, ROWS), 0)
                 open_end = next_base + nearest

@@ -14,7 +14,8 @@ import pytest
 import soundfile
 import yaml
 
-from fastcompress.cli import transcribe as cli_transcribe
+from fastcompress.cli import make_data as cli_make_data
+from fastcompress.cli import train as cli_train
 from fastcompress.cli.main import main
 from fastcompress.synthesis.data import DIRECTIONS
 from fastcompress.synthesis.texts import TASKS
@@ -103,7 +104,7 @@ def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, caps
 
 def test_flags_are_those_that_there_are():
     """Declared without importing what they are for, so they could drift: names, types, defaults in the help."""
-    flags = {name: (kind, text) for name, kind, text in cli_transcribe._SETTINGS}
+    flags = {name: (kind, text) for name, kind, text in cli_train._SETTINGS}
     fields = {f.name: f for f in (*dataclasses.fields(RunSettings), *dataclasses.fields(TrainingArguments))}
     assert flags.keys() == fields.keys() - {"training", "betas"}
     for name, (kind, text) in flags.items():
@@ -113,7 +114,7 @@ def test_flags_are_those_that_there_are():
             value = fields[name].default
             wanted = {"yes": True}.get(said[1], said[1])
             assert wanted == value or float(wanted) == value, name
-    assert cli_transcribe._TASKS == tuple(TASKS) and cli_transcribe._DIRECTIONS == DIRECTIONS
+    assert cli_make_data._TASKS == tuple(TASKS) and cli_make_data._DIRECTIONS == DIRECTIONS
 
 
 def test_transcribe(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

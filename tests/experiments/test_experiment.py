@@ -13,8 +13,9 @@ import torch
 from experiments import report
 from experiments.__main__ import SHIPPED
 from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread
+from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import load_model
-from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.lora import add_lora
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.trainer import Training, TrainingArguments

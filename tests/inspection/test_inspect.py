@@ -18,7 +18,7 @@ import fastcompress as fc
 from fastcompress.audio import log_mel
 from fastcompress.cli.main import main
 from fastcompress.inspection import picture
-from fastcompress.inspection.table import LOG_MEL_RULES, LogMel, inspect_audio, white_noise
+from fastcompress.inspection.table import LOG_MEL_RULES, Encoder, EncoderError, LogMel, inspect_audio, white_noise
 from tests.support import ROOT
 
 SPEECH = ROOT / "assets" / "speech" / "rainbow.wav"
@@ -255,8 +255,8 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, tmp_path
     for name in list(sys.modules):
         if name.partition(".")[0] == module or name in ("fastcompress.audio", "fastcompress.inspection.table"):
             monkeypatch.delitem(sys.modules, name)
-    for name in ("audio", "inspection", "plotting"):
-        monkeypatch.delattr(fc, name, raising=False)
+    for name in ("audio", "inspection", "inspection.picture", "inspection.table"):
+        monkeypatch.delattr(f"fastcompress.{name}", raising=False)
         monkeypatch.delitem(sys.modules, f"fastcompress.{name}", raising=False)
     monkeypatch.setitem(sys.modules, module, None)  # importing it raises ModuleNotFoundError
     code, out, err = run(capsys, SPEECH, "--png", tmp_path / "a.png", "--encoder", tmp_path)
@@ -324,7 +324,7 @@ def test_a_whisper_encoder_is_run_in_its_windows(whisper, capsys, tmp_path):
         features = extractor(windows, sampling_rate=16_000, return_tensors="pt").input_features
         hidden = encoder(features).last_hidden_state  # [2, 150, 32]
     expected = torch.cat([hidden[0], hidden[1, :71]])
-    inspected = inspect_audio(SPEECH, [fc.LocalMax()], fc.inspection.Encoder(whisper), noise=False)
+    inspected = inspect_audio(SPEECH, [fc.LocalMax()], Encoder(whisper), noise=False)
     torch.testing.assert_close(inspected.frames, expected, atol=1e-5, rtol=1e-5)
     tokens = {row[0]: int(row[2]) for row in table_rows(out)}
     assert tokens["uniform:2"] == 111
@@ -345,16 +345,16 @@ def test_a_waveform_encoder_is_run_in_pieces(tmp_path):
     )
     transformers.Wav2Vec2Model(config).save_pretrained(tmp_path / "wav2vec2")
     transformers.Wav2Vec2FeatureExtractor().save_pretrained(tmp_path / "wav2vec2")
-    encoder = fc.inspection.Encoder(tmp_path / "wav2vec2")
+    encoder = Encoder(tmp_path / "wav2vec2")
     for seconds, frames in ((2, 99), (30.01, 2 * 750)):  # 30.01 s are two pieces of 15.005 s
         values, rate = encoder.frames(white_noise(round(seconds * 16_000)))
         assert values.shape == (frames, 16)
         assert rate == pytest.approx(frames / seconds, rel=1e-4)
-    with pytest.raises(fc.inspection.EncoderError, match=r"wav2vec2: cannot encode 0\.01 s of audio"):
+    with pytest.raises(EncoderError, match=r"wav2vec2: cannot encode 0\.01 s of audio"):
         encoder.frames(white_noise(200))
     for window in (None, 480_000):  # 0 samples are what is left at 16 kHz of one at 44.1
         encoder.window = window
-        with pytest.raises(fc.inspection.EncoderError, match="there is no audio: 0 samples"):
+        with pytest.raises(EncoderError, match="there is no audio: 0 samples"):
             encoder.frames(white_noise(0))
 
 

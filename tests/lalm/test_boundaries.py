@@ -11,9 +11,10 @@ import pytest
 import torch
 
 import fastcompress as fc
+from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
 from fastcompress.lalm.loading import RunError, _load_adapter, load_model, set_compression
-from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.lora import add_lora
 from fastcompress.training import logs
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest

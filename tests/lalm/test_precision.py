@@ -11,8 +11,9 @@ import torch
 import transformers
 from accelerate.state import AcceleratorState
 
+from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import load_model
-from fastcompress.lalm.lora import add_lora, unwrap
+from fastcompress.lalm.lora import add_lora
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_tokenizer

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 import fastcompress.decoder
+from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import budget, dynamic
 from fastcompress.integrations.transformers.budget import BudgetProcessor
 from fastcompress.integrations.transformers.dynamic import Settings, compressed_prompt
@@ -25,7 +26,6 @@ from fastcompress.integrations.transformers.families import (
     support,
     table,
 )
-from fastcompress.integrations.transformers.patches import unwrap
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import LabelChange, Rule, as_rule
 

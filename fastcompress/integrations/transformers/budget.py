@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcompress.checks import IGNORED_LABEL
+from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
@@ -121,7 +123,7 @@ class BudgetProcessor:
     """
 
     def __init__(self, processor: Any, model: Any) -> None:
-        model = patches.unwrap(model)
+        model = unwrap(model)
         settings = getattr(model, "fastcompress_settings", None)
         if settings is None or settings.mode != "budget":
             raise ValueError(f"model must be compressed in budget mode, got a {type(model).__name__} that is not")
@@ -175,7 +177,7 @@ class BudgetProcessor:
             side = "left"
         elif not bool(mask[:, -1].all()):
             side = "right"
-        fill = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": -100}
+        fill = {"input_ids": getattr(tokenizer, "pad_token_id", None) or 0, "labels": IGNORED_LABEL}
         for name, value in list(inputs.items()):
             if isinstance(value, Tensor) and value.shape == ids.shape:
                 rows = [row[places] for row, places in zip(value, kept, strict=True)]

@@ -23,7 +23,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 
 import fastcompress as fc
 from fastcompress import decoder
-from fastcompress.decoder.generation import new_token_limits, setting
+from fastcompress.checks import IGNORED_LABEL
+from fastcompress.decoder.generation import new_token_limits, prepend_prompt, setting, unwrap
+from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
@@ -166,11 +168,10 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
         loss = _loss(call, out.logits, num_items)
         own = getattr(self.audio_compressor, "loss", None)
         if has_audio and own is not None:
-            # Losses of the batches of a step are added up: this one counts once.
-            share = 1.0 if num_items is None else out.logits.shape[1] / num_items
+            share = batch_share(out.logits.shape[1], num_items)
             loss = loss + self.audio_compressor.loss_weight * share * own.to(loss.device)
         if not has_audio and torch.is_grad_enabled():
-            loss = loss + _unused(self)
+            loss = loss + _unused(self, loss.device)
     found = type(out)(**{"loss": loss} | {name: value for name, value in out.items() if name != "loss"})
     found.compressed = call.inputs
     return found.to_tuple() if as_tuple else found
@@ -246,7 +247,8 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         )
         hidden = out.last_hidden_state[mask.bool()]
     if labels is not None:
-        out.last_hidden_state = hidden[_label_rows(packed)][None]
+        assert packed.labels is not None
+        out.last_hidden_state = hidden[label_rows(packed.labels)][None]
     elif call.packed:
         out.last_hidden_state = packed.unpack(hidden, call.side)[0]
     return out
@@ -264,7 +266,7 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
     audio_id = call.model.config.audio_token_id
     is_audio = ids == audio_id
     if labels is not None:
-        labels = labels.to(merged.device).masked_fill(is_audio, -100)
+        labels = labels.to(merged.device).masked_fill(is_audio, IGNORED_LABEL)
     if not _has_audio(call.model, call.arguments):  # a placeholder that nothing was put into is text
         return fc.pack(inputs_embeds=merged, attention_mask=mask, labels=labels)
     groups = row_groups(ids, audio_id, attention_mask=mask)
@@ -331,24 +333,16 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     return spread.new_zeros(*rows.shape[:-1], spread.shape[-1]).masked_scatter(valid[..., None], spread)
 
 
-def _label_rows(packed: fc.PackedInputs) -> Tensor:
-    """Packed rows that a label is predicted from: row t says label t + 1."""
-    assert packed.labels is not None
-    return (packed.labels[1:] != -100).nonzero()[:, 0]
-
-
 def _loss(call: Call, logits: Tensor, num_items: Tensor | int | None) -> Tensor:
     assert call.inputs is not None and call.inputs.labels is not None
-    labels = call.inputs.labels[_label_rows(call.inputs) + 1].to(logits.device)
-    rows = logits[0] if logits.dtype == torch.float64 else logits[0].float()
-    total = nn.functional.cross_entropy(rows, labels, reduction="sum")
-    return total / (max(1, len(labels)) if num_items is None else num_items)
+    labels = call.inputs.labels
+    return next_token_loss(logits[0], labels, label_rows(labels), num_items)
 
 
-def _unused(model: Any) -> Tensor | int:
-    """0, in whose graph is what a batch without audio does not use: processes that average gradients wait for all."""
+def _unused(model: Any, device: torch.device) -> Tensor:
+    """Return 0 with a gradient path to what a batch without audio does not use."""
     used = {id(p) for module in (model.model.language_model, model.lm_head) for p in module.parameters()}
-    return sum(p.flatten()[:0].sum() for p in model.parameters() if p.requires_grad and id(p) not in used)
+    return zero_of((p for p in model.parameters() if id(p) not in used), device)
 
 
 @torch.no_grad()
@@ -389,14 +383,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
         self.enable_adapters()  # which the stock method does for prompts with audio, and this one has none any more
         stock = GenerationMixin.generate.__get__(self)
     out = stock(**rest)
-    tokens = out if isinstance(out, Tensor) else out.sequences
-    written = tokens[:, embeds.shape[1] if family.prompt_ids else 0 :]
-    asked = ids.repeat_interleave(len(written) // len(ids), 0).to(written.device)
-    tokens = torch.cat([asked, written], 1)
-    if isinstance(out, Tensor):
-        return tokens
-    out.sequences = tokens
-    return out
+    return prepend_prompt(out, ids, embeds.shape[1] if family.prompt_ids else 0)
 
 
 def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
@@ -409,7 +396,7 @@ def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
     Raises:
         ValueError: ``input_ids`` are missing, or the model is not compressed so.
     """
-    model = patches.unwrap(model)
+    model = unwrap(model)
     if getattr(getattr(model, "fastcompress_settings", None), "mode", None) != "dynamic":
         raise ValueError(f"model must be compressed in dynamic mode, got a {type(model).__name__} that is not")
     if inputs.get("input_ids") is None:

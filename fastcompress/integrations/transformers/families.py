@@ -222,9 +222,11 @@ def support() -> dict[str, dict[str, Any]]:
 
 def table() -> str:
     """:func:`support` for people."""
+    from tabulate import tabulate
+
     columns = ("name", "tokens_per_second", "dynamic", "packed", "before_projector", "budget")
+    header = ("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget")
     rows: list[tuple[str, ...]] = []
-    rows.append(("model_type", "name", "tokens/s", "dynamic", "packed", "before projector", "budget"))
     notes, refused = [], []
     for kind, found in support().items():
         if "refused" in found:
@@ -234,7 +236,6 @@ def table() -> str:
         rows.append((kind, *(("yes" if c else "no") if isinstance(c, bool) else f"{c}" for c in cells)))
         notes += [f"{kind}: no budget, {found['why_no_budget']}"] if not found["budget"] else []
         notes += [f"{kind}: not before the projector, {found['why_not_before']}"] if found["why_not_before"] else []
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines = tabulate(rows, header, "plain", disable_numparse=True)
     tested = f"tested with transformers {TESTED[0]} to before {TESTED[1]}; packed where all layers are attention"
-    return "\n".join([*lines, "", tested, *notes, "", "refused:", *refused])
+    return "\n".join([lines, "", tested, *notes, "", "refused:", *refused])

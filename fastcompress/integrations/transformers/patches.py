@@ -18,11 +18,6 @@ import torch
 _BEFORE = "_fastcompress_before"
 
 
-def unwrap(model: Any) -> Any:
-    """The model itself, of one with peft around it or without."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
 def replace(target: Any, name: str, function: Callable[..., Any], like: Callable[..., Any] | None = None) -> None:
     """Makes ``function(self, *args, **kwargs)`` the method of an object.
 

@@ -1,0 +1,152 @@
+"""Inputs that users of similar projects reported, with the right value, for the ops and modules.
+
+A case that is marked as an expected failure is an open fault. The mark is strict: whoever fixes the fault removes it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+import fastcompress as fc
+
+SCALAR_RULES = ("top-k:rate=2", "lookback:3,threshold=0.5", "peak-height", "local-max:normalize=True")
+
+
+def fault(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
+    return pytest.mark.xfail(reason=reason, raises=errors or AssertionError, strict=True)
+
+
+@fault("an empty batch is not handled", IndexError)
+@pytest.mark.parametrize("module", [fc.nn.IterativeFusion(2), fc.nn.BipartiteMerge(4.0)], ids=["fusion", "merge"])
+def test_a_batch_whose_lengths_are_all_0(module: torch.nn.Module):
+    assert module(torch.zeros(2, 5, 4), lengths=torch.tensor([0, 0])).values.shape == (0, 4)
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        "uniform:3",
+        *(pytest.param(rule, marks=fault("the length is made a constant", Exception)) for rule in SCALAR_RULES),
+    ],
+)
+def test_export_keeps_the_length_dynamic(rule: str):
+    program = torch.export.export(
+        fc.nn.SegmentPool(rule), (torch.randn(40, 16),), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}}
+    )
+    other = torch.randn(57, 16)
+    assert torch.equal(program.module()(other).values, fc.segment_pool(other, rule=rule).values)
+
+
+@fault("the number of rows is made a constant")
+def test_a_symbolic_trace_keeps_the_length_dynamic():
+    def pool(x: torch.Tensor) -> torch.Tensor:
+        return fc.segment_pool(x, rule="top-k:rate=2", compact=False).values
+
+    traced = make_fx(pool, tracing_mode="symbolic")(torch.randn(40, 16))
+    other = torch.randn(55, 16)
+    assert traced(other).shape == pool(other).shape == (56, 16)
+
+
+@pytest.mark.skipif("config.getoption('--device') or config.getoption('--emulated') is not None", reason="of the CPU")
+@fault("small results keep the buffer of the upper bound")
+@pytest.mark.parametrize("how", ["threshold:1.9", "threshold:1.05", "local-max:order=3", "row_group"])
+def test_a_result_holds_the_memory_it_needs(how: str):
+    usable = ctypes.CDLL(None).malloc_usable_size
+    usable.restype, usable.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
+    x, options = torch.randn(1500, 1280), {"rule": how}
+    if how == "row_group":
+        group = torch.full((1500,), -1, dtype=torch.int32)
+        group[:300] = 1
+        options = {"rule": "uniform:3", "row_group": group}
+    values = fc.segment_pool(x, **options).values
+    assert usable(values.data_ptr()) <= 1.1 * values.nbytes + 4096
+
+
+@fault("counts are computed in the default dtype")
+def test_the_default_dtype_has_no_effect():
+    x, module = torch.randn(1, 1500, 8), fc.nn.IntegrateAndFire(8, 3.0).train()
+    counts = []
+    try:
+        for dtype in (torch.float32, torch.float64, torch.bfloat16):
+            torch.set_default_dtype(dtype)
+            counts.append(module(x).values.shape[0])
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert counts == [500, 500, 500]
+
+
+@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=fault("the loss loses its gradient"))])
+@pytest.mark.parametrize("module", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire], ids=lambda m: m.__name__)
+def test_a_loss_keeps_its_gradient_under_checkpointing(module: Any, reentrant: bool):
+    compressor = module(16).train()
+    x = torch.randn(40, 16, requires_grad=True)
+    checkpoint(lambda t: compressor(t).values, x, use_reentrant=reentrant)
+    assert compressor.loss.requires_grad
+
+
+@fault("the error of the input is hidden by one of vmap", NotImplementedError)
+def test_an_error_under_vmap_is_that_of_the_input():
+    batch = torch.randn(3, 40, 16)
+    assert torch.vmap(lambda x: fc.segment_pool(x, rule="uniform:4").values)(batch).shape == (3, 10, 16)
+    with pytest.raises(ValueError, match="cu_seqlens must end at the number of rows, 40, got 99"):
+        torch.vmap(lambda x: fc.segment_pool(x, rule="uniform:4", cu_seqlens=torch.tensor([0, 99])).values)(batch)
+
+
+@fault("NumPy's numbers are refused", TypeError, ValueError)
+@pytest.mark.parametrize("case", range(5))
+def test_numbers_of_numpy_are_taken(case: int):
+    np, x = pytest.importorskip("numpy"), torch.randn(40, 16)
+    calls = (
+        lambda: fc.Uniform(np.int64(3)) == fc.Uniform(3),
+        lambda: fc.Threshold(np.float32(0.25)) == fc.Threshold(0.25),
+        lambda: torch.equal(fc.adjacent_distance(x, lag=np.int64(2))[:38], fc.adjacent_distance(x, lag=2)[:38]),
+        lambda: torch.equal(fc.iterative_fusion(x, np.int64(3)).values, fc.iterative_fusion(x, 3).values),
+        lambda: fc.segment_pool(x).segments.seconds(np.float32(25)).shape[1] == 2,
+    )
+    assert calls[case]()
+
+
+@pytest.mark.parametrize(
+    "layout", [torch.jagged, pytest.param(torch.strided, marks=fault("torch fails inside", RuntimeError))], ids=str
+)
+def test_a_nested_tensor_is_refused_by_name(layout: torch.layout):
+    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=layout)
+    with pytest.raises(TypeError, match="x must be a dense tensor"):
+        fc.segment_pool(nested)
+
+
+@pytest.mark.slow  # it compiles C++
+@pytest.mark.parametrize(
+    "rule", ["threshold:0.8", pytest.param("local-max", marks=fault("an infinity does not load", RuntimeError))]
+)
+def test_a_package_of_aot_inductor_loads(rule: str, tmp_path: Path):
+    class Model(torch.nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return fc.segment_pool(x * 2, rule=rule).values + 1
+
+    dim = torch.export.Dim("n", min=4)
+    program = torch.export.export(Model(), (torch.randn(40, 16),), dynamic_shapes={"x": {0: dim}})
+    package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "model.pt2"))
+    model, x = torch._inductor.aoti_load_package(package), torch.randn(57, 16)
+    assert torch.equal(model(x), Model()(x))
+
+
+@pytest.mark.parametrize(
+    "bad", [0.0, *(pytest.param(bad, marks=fault("gradients are NaN")) for bad in (torch.nan, torch.inf))]
+)
+@pytest.mark.parametrize("module", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire], ids=lambda m: m.__name__)
+def test_padding_has_no_effect_on_gradients(module: Any, bad: float):
+    compressor, x = module(4), torch.randn(2, 10, 4)
+    x[1, 4:] = bad
+    x.requires_grad_()
+    tokens = compressor(x, lengths=torch.tensor([10, 4]))
+    (tokens.values.sum() + compressor.loss).backward()
+    assert tokens.values.isfinite().all() and x.grad is not None and x.grad.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in compressor.parameters())

@@ -21,8 +21,10 @@ IGNORED_LABEL = -100
 def check_dense(name: str, x: Tensor | None) -> None:
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
-    if x.layout != torch.strided:  # sparse, nested
+    if x.layout != torch.strided:  # sparse, jagged
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
+    if x.is_nested:  # whose layout is strided as well
+        raise TypeError(f"{name} must be a dense tensor, got a nested one")
 
 
 def check_float(name: str, x: Tensor | None) -> None:

@@ -8,6 +8,7 @@ Each is called with ``x`` ``[N, D]`` and ``cu_seqlens=``, or ``[B, T, D]`` and `
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -17,11 +18,11 @@ from fastcompress.checks import check_dense, check_float, check_layout, check_nu
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.greedy_segments import greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, check_firing, integrate_and_fire, quantity_loss
-from fastcompress.ops.scalar_rules import find_checked_runs, find_runs
+from fastcompress.ops.scalar_rules import Runs, find_checked_runs, find_runs
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask, select_boundaries
-from fastcompress.ops.token_merging import Merged, bipartite_merge, iterative_fusion
+from fastcompress.ops.token_merging import Merged, bipartite_merge, follow_ids, iterative_fusion
 from fastcompress.rules import Rule, Threshold, as_rule
 from fastcompress.segments import Pooled
 
@@ -117,6 +118,17 @@ def _check_width(x: Tensor, width: int) -> None:
         raise ValueError(f"x must have shape [N, {width}] or [B, T, {width}], got {list(x.shape)}")
 
 
+def _usable_rows(x: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
+    """Return the rows ``[N, D]``, zeros where they are excluded or not finite, and which are neither, ``[N]`` bool.
+
+    Zeros before a product, and not a mask after it: the gradient of a product with NaN is NaN even where its upstream
+    gradient is 0.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    usable = runs.inside & rows.detach().isfinite().all(-1)
+    return torch.where(usable[:, None], rows, 0.0), usable
+
+
 class LearnedCompressor(torch.nn.Module):
     """Base of those that learn at a rate, and leave a loss.
 
@@ -131,6 +143,18 @@ class LearnedCompressor(torch.nn.Module):
         self.ratio: float = ratio
         self.loss_weight: float = loss_weight
         self.loss: Tensor | None = None
+
+    def _warn_without_gradient(self) -> None:
+        """Warn if the loss of a module in training cannot reach its parameters."""
+        if not self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return
+        if any(parameter.requires_grad for parameter in self.parameters()):
+            warnings.warn(
+                f"the loss of {type(self).__name__} has no gradient: it was computed under torch.no_grad in training "
+                "mode, as reentrant checkpointing does; use checkpoint(..., use_reentrant=False)",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def __getstate__(self) -> dict[str, Any]:
         """Without the loss: its graph can neither be copied nor pickled."""
@@ -162,7 +186,7 @@ class BipartiteMerge(torch.nn.Module):
             further = bipartite_merge(
                 merged.values, rate, window=self.window, size=merged.sizes, cu_seqlens=merged.cu_seqlens
             )
-            ids = torch.where(merged.ids >= 0, further.ids[merged.ids], -1)
+            ids = follow_ids(merged.ids, further.ids)
             merged = Merged(further.values, further.cu_seqlens, further.sizes, ids)
         return merged
 
@@ -243,10 +267,12 @@ class IntegrateAndFire(LearnedCompressor):
         """
         _check_width(x, self.weight.in_features)
         check_layout(x, 2, cu_seqlens, lengths)
-        # A frame that is not finite weighs nothing: as a part of its token it spoils that, and no other.
-        alpha = self.weight(x)[..., 0].float().sigmoid().nan_to_num(0.0)
+        # A frame that is not finite weighs nothing: as a part of its token it spoils that token and no other.
+        runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
+        rows, usable = _usable_rows(x, runs)
+        alpha = torch.where(usable, self.weight(rows)[..., 0].float().sigmoid(), 0.0).view(x.shape[:-1])
         frames = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths).diff()
-        wanted = (frames / self.ratio).ceil().long()
+        wanted = (frames.double() / self.ratio).ceil().long()  # integers would divide in the default dtype
         fired = integrate_and_fire(
             x,
             alpha,
@@ -255,8 +281,9 @@ class IntegrateAndFire(LearnedCompressor):
             tail=self.tail,
             target_lengths=wanted if self.training else None,
         )
-        per_sequence = (wanted.sum() / max(1, len(wanted))).clamp_min(1.0)
-        self.loss: Tensor | None = quantity_loss(fired, wanted).float() / per_sequence
+        per_sequence = (wanted.double().sum() / max(1, len(wanted))).clamp_min(1.0)
+        self.loss: Tensor | None = (quantity_loss(fired, wanted) / per_sequence).float()
+        self._warn_without_gradient()
         return fired
 
     def extra_repr(self) -> str:
@@ -351,9 +378,14 @@ class LearnedBoundary(LearnedCompressor):
         _check_width(x, self.query.in_features)
         check_layout(x, 2, cu_seqlens, lengths)
         runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
-        probability = torch.where(runs.first, 1.0, self.probability(x.reshape(-1, x.shape[-1])))
+        rows, usable = _usable_rows(x, runs)
+        probability = self.probability(rows)
+        # A pair with a frame that is not finite is no boundary, as a comparison with NaN is false, and has no gradient.
+        pair = usable & torch.nn.functional.pad(usable, (1, 0))[:-1]
+        probability = torch.where(runs.first, 1.0, torch.where(pair, probability, 0.5))
         boundary = probability.detach() > 0.5
         self.loss: Tensor | None = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)
+        self._warn_without_gradient()
         mask = boundary.view(x.shape[:-1])
         segments = segments_from_mask(mask, cu_seqlens=cu_seqlens, lengths=lengths)
         values = segment_reduce(x, segments, self.reduce)

@@ -21,6 +21,9 @@ import torch
 
 from fastcompress.checks import check_number, check_whole
 
+#: Every distance is above it. It is finite because a package of AOTInductor does not load an infinity.
+NO_THRESHOLD = torch.finfo(torch.float32).min
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -189,7 +192,7 @@ class Uniform(Rule):
             raise ValueError(f"Uniform: tail must be 'keep' or 'drop', got {self.tail!r}")
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        return (self.name, self.size, -math.inf, 0.0, 1, 0, self.tail == "keep")
+        return (self.name, self.size, 0.0, 0.0, 1, 0, self.tail == "keep")
 
     def num_segments(self, length: Any) -> Any:
         """Segments of a sequence of ``length`` frames, an int or an integer tensor.
@@ -243,7 +246,7 @@ class LocalMax(Rule):
         return self.prominence is None and not self.normalize
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        threshold = -math.inf if self.threshold is None else float(self.threshold)
+        threshold = NO_THRESHOLD if self.threshold is None else max(float(self.threshold), NO_THRESHOLD)
         prominence = 0.0 if self.prominence is None else float(self.prominence)  # every peak has a positive one
         return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any, Protocol, TypeVar
 
@@ -44,6 +45,8 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
             return op(*args)
     except RuntimeError as error:
         if torch._C._functorch.peek_interpreter_stack() is not None:
+            with contextlib.suppress(RuntimeError):  # values of wrapped tensors cannot be read
+                explain()
             name = op.name().removeprefix("fastcompress::")
             raise NotImplementedError(
                 f"{name} does not run under this transform of torch.func; torch.autograd.grad does"

@@ -198,10 +198,20 @@ def iterative_fusion(
         segments = segments_from_mask(top_k_starts(wanted, d, runs), cu_seqlens=offsets)
         values = _weighted_means(values, segments, sizes)
         sizes = segment_reduce(sizes[:, None], segments, "sum")[:, 0]
-        ids = torch.where(ids >= 0, segments.ids()[ids], -1)
+        ids = follow_ids(ids, segments.ids())
         offsets = segments.cu_segments
         longest = max((longest + 1) // 2, count)
     return Merged(values, offsets.int(), sizes, ids)
+
+
+def follow_ids(ids: Tensor, further: Tensor) -> Tensor:
+    """Return the token of each row after a further round: ``further[ids]``, where -1 stays -1.
+
+    Args:
+        ids: ``[N]`` int64, the token of each row after the rounds before, -1 for none.
+        further: ``[M]`` int64, the token that each of the ``M`` tokens went to, -1 for none.
+    """
+    return torch.cat([further, further.new_full((1,), -1)])[ids]  # -1 reads the last element
 
 
 def _weighted_means(rows: Tensor, segments: Segments, weights: Tensor | None) -> Tensor:

@@ -6,6 +6,7 @@ A case that is marked as an expected failure is an open fault. The mark is stric
 from __future__ import annotations
 
 import ctypes
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,6 @@ def fault(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
     return pytest.mark.xfail(reason=reason, raises=errors or AssertionError, strict=True)
 
 
-@fault("an empty batch is not handled", IndexError)
 @pytest.mark.parametrize("module", [fc.nn.IterativeFusion(2), fc.nn.BipartiteMerge(4.0)], ids=["fusion", "merge"])
 def test_a_batch_whose_lengths_are_all_0(module: torch.nn.Module):
     assert module(torch.zeros(2, 5, 4), lengths=torch.tensor([0, 0])).values.shape == (0, 4)
@@ -69,7 +69,6 @@ def test_a_result_holds_the_memory_it_needs(how: str):
     assert usable(values.data_ptr()) <= 1.1 * values.nbytes + 4096
 
 
-@fault("counts are computed in the default dtype")
 def test_the_default_dtype_has_no_effect():
     x, module = torch.randn(1, 1500, 8), fc.nn.IntegrateAndFire(8, 3.0).train()
     counts = []
@@ -82,16 +81,18 @@ def test_the_default_dtype_has_no_effect():
     assert counts == [500, 500, 500]
 
 
-@pytest.mark.parametrize("reentrant", [False, pytest.param(True, marks=fault("the loss loses its gradient"))])
 @pytest.mark.parametrize("module", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire], ids=lambda m: m.__name__)
-def test_a_loss_keeps_its_gradient_under_checkpointing(module: Any, reentrant: bool):
-    compressor = module(16).train()
-    x = torch.randn(40, 16, requires_grad=True)
-    checkpoint(lambda t: compressor(t).values, x, use_reentrant=reentrant)
+def test_a_loss_keeps_its_gradient_under_checkpointing_or_warns(module: Any):
+    compressor, x = module(16).train(), torch.randn(40, 16, requires_grad=True)
+    checkpoint(lambda t: compressor(t).values, x, use_reentrant=False)
     assert compressor.loss.requires_grad
+    with pytest.warns(RuntimeWarning, match=f"loss of {module.__name__} has no gradient.*use_reentrant=False"):
+        checkpoint(lambda t: compressor(t).values, x, use_reentrant=True)
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("error")
+        compressor.eval()(x)
 
 
-@fault("the error of the input is hidden by one of vmap", NotImplementedError)
 def test_an_error_under_vmap_is_that_of_the_input():
     batch = torch.randn(3, 40, 16)
     assert torch.vmap(lambda x: fc.segment_pool(x, rule="uniform:4").values)(batch).shape == (3, 10, 16)
@@ -113,9 +114,7 @@ def test_numbers_of_numpy_are_taken(case: int):
     assert calls[case]()
 
 
-@pytest.mark.parametrize(
-    "layout", [torch.jagged, pytest.param(torch.strided, marks=fault("torch fails inside", RuntimeError))], ids=str
-)
+@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
 def test_a_nested_tensor_is_refused_by_name(layout: torch.layout):
     nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=layout)
     with pytest.raises(TypeError, match="x must be a dense tensor"):
@@ -123,9 +122,7 @@ def test_a_nested_tensor_is_refused_by_name(layout: torch.layout):
 
 
 @pytest.mark.slow  # it compiles C++
-@pytest.mark.parametrize(
-    "rule", ["threshold:0.8", pytest.param("local-max", marks=fault("an infinity does not load", RuntimeError))]
-)
+@pytest.mark.parametrize("rule", ["threshold:0.8", "local-max"])
 def test_a_package_of_aot_inductor_loads(rule: str, tmp_path: Path):
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -138,9 +135,7 @@ def test_a_package_of_aot_inductor_loads(rule: str, tmp_path: Path):
     assert torch.equal(model(x), Model()(x))
 
 
-@pytest.mark.parametrize(
-    "bad", [0.0, *(pytest.param(bad, marks=fault("gradients are NaN")) for bad in (torch.nan, torch.inf))]
-)
+@pytest.mark.parametrize("bad", [0.0, torch.nan, torch.inf])
 @pytest.mark.parametrize("module", [fc.nn.LearnedBoundary, fc.nn.IntegrateAndFire], ids=lambda m: m.__name__)
 def test_padding_has_no_effect_on_gradients(module: Any, bad: float):
     compressor, x = module(4), torch.randn(2, 10, 4)

@@ -7,6 +7,7 @@ refused its input.
 from __future__ import annotations
 
 import sys
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -68,6 +69,13 @@ def check_whole(name: str, value: int | None, least: int, optional: bool = False
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
+
+
+def read_count(count: Tensor) -> int:
+    """Read a count from its device; a traced program keeps it symbolic."""
+    value = cast(int, count.item())
+    torch._check(value >= 0)  # torch.export cannot know
+    return value
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:

@@ -281,7 +281,7 @@ class IntegrateAndFire(LearnedCompressor):
             tail=self.tail,
             target_lengths=wanted if self.training else None,
         )
-        per_sequence = (wanted.double().sum() / max(1, len(wanted))).clamp_min(1.0)
+        per_sequence = (wanted.double().sum() / torch.sym_max(1, wanted.shape[0])).clamp_min(1.0)
         self.loss: Tensor | None = (quantity_loss(fired, wanted) / per_sequence).float()
         self._warn_without_gradient()
         return fired
@@ -365,7 +365,8 @@ class LearnedBoundary(LearnedCompressor):
     def probability(self, x: Tensor) -> Tensor:
         """``p`` of rows ``[N, D]``, taken as one sequence: ``[N]``, in fp32, 1 for the first."""
         cosine = torch.nn.functional.cosine_similarity(self.query(x[:-1]).float(), self.key(x[1:]).float(), dim=-1)
-        return torch.cat([cosine.new_ones(min(1, len(x))), (1 - cosine) / 2])
+        first = cosine.new_ones(torch.sym_min(1, x.shape[0]))
+        return torch.cat([first, (1 - cosine) / 2])
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
         """Compresses a batch.

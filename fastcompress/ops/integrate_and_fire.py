@@ -21,6 +21,7 @@ from fastcompress.checks import (
     check_number,
     check_token_values,
     check_values_of_rows,
+    read_count,
 )
 from fastcompress.dispatch.call import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
@@ -131,7 +132,7 @@ def integrate_and_fire(
     most = tokens[sequence].double()
     _, right, share = shares(before, after, weight, beta)
     right = torch.where(inside, torch.minimum(right, most), most)
-    token = torch.arange(int(cu_tokens[-1]), device=x.device)
+    token = torch.arange(read_count(cu_tokens[-1]), device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
     # Slots, one a token and one a sequence for what is left over: `right` rises in them, so that a search finds where a

@@ -22,6 +22,7 @@ from fastcompress.checks import (
     check_layout_values,
     check_pack_values,
     check_same_device,
+    read_count,
 )
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.row_groups import check_ids, find_row_groups, values_are_checked
@@ -325,7 +326,7 @@ def pack(
         raise ValueError(f"nothing is left to pack: every row of the {samples} samples is dropped")
     positions, packed_labels = call(pack_labels, (source, packed_cu_seqlens, row_group, labels), False, lambda: None)
     if exact_max_seqlen:
-        max_seqlen = int(packed_cu_seqlens.diff().max())
+        max_seqlen = read_count(packed_cu_seqlens.diff().max())
     else:
         max_seqlen = min(shape[-1] + num_audio_rows, values.shape[0])
     return PackedInputs(

@@ -6,6 +6,7 @@ definitions, sequence by sequence, are in ``fastcompress/reference/scalar_rules.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,7 @@ def find_runs(
     shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None
 ) -> Runs:
     """Runs of rows of shape ``[N]`` or ``[B, T]``."""
-    count = shape.numel()
+    count = math.prod(shape)  # Size.numel() would make a traced length a constant
     row = torch.arange(count, device=device)
     if len(shape) == 2:
         sequence = row // max(1, shape[1])

@@ -14,6 +14,7 @@ from fastcompress.checks import (
     check_same_device,
     check_values_of_rows,
     check_whole,
+    read_count,
 )
 from fastcompress.dispatch.call import Op
 from fastcompress.dispatch.schemas import LIBRARY
@@ -125,7 +126,7 @@ def bipartite_merge(
         segments = row_segments(starts, 1 + merged[starts].long(), count)
     else:
         sorted_ids, by_token = torch.sort(torch.where(runs.inside, ids, count), stable=True)
-        token = torch.arange(int(stays.sum()), device=x.device)
+        token = torch.arange(read_count(stays.sum()), device=x.device)
         starts = torch.searchsorted(sorted_ids, token)
         segments = row_segments(starts, torch.searchsorted(sorted_ids, token, right=True) - starts, count)
         rows, weights = rows[by_token], None if weights is None else weights[by_token]

@@ -24,18 +24,16 @@ def fault(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
     return pytest.mark.xfail(reason=reason, raises=errors or AssertionError, strict=True)
 
 
+#: The number of rounds follows the length.
+FUSION = pytest.param(fc.nn.IterativeFusion(7), marks=fault("the length is made a constant", AssertionError))
+
+
 @pytest.mark.parametrize("module", [fc.nn.IterativeFusion(2), fc.nn.BipartiteMerge(4.0)], ids=["fusion", "merge"])
 def test_a_batch_whose_lengths_are_all_0(module: torch.nn.Module):
     assert module(torch.zeros(2, 5, 4), lengths=torch.tensor([0, 0])).values.shape == (0, 4)
 
 
-@pytest.mark.parametrize(
-    "rule",
-    [
-        "uniform:3",
-        *(pytest.param(rule, marks=fault("the length is made a constant", Exception)) for rule in SCALAR_RULES),
-    ],
-)
+@pytest.mark.parametrize("rule", ["uniform:3", *SCALAR_RULES])
 def test_export_keeps_the_length_dynamic(rule: str):
     program = torch.export.export(
         fc.nn.SegmentPool(rule), (torch.randn(40, 16),), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}}
@@ -44,7 +42,21 @@ def test_export_keeps_the_length_dynamic(rule: str):
     assert torch.equal(program.module()(other).values, fc.segment_pool(other, rule=rule).values)
 
 
-@fault("the number of rows is made a constant")
+@pytest.mark.parametrize(
+    "module",
+    [
+        fc.nn.BipartiteMerge(2.0), fc.nn.BipartiteMerge(4.0, window=4), FUSION,
+        fc.nn.GreedySegments(0.9), fc.nn.NoveltyPool(0.9), fc.nn.LearnedBoundary(16), fc.nn.IntegrateAndFire(16),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_export_of_a_module_keeps_the_length_dynamic(module: torch.nn.Module):
+    module.eval()
+    program = torch.export.export(module, (torch.randn(40, 16),), dynamic_shapes={"x": {0: torch.export.Dim.DYNAMIC}})
+    other = torch.randn(57, 16)
+    torch.testing.assert_close(program.module()(other).values, module(other).values)
+
+
 def test_a_symbolic_trace_keeps_the_length_dynamic():
     def pool(x: torch.Tensor) -> torch.Tensor:
         return fc.segment_pool(x, rule="top-k:rate=2", compact=False).values

@@ -42,8 +42,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         seeds = sorted({row["seed"] for row in of_task})
         words = of_task[0]["scores"]["test"]["words"]
         lines += [
-            f"**{task}**: {len(seeds)} seeds, {words} words per test set. Word error rates are in %, as mean ± standard "
-            "deviation over the seeds; 95 % is the interval over the utterances of the test set.",
+            f"**{task}**: {len(seeds)} seeds, {words} words per test set. Word error rates are in %, as mean ± "
+            "standard deviation over the seeds; 95 % is the interval over the utterances of the test set.",
             "",
         ]
         heads = ["", "tokens/s", "ratio", *(HEADS[name] for name in sets), "exact %", "prefill ms"]

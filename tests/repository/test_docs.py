@@ -1,6 +1,6 @@
 """The documentation: its Python runs, its links exist, and every exported name has an entry.
 
-A block of Python runs unless its first line is ``# needs a GPU`` or ``# needs a download: ...``; those are compiled only.
+A block of Python runs unless its first line is ``# needs a GPU`` or ``# needs a download: ...``; those only compile.
 """
 
 from __future__ import annotations

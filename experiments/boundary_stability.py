@@ -32,8 +32,8 @@ def _recursion(noise: Tensor, memory: Tensor) -> Tensor:
 
 
 def features(kind: str, seed: int) -> Tensor:
-    """Make features ``[BATCH * FRAMES, WIDTH]`` fp32: ``speech`` jumps like phones, ``walk`` varies slowly, ``outliers``
-    is a slow walk of low rank with four channels far larger than the rest, as in large encoders."""
+    """Make features ``[BATCH * FRAMES, WIDTH]`` fp32: ``speech`` jumps like phones, ``walk`` varies slowly,
+    ``outliers`` is a slow walk of low rank with four channels far larger than the rest, as in large encoders."""
     g = torch.Generator().manual_seed(seed)
     frames = BATCH * FRAMES
     if kind == "speech":

@@ -62,9 +62,9 @@ class AttentionSelection(FrameSelection):
     """Keep the ``ceil(T / rate)`` frames to which the first text token attends most, in the first decoder layer.
 
     This is the part of SpeechPrune (arXiv 2412.12009) that applies to requests without words. SpeechPrune first ranks
-    by similarity to the words of a question, then by approximate attention of the first layer. Attention here is the mean
-    over heads of the softmax over frames, without rotary embeddings, since positions are unknown before frames are
-    dropped.
+    by similarity to the words of a question, then by approximate attention of the first layer. Attention here is the
+    mean over heads of the softmax over frames, without rotary embeddings, since positions are unknown before frames
+    are dropped.
     """
 
     def __init__(self, rate: float) -> None:

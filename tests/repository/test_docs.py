@@ -254,11 +254,6 @@ def test_every_page_is_in_the_navigation():
     )
 
 
-def test_citation():
-    text = (ROOT / "CITATION.cff").read_text()
-    assert f"\nversion: {fc.__version__}\n" in text
-
-
 def test_length_of_readme_and_changelog():
     """The reader decides on the first screen; longer text belongs into docs/."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110

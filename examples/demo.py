@@ -25,6 +25,7 @@ COLUMNS: tuple[tuple[str, str, str | None], ...] = (
 
 def main() -> int:
     import jiwer
+    from tabulate import tabulate
     from transformers.utils import logging
 
     from fastcompress.lalm.loading import load_model
@@ -52,13 +53,10 @@ def main() -> int:
             )
         )
     heads = ["spoken", *(title for title, _, _ in COLUMNS)]
-    widths = [max(len(text) for text in [head, *column]) for head, column in zip(heads, rows, strict=True)]
-    for line in [heads, *zip(*rows, strict=True)]:
-        print("  ".join(text.ljust(width) for text, width in zip(line, widths, strict=True)).rstrip())
+    print(tabulate(list(zip(*rows, strict=True)), heads, "plain", disable_numparse=True))
     print()
-    print(f"{'':24}{'tokens':>8}{'tokens/s':>10}{'prefill ms':>12}{'WER %':>8}")
-    for title, tokens, rate, prefill, wer in scores:
-        print(f"{title:24}{tokens:8.0f}{rate:10.1f}{prefill:12.2f}{wer:8.1f}")
+    head = ("", "tokens", "tokens/s", "prefill ms", "WER %")
+    print(tabulate(scores, head, "plain", floatfmt=("", ".0f", ".1f", ".2f", ".1f")))
     print(f"({len(utterances)} strings of digits in voices that training did not use; prefill: median per string)")
     return 0
 

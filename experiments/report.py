@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from tabulate import tabulate
+
 from experiments.study import METHODS, spread
 
 STAGES = {
@@ -52,7 +54,7 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
             of_stage = {c: same for (_, s, c), same in groups(of_task).items() if s == stage}
             if not of_stage:
                 continue
-            lines += [f"*{title}*", "", f"| {' | '.join(heads)} |", "| --- |" + " ---: |" * (len(heads) - 1)]
+            table = []
             for compression, same in of_stage.items():
                 cells = [compression, _mean(same, "test", "tokens_per_second", 1), _mean(same, "test", "ratio", 2)]
                 for name in sets:
@@ -64,8 +66,9 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
                     if name == "test":
                         cells.append(f"{_mean(same, name, 'wer_low', 1)} to {_mean(same, name, 'wer_high', 1)}")
                 cells += [_mean(same, "test", "exact", 1), _mean(same, "test", "prefill_ms", 1)]
-                lines.append(f"| {' | '.join(cells)} |")
-            lines.append("")
+                table.append(cells)
+            align = ("left", *["right"] * (len(heads) - 1))
+            lines += [f"*{title}*", "", tabulate(table, heads, "pipe", colalign=align, disable_numparse=True), ""]
     return "\n".join(lines)
 
 

@@ -1,12 +1,12 @@
-"""Train LoRA on a Qwen2-Audio whose decoder reads a third of the audio tokens: the experiment of arXiv 2511.20973.
+"""LoRA on a Qwen2-Audio whose decoder reads a third of the audio tokens: the experiment of arXiv 2511.20973.
 
     python examples/qwen2_audio_lora.py --tiny
     python examples/qwen2_audio_lora.py --model Qwen/Qwen2-Audio-7B-Instruct --data train.jsonl --out adapter
 
-`--tiny` uses random weights and random audio: it runs in seconds and needs no download. `--model` takes a name or a
-folder, and `--data` a manifest, one line of JSON per utterance (docs/speech.md). `fastcompress finetune` does the same
-with transformers' Trainer, on several GPUs, with checkpoints and scores; this file has a loop that you can edit. We
-have not run it with pretrained weights.
+`--tiny` takes random weights and random audio: it shows that everything fits together, in seconds and without a
+download. With `--model`, a name or a folder, `--data` is a manifest, a line of JSON an utterance (docs/speech.md).
+`fastcompress finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; here is
+the loop to change. With real weights it has not run where it was written.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tiny_model() -> Any:
 
 
 def tiny_batches(size: int) -> Iterator[dict[str, Tensor]]:
-    """Repeat one batch: a second of noise, 25 placeholders, and an answer of four ids per sample."""
+    """The same samples over and over: a second of noise, 25 placeholders, and an answer of four ids."""
     prompt = torch.tensor([1, *[AUDIO] * 25, 2]).expand(size, -1)
     answer = torch.randint(3, 90, (size, 4))
     batch = {
@@ -55,7 +55,7 @@ def tiny_batches(size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def batches(model: str, manifest: str, size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield utterances in random order, each in the chat template of the processor."""
+    """Utterances in random order, with the processor's chat template around each."""
     conversations = Conversations(AutoProcessor.from_pretrained(model), "Transcribe the speech.")
     utterances = read_manifest(manifest)
     while True:
@@ -69,10 +69,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     what.add_argument("--tiny", action="store_true", help="random weights, random audio")
     what.add_argument("--model", help="name or folder of a Qwen2-Audio")
     parser.add_argument("--data", help="manifest to train on, with --model")
-    parser.add_argument("--rule", default="uniform:3", help="compression rule in text form (default %(default)s)")
-    parser.add_argument("--steps", type=int, default=30, help="updates (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=4, help="utterances per batch (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-4, or 1e-2 with --tiny")
+    parser.add_argument("--rule", default="uniform:3", help="of the compression, in text form")
+    parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-4, and 1e-2 of the tiny model")
     parser.add_argument("--out", help="folder for the adapter")
     arguments = parser.parse_args(argv)
     if arguments.model and not arguments.data:
@@ -89,14 +89,14 @@ def main(argv: list[str] | None = None) -> list[float]:
     lora = LoraConfig(
         r=16,
         lora_alpha=32,
-        modules_to_save=["multi_modal_projector"],  # train the projector in full
+        modules_to_save=["multi_modal_projector"],  # the projector is trained in full
         target_modules=r".*language_model.*\.(q|k|v|o|gate|up|down)_proj",
     )
     model = get_peft_model(model, lora).train()
     model.print_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
-        p.data = p.data.float()  # bf16 would round small steps and AdamW's moments to zero; frozen weights stay in bf16
+        p.data = p.data.float()  # or small steps, and AdamW's moments, round to nothing; frozen weights stay in bf16
     rate = arguments.learning_rate or (1e-2 if arguments.tiny else 1e-4)
     optimizer = torch.optim.AdamW(trained, lr=rate)
 
@@ -111,10 +111,10 @@ def main(argv: list[str] | None = None) -> list[float]:
         optimizer.step()
         losses.append(output.loss.item())
         rows = output.compressed.inputs_embeds.shape[0]
-        print(f"step {step:3}  loss {losses[-1]:.3f}  {int(batch['attention_mask'].sum())} rows compressed to {rows}")
+        print(f"step {step:3}  loss {losses[-1]:.3f}  {int(batch['attention_mask'].sum())} rows became {rows}")
     if arguments.out:
         model.save_pretrained(arguments.out)
-        print(f"wrote {arguments.out}; load it with PeftModel.from_pretrained after apply_to")
+        print(f"wrote {arguments.out}; load it with PeftModel.from_pretrained behind apply_to")
     return losses
 
 

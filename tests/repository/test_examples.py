@@ -71,7 +71,7 @@ def test_qwen2_audio_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     example = load("qwen2_audio_lora")
     losses = example.main(["--tiny", "--steps", "6", "--batch-size", "2", "--out", str(tmp_path / "adapter")])
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
-    assert "62 rows compressed to 30" in capsys.readouterr().out  # 2 x (25 + 6), and 9 tokens for 25
+    assert "62 rows became 30" in capsys.readouterr().out  # 2 x (25 + 6), and 9 tokens for 25
 
     stock = example.apply_to(example.tiny_model(), "uniform:3")
     tuned = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")

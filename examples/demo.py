@@ -1,4 +1,4 @@
-"""``make demo``: what a model hears at frame level and compressed, side by side, on speech that it has never heard."""
+"""``make demo``: Transcribe unseen speech with every frame and with compressed audio, side by side."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-#: What is shown, and how: a model, and the compression in place of its own.
+#: Title, model, and the rule that replaces that of the model.
 COLUMNS: tuple[tuple[str, str, str | None], ...] = (
     ("every frame", "digits", None),
     ("4x, not trained for it", "digits", "uniform:4"),
-    ("4x, trained so", "digits-uniform-4", None),
+    ("4x, trained for it", "digits-uniform-4", None),
 )
 
 
@@ -52,18 +52,18 @@ def main() -> int:
                 100 * jiwer.wer(rows[0], written),
             )
         )
-    heads = ["said", *(title for title, _, _ in COLUMNS)]
+    heads = ["spoken", *(title for title, _, _ in COLUMNS)]
     print(tabulate(list(zip(*rows, strict=True)), heads, "plain", disable_numparse=True))
     print()
     head = ("", "tokens", "tokens/s", "prefill ms", "WER %")
     print(tabulate(scores, head, "plain", floatfmt=("", ".0f", ".1f", ".2f", ".1f")))
-    print(f"({len(utterances)} strings of digits in voices that training lacked; prefill: median for one of them)")
+    print(f"({len(utterances)} strings of digits in voices that training did not use; prefill: median per string)")
     return 0
 
 
 @torch.inference_mode()
 def _prefill(model: Any, examples: Examples) -> float:
-    """Milliseconds from the encoder's frames to the decoder's first answer, the median over the utterances."""
+    """Measure milliseconds from the encoder's frames to the decoder's first token, the median over the utterances."""
     times = []
     for index in range(len(examples)):
         batch = examples.batch([index], targets=False)

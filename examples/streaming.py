@@ -1,4 +1,4 @@
-"""Frames that arrive in chunks: each token as soon as it is final, and together the bits of the whole.
+"""Pool frames that arrive in chunks: each token as soon as it is final, with the bits of the result for all frames.
 
 python examples/streaming.py
 python examples/streaming.py --rule uniform:3 --chunk 1
@@ -15,8 +15,8 @@ import fastcompress as fc
 
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rule", default="local-max", help="of the compression, in text form")
-    parser.add_argument("--chunk", type=int, default=10, help="frames that arrive at once")
+    parser.add_argument("--rule", default="local-max", help="compression rule in text form (default %(default)s)")
+    parser.add_argument("--chunk", type=int, default=10, help="frames per chunk (default %(default)s)")
     arguments = parser.parse_args(argv)
 
     frames = torch.randn(100, 64, generator=torch.Generator().manual_seed(0)).cumsum(0)
@@ -26,7 +26,7 @@ def main(argv: list[str] | None = None) -> int:
         tokens = pool(chunk)
         found.append(tokens)
         seen += len(chunk)
-        print(f"{seen:4} frames: {len(tokens.values)} tokens are final, {pool.pending} frames wait")
+        print(f"{seen:4} frames: {len(tokens.values)} tokens are final, {pool.pending} frames are pending")
     found.append(pool.flush())
     print(f"   the end: {len(found[-1].values)} more")
 
@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = fc.segment_pool(frames, rule=arguments.rule)
     assert torch.equal(streamed, whole.values)
     assert torch.equal(torch.cat([tokens.starts for tokens in found]), whole.segments.starts)
-    print(f"{len(streamed)} tokens, to the bit those of all {len(frames)} frames at once")
+    print(f"{len(streamed)} tokens, with the bits of all {len(frames)} frames at once")
     return len(streamed)
 
 

@@ -3,8 +3,8 @@
     python examples/train_with_segment_pool.py
     python examples/train_with_segment_pool.py --rule uniform:4
 
-The frames are made up: clips of "phones" that last 2 to 9 frames each. The model says for every token which phone it
-is; what is right follows from the frame in the middle of the token's segment.
+The frames are synthetic: clips of "phones" that last 2 to 9 frames each. The model predicts the phone of every token.
+The label is the phone of the middle frame of the token's segment.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ class Model(nn.Module):
         self.head = nn.Linear(64, PHONES)
 
     def forward(self, frames: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, fc.Pooled]:
-        # Boundaries are those of the frames as they come; what is pooled has gradients.
+        # The rule compares the raw frames and pools the encoder's rows, which get gradients.
         pooled = self.pool(self.encoder(frames), cu_seqlens=cu_seqlens, keys=frames)
         return self.head(pooled.values), pooled
 
 
 def main(argv: list[str] | None = None) -> list[float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rule", default="threshold:0.5,max_len=8", help="of the compression, in text form")
-    parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--rule", default="threshold:0.5,max_len=8", help="rule in text form (default %(default)s)")
+    parser.add_argument("--steps", type=int, default=60, help="updates (default %(default)s)")
     arguments = parser.parse_args(argv)
 
     torch.manual_seed(0)

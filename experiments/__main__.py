@@ -1,6 +1,6 @@
-"""``python -m experiments``: data, training, scores, table and plot.
+"""Make data, train, score, and write a table and a plot: ``python -m experiments``.
 
-Several seeds run side by side, a thread each. What is there already is not computed again.
+Several seeds run in parallel, on one thread each. A later run skips results that exist.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DIRECTIONS = {"digits": "recognition", "numbers": "translation", "commands": "recognition"}
-SEEDS = (1, 2, 3)  # 0 was used to choose
+SEEDS = (1, 2, 3)  # settings were chosen with seed 0
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m experiments", description=__doc__)
     parser.add_argument("--tasks", nargs="+", choices=DIRECTIONS, default=["digits", "numbers"])
     parser.add_argument("--seeds", nargs="+", type=int, default=list(SEEDS))
-    parser.add_argument("--jobs", type=int, default=2, help="seeds side by side (default 2)")
-    parser.add_argument("--train", type=int, default=12000, help="utterances to train on (default 12000)")
-    parser.add_argument("--quick", action="store_true", help="minutes: LoRA on the shipped model of the digits")
+    parser.add_argument("--jobs", type=int, default=2, help="seeds that run in parallel (default %(default)s)")
+    parser.add_argument("--train", type=int, default=12000, help="training utterances (default %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="train LoRA on the shipped digit model alone, in minutes")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experiment", help="folder (default out/experiment)")
     options = parser.parse_args()
     from experiments.study import BUDGETS, COMPRESSIONS, METHODS, Budget, run_study
@@ -79,7 +79,7 @@ def main() -> int:
 
 #: Compressions of ``--quick``.
 QUICK = ("every frame", "uniform pooling 3x", "local maxima")
-#: The frame-level model that the project ships.
+#: The shipped frame-level model.
 SHIPPED = ROOT / "assets" / "models" / "digits"
 
 

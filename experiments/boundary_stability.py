@@ -1,8 +1,8 @@
-"""How the summation order of the dot products moves boundaries: ``python -m experiments.boundary_stability``.
+"""Measure how the order of additions in the dot products moves boundaries.
 
-Counts, for several numbers of partial sums and several precisions of what follows them, the local maxima of the
-distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count changes.
-docs/numerics.md draws its conclusion from this table.
+``python -m experiments.boundary_stability`` counts, for several numbers of partial sums and several precisions, the
+local maxima of the distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count
+changes. docs/numerics.md uses this table.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 WIDTH = 1280
-FRAMES = 1500  # a sequence
-BATCH = 4  # sequences made at once
+FRAMES = 1500  # per sequence
+BATCH = 4  # sequences per batch
 LANES = (16, 32, 64, 128)
 PRECISIONS = {  # dtype of the tree over the partial sums, dtype of roots, quotient and 1 - cosine
     "fp32 tree, fp32 rest": (torch.float32, torch.float32),
@@ -32,8 +32,8 @@ def _recursion(noise: Tensor, memory: Tensor) -> Tensor:
 
 
 def features(kind: str, seed: int) -> Tensor:
-    """``[BATCH * FRAMES, WIDTH]`` fp32: ``speech`` jumps as phones do, ``walk`` varies slowly, ``outliers`` is a slow
-    walk of low rank with four channels far larger than the rest, as large encoders have."""
+    """Make features ``[BATCH * FRAMES, WIDTH]`` fp32: ``speech`` jumps like phones, ``walk`` varies slowly,
+    ``outliers`` is a slow walk of low rank with four channels far larger than the rest, as in large encoders."""
     g = torch.Generator().manual_seed(seed)
     frames = BATCH * FRAMES
     if kind == "speech":
@@ -71,7 +71,7 @@ def distance(dot: Tensor, square: Tensor) -> Tensor:
 
 
 def peaks(d: Tensor) -> Tensor:
-    """``[BATCH, FRAMES - 3]``: strict local maxima inside each sequence."""
+    """Return strict local maxima inside each sequence, ``[BATCH, FRAMES - 3]`` bool."""
     d = F.pad(d, (0, 1)).view(BATCH, FRAMES)[:, :-1]
     return (d[:, 1:-1] > d[:, :-2]) & (d[:, 1:-1] > d[:, 2:])
 

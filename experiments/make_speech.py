@@ -123,14 +123,15 @@ def readme(seconds: dict[str, float]) -> str:
     )
     return f"""# Speech for the demonstration and the tests
 
-Synthetic voices: no person was recorded. 16 kHz, mono, 16 bit. Made, byte for byte the same on every run, by
+The voices are synthetic; no person was recorded. The files are 16 kHz, mono, 16 bit. These commands write the same
+bytes on every run:
 
     pip install espeakng-loader numpy soundfile soxr
     python experiments/make_speech.py
 
-with the espeak-ng library inside `espeakng-loader` {version("espeakng-loader")}; a faint noise floor
-({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) takes the place of the exact zeros that the synthesiser puts in
-pauses. The texts were written for this folder.
+They use the espeak-ng library of `espeakng-loader` {version("espeakng-loader")}. In pauses, a noise floor
+({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) replaces the exact zeros of the synthesiser. We wrote the texts for
+this folder.
 
 | file | seconds | voice | words per minute | pitch | text |
 | --- | ---: | --- | ---: | ---: | --- |

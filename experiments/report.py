@@ -12,9 +12,9 @@ from tabulate import tabulate
 from experiments.study import METHODS, spread
 
 STAGES = {
-    "zero-shot": "no finetuning",
+    "zero-shot": "no training for the compression",
     "lora": "LoRA on the frame-level model",
-    "start": "compression from the start",
+    "start": "compression from scratch",
 }
 #: Names of test sets in tables.
 HEADS = {"test": "test", "test-voice": "new voices", "test-noise": "more noise", "test-engine": "other engine"}
@@ -34,9 +34,9 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[di
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: word error rates, mean and standard deviation over the seeds; of the first test set the 95 % interval
-    over its utterances as well, as the seeds have it on average, and the share of utterances without an error. A dash:
-    not scored, as the other engine where none was installed."""
+    """Markdown: a table per task and stage. It has word error rates as mean and standard deviation over the seeds, the
+    95 % interval of the first test set over its utterances (the mean over the seeds), and the share of utterances
+    without an error. A dash: not scored, such as the other engine where none was installed."""
     sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -44,31 +44,31 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         seeds = sorted({row["seed"] for row in of_task})
         words = of_task[0]["scores"]["test"]["words"]
         lines += [
-            f"**{task}**: {len(seeds)} seeds, {words} words in each test set; WER in %, mean ± deviation of the seeds "
-            "[95 % of the utterances]",
+            f"**{task}**: {len(seeds)} seeds, {words} words per test set. Word error rates are in %, as mean ± "
+            "standard deviation over the seeds; 95 % is the interval over the utterances of the test set.",
             "",
         ]
-        heads = ["", "", "tokens/s", "ratio", *(HEADS[name] for name in sets), "exact %", "prefill ms"]
-        table = []
+        heads = ["", "tokens/s", "ratio", *(HEADS[name] for name in sets), "exact %", "prefill ms"]
+        heads.insert(heads.index("test") + 1, "95 %")
         for stage, title in STAGES.items():
-            for (_, s, compression), same in groups(of_task).items():
-                if s != stage:
-                    continue
-                cells = [title, compression]
-                cells += [
-                    _mean(same, "test", field, digits) for field, digits in (("tokens_per_second", 1), ("ratio", 2))
-                ]
+            of_stage = {c: same for (_, s, c), same in groups(of_task).items() if s == stage}
+            if not of_stage:
+                continue
+            table = []
+            for compression, same in of_stage.items():
+                cells = [compression, _mean(same, "test", "tokens_per_second", 1), _mean(same, "test", "ratio", 2)]
                 for name in sets:
                     if any(name not in row["scores"] for row in same):
                         cells.append("–")
                         continue
                     mean, deviation = spread([row["scores"][name]["wer"] for row in same])
-                    interval = f" [{_mean(same, name, 'wer_low', 1)}, {_mean(same, name, 'wer_high', 1)}]"
-                    cells.append(f"{mean:.1f} ± {deviation:.1f}{interval if name == 'test' else ''}")
+                    cells.append(f"{mean:.1f} ± {deviation:.1f}")
+                    if name == "test":
+                        cells.append(f"{_mean(same, name, 'wer_low', 1)} to {_mean(same, name, 'wer_high', 1)}")
                 cells += [_mean(same, "test", "exact", 1), _mean(same, "test", "prefill_ms", 1)]
                 table.append(cells)
-        align = ("left", "left", *["right"] * (len(heads) - 2))
-        lines += [tabulate(table, heads, "pipe", colalign=align, disable_numparse=True), ""]
+            align = ("left", *["right"] * (len(heads) - 1))
+            lines += [f"*{title}*", "", tabulate(table, heads, "pipe", colalign=align, disable_numparse=True), ""]
     return "\n".join(lines)
 
 
@@ -77,7 +77,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) ->
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error against tokens a second, a panel for each task and test set; bars from the lowest to the highest seed."""
+    """Error against tokens per second, one panel per task and test set; bars from the lowest to the highest seed."""
     colours = {"lora": "tab:blue", "start": "tab:green"}
     markers = {
         "every frame": "o",
@@ -103,8 +103,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Published methods after LoRA, beside uniform pooling as a line. Errors are on a scale of their logarithm, as many
-    methods lie together at 3 frames a token, and a few far above."""
+    """Published methods after LoRA, with uniform pooling as a line. The error axis is logarithmic, since many methods
+    lie close together at 3 frames per token and a few far above."""
     methods = ["local maxima", *(method.name for method in METHODS)]
     markers = "o^vDPX*"
 
@@ -153,7 +153,7 @@ def _panels(
     draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
     beside: bool = False,
 ) -> None:
-    """A row of panels a task; ``beside``: one legend, beside them."""
+    """One row of panels per task; ``beside``: one legend at their side."""
     import matplotlib
 
     matplotlib.use("Agg")

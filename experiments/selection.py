@@ -1,6 +1,6 @@
-"""Compressors that keep some frames and drop the others, by what the model itself makes of each frame.
+"""Compressors that keep some frames and drop the others, by a score that the model itself gives each frame.
 
-They learn nothing, and score without gradients; tokens give theirs to the frames that are kept.
+They have no parameters and score without gradients. Gradients flow from tokens to the kept frames.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ import fastcompress as fc
 
 
 class FrameSelection(torch.nn.Module):
-    """Base: frames for which :meth:`keep` says so are tokens, as they are."""
+    """Base class: frames for which :meth:`keep` returns True become tokens unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
         self._of: tuple[Any, ...] = ()
 
     def attach(self, model: Any) -> None:
-        """From now on this model scores; it is no part of this module, whose parameters it would share."""
+        """Set the model that scores. It is not a submodule, because that would share its parameters."""
         self._of = (model,)
 
     @property
     def model(self) -> Any:
-        """A ``FastCompressForConditionalGeneration``."""
+        """The scoring ``FastCompressForConditionalGeneration``."""
         return self._of[0]
 
     def keep(self, x: Tensor, lengths: Tensor) -> Tensor:
-        """``[A, F, D]`` and ``[A]`` -> ``[A, F]`` bool; what it says of padding does not matter."""
+        """Map frames ``[A, F, D]`` and lengths ``[A]`` to ``[A, F]`` bool; values of padding are ignored."""
         raise NotImplementedError
 
     def forward(self, x: Tensor, lengths: Tensor) -> fc.Pooled:
@@ -41,9 +41,9 @@ class FrameSelection(torch.nn.Module):
 
 
 class BlankRemoval(FrameSelection):
-    """Drops frames whose blank has a probability above ``threshold`` in the CTC head (Speech-LLaMA, arXiv 2307.03917).
+    """Drop frames whose blank probability in the CTC head exceeds ``threshold`` (Speech-LLaMA, arXiv 2307.03917).
 
-    An audio in which all frames are so gives no token.
+    An audio of such frames alone gives no token.
     """
 
     def __init__(self, threshold: float) -> None:
@@ -59,12 +59,12 @@ class BlankRemoval(FrameSelection):
 
 
 class AttentionSelection(FrameSelection):
-    """Keeps the ``ceil(T / rate)`` of ``T`` frames that the token which begins the text attends to most, in the first
-    layer of the decoder.
+    """Keep the ``ceil(T / rate)`` frames to which the first text token attends most, in the first decoder layer.
 
-    What is left of SpeechPrune (arXiv 2412.12009) where a request has no words: it ranks by likeness to the words of a
-    question first, and then by approximate attention of the first layer. Here attention is the mean over heads of the
-    softmax over frames, without the rotation that says where they lie, which is not known before some are dropped.
+    This is the part of SpeechPrune (arXiv 2412.12009) that applies to requests without words. SpeechPrune first ranks
+    by similarity to the words of a question, then by approximate attention of the first layer. Attention here is the
+    mean over heads of the softmax over frames, without rotary embeddings, since positions are unknown before frames
+    are dropped.
     """
 
     def __init__(self, rate: float) -> None:
@@ -78,7 +78,7 @@ class AttentionSelection(FrameSelection):
         return rank < (lengths[:, None].double() / self.rate).ceil()
 
     def attention(self, x: Tensor, padding: Tensor) -> Tensor:
-        """``[A, F]`` fp32, each row adding to 1."""
+        """Return attention ``[A, F]`` fp32; each row sums to 1."""
         decoder = self.model.get_decoder()
         layer = decoder.layers[0]
         begin = torch.tensor(self.model.config.text_config.bos_token_id, device=x.device)

@@ -1,4 +1,4 @@
-"""Writes a trained model as small as it can be shipped: half precision, without what is computed anyway.
+"""Write a trained model for shipping: in half precision, without buffers that are recomputed.
 
 ``python experiments/ship.py out/experiment/models/digits-1-base assets/models/digits``
 """

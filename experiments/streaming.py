@@ -1,6 +1,6 @@
 """Compare streamed transcription with that of the whole audio: ``python -m experiments.streaming [MANIFEST]``.
 
-Each utterance is a stream of its own; then all of them, one after the other, are one.
+Each utterance is one stream. Then all utterances, one after another, are one stream.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from fastcompress.training.manifest import Utterance, load_utterance, read_manif
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("digits", "digits-uniform-4")
-#: Look-ahead and hop, seconds.
+#: Look-ahead and hop in seconds.
 SETTINGS = ((0.0, 0.25), (0.25, 0.25), (0.25, 0.5), (0.5, 0.5), (1.0, 0.5))
-#: Seconds: windows of the stream that has all utterances.
+#: Windows, in seconds, for the stream of all utterances.
 WINDOWS = (2.0, 3.0, 4.0, 8.0)
 
 

@@ -1,6 +1,6 @@
-"""One seed of one task: a frame-level model, compression of it with and without LoRA, and compression from the start.
+"""One seed of one task: a frame-level model, its compression with and without LoRA, and training with compression.
 
-Every row is written down as soon as it is there, and what is written down is not computed again.
+Every row is written to the results as soon as it is complete. A later run skips rows that are in the results.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_small
 from fastcompress.training.trainer import Training, TrainingArguments
 
-#: Manifests that scores are reported on; ``dev`` is for choosing.
+#: Manifests to score; ``dev`` serves to choose settings.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")
 
 
@@ -37,9 +37,9 @@ class Compression:
     """How frames become tokens.
 
     Attributes:
-        rule, reduce, keys: of the model's configuration; or in place of a rule
-        module: a compressor (``fastcompress.nn`` or :class:`FrameSelection`), made anew for each model; or
-        learned: how boundaries are learned, at 3 frames a token.
+        rule, reduce, keys: Values for the model's configuration.
+        module: Factory of a compressor (``fastcompress.nn`` or :class:`FrameSelection`) that replaces the rule.
+        learned: Kind of learned boundaries, at 3 frames per token, that replace the rule.
     """
 
     name: str
@@ -51,13 +51,13 @@ class Compression:
 
     @property
     def text(self) -> str:
-        """The rule, or what is in its place."""
+        """The rule, or a description of its replacement."""
         if self.module is not None:
             return str(self.module())
         return self.rule if self.learned is None else f"learned: {self.learned}"
 
     def apply(self, model: Any) -> None:
-        """Makes a model compress in this way."""
+        """Set this compression in a model."""
         set_compression(model, self.rule, self.reduce, self.keys)
         if self.module is not None:
             module = self.module()
@@ -70,7 +70,7 @@ class Compression:
 
 FRAMES = Compression("every frame", "none")
 POOLING_3X = Compression("uniform pooling 3x", "uniform:3")
-#: Rivals. The last was chosen on the development set of the digits, with another seed than those reported.
+#: Compressions to compare. The last was chosen on the development set of the digits with seed 0.
 COMPRESSIONS = (
     FRAMES,
     Compression("uniform sampling 3x", "uniform:3", "first"),
@@ -80,9 +80,9 @@ COMPRESSIONS = (
     Compression("local maxima", "local-max"),
     Compression("CTC change", "threshold:0.3,min_len=2,max_len=5", "mean", "ctc"),
 )
-#: Published methods, by what they are known as. Thresholds, the count and rates were chosen for 3 frames a token on the
-#: development set of the digits, by the number of tokens alone; what A-ToMe merges in one round, and the rates of those
-#: without such a number, are what they are.
+#: Published methods by name. Thresholds, the count and rates were chosen for 3 frames per token on the development set
+#: of the digits, by the number of tokens alone. A-ToMe merges one round; methods without such a setting keep their
+#: own rate.
 METHODS = (
     Compression("A-ToMe", module=partial(BipartiteMerge, 2.0)),
     Compression("FastAdaSP", "top-k:rate=3"),
@@ -112,14 +112,14 @@ class Budget:
     """How much is trained and scored.
 
     Attributes:
-        steps: of a model from nothing, at 8 utterances.
-        lora_steps: of LoRA on it, at 16.
-        lora_utterances: that LoRA is trained on.
-        scored: utterances of each test set; 0: all.
-        written: ids of text for each, at most.
-        base: a trained frame-level model in place of one from nothing.
-        compressions, methods: rivals, each with LoRA on the frame-level model.
-        from_the_start: rivals for which a model is trained from nothing.
+        steps: Steps of training from scratch, at 8 utterances.
+        lora_steps: Steps of LoRA, at 16 utterances.
+        lora_utterances: Utterances to train LoRA on.
+        scored: Utterances of each test set; 0 scores all.
+        written: Maximum number of text ids per utterance.
+        base: Folder of a trained frame-level model; None trains one from scratch.
+        compressions, methods: Compressions to score, each with LoRA on the frame-level model.
+        from_the_start: Compressions for which a model is trained from scratch.
     """
 
     steps: int = 6000
@@ -133,8 +133,8 @@ class Budget:
     from_the_start: tuple[Compression, ...] = FROM_THE_START
 
 
-#: What each task is worth: the digits have all of the rivals. On numbers LoRA leaves 3x behind its control, so there
-#: compression from the start is tried at 3x.
+#: Budget per task. The digits have all compressions. On numbers, LoRA at 3x is worse than its control, so a model is
+#: trained from scratch at 3x.
 BUDGETS = {
     "digits": Budget(),
     "numbers": Budget(methods=(), from_the_start=(POOLING_3X,)),
@@ -143,14 +143,14 @@ BUDGETS = {
 
 
 class Study:
-    """A seed of a task.
+    """One seed of one task.
 
     Args:
-        task: which is said in the results.
-        data: folder of ``fastcompress make-data``.
-        folder: of the results and of what is trained.
-        seed: of everything.
-        budget: how much.
+        task: Name of the task in the results.
+        data: Folder from ``fastcompress make-data``.
+        folder: Folder for results and trained models.
+        seed: Seed of all random numbers.
+        budget: Amount of training and scoring.
     """
 
     def __init__(self, task: str, data: Path, folder: Path, seed: int, budget: Budget) -> None:
@@ -159,7 +159,7 @@ class Study:
         self.rows: list[dict[str, Any]] = json.loads(self.record.read_text()) if self.record.exists() else []
 
     def run(self) -> Path:
-        """Computes what is missing; returns the file of the rows."""
+        """Compute the missing rows and return the file of all rows."""
         for compression in self.budget.from_the_start:
             if not self._has("start", compression):
                 path, seconds = self._model(compression.name.replace(" ", "-"), compression)
@@ -199,12 +199,12 @@ class Study:
         return {name: self._encoded(name, model, processor) for name in SETS if self._manifest(name).exists()}
 
     def _model(self, name: str, compression: Compression) -> tuple[Path, float]:
-        """Folder of a model that is trained from nothing, if it is not there, and the seconds that took."""
+        """Return the folder of a model, trained from scratch if missing, and the seconds of the training."""
         path = self.folder / "models" / f"{self.task}-{self.seed}-{name}"
         return path, 0.0 if (path / "config.json").exists() else self._train_from_nothing(path, compression)
 
     def _train_from_nothing(self, path: Path, compression: Compression) -> float:
-        """Seconds it took."""
+        """Train a model and return the seconds that it took."""
         utterances = read_manifest(self._manifest("train"))
         model, processor = build_small(utterances, seed=self.seed)
         compression.apply(model)
@@ -284,7 +284,7 @@ class Study:
 
 
 def run_study(task: str, data: Path, folder: Path, seed: int, budget: Budget) -> Path:
-    """:class:`Study` in a process of its own, on one thread."""
+    """Run a :class:`Study` on one thread, in its own process."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)
@@ -294,7 +294,7 @@ def run_study(task: str, data: Path, folder: Path, seed: int, budget: Budget) ->
 
 
 def spread(values: list[float]) -> tuple[float, float]:
-    """Mean and sample standard deviation."""
+    """Return mean and sample standard deviation."""
     mean = math.fsum(values) / len(values)
     if len(values) < 2:
         return mean, 0.0

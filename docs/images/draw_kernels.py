@@ -46,7 +46,7 @@ def draw_tiles(path: Path) -> None:
         peak = t + 1 in starts
         height = 1.6 * d[t].item() / top
         ax.add_patch(Rectangle((t + 0.82, 6.3), 0.36, height, facecolor="#222222" if peak else "#bbbbbb"))
-    ax.text(-0.5, 6.7, "distance of\nneighbours", ha="right", va="center")
+    ax.text(-0.5, 6.7, "distance between\nneighbours", ha="right", va="center")
     for row, m in enumerate(ids):
         cell(ax, row, 5.2, COLOURS[m % len(COLOURS)])
     for start in starts:
@@ -71,10 +71,10 @@ def draw_tiles(path: Path) -> None:
         if stop > last:  # the segment is longer than the window: the block reads on
             arrow(ax, (last, y + 0.4), (stop, y + 0.4))
             ax.text(stop + 0.2, y + 0.4, "reads on", va="center", fontsize=9.5, color=GREY)
-    averaged = "in colour: rows that the block averages, of every segment that starts in its tile (underlined)"
-    scored = f"{1 + ORDER} before and {ORDER} behind decide, {EXTRA} more are there for the last segment"
+    averaged = "in colour: rows that the block averages; their segments start in its tile (underlined)"
+    scored = f"{1 + ORDER} before and {ORDER} after decide boundaries, {EXTRA} more serve the last segment"
     ax.text(0, -1.0, averaged, va="center", fontsize=9.5, color=GREY)
-    ax.text(0, -1.6, f"hatched: rows that it only scores; {scored}", va="center", fontsize=9.5, color=GREY)
+    ax.text(0, -1.6, f"hatched: rows that the block only scores; {scored}", va="center", fontsize=9.5, color=GREY)
     finish(fig, ax, (-6.5, ROWS + 4.5), (-2.0, 8.2), path)
 
 
@@ -82,11 +82,11 @@ def draw_look_back(path: Path) -> None:
     counts = [3, 2, 4, 1, 3, 2]
     so_far = [sum(counts[: i + 1]) for i in range(len(counts))]
     moments = [  # which tiles have published what: 0 nothing, 1 their own count, 2 the count so far
-        ("tile 0 knows all before it: nothing", [2, 0, 0, 0, 0, 0]),
+        ("tile 0 has no tile before it", [2, 0, 0, 0, 0, 0]),
         ("tiles 1, 3 and 4 have scored", [2, 1, 0, 1, 1, 0]),
         ("tile 1 looked back at tile 0", [2, 2, 0, 1, 1, 0]),
-        ("tile 2 has scored; so has tile 5, which looks back:\n3 + 1 + 4 of their own, 5 so far", [2, 2, 1, 1, 1, 1]),
-        ("tile 5 writes from place 13 on", [2, 2, 1, 1, 1, 2]),
+        ("tiles 2 and 5 have scored; tile 5 looks back:\ncounts 3, 1 and 4, then total 5", [2, 2, 1, 1, 1, 1]),
+        ("tile 5 writes its segments from index 13", [2, 2, 1, 1, 1, 2]),
     ]
     fig, ax = plt.subplots(figsize=(11, 4.6))
     for tile in range(len(counts)):
@@ -104,7 +104,7 @@ def draw_look_back(path: Path) -> None:
         ax.text(12.2, y + 0.4, text, va="center")
     ax.text(-0.4, 3.0, "time", rotation=90, ha="right", va="center", color=GREY)
     arrow(ax, (-0.25, 5.9), (-0.25, 0.0))
-    legend = ((0, NOTHING, "nothing yet"), (3.2, OWN, "segments of its own"), (7.6, SO_FAR, "so far, its own included"))
+    legend = ((0, NOTHING, "nothing yet"), (3.2, OWN, "segments in this tile"), (7.6, SO_FAR, "total up to this tile"))
     for x, colour, text in legend:
         ax.add_patch(Rectangle((x, -1.2), 0.6, 0.5, facecolor=colour, edgecolor=GREY, lw=0.8))
         ax.text(x + 0.8, -0.95, text, va="center", fontsize=9.5, color=GREY)

@@ -89,7 +89,7 @@ def test_offsets_are_checked_on_request(gpu: torch.device, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
 def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype):
     """Other content of the same length in sample 0 leaves the others bit-equal; packed is as exact as one by one."""
-    pytest.importorskip("transformers", reason="the decoders are those of transformers")
+    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import LENGTHS as SAMPLES
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
@@ -112,7 +112,7 @@ def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype
 
 def test_gradients_and_training(gpu: torch.device):
     """Packed in bf16 under autocast, as it is trained: the loss and its gradients are those of one by one."""
-    pytest.importorskip("transformers", reason="the decoders are those of transformers")
+    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
     model = decoder("qwen2").to(gpu).train()

@@ -1,4 +1,4 @@
-"""Report phrases that the style sheet in CONTRIBUTING.md replaces, in the given files or in all files of the checkout."""
+"""Report phrases that the style sheet (CONTRIBUTING.md) replaces, in the given files or in the whole checkout."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ ROOT = Path(__file__).resolve().parents[1]
 SUFFIXES = {".py", ".md", ".h", ".cpp", ".cu", ".cuh", ".sh", ".yml", ".yaml", ".toml", ".ipynb"}
 COUNTED = "frames|tokens|rows|bytes|elements|seconds|milliseconds|characters|words|instructions|threads|warps|lanes"
 UNIT = (
-    "backend|batch|block|call|case|chunk|clip|frame|head|hour|kernel|lane|layer|line|minute|repetition|row|sample|second"
-    "|segment|sequence|step|thread|tile|token|utterance|warp|window"
+    "backend|batch|block|call|case|chunk|clip|frame|head|hour|kernel|lane|layer|line|minute|repetition|row|sample"
+    "|second|segment|sequence|step|thread|tile|token|utterance|warp|window"
 )
 #: What is replaced, and what to write. Few patterns, none of which matches plain English.
 PHRASES = {
-    rf"\b({COUNTED}) an? ({UNIT})\b": "per: frames per token",
+    rf"\b(?!rows a row)({COUNTED}) an? ({UNIT})\b": "per: frames per token",
     rf"\ban? (thread|warp|block|lane|word) an? ({UNIT})\b": "per: one thread per row",
     r"\b(is|are|was|were) none of\b": "is not one of",
     r"\bfrom nothing\b": "from scratch",

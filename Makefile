@@ -1,4 +1,5 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Everything is set up in $(VENV) on the way.
+# `make demo` and `make test` work on a fresh machine: what they need is installed into $(VENV) first. `make help` lists
+# the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -8,40 +9,57 @@ LIBRARY := fastcompress/_C.so
 SOURCES := $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -q
 
-# A wheel: the CUDA toolkit to build with and the GPUs to build for, by default those of wheels.json
-# (`make wheel CUDA=13.0 ARCHS="80;90;100;120"`); `make wheels` has all of them from wheels.json.
+# make wheel: the CUDA toolkit, and the GPUs, by default those of wheels.json (CUDA=13.0 ARCHS="80;90;100;120").
 CUDA ?= none
 ARCHS ?=
+# make wheel-test, make gpu: the wheel to use.
 WHEEL ?=
-# `make gpu DRY=1`: every step of it on a machine without a GPU.
+# make gpu: the folder of logs and results; DRY=1 runs short forms of the steps on a machine without a GPU.
+OUT ?= out/gpu
 DRY ?=
 
-.PHONY: help demo experiment test test-slow test-full test-emulated sanitize fuzz bench bench-check bench-report gpu lint docs \
-    build wheel wheels wheel-test clean
+.PHONY: help demo experiment build test test-slow test-full test-emulated sanitize fuzz lint docs bench bench-check \
+    bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
 
 help:
-	@echo "make demo       set up, build, and see speech become fewer tokens (pictures in out/)"
-	@echo "make experiment train and score with and without compression: hours; QUICK=1: minutes"
-	@echo "make test       set up, build, and test: some ten minutes"
-	@echo "make test-slow  the long forms of the tests alone"
-	@echo "make test-full  the long forms of the tests as well"
-	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
-	@echo "make sanitize   the ops, on the CPU and emulated, under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "make fuzz       look for input that breaks an op or a reader, for SECONDS=240"
-	@echo "make bench      the CPU benchmark against PyTorch; SAVE=1 writes benchmarks/results/"
-	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
-	@echo "make bench-report  benchmarks/report.md and its plots, from the results that are committed"
-	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
-	@echo "make lint       ruff, clang-format, mypy --strict"
-	@echo "make docs       the documentation as a site, in out/site"
-	@echo "make wheel      a wheel in dist/, for any Python and any torch from 2.10 on; CUDA=13.0 adds CUDA kernels"
-	@echo "make wheels     every wheel of wheels.json whose CUDA toolkit can be had, for any Linux of its age, and the sdist"
-	@echo "make wheel-test the wheels in dist/ in empty environments beside several torch; downloads gigabytes of torch"
+	@echo "Try it"
+	@echo "  make demo          compress speech and transcribe it; writes pictures to out/demo"
+	@echo "  make experiment    train and score models with and without compression (hours; QUICK=1: minutes)"
+	@echo
+	@echo "Develop"
+	@echo "  make build         compile the CPU kernels"
+	@echo "  make test          run the tests"
+	@echo "  make test-slow     run only the slow tests"
+	@echo "  make test-full     run the tests and the slow tests"
+	@echo "  make test-emulated run the tests of the ops on the CUDA kernels in a CPU emulator"
+	@echo "  make sanitize      run the tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer"
+	@echo "                     (KINDS=\"address thread\" leaves out the emulated CUDA kernels)"
+	@echo "  make fuzz          search for input that breaks an op or a reader (SECONDS=240)"
+	@echo "  make lint          run ruff, clang-format, mypy and the check of the prose"
+	@echo "  make docs          build the documentation in out/site"
+	@echo "  make clean         delete everything that was built"
+	@echo
+	@echo "Measure"
+	@echo "  make bench         compare with PyTorch on the CPU; SAVE=1 writes benchmarks/results"
+	@echo "  make bench-check   run a part of it and fail if we are slower than the committed results"
+	@echo "  make bench-report  write benchmarks/report.md and its plots from the committed results"
+	@echo
+	@echo "On a machine with a GPU (no network; logs and results in OUT=out/gpu; DRY=1: short forms, without a GPU)"
+	@echo "  make gpu           all of the following steps; WHEEL=... takes the library of a wheel"
+	@echo "  make gpu-build     compile for this GPU"
+	@echo "  make gpu-test      run the GPU tests and the tests of the ops on the CUDA and the Triton kernels"
+	@echo "  make gpu-sanitize  run short GPU tests under compute-sanitizer"
+	@echo "  make gpu-bench     compare with PyTorch on the GPU"
+	@echo
+	@echo "Release"
+	@echo "  make wheel         build a wheel in dist; CUDA=13.0 adds CUDA kernels"
+	@echo "  make wheels        build every wheel of wheels.json whose CUDA toolkit is available, and the sdist"
+	@echo "  make wheel-test    test the wheels in dist with several versions of torch (downloads gigabytes)"
 
-# A torch that is there already is used, from 2.10 on; else the pinned one is fetched. Likewise triton, of any version.
+# An installed torch is used if it is 2.10 or later, and any installed triton; otherwise the pinned ones are installed.
 $(READY): pyproject.toml requirements-torch.txt requirements-triton.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
-	    { echo "fastcompress needs Python 3.10 or later; $(PYTHON) is older (make PYTHON=...)"; exit 1; }
+	    { echo "fastcompress needs Python 3.10 or later, and $(PYTHON) is older: set PYTHON=..."; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv --system-site-packages $(VENV)
 	@if $(BIN)/python -c 'import sys, torch; sys.exit(tuple(map(int, torch.__version__.split(".")[:2])) < (2, 10))' \
 	    2>/dev/null; then \
@@ -67,7 +85,7 @@ demo: build
 	@echo
 	$(BIN)/python examples/demo.py
 
-# `make experiment QUICK=1`: LoRA on the shipped model alone.
+# QUICK=1 trains only LoRA on the shipped model.
 QUICK ?=
 experiment: build
 	$(BIN)/python -m experiments $(if $(QUICK),--quick)
@@ -87,14 +105,14 @@ test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
-# Of the CPU's kernels alone: KINDS="address thread".
+# KINDS="address thread" leaves out the emulated CUDA kernels.
 KINDS ?=
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python $(KINDS)
 
 SECONDS ?= 240
 fuzz: build
-	$(BIN)/python -m pip install -q atheris || echo "atheris does not install here: only the ops will be fuzzed"
+	$(BIN)/python -m pip install -q atheris || echo "atheris cannot be installed: only the ops are fuzzed"
 	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 SAVE ?=
@@ -112,10 +130,23 @@ bench-report: $(READY)
 bench-check: build
 	$(BIN)/python -m benchmarks.gate
 
-# Runs in $(VENV) if there is one, else in $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
+# Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
+GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(OUT) $(if $(DRY),--dry) \
+    $(if $(WHEEL),--wheel $(WHEEL))
 gpu:
-	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py $(if $(DRY),--dry) \
-	    $(if $(WHEEL),--wheel $(WHEEL))
+	$(GPU)
+
+gpu-build:
+	$(GPU) build
+
+gpu-test:
+	$(GPU) test
+
+gpu-sanitize:
+	$(GPU) sanitize
+
+gpu-bench:
+	$(GPU) bench
 
 FORMATTED := $(shell find csrc tests benchmarks -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 lint: $(READY)
@@ -123,17 +154,18 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/clang-format --dry-run -Werror $(FORMATTED)
 	$(BIN)/mypy
+	$(BIN)/python scripts/prose.py
 
 $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install -q 'fastcompress[docs]'
 	@touch $@
 
-# Not -q, with which mkdocs forgets to be strict.
+# Without -q, which makes mkdocs ignore `strict`.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "wrote out/site/index.html"
 
-# What an earlier build left in build/lib would go into the wheel.
+# Files of an earlier build in build/lib would go into the wheel.
 wheel: $(READY)
 	rm -rf build/lib build/lib.*
 	FASTCOMPRESS_CUDA="$(CUDA)" FASTCOMPRESS_CUDA_ARCHS="$(ARCHS)" \

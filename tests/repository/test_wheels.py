@@ -1,7 +1,6 @@
-"""What the build refuses, the version of a CUDA build, the scripts of `make wheels` and `make wheel-test`. No nvcc is
-needed.
+"""The errors of the build, the version of a CUDA build, and the scripts of `make wheels` and `make wheel-test`.
 
-The library itself with CUDA kernels: tests/csrc/test_cuda_build.py.
+No nvcc is needed. tests/csrc/test_cuda_build.py tests a library with CUDA kernels.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from tests.support import ROOT
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A CUDA toolkit that knows its version, 13.0, and nothing else."""
+    """A CUDA toolkit whose nvcc prints its version, 13.0, and does nothing else."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
@@ -43,10 +42,10 @@ def setup(*arguments: str, **env: str) -> subprocess.CompletedProcess:
     [
         ("12.8", "90", True, "FASTCOMPRESS_CUDA=12.8, but {home}/bin/nvcc is 13.0"),
         ("yes", "90", True, "FASTCOMPRESS_CUDA must be none or a version such as 13.0, got 'yes'"),
-        ("13.0", "80;9.0", True, "FASTCOMPRESS_CUDA_ARCHS must be such as 80;90;100;120, got '9.0' in it"),
-        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90;120"),
+        ("13.0", "80;9.0", True, "FASTCOMPRESS_CUDA_ARCHS must be a list such as 80;90;100;120, got '9.0'"),
+        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS (80;90)"),
         ("13.0", "90", False, "FASTCOMPRESS_CUDA=13.0 needs nvcc, but {home}/bin/nvcc (CUDA_HOME) does not exist"),
-        ("13.0", "90", True, "libcudart_static.a is in none of {home}/lib64, {home}/lib"),
+        ("13.0", "90", True, "libcudart_static.a not found in {home}/lib64, {home}/lib"),
     ],
 )
 def test_what_cannot_be_built_says_why(cuda: str, archs: str, home: bool, message: str, toolkit: Path, tmp_path: Path):
@@ -66,12 +65,12 @@ def test_the_version_ends_in_the_toolkit(cuda: str, label: str, toolkit: Path, t
 
 
 def test_a_source_distribution_has_no_cuda(toolkit: Path, tmp_path: Path):
-    """Its name would say which toolkit it was built with, and it was built with none."""
+    """Its name must not have the label of a CUDA toolkit."""
     env = {"CUDA_HOME": str(toolkit)}
     arguments = "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path / "dist")
     done = setup(*arguments, FASTCOMPRESS_CUDA="13.0", **env)
     assert done.returncode == 1 and not (tmp_path / "dist").exists()
-    message = "fastcompress: a source distribution is for any CUDA, or none: unset FASTCOMPRESS_CUDA"
+    message = "fastcompress: a source distribution does not depend on CUDA: unset FASTCOMPRESS_CUDA"
     assert done.stderr.splitlines()[-1] == message
     done = setup(*arguments, FASTCOMPRESS_CUDA="none", **env)
     assert done.returncode == 0, done.stderr
@@ -97,7 +96,7 @@ def test_dry_run_of_the_wheel_test(tmp_path: Path):
     for wheel in made:
         assert sum(line.endswith(f"--no-deps --force-reinstall {wheel}") for line in lines) == 4
     assert sum(line.endswith("fastcompress info") for line in lines) == 8
-    assert f"no wheel {tmp_path}/other.whl" in script("wheel_test", f"{tmp_path}/other.whl").stderr
+    assert f"no wheel: {tmp_path}/other.whl" in script("wheel_test", f"{tmp_path}/other.whl").stderr
 
 
 def test_a_wheel_that_is_not_what_its_name_says():
@@ -111,7 +110,7 @@ def test_a_wheel_that_is_not_what_its_name_says():
     released = Path(name.format("+cu130", "manylinux_2_34"))
     assert wheel_test.wrong_library(released, library) is None
     problem = wheel_test.wrong_library(released, {**library, "cuda_archs": "90+PTX"})
-    assert problem == "the wheel's library is for 90+PTX, wheels.json says 80;90;100;120+PTX"
+    assert problem == "the library is for 90+PTX, but wheels.json has 80;90;100;120+PTX"
 
 
 def test_the_table_of_wheels():
@@ -120,7 +119,7 @@ def test_the_table_of_wheels():
     for version, wheel in table.items():
         assert version == "cpu" or (wheel.archs and all(re.fullmatch(r"\d{2,3}", arch) for arch in wheel.archs))
         assert wheel.untested is None or not wheel.toolkit
-        # What was never built is said where people look for it.
+        # The README and the page of the wheels name the wheels that were never built.
         for page in ("README.md", "docs/wheels.md"):
             said = re.search(rf"{version}.{{0,60}}untested", (ROOT / page).read_text(), re.DOTALL)
             assert wheel.untested is None or said, (page, version)
@@ -180,17 +179,21 @@ def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
     found = symbols.problems(library)
     assert "undefined symbol Py_Initialize" in found
     assert "undefined symbol _ZN2at15get_num_threadsEv" in found
-    assert "undefined symbol aoti_torch_get_current_cuda_stream, which a torch without CUDA has not" in found
-    if "torch_from_blob" in symbols.stable_functions(oldest=False):  # from torch 2.11 on
-        assert "undefined symbol torch_from_blob, which the oldest torch that we are for has not" in found
+    assert "undefined symbol aoti_torch_get_current_cuda_stream, which a torch without CUDA lacks" in found
+    if "torch_from_blob" in symbols.stable_functions(oldest=False):  # declared since torch 2.11
+        assert "undefined symbol torch_from_blob, which the oldest supported torch lacks" in found
     assert not any("torch_new_stable_ivalue" in problem for problem in found)  # it is weak
-    assert any(problem.startswith("libtorch.so is not needed") for problem in found)
+    assert any(problem.startswith("libtorch.so is not a needed library") for problem in found)
     assert [problem for problem in found if problem.startswith("needed library")] == ["needed library libz.so.1"]
     for name, members, message in (
         ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", ["fastcompress/_C.so"], "undefined symbol Py_Initialize"),
-        ("fastcompress-0.1.0-cp311-cp311-linux_x86_64.whl", ["fastcompress/_C.so"], "is not for any Python"),
-        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", ["fastcompress/_C.so", "libx.so"], "and no other library"),
-        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", [], "must have fastcompress/_C.so"),
+        ("fastcompress-0.1.0-cp311-cp311-linux_x86_64.whl", ["fastcompress/_C.so"], "is not for every Python"),
+        (
+            "fastcompress-0.1.0-py3-none-linux_x86_64.whl",
+            ["fastcompress/_C.so", "libx.so"],
+            "must contain only fastcompress/_C.so",
+        ),
+        ("fastcompress-0.1.0-py3-none-linux_x86_64.whl", [], "must contain only fastcompress/_C.so"),
     ):
         with zipfile.ZipFile(tmp_path / name, "w") as archive:
             for member in members:
@@ -206,7 +209,7 @@ def test_an_sdist_is_built_with_the_torch_that_is_pinned():
 
 
 def test_no_extra_pins_a_triton():
-    """In an environment that sees the packages of another, a pinned one would hide the one that torch brings."""
+    """In an environment that sees the packages of another, a pinned triton would hide the one that torch depends on."""
     project = (ROOT / "pyproject.toml").read_text()
     assert '"triton>=' in project and '"triton==' not in project
     assert "triton==" in (ROOT / "requirements-triton.txt").read_text()

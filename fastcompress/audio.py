@@ -106,7 +106,9 @@ def audio_blocks(
             try:
                 resampler = soxr.ResampleStream(file.rate, sample_rate, 1, dtype="float32", quality="HQ")
             except (RuntimeError, ValueError) as error:
-                raise AudioError(f"{file.name}: cannot resample {file.rate} Hz to {sample_rate} Hz ({error})") from error
+                raise AudioError(
+                    f"{file.name}: cannot resample {file.rate} Hz to {sample_rate} Hz ({error})"
+                ) from error
         begin = round(offset * sample_rate)
         frames_read = first_frame = _first_frame(file.rate, sample_rate, begin)
         if first_frame:

@@ -81,14 +81,16 @@ def audio_blocks(
     samples whatever the size of the blocks.
 
     A file is never shortened silently. A header that does not know the length (0, or the large values that recorders
-    write to a pipe) means that everything up to the end is read.
+    write to a pipe) means that everything up to the end is read. From a stream, ffmpeg cannot read CAF, nor MP4 whose
+    index is at the end, and keeps the encoder's padding at the end of MP3.
 
     Args:
         source: File that ffmpeg reads, or binary stream at its first byte, which need not seek.
         sample_rate: Rate of the result in Hz.
         seconds: Length of a block before resampling; ``None``: 65,536 samples.
         progress: Function called after each block with the seconds read and the seconds that the header promises.
-        offset: Seconds to skip. The result is that part of the whole, to within rounding of the resampling filter.
+        offset: Seconds to skip. The result is that part of the whole, to within rounding of the filter and of lossy
+            decoders.
         duration: Seconds to read; ``None``: to the end.
 
     Yields:
@@ -125,7 +127,11 @@ def audio_blocks(
                 return samples
             return samples[max(0, skipped - before) : max(0, int(min(left, given)) - before)]
 
-        while len(block := file.read(size)):
+        def wanted() -> int:  # no more than the part needs
+            needed = math.inf if duration is None else math.ceil((left - given) * file.rate / sample_rate)
+            return int(min(size, needed + (round(_LEAD_IN * file.rate) if resampler else 0)))
+
+        while len(block := file.read(max(1, wanted()))):
             frames_read += len(block)
             if not np.isfinite(block).all():
                 raise AudioError(f"{file.name}: holds NaN or infinite samples before {frames_read / file.rate:.1f} s")

@@ -19,8 +19,9 @@ from av.error import FFmpegError
 
 #: Formats whose header holds the exact number of samples. WAV is read by :func:`_wav_header`.
 _EXACT = ("flac", "aiff", "au", "caf", "tta", "wv", "nistsphere")
-#: How their files begin. ffmpeg gets no size of such a file, or it would estimate the lengths that headers leave open.
-_EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"fLaC", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
+#: How their files begin, but for FLAC. ffmpeg gets no size of such a file, or it would estimate the length of one whose
+#: header leaves it open. (In FLAC it does not, and seeks by the size.)
+_EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
 #: Formats in which ffmpeg seeks to an exact sample: those of the first line if they hold PCM.
 _SEEKS_PCM = ("wav", "w64", "aiff", "au", "caf")
 _SEEKS = ("flac", "mov,mp4,m4a,3gp,3g2,mj2")
@@ -129,6 +130,8 @@ class _Source:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         try:
             return cast(int, self._stream.seek(offset, whence)) if whence in self._whences else -1
+        except (OSError, ValueError, OverflowError):  # ffmpeg tries places that headers name
+            return -1
         except BaseException as error:
             self._error = error
             return -1
@@ -349,7 +352,7 @@ class AudioFile:
         self._ready += len(part) - dropped
 
     def _index(self, time: int) -> int:
-        return round((time - self._first) * self._audio.time_base * self.rate)
+        return int(round((time - self._first) * self._audio.time_base * self.rate))
 
     def _promised(self) -> int | None:
         """Return the number of samples that the header promises, ``None`` if it is unknown or an estimate."""
@@ -361,8 +364,8 @@ class AudioFile:
             return None
         duration = self._audio.duration
         if duration:
-            return round(duration * self._audio.time_base * self.rate)
-        return self._audio.frames or None if is_pcm else None
+            return int(round(duration * self._audio.time_base * self.rate))
+        return cast(int, self._audio.frames) or None if is_pcm else None
 
     def _packets(self, begin: int | None = None) -> Iterator[Any]:
         """Yield the packets from a time on, and an empty one at the end, which flushes the decoder."""
@@ -432,7 +435,7 @@ class AudioFile:
             )
 
     def _seconds(self) -> float:
-        return self._end / self.rate if self.rate else 0.0
+        return float(self._end / self.rate) if self.rate else 0.0
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:
@@ -463,18 +466,21 @@ def _mono(frame: AudioFrame) -> np.ndarray:
     """Return the mean of a frame's channels, float32 ``[S]``, full scale at 1.0."""
     kind, channels, count = frame.format.name, frame.layout.nb_channels, frame.samples
     dtype = np.dtype(_TYPES[kind.removesuffix("p")])
+    planes = cast(Any, frame.planes)
     if frame.format.is_planar:
-        samples = [np.frombuffer(plane, dtype, count) for plane in frame.planes]
+        samples = [np.frombuffer(plane, dtype, count) for plane in planes]
     else:
-        samples = list(np.frombuffer(frame.planes[0], dtype, count * channels).reshape(count, channels).T)
+        samples = list(np.frombuffer(planes[0], dtype, count * channels).reshape(count, channels).T)
+    middle, scale = 0.0, 1.0
+    if dtype.kind != "f":
+        scale = 2.0 / 256**dtype.itemsize
+        middle = 128.0 if dtype.kind == "u" else 0.0
+    mono = np.zeros(count, np.float32)
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is reported by the caller
-        mono = samples[0].astype(np.float32)
-        if dtype == np.uint8:
-            mono -= 128
-            samples = [s.astype(np.float32) - 128 for s in samples]
-        for other in samples[1:]:
-            mono += other.astype(np.float32)
-        scale = 1.0 if dtype.kind == "f" else 1 / 128 if dtype == np.uint8 else 2.0 / 256**dtype.itemsize
+        for channel in samples:
+            mono += channel.astype(np.float32)
+        if middle:
+            mono -= np.float32(middle * len(samples))
         if scale != 1:
             mono *= np.float32(scale)
         if len(samples) > 1:

@@ -253,7 +253,11 @@ def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):
 )
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, tmp_path, module, extra):
     for name in list(sys.modules):
-        if name.partition(".")[0] == module or name in ("fastcompress.audio", "fastcompress.inspection.table"):
+        if name.partition(".")[0] == module or name in (
+            "fastcompress.audio",
+            "fastcompress.audio_file",
+            "fastcompress.inspection.table",
+        ):
             monkeypatch.delitem(sys.modules, name)
     for name in ("audio", "inspection", "plotting"):
         monkeypatch.delattr(fc, name, raising=False)

@@ -64,6 +64,7 @@ def encode(
                 container.mux(pictures.encode(picture))
             container.mux(pictures.encode(None))
         for number, out in enumerate(outs):
+            out.bit_rate = 12_200 if codec == "libopencore_amrnb" else 64_000
             values = samples if number == 0 else np.zeros_like(samples)
             content = (values * 32767).astype(np.int16)[None]
             frame = av.AudioFrame.from_ndarray(content, format="s16", layout="mono")

@@ -15,7 +15,8 @@ import numpy as np
 import soxr
 import torch
 
-from fastcompress.audio_file import AudioError, AudioFile, audio_seconds
+from fastcompress.audio_file import AudioFile, audio_seconds
+from fastcompress.audio_source import AudioError
 
 __all__ = ["AudioError", "audio_blocks", "audio_seconds", "load_audio", "log_mel", "mel_centres", "mel_filters"]
 

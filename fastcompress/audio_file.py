@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import os
 import re
-import struct
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
 import av
 import numpy as np
 from av.audio.frame import AudioFrame
+from av.container.input import InputContainer
 from av.error import FFmpegError
 
-#: Formats whose header holds the exact number of samples. WAV is read by :func:`_wav_header`.
+from fastcompress.audio_source import FLOAT, PCM, AudioError, Source, open_file
+
+#: Formats whose header holds the exact number of samples. WAV is read by ``audio_source.py``.
 _EXACT = ("flac", "aiff", "au", "caf", "tta", "wv", "nistsphere")
-#: How their files begin, but for FLAC. ffmpeg gets no size of such a file, or it would estimate the length of one whose
-#: header leaves it open. (In FLAC it does not, and seeks by the size.)
-_EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
 #: Formats in which ffmpeg seeks to an exact sample: those of the first line if they hold PCM.
 _SEEKS_PCM = ("wav", "w64", "aiff", "au", "caf")
 _SEEKS = ("flac", "mov,mp4,m4a,3gp,3g2,mj2")
@@ -32,165 +30,10 @@ _LEAD_IN = 1.0
 #: Seconds by which the clock of Ogg may jump. ffmpeg drops pages that fail their checksum without an error.
 _JUMP = 0.2
 
-_PCM, _FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
-#: A program that writes WAV to a pipe does not know the length: sox, ffmpeg and arecord write at least this, or 0.
-_UNKNOWN = 0x7FFFF000
-#: Bytes before the samples that are searched for the WAV header.
-_MOST_HEADER = 1 << 24
 _BUFFER = 1 << 16
 _PACKET = 1 << 17  # bytes of WAV per packet from a file; pipes keep ffmpeg's default of less than 0.1 s
 
 _TYPES = {"u8": np.uint8, "s16": np.int16, "s32": np.int32, "s64": np.int64, "flt": np.float32, "dbl": np.float64}
-
-
-class AudioError(ValueError):
-    """An audio file that cannot be used. The message is one line that names the file and the reason."""
-
-
-@dataclass(frozen=True)
-class _WavHeader:
-    """What a WAV header says of the samples.
-
-    Attributes:
-        kind: Format code, of the subformat for extensible headers.
-        block: Bytes of one sample of every channel, or of one block of a compressed codec.
-        begin: Position of the first sample in the file, in bytes.
-        size: Bytes of samples; 0 if the header does not know.
-        is_empty: True if there are no samples, rather than an unknown number of them.
-    """
-
-    kind: int
-    block: int
-    begin: int
-    size: int
-    is_empty: bool
-
-
-class _Source:
-    """The bytes of a file or stream, in the form that PyAV reads.
-
-    PyAV calls from C code, where an exception could get lost: :meth:`check` raises it afterwards.
-    """
-
-    def __init__(self, stream: Any, name: str, is_file: bool) -> None:
-        self.name = name  # PyAV takes a hint from the extension
-        self._stream = stream
-        # A BufferedReader waits until it has all bytes that `read` asks for; `read1` returns those that have arrived.
-        self._read = getattr(stream, "read1", stream.read)
-        self._is_file = is_file
-        self._error: BaseException | None = None
-        self._ahead = b""
-        self._place = 0
-        self.ended = False
-        self.wav = _wav_header(self)
-        hides_size = self._peek(4) in _EXACT_MAGIC
-        self._size = os.fstat(stream.fileno()).st_size if is_file else 0
-        self._whences = (os.SEEK_SET, os.SEEK_CUR) if hides_size else (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
-        self.rewind()
-
-    def rewind(self) -> None:
-        """Go to the start of a file."""
-        if self._is_file:
-            self._stream.seek(0)
-            self._ahead, self._place = b"", 0
-        # ffmpeg looks for S/PDIF in the first 64 KiB of PCM, which take seconds to arrive from a microphone. At the
-        # end of a file it looks at less, and then goes back to the first sample and reads on.
-        is_pcm = self.wav is not None and self.wav.kind == _PCM
-        self.pauses = is_pcm and not self._is_file
-
-    @property
-    def held(self) -> int:
-        """Bytes of the whole file, or those that a stream has delivered."""
-        return self._size if self._is_file else self._place
-
-    def check(self) -> None:
-        """Raise the exception of a call that came from C code."""
-        if self._error is not None:
-            error, self._error = self._error, None
-            if isinstance(error, OSError):
-                raise AudioError(f"{self.name}: {(error.strerror or str(error)).lower()}") from error
-            raise error
-
-    def read(self, count: int) -> bytes:
-        try:
-            if self.pauses and self.wav is not None and self._place < self.wav.begin:
-                count = min(count, self.wav.begin - self._place)
-            elif self.pauses:
-                self.pauses = False
-                return b""
-            part = self._ahead[:count] or self._read(count)
-            self._ahead = self._ahead[count:]
-        except BaseException as error:  # KeyboardInterrupt too
-            self._error = error
-            return b""
-        self.ended = not part
-        self._place += len(part)
-        return bytes(part)
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        try:
-            return cast(int, self._stream.seek(offset, whence)) if whence in self._whences else -1
-        except (OSError, ValueError, OverflowError):  # ffmpeg tries places that headers name
-            return -1
-        except BaseException as error:
-            self._error = error
-            return -1
-
-    def tell(self) -> int:
-        return cast(int, self._stream.tell())
-
-    def seekable(self) -> bool:
-        return self._is_file
-
-    def peek(self, begin: int, count: int) -> bytes:
-        """Return bytes of the head, which stay to be read; fewer at the end."""
-        return self._peek(begin + count)[begin:]
-
-    def _peek(self, end: int) -> bytes:
-        parts, missing = [self._ahead], end - len(self._ahead)
-        while missing > 0 and (part := self._read(min(missing, _BUFFER))):
-            parts.append(part)
-            missing -= len(part)
-        self._ahead = b"".join(parts)
-        return self._ahead[:end]
-
-
-def _wav_header(source: _Source) -> _WavHeader | None:
-    """Read the header of WAV, which PyAV does not expose; ``None`` for anything else."""
-    head = source.peek(0, 12)
-    if head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or head[8:] != b"WAVE":
-        return None
-    order = ">" if head[:4] == b"RIFX" else "<"
-    end = 8 + struct.unpack(order + "I", head[4:8])[0]
-    kind, block, place, long_size = 0, 0, 12, 0
-    while len(head := source.peek(place, 8)) == 8:
-        name, size = struct.unpack(order + "4sI", head)
-        place += 8
-        if name == b"data":
-            if size == 0xFFFFFFFF and 0 < long_size < 1 << 62:
-                return _WavHeader(kind, block, place, long_size, False)
-            # A length of 0 is unknown, unless another chunk follows at once, within the length of the whole.
-            is_empty = size == 0 and place < end < _UNKNOWN and _is_chunk(source.peek(place, 8), order, end - place)
-            return _WavHeader(kind, block, place, size if size < _UNKNOWN else 0, is_empty)
-        if place + size > _MOST_HEADER:
-            return None
-        content = source.peek(place, min(size, 40))
-        if name == b"fmt " and len(content) >= 14:
-            kind, block = struct.unpack(order + "H10xH", content[:14])
-            if kind == _EXTENSIBLE and len(content) >= 26:
-                kind = struct.unpack(order + "H", content[24:26])[0]
-        elif name == b"ds64" and len(content) >= 16:
-            long_size = struct.unpack("<Q", content[8:16])[0]
-        place += size + size % 2
-    return None
-
-
-def _is_chunk(head: bytes, order: str, most: int) -> bool:
-    """Whether bytes are the name and the size of a chunk of at most so many bytes, and not samples."""
-    name, size = head[:4], head[4:]
-    if len(size) < 4 or not name.isascii() or not name.decode().isprintable():
-        return False
-    return 8 + cast(int, struct.unpack(order + "I", size)[0]) <= most
 
 
 class AudioFile:
@@ -210,17 +53,29 @@ class AudioFile:
         AudioError: The file cannot be opened or holds no audio.
     """
 
+    name: str
+    rate: int
+    length: int | None
+    expected: int
+    _container: InputContainer
+    _frames: Iterator[AudioFrame]  # not read yet
+    _end: int  # samples decoded, counted from the first of the file
+    _first: int  # time of the first sample
+    _parts: list[np.ndarray]  # decoded and not read yet
+    _ready: int  # samples in them
+    _drop: int  # samples to be dropped from the following frames
+
     def __init__(self, source: str | os.PathLike[str] | BinaryIO) -> None:
         self._is_file = isinstance(source, str | os.PathLike)
         self._stream: Any = None
         if isinstance(source, str | os.PathLike):
             self.name = os.fspath(source)
-            stream: Any = _open(self.name)
+            stream: Any = open_file(self.name)
             self._stream = stream
         else:
             self.name, stream = str(getattr(source, "name", "stream")), source
         try:
-            self._source = _Source(stream, self.name, self._is_file)
+            self._source = Source(stream, self.name, self._is_file)
             self._start()
         except OSError as error:
             self.close()
@@ -250,7 +105,7 @@ class AudioFile:
         """
         while self._ready < count and (frame := next(self._frames, None)) is not None:
             self._add(frame)
-        samples = self._parts[0] if len(self._parts) == 1 else np.concatenate([np.zeros(0, np.float32), *self._parts])
+        samples = np.concatenate(self._parts) if len(self._parts) > 1 else self._parts[0]
         self._parts = [samples[count:]]
         self._ready = len(self._parts[0])
         return samples[:count]
@@ -289,6 +144,8 @@ class AudioFile:
     def count(self) -> int:
         """Return the number of samples, without decoding if possible; nothing can be read afterwards."""
         if self.length is not None:
+            if self._source.wav is not None and self._is_file:
+                self._check_end()  # costs nothing, because the size of the file tells
             return self.length
         end = None
         for packet in self._packets():
@@ -309,7 +166,7 @@ class AudioFile:
         source, wav = self._source, self._source.wav
         source.rewind()
         options, form = {"protocol_whitelist": ""}, None  # playlists may not open other files
-        if wav is not None and wav.kind in (_PCM, _FLOAT):  # the header says all that probing could find
+        if wav is not None and wav.kind in (PCM, FLOAT):  # the header says all that probing could find
             form = "wav"
             options |= {"probesize": "32"} | ({"max_size": str(_PACKET)} if self._is_file else {})
         try:
@@ -348,6 +205,8 @@ class AudioFile:
         part = _mono(frame)
         dropped = min(self._drop, len(part))
         self._drop -= dropped
+        if not self._ready:
+            self._parts.clear()
         self._parts.append(part[dropped:])
         self._ready += len(part) - dropped
 
@@ -435,7 +294,7 @@ class AudioFile:
             )
 
     def _seconds(self) -> float:
-        return float(self._end / self.rate) if self.rate else 0.0
+        return self._end / self.rate if self.rate else 0.0
 
 
 def audio_seconds(path: str | os.PathLike[str]) -> float:
@@ -450,18 +309,6 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
         return file.count() / file.rate
 
 
-def _open(path: str) -> BinaryIO:
-    try:
-        file = open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise AudioError(f"{path}: {reason.lower()}") from error
-    if not file.peek(1):
-        file.close()
-        raise AudioError(f"{path}: the file is empty (0 bytes)")
-    return file
-
-
 def _mono(frame: AudioFrame) -> np.ndarray:
     """Return the mean of a frame's channels, float32 ``[S]``, full scale at 1.0."""
     kind, channels, count = frame.format.name, frame.layout.nb_channels, frame.samples
@@ -471,18 +318,18 @@ def _mono(frame: AudioFrame) -> np.ndarray:
         samples = [np.frombuffer(plane, dtype, count) for plane in planes]
     else:
         samples = list(np.frombuffer(planes[0], dtype, count * channels).reshape(count, channels).T)
-    middle, scale = 0.0, 1.0
+    full, middle = 1.0, 0.0
     if dtype.kind != "f":
-        scale = 2.0 / 256**dtype.itemsize
-        middle = 128.0 if dtype.kind == "u" else 0.0
-    mono = np.zeros(count, np.float32)
+        full = 256**dtype.itemsize / 2
+        middle = full if dtype.kind == "u" else 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is reported by the caller
-        for channel in samples:
+        mono = samples[0].astype(np.float32)
+        for channel in samples[1:]:
             mono += channel.astype(np.float32)
         if middle:
             mono -= np.float32(middle * len(samples))
-        if scale != 1:
-            mono *= np.float32(scale)
+        if full != 1:
+            mono *= np.float32(1 / full)
         if len(samples) > 1:
             mono /= np.float32(len(samples))
     return mono

@@ -32,7 +32,7 @@ STEPS = 20
 
 def available() -> bool:
     """Whether what trains is installed."""
-    return all(importlib.util.find_spec(name) for name in ("accelerate", "transformers", "soundfile"))
+    return all(importlib.util.find_spec(name) for name in ("accelerate", "transformers", "av"))
 
 
 @dataclass(frozen=True)

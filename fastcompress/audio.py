@@ -1,6 +1,6 @@
-"""Audio files to samples, samples to log-mel frames, both in blocks: memory is bounded by the result.
+"""Read audio as samples, and samples as log-mel frames, both in blocks so that memory is bounded by the result.
 
-Needs ``soundfile`` and ``soxr`` (``pip install 'fastcompress[audio]'``).
+Needs ``av`` and ``soxr`` (``pip install 'fastcompress[audio]'``).
 """
 
 from __future__ import annotations
@@ -8,33 +8,30 @@ from __future__ import annotations
 import math
 import os
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 from functools import lru_cache
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
-import soundfile
 import soxr
 import torch
 
-from fastcompress.wave_pipe import WavePipe
+from fastcompress.audio_file import AudioFile, audio_seconds
+from fastcompress.audio_source import AudioError
+
+__all__ = ["AudioError", "audio_blocks", "audio_seconds", "load_audio", "log_mel", "mel_centres", "mel_filters"]
 
 SAMPLE_RATE = 16_000  # Hz, of everything after `load_audio`
 WINDOW = 400  # samples: 25 ms
 HOP = 160  # samples: 10 ms
-FRAME_RATE = SAMPLE_RATE / HOP  # log-mel frames a second
+FRAME_RATE = SAMPLE_RATE / HOP  # log-mel frames per second
 MEL_BINS = 80
 
-_BLOCK_FRAMES = 1 << 16  # 4 s at 16 kHz: the Python call is lost in the noise, the block is 256 KiB a channel
+_BLOCK_FRAMES = 1 << 16  # 4 s at 16 kHz: calls from Python cost nothing, and a block is 256 KiB
 _CHUNK_FRAMES = 3000  # 30 s of log-mel frames: 10 MB of windows and spectra
-_LEAD_IN = 0.1  # seconds before a part that is resampled: longer than the filter reaches
+_LEAD_IN = 0.1  # seconds before a part that is resampled, longer than the filter
 
 Progress = Callable[[float, float], None]
-"""Called after each block with (seconds done, seconds in all)."""
-
-
-class AudioError(ValueError):
-    """An audio file that cannot be used; the message is one line and names the file and the cause."""
+"""Called after each block with the seconds done and the seconds in all."""
 
 
 def load_audio(
@@ -44,26 +41,27 @@ def load_audio(
     offset: float = 0.0,
     duration: float | None = None,
 ) -> np.ndarray:
-    """Read any file that libsndfile reads (WAV, FLAC, MP3, Ogg Vorbis and Opus, ...) as mono samples.
+    """Read any file that ffmpeg reads (WAV, FLAC, MP3, M4A, Ogg, Opus, video, ...) as mono samples.
 
-    Memory holds the result and one block (:func:`audio_blocks`): 230 MB an hour at 16 kHz, whatever the file's own rate
-    and channels.
+    Memory holds the result and one block (:func:`audio_blocks`): 230 MB per hour at 16 kHz, whatever the file's own
+    rate and channels.
 
     Args:
-        path: the file.
-        sample_rate: of the result, Hz.
-        progress: called after each block with (seconds read, seconds the file's header promises).
-        offset, duration: seconds, of a part; of Ogg what is before it is decoded, too, else it alone.
+        path: The file.
+        sample_rate: Rate of the result in Hz.
+        progress: Function called after each block with the seconds read and the seconds that the header promises.
+        offset: Seconds of the file to skip (:meth:`AudioFile.skip_to` lists the formats in which they are not decoded).
+        duration: Seconds to read; ``None``: to the end.
 
     Returns:
         float32 ``[S]``, full scale at 1.0, ``S = seconds * sample_rate`` to within a sample. A silent file gives zeros.
-        A WAV or MP3 that was cut short gives what it still holds, as players do.
+        The length is that of ffmpeg: MP3, AAC and Opus lose the samples that the encoder added, where the file says so.
 
     Raises:
-        AudioError: as :func:`audio_blocks`.
+        AudioError: As :func:`audio_blocks`.
     """
     # A bytearray grows in place (its reserve is never touched) and becomes an array without a copy. The header's length
-    # is not used for this: it is an estimate for some formats, missing in others.
+    # is not used for this, because it is an estimate in some formats and missing in others.
     samples = bytearray()
     for block in audio_blocks(path, sample_rate, progress=progress, offset=offset, duration=duration):
         samples += block.tobytes()
@@ -78,46 +76,48 @@ def audio_blocks(
     offset: float = 0.0,
     duration: float | None = None,
 ) -> Iterator[np.ndarray]:
-    """Mono samples of a file, or of a stream, block by block as they are read.
+    """Yield mono samples of a file or stream, block by block as they are read.
 
     Channels are averaged, and resampled (soxr, high quality, no delay) across the blocks: joined, they are the same
-    samples whatever the blocks.
+    samples whatever the size of the blocks.
+
+    A file is never shortened silently. A header that does not know the length (0, or the large values that recorders
+    write to a pipe) means that everything up to the end is read. From a stream, ffmpeg cannot read CAF, nor MP4 whose
+    index is at the end, and keeps the encoder's padding at the end of MP3.
 
     Args:
-        source: a file that libsndfile reads, or a binary stream of WAV, which need not seek (:class:`WavePipe`).
-        sample_rate: of the result, Hz.
-        seconds: of a block before resampling; ``None``: 65,536 samples.
-        progress: called after each block with (seconds read, seconds the header promises).
-        offset, duration: seconds, of a part of a file: joined, those samples of the whole, to within the filter's
-            rounding.
+        source: File that ffmpeg reads, or binary stream at its first byte, which need not seek.
+        sample_rate: Rate of the result in Hz.
+        seconds: Length of a block before resampling; ``None``: 65,536 samples.
+        progress: Function called after each block with the seconds read and the seconds that the header promises.
+        offset: Seconds to skip. The result is that part of the whole, to within rounding of the filter and of lossy
+            decoders.
+        duration: Seconds to read; ``None``: to the end.
 
     Yields:
         float32 ``[S]``, full scale at 1.0; may be empty.
 
     Raises:
-        AudioError: no such file, a directory, no permission, not audio, damaged, 0 seconds, or NaN or infinite samples.
+        AudioError: The file is missing, a directory, not readable or not audio; it holds no samples, or NaN or infinite
+            ones; the decoder fails; or WAV, FLAC, AIFF, AU, CAF, WavPack or TTA holds fewer samples than its header
+            promises.
     """
-    opened: AbstractContextManager[Any]
-    options: dict[str, Any] = {}
-    if isinstance(source, str | os.PathLike):
-        name = os.fspath(source)
-        opened, options = _open(name), {"dtype": "float32", "always_2d": True}
-    else:
-        name = getattr(source, "name", "stream")
-        opened = nullcontext(_open_pipe(source, name))
-    with opened as file:
-        size = _BLOCK_FRAMES if seconds is None else max(1, round(seconds * file.samplerate))
+    with AudioFile(source) as file:
+        size = _BLOCK_FRAMES if seconds is None else max(1, round(seconds * file.rate))
         resampler = None
-        if file.samplerate != sample_rate:
+        if file.rate != sample_rate:
             try:
-                resampler = soxr.ResampleStream(file.samplerate, sample_rate, 1, dtype="float32", quality="HQ")
+                resampler = soxr.ResampleStream(file.rate, sample_rate, 1, dtype="float32", quality="HQ")
             except (RuntimeError, ValueError) as error:
-                rates = f"{file.samplerate} Hz to {sample_rate} Hz"
-                raise AudioError(f"{name}: cannot resample {rates} ({error})") from error
+                raise AudioError(
+                    f"{file.name}: cannot resample {file.rate} Hz to {sample_rate} Hz ({error})"
+                ) from error
         begin = round(offset * sample_rate)
-        frames_read = first_frame = _seek(file, name, begin, sample_rate) if begin else 0
-        # Of the samples that come: how many are before the part, and where it ends.
-        skipped = begin - first_frame * sample_rate // file.samplerate
+        frames_read = first_frame = _first_frame(file.rate, sample_rate, begin)
+        if first_frame:
+            file.skip_to(first_frame)
+        # Of the samples that follow: how many are before the part, and where it ends.
+        skipped = begin - first_frame * sample_rate // file.rate
         left = math.inf if duration is None else skipped + round(duration * sample_rate)
         given = 0
 
@@ -128,44 +128,28 @@ def audio_blocks(
                 return samples
             return samples[max(0, skipped - before) : max(0, int(min(left, given)) - before)]
 
-        while True:
-            try:
-                block = file.read(size, **options)  # [frames, channels]
-            except soundfile.SoundFileError as error:
-                second = frames_read / file.samplerate
-                raise AudioError(f"{name}: damaged after {second:.1f} s ({_cause(error)})") from error
-            if not len(block):
-                break
+        def wanted() -> int:  # no more than the part needs
+            needed = math.inf if duration is None else math.ceil((left - given) * file.rate / sample_rate)
+            return int(min(size, needed + (round(_LEAD_IN * file.rate) if resampler else 0)))
+
+        while len(block := file.read(max(1, wanted()))):
             frames_read += len(block)
-            with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is refused
-                mono = block.mean(axis=1) if block.shape[1] > 1 else block[:, 0]
-            if not np.isfinite(mono).all():
-                raise AudioError(f"{name}: holds NaN or infinite samples before {frames_read / file.samplerate:.1f} s")
-            yield of_part(resampler.resample_chunk(mono) if resampler else mono)
+            if not np.isfinite(block).all():
+                raise AudioError(f"{file.name}: holds NaN or infinite samples before {frames_read / file.rate:.1f} s")
+            yield of_part(resampler.resample_chunk(block) if resampler else block)
             if progress:
-                progress(frames_read / file.samplerate, max(file.frames, frames_read) / file.samplerate)
+                progress(frames_read / file.rate, max(file.expected, frames_read) / file.rate)
             if given >= left:
                 return
-        if frames_read == 0:
-            raise AudioError(f"{name}: holds no audio (0 seconds)")
         if resampler:
             yield of_part(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
 
 
-def _seek(file: Any, name: str, begin: int, sample_rate: int) -> int:
-    """Goes to before sample ``begin`` of the result, where samples of both rates coincide; returns the file's frame."""
-    # libsndfile 1.2 misses the frame in Vorbis, by up to a block of it.
-    if not file.seekable() or file.format == "OGG":
-        return 0
-    common = math.gcd(file.samplerate, sample_rate)
-    lead_in = 0 if file.samplerate == sample_rate else round(_LEAD_IN * sample_rate)
-    steps = max(0, begin - lead_in) * common // sample_rate
-    frame: int = min(steps * (file.samplerate // common), file.frames)
-    try:
-        file.seek(frame)
-    except (soundfile.SoundFileError, ValueError) as error:
-        raise AudioError(f"{name}: damaged before {frame / file.samplerate:.1f} s ({_cause(error)})") from error
-    return frame
+def _first_frame(rate: int, sample_rate: int, begin: int) -> int:
+    """Return a frame of the file before sample ``begin`` of the result, where samples of both rates coincide."""
+    common = math.gcd(rate, sample_rate)
+    lead_in = 0 if rate == sample_rate else round(_LEAD_IN * sample_rate)
+    return max(0, begin - lead_in) * common // sample_rate * (rate // common)
 
 
 def log_mel(
@@ -244,32 +228,6 @@ def _mel_edges(mel_bins: int) -> torch.Tensor:
     mel = torch.linspace(0, top_mel, mel_bins + 2, dtype=torch.float64)
     logarithmic = linear_hz * torch.exp((mel - linear_mel) * log_step)
     return torch.where(mel < linear_mel, mel * linear_hz / linear_mel, logarithmic)
-
-
-def _open(path: str) -> soundfile.SoundFile:
-    try:
-        with open(path, "rb") as file:  # first, because libsndfile calls all of these "System error"
-            empty = not file.read(1)
-    except (OSError, ValueError) as error:  # ValueError: a name that none can have
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise AudioError(f"{path}: {reason.lower()}") from error
-    if empty:
-        raise AudioError(f"{path}: the file is empty (0 bytes)")
-    try:
-        return soundfile.SoundFile(os.fsencode(path))  # a name need not be UTF-8
-    except (soundfile.SoundFileError, TypeError) as error:  # TypeError: headerless formats (.raw)
-        raise AudioError(f"{path}: not an audio file that can be read ({_cause(error)})") from error
-
-
-def _open_pipe(stream: BinaryIO, name: str) -> WavePipe:
-    try:
-        return WavePipe(stream)
-    except ValueError as error:
-        raise AudioError(f"{name}: {error}") from error
-
-
-def _cause(error: Exception) -> str:
-    return getattr(error, "error_string", str(error)).strip().rstrip(".")
 
 
 def _mirrored(samples: torch.Tensor, start: int, stop: int) -> torch.Tensor:

@@ -15,7 +15,7 @@ from fastcompress.dispatch.backends import BACKENDS
 from tests.support.on_device import on_device
 from tests.support.skips import skip_without
 
-pytest_pycollect_makemodule = skip_without("soundfile", "soxr", files=("test_audio.py", "test_wave_pipe.py"))
+pytest_pycollect_makemodule = skip_without("av", "soundfile", "soxr", files=("test_audio.py", "test_audio_file.py"))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

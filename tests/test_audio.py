@@ -1,4 +1,4 @@
-"""Audio files to samples (`load_audio`) and samples to log-mel frames (`log_mel`)."""
+"""Read audio as samples (`load_audio`), and samples as log-mel frames (`log_mel`)."""
 
 import subprocess
 import sys
@@ -40,7 +40,8 @@ def test_every_format_and_rate_keeps_frequency_level_and_time(tmp_path, suffix, 
     soundfile.write(path, stereo, rate)
     samples = load_audio(path)
     assert samples.dtype == np.float32 and samples.ndim == 1
-    assert abs(len(samples) - 24_000) <= 1
+    # ffmpeg decodes Vorbis to within a block.
+    assert abs(len(samples) - 24_000) <= (512 if suffix == "ogg" else 1)
     middle = samples[4_000:20_000]  # one second, so that a bin of the spectrum is 1 Hz
     assert np.abs(np.fft.rfft(middle)).argmax() == 440
     assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.4, rel=level_error)  # the mean of 0.6 and 0.2
@@ -113,12 +114,12 @@ def broken_file(folder: Path, kind: str) -> Path:
         ("missing", "no such file or directory"),
         ("folder", "is a directory"),
         ("empty", "the file is empty (0 bytes)"),
-        ("text", "not an audio file that can be read (Format not recognised)"),
-        ("headerless", "not an audio file that can be read (samplerate must be specified)"),
+        ("text", "not an audio file that can be read (Invalid data found when processing input)"),
+        ("headerless", "has no audio stream"),  # by its name, ffmpeg takes it for pictures
         ("no-samples", "holds no audio (0 seconds)"),
         ("nan", "holds NaN or infinite samples before 0.0 s"),
         ("infinite", "holds NaN or infinite samples before 0.0 s"),
-        ("cut-flac", "damaged after "),
+        ("cut-flac", "decoding failed after "),
     ],
 )
 def test_a_file_that_cannot_be_used_says_which_and_why(tmp_path, kind, cause):
@@ -127,7 +128,7 @@ def test_a_file_that_cannot_be_used_says_which_and_why(tmp_path, kind, cause):
         load_audio(path)
     message = str(caught.value)
     assert message.startswith(f"{path}: {cause}") and "\n" not in message
-    assert message == f"{path}: {cause}" or cause == "damaged after "
+    assert message == f"{path}: {cause}" or cause == "decoding failed after "
 
 
 def test_a_rate_that_cannot_be_resampled_is_an_error(tmp_path):

@@ -22,7 +22,7 @@ from fastcompress.cli.errors import (
 )
 
 # Which extra of the package brings a module that is missing.
-_EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tabulate", "tqdm")}
+_EXTRA = {name: "audio" for name in ("av", "numpy", "soxr", "matplotlib", "tabulate", "tqdm")}
 _EXTRA |= {"transformers": "encoders"}
 _EXTRA |= {name: "lalm" for name in ("accelerate", "jiwer", "peft", "sacrebleu", "scipy", "tokenizers", "yaml")}
 

@@ -1,7 +1,7 @@
-"""Synthetic speech with manifests: recognition and translation data for machines that have none.
+"""Make synthetic speech with manifests: recognition and translation data for machines that have no data.
 
-An utterance is a function of task, split, index and seed: neither the number of utterances nor of processes changes it,
-and a run that was broken off goes on where it was.
+An utterance is a function of task, split, index and seed. Neither the number of utterances nor that of processes
+changes it, and a run that was interrupted resumes where it stopped.
 """
 
 from __future__ import annotations
@@ -14,25 +14,24 @@ import random
 import shutil
 import subprocess
 import tempfile
+import wave
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import soundfile
 import soxr
 
 from fastcompress.audio import SAMPLE_RATE
 from fastcompress.files import write_file
 from fastcompress.synthesis.espeak import SynthesisError, phonemes, synthesize
 from fastcompress.synthesis.texts import TASKS, sentence
-from fastcompress.training.manifest import Utterance, write_manifest
 from fastcompress.version import __version__
 
 LANGUAGES = ("en-us", "en", "en-gb-scotland", "en-gb-x-rp")
 #: Variants of espeak-ng's voices. Those that squeak, whisper or stutter are left out, and so are Alicia, f2, f3, f5 and
-#: victor, whose breath is another each time the library is started.
+#: victor, whose breath differs each time the library is started.
 TRAIN_VARIANTS = (
     "Alex", "Andrea", "Annie", "Denis", "Lee", "Mario", "Michael", "Mike", "Reed", "adam", "anika", "belinda",
     "benjamin", "boris", "caleb", "david", "ed", "edward", "f1", "f4", "ian", "iven3", "john", "klatt",
@@ -40,7 +39,7 @@ TRAIN_VARIANTS = (
     "quincy", "rob", "steph", "steph2",
 )  # fmt: skip
 HELD_OUT_VARIANTS = ("Gene", "aunty", "grandma", "klatt4", "m7", "m8", "paul", "robert", "shelby", "zac")
-#: What a second synthesiser is called, and its voice; it is used where the machine has it.
+#: Name and voice of a second synthesiser, which is used where the machine has it.
 OTHER_ENGINE, OTHER_VOICE = "flite", "slt"
 
 TRAIN_SNR, HELD_OUT_SNR = (10.0, 40.0), (0.0, 5.0)  # dB
@@ -51,7 +50,7 @@ _PADDING = 0.05  # seconds of near silence around the speech
 
 @dataclass(frozen=True)
 class TestSet:
-    """Which texts, voices and noise a manifest is made of."""
+    """Texts, voices and noise of one manifest."""
 
     name: str
     split: str
@@ -71,7 +70,7 @@ SETS = (
 
 
 def make_utterance(task: str, which: TestSet, index: int, seed: int) -> tuple[np.ndarray, str, str, str, str]:
-    """Samples float32 ``[S]`` at 16 kHz, text, German, phones and voice of one utterance."""
+    """Return samples (float32 ``[S]`` at 16 kHz), text, German, phones and voice of one utterance."""
     g = random.Random(f"{task}, {which.name}, {index}, {seed}")
     text, german = sentence(task, which.split, index, seed)
     language = g.choice(LANGUAGES)
@@ -82,7 +81,7 @@ def make_utterance(task: str, which: TestSet, index: int, seed: int) -> tuple[np
         voice = f"{language}+{g.choice(which.variants)}"
         samples, rate = synthesize(text, voice, rate=g.randint(115, 180), pitch=g.randint(25, 75))
     samples = soxr.resample(_trim(samples, rate), rate, SAMPLE_RATE, quality="HQ")
-    units = " ".join(phonemes(text, "en-us"))  # one accent's: what is said, not how
+    units = " ".join(phonemes(text, "en-us"))  # of one accent: what is said, not how
     return _degrade(samples, g, which.snr), text, german, units, voice
 
 
@@ -103,20 +102,35 @@ def _flite(text: str, stretch: float) -> tuple[np.ndarray, int]:
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode != 0:
             raise SynthesisError(f"{OTHER_ENGINE} failed: {done.stderr.strip().splitlines()[-1:]}")
-        return soundfile.read(path, dtype="float32")
+        return _read_wav(path)
+
+
+def _read_wav(path: str) -> tuple[np.ndarray, int]:
+    """Read 16-bit WAV as float32 ``[S]`` and its rate in Hz."""
+    with wave.open(path, "rb") as file:
+        samples = np.frombuffer(file.readframes(file.getnframes()), "<i2")
+        return samples.astype(np.float32) / 32768, file.getframerate()
+
+
+def _write_wav(path: Path, samples: np.ndarray) -> None:
+    """Write float32 ``[S]`` below full scale as 16-bit WAV at 16 kHz."""
+    with wave.open(str(path), "wb") as file:
+        file.setparams((1, 2, SAMPLE_RATE, len(samples), "NONE", ""))
+        wide = np.rint(samples * 2.0**31).astype(np.int64)  # rounded as libsndfile does, which wrote earlier data sets
+        file.writeframes((wide >> 16).astype("<i2").tobytes())
 
 
 def _trim(samples: np.ndarray, rate: int) -> np.ndarray:
-    """Without the silence around it, but for a little."""
+    """Remove the silence around speech, except for a margin."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     if not len(loud):
-        raise SynthesisError("the synthesiser gave silence")
+        raise SynthesisError("the synthesiser returned silence")
     margin = round(_PADDING * rate)
     return samples[max(0, loud[0] - margin) : loud[-1] + margin]
 
 
 def _degrade(samples: np.ndarray, g: random.Random, snr: tuple[float, float]) -> np.ndarray:
-    """With white or coloured noise, at times a tilted spectrum, and another level."""
+    """Add white or coloured noise, tilt the spectrum half of the time, and change the level."""
     from scipy.signal import lfilter
 
     noise = np.random.default_rng(g.getrandbits(64)).standard_normal(len(samples)).astype(np.float32)
@@ -145,15 +159,15 @@ class _Job:
         return self.folder / "audio" / self.which.name / f"{self.index:06d}.wav"
 
 
-def _make(job: _Job) -> Utterance:
-    """Writes the audio of a job, if it is not there, and its line."""
+def _make(job: _Job) -> dict[str, Any]:
+    """Write the audio of a job, unless it exists, and return its line of the manifest."""
     note = job.path.with_suffix(".json")
     if job.path.exists() and note.exists():
         values = json.loads(note.read_text(encoding="utf-8"))
     else:
         samples, text, german, phones, voice = make_utterance(job.task, job.which, job.index, job.seed)
         unfinished = job.path.with_suffix(".unfinished")
-        soundfile.write(unfinished, samples, SAMPLE_RATE, subtype="PCM_16", format="WAV")
+        _write_wav(unfinished, samples)
         os.replace(unfinished, job.path)
         values = {
             "text": text,
@@ -164,14 +178,14 @@ def _make(job: _Job) -> Utterance:
         }
         write_file(note, json.dumps(values, ensure_ascii=False))
     target = values["german"] if job.direction == "translation" else values["text"]
-    return Utterance(
-        job.path,
-        values["text"],
-        target,
-        round(values["seconds"], 4),
-        phones=values["phones"],
-        more={"voice": values["voice"]},
-    )
+    return {
+        "audio_filepath": job.path.relative_to(job.folder).as_posix(),
+        "duration": round(values["seconds"], 4),
+        "text": values["text"],
+        **({} if target == values["text"] else {"target": target}),
+        "phones": values["phones"],
+        "voice": values["voice"],
+    }
 
 
 def make_data(
@@ -186,23 +200,26 @@ def make_data(
     jobs: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Makes audio and manifests: ``train``, ``dev``, ``test``, ``test-voice``, ``test-noise``, and, where a second
+    """Make audio and manifests: ``train``, ``dev``, ``test``, ``test-voice``, ``test-noise``, and, where a second
     synthesiser is installed, ``test-engine``.
 
     Args:
-        folder: which is made, or gone on with.
-        task, direction: of :mod:`fastcompress.synthesis.texts`; what is to be written, English or German.
-        train, dev, test: utterances, of each test set.
-        seed: of everything.
-        jobs: processes.
-        progress: called with a set's name, how many utterances are done, and of how many.
+        folder: Folder to create, or to resume.
+        task: Task of :mod:`fastcompress.synthesis.texts`.
+        direction: ``"recognition"`` to write what is said, ``"translation"`` to write it in German.
+        train: Number of utterances to train on.
+        dev: Number of utterances to validate on.
+        test: Number of utterances of each test set.
+        seed: Seed of texts, voices and noise.
+        jobs: Number of processes.
+        progress: Function called with a set's name, the number of utterances done, and their number in all.
 
     Returns:
-        how many utterances each manifest holds.
+        Number of utterances of each manifest.
 
     Raises:
-        ValueError: an argument out of range, or a folder that holds other data.
-        SynthesisError: there is no synthesiser.
+        ValueError: An argument is out of range, or the folder holds other data.
+        SynthesisError: There is no synthesiser.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -221,7 +238,7 @@ def make_data(
             raise ValueError(f"{folder} holds other data, {known}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(record, json.dumps(made_of | {"version": __version__}))
-    phonemes("one")  # before any process starts: is there a synthesiser?
+    phonemes("one")  # raises without a synthesiser, before any process starts
     counts: dict[str, int] = {}
     hours: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")
@@ -233,13 +250,14 @@ def make_data(
             count = {"train": train, "dev": dev}.get(which.name, test)
             made = []
             every = [_Job(task, which, i, seed, folder, direction) for i in range(count)]
-            for utterance in pool.imap(_make, every, chunksize=8):
-                made.append(utterance)
+            for line in pool.imap(_make, every, chunksize=8):
+                made.append(line)
                 if progress is not None:
                     progress(which.name, len(made), count)
-            write_manifest(folder / f"{which.name}.jsonl", made)
+            lines = [json.dumps(line, ensure_ascii=False) for line in made]
+            write_file(folder / f"{which.name}.jsonl", "".join(f"{line}\n" for line in lines))
             counts[which.name] = count
-            hours[which.name] = math.fsum(u.duration or 0.0 for u in made) / 3600
+            hours[which.name] = math.fsum(line["duration"] for line in made) / 3600
     details = {
         "version": __version__,
         "direction": direction,
@@ -254,7 +272,7 @@ def make_data(
 
 
 class _NoPool:
-    """One process: this one."""
+    """Run jobs in this process."""
 
     def __enter__(self) -> _NoPool:
         return self

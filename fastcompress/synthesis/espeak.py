@@ -1,6 +1,6 @@
-"""Speech and phones from espeak-ng: ``pip install 'fastcompress[synthesis]'`` brings library and voices.
+"""Make speech and phones by espeak-ng; ``pip install 'fastcompress[synthesis]'`` installs library and voices.
 
-The library runs in a process of its own (``espeak_server.py`` says why); calls from several threads wait for each
+The library runs in a separate process (``espeak_server.py`` explains why), and calls from several threads wait for each
 other. The same arguments give the same samples.
 """
 
@@ -27,7 +27,7 @@ class SynthesisError(RuntimeError):
 
 
 class _Client:
-    """The process, started when it is first needed, and again in a process that was forked from this one."""
+    """The process that runs espeak-ng, started on first use, and again in a fork of this process."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -45,7 +45,7 @@ class _Client:
                 self._server.stdin.flush()
                 return self._receive()
             except OSError as error:
-                raise SynthesisError(f"espeak-ng is gone ({error})") from error
+                raise SynthesisError(f"espeak-ng has ended ({error})") from error
 
     def _start(self) -> None:
         command = [sys.executable, "-I", str(_SERVER)]
@@ -59,7 +59,7 @@ class _Client:
         length = int.from_bytes(self._server.stdout.read(8), "little")
         answer = self._server.stdout.read(length)
         if not answer:
-            raise SynthesisError("espeak-ng is gone: its process ended")
+            raise SynthesisError("espeak-ng has ended")
         if answer[0]:
             raise SynthesisError(answer[1:].decode())
         return answer[1:]
@@ -69,20 +69,20 @@ _client = _Client()
 
 
 def synthesize(text: str, voice: str = "en-us", *, rate: int = 150, pitch: int = 50) -> tuple[np.ndarray, int]:
-    """Speech.
+    """Make speech of a text.
 
     Args:
-        text: what is said.
-        voice: language, and, after a plus, a variant: ``"en-us+f3"``.
-        rate: words a minute, 80 to 450.
-        pitch: 0 to 100.
+        text: Text to say.
+        voice: Language, and, after a plus, a variant: ``"en-us+f3"``.
+        rate: Words per minute, 80 to 450.
+        pitch: Pitch, 0 to 100.
 
     Returns:
         float32 ``[S]``, full scale at 1, and its sampling rate in Hz.
 
     Raises:
-        SynthesisError: no such voice, nothing to say, or no synthesiser.
-        ValueError: a number out of range.
+        SynthesisError: The voice does not exist, there is nothing to say, or there is no synthesiser.
+        ValueError: A number is out of range.
     """
     for name, value, low, high in (("rate", rate, 80, 450), ("pitch", pitch, 0, 100)):
         if not low <= value <= high:
@@ -92,7 +92,7 @@ def synthesize(text: str, voice: str = "en-us", *, rate: int = 150, pitch: int =
 
 
 def phonemes(text: str, voice: str = "en-us") -> list[str]:
-    """The phones of a text, espeak-ng's ASCII names without stress and length."""
+    """Return the phones of a text, by espeak-ng's ASCII names without stress and length."""
     found = _client.ask(function="phonemes", text=text, voice=voice, separator=_SEPARATOR).decode()
     units = (re.sub(r"[',%=:#;|!^-]", "", unit) for unit in re.split(rf"[{_SEPARATOR}\s]+", found))
     return [unit for unit in units if unit]

@@ -1,11 +1,11 @@
-"""A process of espeak-ng's own, started by ``espeak.py`` as a script: it imports nothing but the library.
+"""Run espeak-ng in a separate process, which ``espeak.py`` starts as a script and which imports only the library.
 
-The library keeps state from one utterance to the next (phases, flutter, random numbers) that nothing resets, so that
-the same words would never sound the same twice. Here each request is answered by a fork of a process that has only
-started the library, and a crash of the library is one failed request.
+The library keeps state from one utterance to the next (phases, flutter, random numbers) that cannot be reset, so that
+the same words would never sound the same twice. Here a fork of a process that has only started the library handles each
+request, and a crash of the library is one failed request.
 
-A request is a line of JSON; an answer is 8 bytes of length, little-endian, a byte that is 1 if the request failed, and
-the answer: samples, int16 at the rate that the first answer names, or text.
+A request is a line of JSON. An answer is its length (8 bytes, little-endian), a byte that is 1 if the request failed,
+and text or samples (int16 at the rate that the first answer gives).
 """
 
 import ctypes
@@ -88,7 +88,7 @@ def main() -> None:
                 request = json.loads(line)
                 functions: dict[str, Callable[..., bytes]] = {"speak": speak, "phonemes": phonemes}
                 answer(functions[request.pop("function")](library, **request))
-            except BrokenPipeError:  # whoever asked is gone
+            except BrokenPipeError:  # the client has ended
                 pass
             except Exception as error:
                 answer(str(error).encode(), True)

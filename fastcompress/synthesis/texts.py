@@ -1,9 +1,9 @@
-"""Texts of the synthetic tasks: what is said, and what is to be written.
+"""Make the texts of the synthetic tasks: what is said, and what the model is to write.
 
 * ``digits``: strings of one to six digits, to be transcribed.
 * ``numbers``: one or two cardinal numbers from 0 to 9999, to be written in German. Order and word limits differ:
   "two hundred and thirty one" is "zweihunderteinunddreißig".
-* ``commands``: what one says to a speaker at home, 200 words, to be transcribed or written in German.
+* ``commands``: commands to a smart speaker, 200 words, to be transcribed or written in German.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ TENS_DE = "null zehn zwanzig dreißig vierzig fünfzig sechzig siebzig achtzig n
 
 
 def english(number: int) -> str:
-    """A cardinal from 0 to 9999, as it is said."""
+    """Spell a cardinal from 0 to 9999 in English."""
     if number < 20:
         return ONES[number]
     if number < 100:
@@ -38,7 +38,7 @@ def english(number: int) -> str:
 
 
 def german(number: int) -> str:
-    """A cardinal from 0 to 9999, as it is written: one word."""
+    """Spell a cardinal from 0 to 9999 in German, as one word."""
     if number < 20:
         return ONES_DE[number]
     if number < 100:
@@ -49,7 +49,7 @@ def german(number: int) -> str:
 
 
 def _einer(number: int) -> str:
-    """Of a word that goes on: "ein", not "eins"."""
+    """Spell a digit inside a word: "ein", not "eins"."""
     return "ein" if number == 1 else ONES_DE[number]
 
 
@@ -59,7 +59,7 @@ def _digits(g: random.Random) -> tuple[str, str]:
 
 
 def _numbers(g: random.Random) -> tuple[str, str]:
-    # By the number of digits, or hardly any would be short.
+    # The number of digits is drawn first, or hardly any number would be short.
     found = []
     for _ in range(g.randint(1, 2)):
         size = g.randint(1, 4)
@@ -278,9 +278,9 @@ TASKS: dict[str, Callable[[random.Random], tuple[str, str]]] = {
 
 
 def sentence(task: str, split: str, index: int, seed: int = 0) -> tuple[str, str]:
-    """What is said in an utterance of a split, and its German (for ``digits``: the same again).
+    """Return the text of an utterance of a split, and its German (for ``digits``, the same text).
 
-    A function of its arguments alone. Each text belongs to one split, by a hash: none is in two.
+    The result depends only on the arguments. A hash assigns each text to exactly one split.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -292,6 +292,6 @@ def sentence(task: str, split: str, index: int, seed: int = 0) -> tuple[str, str
 
 
 def split_of(text: str) -> str:
-    """The split that a text belongs to: of 20 texts 1 is for development and 1 for tests."""
+    """Return the split that a text belongs to: of 20 texts, 1 is for development and 1 for tests."""
     share = hashlib.sha256(text.encode()).digest()[0] % 20
     return SPLITS[1] if share == 0 else SPLITS[2] if share == 1 else SPLITS[0]

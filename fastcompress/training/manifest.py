@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from fastcompress.audio import AudioError, load_audio
+from fastcompress.audio import AudioError, audio_seconds, load_audio
 from fastcompress.files import write_file
 
 #: The least audio that an encoder can make a frame of, in seconds.
@@ -207,10 +206,9 @@ def check_audio(
 ) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
     """Those whose files are there and as long as wanted, with their durations, and the others with the reason.
 
-    Reads headers alone: damage inside a file shows when it is decoded.
+    Files are not decoded: damage inside a file is found when it is.
     """
-    import soundfile
-
+    lengths: dict[Path, float] = {}  # many segments may lie in one long recording
     good: list[Utterance] = []
     skipped: list[tuple[Utterance, str]] = []
     for u in utterances:
@@ -221,16 +219,17 @@ def check_audio(
             elif u.audio_filepath is not None:
                 if not u.audio_filepath.is_file():
                     raise AudioError("no such file")
-                info = soundfile.info(os.fsencode(u.audio_filepath))
-                left = info.frames / info.samplerate - (u.offset or 0.0)
+                if u.audio_filepath not in lengths:
+                    lengths[u.audio_filepath] = audio_seconds(u.audio_filepath)
+                left = lengths[u.audio_filepath] - (u.offset or 0.0)
             if left is not None:
                 seconds = min(u.duration, left) if u.duration is not None and _cuts(u, left) else left
                 if not SHORTEST <= seconds <= max_seconds:
                     raise AudioError(f"{seconds:.3f} s, not between {SHORTEST:g} and {max_seconds:g}")
                 u = Utterance(**(vars(u) | {"duration": seconds}))
             good.append(u)
-        except (AudioError, soundfile.SoundFileError) as error:
-            skipped.append((u, str(error).splitlines()[0]))
+        except AudioError as error:
+            skipped.append((u, str(error).removeprefix(f"{u.audio_filepath}: ")))
         except OSError as error:  # a name too long, a folder that may not be read
             skipped.append((u, (error.strerror or str(error)).lower()))
     return good, skipped

@@ -30,7 +30,7 @@ from fastcompress.training.manifest import Utterance, check_audio, format_skippe
 from fastcompress.training.settings import RunSettings, read_settings
 from fastcompress.training.trainer import Training
 
-_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "soundfile", "soxr")
+_PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "av", "soxr")
 
 
 def build_model(

@@ -2,5 +2,5 @@
 
 from tests.support.skips import only_on_the_cpu, skip_without
 
-pytest_pycollect_makemodule = skip_without("transformers", "peft", "soundfile")
+pytest_pycollect_makemodule = skip_without("av", "transformers", "peft", "soundfile")
 pytest_itemcollected = only_on_the_cpu

@@ -2,4 +2,4 @@
 
 from tests.support.skips import skip_without
 
-pytest_pycollect_makemodule = skip_without("soundfile", "soxr", "transformers", "yaml", files=("test_readers.py",))
+pytest_pycollect_makemodule = skip_without("av", "soxr", "transformers", "yaml", files=("test_readers.py",))

@@ -1,7 +1,7 @@
-"""What is fuzzed of the readers: each takes any bytes, and may raise the one error that it documents.
+"""Fuzz targets for the readers: each takes any bytes, and may raise only the error that it documents.
 
-``python -m tests.fuzz.readers TARGET SECONDS`` looks with atheris (coverage of the Python code) for bytes that raise
-another one, from those in ``tests/fuzz/corpus/TARGET`` on; what it finds it writes there. ``test_fuzz_readers.py``
+``python -m tests.fuzz.readers TARGET SECONDS`` searches with atheris (coverage of the Python code) for bytes that raise
+another error, starting from those in ``tests/fuzz/corpus/TARGET``, and writes what it finds there. ``test_readers.py``
 replays the corpus.
 """
 
@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 CORPUS = Path(__file__).parent / "corpus"
-#: Samples that are read at most: what small files promise may be large.
+#: Most samples to read: small files can promise many.
 MOST_SAMPLES = 1 << 22
 
 
@@ -52,8 +52,20 @@ def audio(data: bytes) -> None:
         _read_audio(path)
 
 
-def audio_pipe(data: bytes) -> None:
+def audio_stream(data: bytes) -> None:
     _read_audio(io.BytesIO(data))
+
+
+def audio_part(data: bytes) -> None:
+    """Read a part, which seeks, and the length, which counts packets."""
+    from fastcompress.audio import AudioError, audio_seconds, load_audio
+
+    with file(data, "a.wav") as path, warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with contextlib.suppress(AudioError):
+            assert audio_seconds(path) > 0
+        with contextlib.suppress(AudioError):
+            assert len(load_audio(path, offset=0.01, duration=0.5)) <= 8_000
 
 
 def manifest(data: bytes) -> None:
@@ -112,7 +124,7 @@ def settings(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """The same bytes as each of its files; the others are whole."""
+    """Replace each file of a checkpoint by the bytes; the others stay whole."""
     import torch
 
     from fastcompress.training import checkpoints
@@ -131,7 +143,7 @@ def checkpoint(data: bytes) -> None:
 
 
 TARGETS: dict[str, Callable[[bytes], None]] = {
-    function.__name__: function for function in (audio, audio_pipe, manifest, rule, settings, checkpoint)
+    function.__name__: function for function in (audio, audio_stream, audio_part, manifest, rule, settings, checkpoint)
 }
 
 

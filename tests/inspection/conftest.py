@@ -2,4 +2,4 @@
 
 from tests.support.skips import skip_without
 
-pytest_pycollect_makemodule = skip_without("matplotlib", "soundfile", "soxr", "tqdm")
+pytest_pycollect_makemodule = skip_without("av", "matplotlib", "soundfile", "soxr", "tqdm")

@@ -234,7 +234,7 @@ def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):
     assert sorted(os.listdir(tmp_path / "pictures")) == ["rainbow.png"]
     assert err.splitlines() == [
         f"fastcompress: error: {bad[0]}: no such file or directory",
-        f"fastcompress: error: {bad[1]}: not an audio file that can be read (Format not recognised)",
+        f"fastcompress: error: {bad[1]}: not an audio file that can be read (Invalid data found when processing input)",
         f"fastcompress: error: {bad[2]}: the audio is 6.2 ms long; the least is one window of 25 ms (400 samples)",
         f"fastcompress: error: 3 of 4 files failed: {bad[0]}, {bad[1]}, {bad[2]}",
     ]
@@ -244,7 +244,7 @@ def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):
 @pytest.mark.parametrize(
     "module, extra",
     [
-        ("soundfile", "audio"),
+        ("av", "audio"),
         ("soxr", "audio"),
         ("tqdm", "audio"),
         ("matplotlib", "audio"),
@@ -253,7 +253,11 @@ def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):
 )
 def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, tmp_path, module, extra):
     for name in list(sys.modules):
-        if name.partition(".")[0] == module or name in ("fastcompress.audio", "fastcompress.inspection.table"):
+        if name.partition(".")[0] == module or name in (
+            "fastcompress.audio",
+            "fastcompress.audio_file",
+            "fastcompress.inspection.table",
+        ):
             monkeypatch.delitem(sys.modules, name)
     for name in ("audio", "inspection", "inspection.picture", "inspection.table"):
         monkeypatch.delattr(f"fastcompress.{name}", raising=False)

@@ -2,5 +2,5 @@
 
 from tests.support.skips import only_on_the_cpu, skip_without
 
-pytest_pycollect_makemodule = skip_without("accelerate", "peft", "soundfile", "transformers")
+pytest_pycollect_makemodule = skip_without("av", "accelerate", "peft", "soundfile", "transformers")
 pytest_itemcollected = only_on_the_cpu

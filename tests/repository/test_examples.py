@@ -90,7 +90,7 @@ def test_qwen2_audio_lora_says_what_is_missing(arguments: list[str], capsys: pyt
 
 def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     """Its cells one after the other, in the folder where a notebook server starts them."""
-    pytest.importorskip("soundfile")
+    pytest.importorskip("av")
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")
     notebook = json.loads((EXAMPLES / "tour.ipynb").read_text(encoding="utf-8"))

@@ -109,7 +109,7 @@ def test_importing_brings_no_extra_along():
     modules = last_line(MODULES, PACKAGE.parent)
     assert "fastcompress.reference" in modules
     roots = {name.split(".")[0] for name in modules}
-    extras = {"transformers", "triton", "soundfile", "soxr", "matplotlib", "scipy", "tqdm", "pandas", "PIL"}
+    extras = {"transformers", "triton", "av", "soxr", "matplotlib", "scipy", "tqdm", "pandas", "PIL"}
     assert not roots & extras
     tools = {f"fastcompress.{name}" for name in ("audio", "cli", "inspection", "plotting", "__main__")}
     assert not set(modules) & tools

@@ -2,5 +2,5 @@
 
 from tests.support.skips import only_on_the_cpu, skip_without
 
-pytest_pycollect_makemodule = skip_without("espeakng_loader", "scipy", "soundfile", files=("test_data.py",))
+pytest_pycollect_makemodule = skip_without("av", "espeakng_loader", "scipy", "soundfile", files=("test_data.py",))
 pytest_itemcollected = only_on_the_cpu

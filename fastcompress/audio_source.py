@@ -1,0 +1,188 @@
+"""The bytes of audio files and streams, in the form that PyAV reads.
+
+The header of WAV is read here, because PyAV does not expose the length that it promises.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from typing import Any, BinaryIO, cast
+
+PCM, FLOAT, _EXTENSIBLE = 1, 3, 0xFFFE
+#: A program that writes WAV to a pipe does not know the length: sox, ffmpeg and arecord write at least this, or 0.
+_UNKNOWN = 0x7FFFF000
+#: Bytes before the samples that are searched for the WAV header.
+_MOST_HEADER = 1 << 24
+_PIECE = 1 << 16
+#: How files begin whose header may hold an exact length. ffmpeg gets no size of such a file, or it would estimate a
+#: length that the header leaves open. FLAC is not among them: ffmpeg estimates nothing there, and seeks by the size.
+_EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
+
+
+class AudioError(ValueError):
+    """An audio file that cannot be used. The message is one line that names the file and the reason."""
+
+
+@dataclass(frozen=True)
+class WavHeader:
+    """What a WAV header says of the samples.
+
+    Attributes:
+        kind: Format code, of the subformat for extensible headers.
+        block: Bytes of one sample of every channel, or of one block of a compressed codec.
+        begin: Position of the first sample in the file, in bytes.
+        size: Bytes of samples; 0 if the header does not know.
+        is_empty: True if there are no samples, rather than an unknown number of them.
+    """
+
+    kind: int
+    block: int
+    begin: int
+    size: int
+    is_empty: bool
+
+
+class Source:
+    """The bytes of a file or stream, in the form that PyAV reads.
+
+    PyAV calls from C code, where an exception could get lost: :meth:`check` raises it afterwards.
+    """
+
+    def __init__(self, stream: Any, name: str, is_file: bool) -> None:
+        self.name = name  # PyAV takes a hint from the extension
+        self._stream = stream
+        # A BufferedReader waits until it has all bytes that `read` asks for; `read1` returns those that have arrived.
+        self._read = getattr(stream, "read1", stream.read)
+        self._is_file = is_file
+        self._error: BaseException | None = None
+        self._ahead = b""
+        self._place = 0
+        self.ended = False
+        self.wav = _wav_header(self)
+        hides_size = self._peek(4) in _EXACT_MAGIC
+        self._size = os.fstat(stream.fileno()).st_size if is_file else 0
+        self._whences = (os.SEEK_SET, os.SEEK_CUR) if hides_size else (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
+        self.rewind()
+
+    def rewind(self) -> None:
+        """Go to the start of a file."""
+        if self._is_file:
+            self._stream.seek(0)
+            self._ahead, self._place = b"", 0
+        # ffmpeg looks for S/PDIF in the first 64 KiB of PCM, which take seconds to arrive from a microphone. At the
+        # end of a file it looks at less, and then goes back to the first sample and reads on.
+        is_pcm = self.wav is not None and self.wav.kind == PCM
+        self.pauses = is_pcm and not self._is_file
+
+    @property
+    def held(self) -> int:
+        """Bytes of the whole file, or those that a stream has delivered."""
+        return self._size if self._is_file else self._place
+
+    def check(self) -> None:
+        """Raise the exception of a call that came from C code."""
+        if self._error is not None:
+            error, self._error = self._error, None
+            if isinstance(error, OSError):
+                raise AudioError(f"{self.name}: {(error.strerror or str(error)).lower()}") from error
+            raise error
+
+    def read(self, count: int) -> bytes:
+        try:
+            if self.pauses and self.wav is not None and self._place < self.wav.begin:
+                count = min(count, self.wav.begin - self._place)
+            elif self.pauses:
+                self.pauses = False
+                return b""
+            part = self._ahead[:count] or self._read(count)
+            self._ahead = self._ahead[count:]
+        except BaseException as error:  # KeyboardInterrupt too
+            self._error = error
+            return b""
+        self.ended = not part
+        self._place += len(part)
+        return bytes(part)
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        try:
+            return cast(int, self._stream.seek(offset, whence)) if whence in self._whences else -1
+        except (OSError, ValueError, OverflowError):  # ffmpeg tries places that headers name
+            return -1
+        except BaseException as error:
+            self._error = error
+            return -1
+
+    def tell(self) -> int:
+        return cast(int, self._stream.tell())
+
+    def seekable(self) -> bool:
+        return self._is_file
+
+    def peek(self, begin: int, count: int) -> bytes:
+        """Return bytes of the head, which stay to be read; fewer at the end."""
+        return self._peek(begin + count)[begin:]
+
+    def _peek(self, end: int) -> bytes:
+        parts, missing = [self._ahead], end - len(self._ahead)
+        while missing > 0 and (part := self._read(min(missing, _PIECE))):
+            parts.append(part)
+            missing -= len(part)
+        self._ahead = b"".join(parts)
+        return self._ahead[:end]
+
+
+def _wav_header(source: Source) -> WavHeader | None:
+    """Read the header of WAV, which PyAV does not expose; ``None`` for anything else."""
+    head = source.peek(0, 12)
+    if head[:4] not in (b"RIFF", b"RIFX", b"RF64", b"BW64") or head[8:] != b"WAVE":
+        return None
+    order = ">" if head[:4] == b"RIFX" else "<"
+    end = 8 + struct.unpack(order + "I", head[4:8])[0]
+    kind, block, place, long_size = 0, 0, 12, 0
+    while len(head := source.peek(place, 8)) == 8:
+        name, size = struct.unpack(order + "4sI", head)
+        place += 8
+        if name == b"data":
+            if size == 0xFFFFFFFF and 0 < long_size < 1 << 62:
+                return WavHeader(kind, block, place, long_size, False)
+            # A length of 0 is unknown, unless another chunk follows at once, within the length of the whole.
+            is_empty = size == 0 and place < end < _UNKNOWN and _is_chunk(source.peek(place, 8), order, end - place)
+            return WavHeader(kind, block, place, size if size < _UNKNOWN else 0, is_empty)
+        if place + size > _MOST_HEADER:
+            return None
+        content = source.peek(place, min(size, 40))
+        if name == b"fmt " and len(content) >= 14:
+            kind, block = struct.unpack(order + "H10xH", content[:14])
+            if kind == _EXTENSIBLE and len(content) >= 26:
+                kind = struct.unpack(order + "H", content[24:26])[0]
+        elif name == b"ds64" and len(content) >= 16:
+            long_size = struct.unpack("<Q", content[8:16])[0]
+        place += size + size % 2
+    return None
+
+
+def _is_chunk(head: bytes, order: str, most: int) -> bool:
+    """Whether bytes are the name and the size of a chunk of at most so many bytes, and not samples."""
+    name, size = head[:4], head[4:]
+    if len(size) < 4 or not name.isascii() or not name.decode().isprintable():
+        return False
+    return 8 + cast(int, struct.unpack(order + "I", size)[0]) <= most
+
+
+def open_file(path: str) -> BinaryIO:
+    """Open a file that is not empty.
+
+    Raises:
+        AudioError: It cannot be opened, or has 0 bytes.
+    """
+    try:
+        file = open(path, "rb")
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise AudioError(f"{path}: {reason.lower()}") from error
+    if not file.peek(1):
+        file.close()
+        raise AudioError(f"{path}: the file is empty (0 bytes)")
+    return file

@@ -1,8 +1,8 @@
 """A small audio LLM to train from scratch on two cores: tokenizer, processor and model for given data.
 
 It has 1.3 million parameters: a Whisper encoder of 3 layers and a Qwen2 decoder of 3 layers. Two choices made it
-converge in trials on synthetic speech: word tokens instead of characters, and an auxiliary CTC loss over phones in place
-of pretraining.
+converge in trials on synthetic speech: word tokens instead of characters, and an auxiliary CTC loss over phones
+instead of pretraining.
 """
 
 from __future__ import annotations

@@ -3,10 +3,10 @@
     python examples/qwen2_audio_lora.py --tiny
     python examples/qwen2_audio_lora.py --model Qwen/Qwen2-Audio-7B-Instruct --data train.jsonl --output-dir adapter
 
-`--tiny` uses random weights and random audio. It shows in seconds that all parts fit together, without a download. With
-`--model`, a name or a folder, `--data` is a manifest with one line of JSON per utterance (docs/speech.md). `fastcompress
-finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; this example has a loop
-to change. It has not been run with real weights.
+`--tiny` uses random weights and random audio. It shows in seconds that all parts fit together, without a download.
+With `--model`, a name or a folder, `--data` is a manifest with one line of JSON per utterance (docs/speech.md).
+`fastcompress finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; this
+example has a loop to change. It has not been run with real weights.
 """
 
 from __future__ import annotations

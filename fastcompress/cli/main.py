@@ -23,12 +23,12 @@ if TYPE_CHECKING:
     from fastcompress.training.parsing import SettingsParser
 
 # Which extra of the package installs a module that is missing.
-_EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tqdm")} | {"transformers": "encoders"}
+_EXTRA = {name: "audio" for name in ("numpy", "soundfile", "soxr", "matplotlib", "tabulate", "tqdm")}
+_EXTRA |= {"transformers": "encoders"}
 _EXTRA |= {
     name: "lalm"
     for name in (
-        "accelerate", "docstring_parser", "jiwer", "jsonargparse", "peft", "sacrebleu", "scipy", "tabulate",
-        "tokenizers", "yaml",
+        "accelerate", "docstring_parser", "jiwer", "jsonargparse", "peft", "sacrebleu", "scipy", "tokenizers", "yaml",
     )
 }  # fmt: skip
 

@@ -7,7 +7,7 @@ import difflib
 import re
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import MISSING, fields, replace
+from dataclasses import MISSING, fields
 from inspect import getdoc
 from pathlib import Path
 from types import NoneType
@@ -168,15 +168,15 @@ def read_values(settings: type[Settings], path: Path) -> dict[str, Any]:
     return values
 
 
-def read_settings(settings: type[S], path: Path) -> S:
-    """Read a YAML file that holds all required settings.
+def read_settings(settings: type[S], path: Path, **more: Any) -> S:
+    """Read a YAML file that, together with ``more``, holds all required settings.
 
     Raises:
         SettingsError: As :func:`read_values` and :func:`build`.
     """
     values = read_values(settings, path)
     try:
-        return build(settings, values)
+        return build(settings, values | more)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}") from error
 
@@ -194,8 +194,7 @@ def read_record(settings: type[S], folder: Path) -> S:
     """
     if not (folder / RECORD).is_file():
         raise SettingsError(f"{folder}: no run to resume (no {RECORD})")
-    values = read_values(settings, folder / RECORD)
-    return replace(build(settings, values | {"output_dir": str(folder)}))
+    return read_settings(settings, folder / RECORD, output_dir=str(folder))
 
 
 def check_record(settings: Settings, folder: Path) -> None:
@@ -255,4 +254,4 @@ def _repr(value: Any, most: int = 80) -> str:
 
 
 def _nearest(name: str, known: Iterable[str]) -> str:
-    return difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]
+    return difflib.get_close_matches(name[:80], list(known), n=1, cutoff=0.0)[0]

@@ -23,7 +23,7 @@ def add_command(commands: Any) -> None:
         "of encoder and prefill.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest to score")
     add_model_options(parser, batch_size=16, max_new_tokens=128)
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the scores and every transcript")

@@ -19,7 +19,7 @@ def add_command(commands: Any) -> None:
     parser = commands.add_parser(
         "make-data",
         help="synthetic speech with manifests, for recognition and translation",
-        description="Synthesise speech with espeak-ng in many voices, speeds and pitches, and write manifests: train, "
+        description="Synthesize speech with espeak-ng in many voices, speeds and pitches, and write manifests: train, "
         "dev, test, test-voice (voices that train lacks), test-noise (more noise than in train) and, if flite is "
         "installed, test-engine. The same seed gives the same files. An interrupted run continues where it stopped.",
     )

@@ -153,7 +153,7 @@ def read_values(settings: type[Settings], path: Path) -> dict[str, Any]:
     parser.add_settings()
     values: dict[str, Any] = {}
     for key, value in content.items():
-        name = str(key).replace("-", "_")
+        name = key.replace("-", "_") if isinstance(key, str) else _repr(key)
         if name not in type_hints(settings):
             nearest = _nearest(name, type_hints(settings))
             raise SettingsError(f"{path}: unknown key {_repr(key)}; the nearest known key is {nearest}")

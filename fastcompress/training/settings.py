@@ -39,6 +39,10 @@ class Settings:
             value = getattr(self, name)
             if get_origin(hint) is Literal and value not in get_args(hint):
                 raise SettingsError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}")
+            if isinstance(value, float) and math.isnan(value):
+                raise SettingsError(f"`{name}` must be a number, got nan")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise SettingsError(f"`{name}` must be less than 2**63")
 
     @classmethod
     def groups(cls) -> dict[str, list[str]]:
@@ -61,7 +65,7 @@ class Settings:
     def _check_least(self, least: int, *names: str) -> None:
         for name in names:
             value = getattr(self, name)
-            if value is not None and not value >= least:  # in this form NaN fails, too
+            if value is not None and value < least:
                 raise SettingsError(f"`{name}` must be at least {least}, got {value}")
 
     def _check_positive(self, *names: str) -> None:

@@ -85,7 +85,7 @@ def test_a_projector_that_stays(data: Path, tmp_path: Path):
     "values, message",
     [
         ({"projector_learning_rate": -1e-3}, "`projector_learning_rate` must be at least 0, got -0.001"),
-        ({"projector_learning_rate": float("nan")}, "`projector_learning_rate` must be at least 0, got nan"),
+        ({"projector_learning_rate": float("nan")}, "`projector_learning_rate` must be a number, got nan"),
         ({"logging_steps": 2, "eval_steps": 3}, "`eval_steps` must be a multiple of `logging_steps` (2), got 3"),
     ],
 )

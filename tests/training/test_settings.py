@@ -107,6 +107,7 @@ def test_values_of_a_file(tmp_path: Path):
         ("max_steps: null", "`max_steps` must be a whole number, got None"),
         ("learning_rate: [1]", "`learning_rate` must be a number, got [1]"),
         (f"learning_rate: 1{'0' * 400}", "`learning_rate` must be a number, got 1000"),
+        (f"0x{'f' * 5000}: x", "unknown key int; the nearest known key is "),
         ("boundary_ratio: x", "`boundary_ratio` must be a number or null, got 'x'"),
         ("boundary_kind: cnn", "`boundary_kind` must be one of h-net, cif, got 'cnn'"),
         ("cache: perhaps", "`cache` must be true or false, got 'perhaps'"),
@@ -132,6 +133,9 @@ def test_files_that_lack_something(tmp_path: Path):
     for text in ("output_dir: r", "{output_dir: r, data: ''}"):
         with pytest.raises(SettingsError, match=r"c.yaml: `data` is missing"):
             read_settings(TrainSettings, write(tmp_path, text))
+    for text, message in (("seed: -0x" + "f" * 5000, "less than 2\\*\\*63"), ("lora_alpha: .nan", "a number, got nan")):
+        with pytest.raises(SettingsError, match=rf"c.yaml: `\w+` must be {message}$"):
+            read_settings(TrainSettings, write(tmp_path, f"output_dir: r\ndata: a\n{text}"))
     with pytest.raises(SettingsError, match="no.yaml: .*No such file"):
         read_values(TrainSettings, tmp_path / "no.yaml")
 

@@ -66,14 +66,15 @@ def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
     from fastcompress.training.examples import Examples
     from fastcompress.training.manifest import read_manifest
     from fastcompress.training.recipes import build_small
-    from fastcompress.training.trainer import Training, TrainingArguments
+    from fastcompress.training.settings import TrainerSettings
+    from fastcompress.training.trainer import Training
 
     utterances = read_manifest(manifest)
     model, processor = build_small(utterances, rule=rule)
     examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
     for index in range(len(examples)):  # features are computed once in a training, not in each step
         examples.features(index)
-    return Training(model, examples, TrainingArguments(steps=steps), folder)
+    return Training(model, examples, TrainerSettings(max_steps=steps), folder)
 
 
 def _profiled(training: Any, steps: int) -> dict[str, float]:

@@ -1,12 +1,12 @@
 """LoRA on a Qwen2-Audio whose decoder reads a third of the audio tokens: the experiment of arXiv 2511.20973.
 
     python examples/qwen2_audio_lora.py --tiny
-    python examples/qwen2_audio_lora.py --model Qwen/Qwen2-Audio-7B-Instruct --data train.jsonl --out adapter
+    python examples/qwen2_audio_lora.py --model Qwen/Qwen2-Audio-7B-Instruct --data train.jsonl --output-dir adapter
 
-`--tiny` takes random weights and random audio: it shows that everything fits together, in seconds and without a
-download. With `--model`, a name or a folder, `--data` is a manifest, a line of JSON an utterance (docs/speech.md).
-`fastcompress finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; here is
-the loop to change. With real weights it has not run where it was written.
+`--tiny` uses random weights and random audio. It shows in seconds that all parts fit together, without a download.
+With `--model`, a name or a folder, `--data` is a manifest with one line of JSON per utterance (docs/speech.md).
+`fastcompress finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; this
+example has a loop to change. It has not been run with real weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tiny_model() -> Any:
 
 
 def tiny_batches(size: int) -> Iterator[dict[str, Tensor]]:
-    """The same samples over and over: a second of noise, 25 placeholders, and an answer of four ids."""
+    """Yield the same samples again and again: a second of noise, 25 placeholders, and an answer of four ids."""
     prompt = torch.tensor([1, *[AUDIO] * 25, 2]).expand(size, -1)
     answer = torch.randint(3, 90, (size, 4))
     batch = {
@@ -55,7 +55,7 @@ def tiny_batches(size: int) -> Iterator[dict[str, Tensor]]:
 
 
 def batches(model: str, manifest: str, size: int) -> Iterator[dict[str, Tensor]]:
-    """Utterances in random order, with the processor's chat template around each."""
+    """Yield batches of utterances in random order, each with the processor's chat template."""
     conversations = Conversations(AutoProcessor.from_pretrained(model), "Transcribe the speech.")
     utterances = read_manifest(manifest)
     while True:
@@ -68,12 +68,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--tiny", action="store_true", help="random weights, random audio")
     what.add_argument("--model", help="name or folder of a Qwen2-Audio")
-    parser.add_argument("--data", help="manifest to train on, with --model")
-    parser.add_argument("--rule", default="uniform:3", help="of the compression, in text form")
-    parser.add_argument("--steps", type=int, default=30)
-    parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--learning-rate", type=float, help="default: 1e-4, and 1e-2 of the tiny model")
-    parser.add_argument("--out", help="folder for the adapter")
+    parser.add_argument("--data", help="manifest to train on; needed by --model")
+    parser.add_argument("--rule", default="uniform:3", help="compression rule (default: uniform:3)")
+    parser.add_argument("--max-steps", type=int, default=30, help="updates of the weights (default: 30)")
+    parser.add_argument("--per-device-train-batch-size", type=int, default=4, help="utterances per batch (default: 4)")
+    parser.add_argument("--learning-rate", type=float, help="default: 1e-4; 1e-2 with --tiny")
+    parser.add_argument("--output-dir", help="folder for the adapter")
     arguments = parser.parse_args(argv)
     if arguments.model and not arguments.data:
         parser.error("--model needs --data")
@@ -81,10 +81,10 @@ def main(argv: list[str] | None = None) -> list[float]:
     torch.manual_seed(0)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if arguments.tiny:
-        model, data = tiny_model(), tiny_batches(arguments.batch_size)
+        model, data = tiny_model(), tiny_batches(arguments.per_device_train_batch_size)
     else:
         model = Qwen2AudioForConditionalGeneration.from_pretrained(arguments.model, dtype=torch.bfloat16)
-        data = batches(arguments.model, arguments.data, arguments.batch_size)
+        data = batches(arguments.model, arguments.data, arguments.per_device_train_batch_size)
     apply_to(model.to(device), arguments.rule)
     lora = LoraConfig(
         r=16,
@@ -96,12 +96,12 @@ def main(argv: list[str] | None = None) -> list[float]:
     model.print_trainable_parameters()
     trained = [p for p in model.parameters() if p.requires_grad]
     for p in trained:
-        p.data = p.data.float()  # or small steps, and AdamW's moments, round to nothing; frozen weights stay in bf16
+        p.data = p.data.float()  # in bf16, small updates and AdamW's moments would round to 0
     rate = arguments.learning_rate or (1e-2 if arguments.tiny else 1e-4)
     optimizer = torch.optim.AdamW(trained, lr=rate)
 
     losses = []
-    for step, batch in zip(range(arguments.steps), data, strict=False):
+    for step, batch in zip(range(arguments.max_steps), data, strict=False):
         batch = {name: value.to(device) for name, value in batch.items()}
         with torch.autocast(device.type, torch.bfloat16, enabled=not arguments.tiny):
             output = model(**batch)
@@ -112,9 +112,9 @@ def main(argv: list[str] | None = None) -> list[float]:
         losses.append(output.loss.item())
         rows = output.compressed.inputs_embeds.shape[0]
         print(f"step {step:3}  loss {losses[-1]:.3f}  {int(batch['attention_mask'].sum())} rows became {rows}")
-    if arguments.out:
-        model.save_pretrained(arguments.out)
-        print(f"wrote {arguments.out}; load it with PeftModel.from_pretrained behind apply_to")
+    if arguments.output_dir:
+        model.save_pretrained(arguments.output_dir)
+        print(f"wrote {arguments.output_dir}; load it with PeftModel.from_pretrained after apply_to")
     return losses
 
 

@@ -26,7 +26,8 @@ from fastcompress.training.evaluation import evaluate
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_small
-from fastcompress.training.trainer import Training, TrainingArguments
+from fastcompress.training.settings import TrainerSettings
+from fastcompress.training.trainer import Training
 
 #: Manifests to score; ``dev`` serves to choose settings.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")
@@ -209,17 +210,17 @@ class Study:
         model, processor = build_small(utterances, seed=self.seed)
         compression.apply(model)
         examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
-        arguments = TrainingArguments(
-            steps=self.budget.steps,
-            batch_size=8,
+        settings = TrainerSettings(
+            max_steps=self.budget.steps,
+            per_device_train_batch_size=8,
             learning_rate=2e-3,
             warmup_steps=250,
             seed=self.seed,
-            save_every=500,
-            log_every=50,
+            save_steps=500,
+            logging_steps=50,
         )
         since = time.monotonic()
-        training = Training(model, examples, arguments, path)
+        training = Training(model, examples, settings, path)
         training.resume()
         training.run()
         model.save_pretrained(path)
@@ -234,20 +235,20 @@ class Study:
         compression.apply(model)
         torch.manual_seed(self.seed)
         model = add_lora(model, rank=16, alpha=32.0)
-        arguments = TrainingArguments(
-            steps=self.budget.lora_steps,
-            batch_size=16,
+        settings = TrainerSettings(
+            max_steps=self.budget.lora_steps,
+            per_device_train_batch_size=16,
             learning_rate=2e-3,
             projector_learning_rate=5e-4,
             warmup_steps=40,
             augment=False,
             seed=self.seed,
-            save_every=0,
-            log_every=50,
+            save_steps=0,
+            logging_steps=50,
         )
         since = time.monotonic()
         name = f"{self.task}-{self.seed}-lora-{compression.name.replace(' ', '-')}"
-        Training(model, train, arguments, self.folder / "models" / name).run()
+        Training(model, train, settings, self.folder / "models" / name).run()
         self._score("lora", compression, model, sets, time.monotonic() - since, self.budget.lora_steps)
 
     def _score(

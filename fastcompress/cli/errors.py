@@ -1,4 +1,4 @@
-"""How the command line fails: exit codes, and the one line that says what is wrong."""
+"""How the command line fails: exit codes, and the one line that names the problem."""
 
 from __future__ import annotations
 
@@ -9,18 +9,28 @@ from pathlib import Path
 
 EXIT_OK, EXIT_SOME_FAILED, EXIT_ERROR, EXIT_INTERRUPTED = 0, 1, 2, 130
 
+#: The end of every ``--help``.
+EXIT_CODES = (
+    f"Exit codes: {EXIT_OK} success; {EXIT_SOME_FAILED} some of several files failed; {EXIT_ERROR} error, one line on "
+    f"stderr; {EXIT_INTERRUPTED} interrupted."
+)
+
 
 class UserError(Exception):
-    """A mistake of the user's; its message is the line that they read."""
+    """A mistake of the user's. The message is the one line that is printed."""
 
 
 def print_error(error: object) -> None:
-    """On stderr."""
+    """Print an error on stderr."""
     print(f"fastcompress: error: {error}", file=sys.stderr)
 
 
 def check_writable(option: str, path: Path) -> None:
-    """Makes the folder of a file that is to be written, and says now, before the work, if the file cannot be."""
+    """Make the folder of an output file, and check before the work starts that the file can be written.
+
+    Raises:
+        UserError: It cannot.
+    """
     try:
         if path.parent.exists() and not path.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))

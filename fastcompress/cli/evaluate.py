@@ -10,30 +10,29 @@ from pathlib import Path
 from typing import Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError, check_writable
-from fastcompress.cli.settings import load_model_and_processor, positive, print_table
+from fastcompress.cli.models import add_model_options, load_model_and_processor, positive
 
 
 def add_command(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = commands.add_parser(
         "evaluate",
-        help="error rates, tokens a second and times of a model on manifests",
-        description="Writes down each utterance of the manifests and compares: word and character error rate (with a "
-        "95 % interval), exact matches, BLEU; tokens a second of audio, ratio, time of encoder and prefill.",
+        help="error rates, tokens per second and times of a model on manifests",
+        description="Transcribe the utterances of manifests and score them: word error rate with a 95 % interval, "
+        "character error rate, exact matches, BLEU; tokens per second of audio, ratio (frames per token), median times "
+        "of encoder and prefill.",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
-    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST")
-    parser.add_argument("--rule", help="compression in place of the model's; none: every frame")
-    parser.add_argument("--batch-size", type=positive, default=16, metavar="N")
-    parser.add_argument("--num-beams", type=positive, default=1, metavar="N", help="1: greedy search (default)")
-    parser.add_argument("--max-new-tokens", type=positive, default=128, metavar="N")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch")
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the scores and every line that was written")
+    parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest to score")
+    add_model_options(parser, batch_size=16, max_new_tokens=128)
+    parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch (default: one per core)")
+    parser.add_argument("--json", type=Path, metavar="PATH", help="write the scores and every transcript")
     parser.set_defaults(run=_run_evaluate)
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     import torch
+    from tabulate import tabulate
     from tqdm import tqdm
 
     from fastcompress.audio import AudioError
@@ -56,7 +55,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
             if skipped:
                 print(f"{path}: {format_skipped(skipped)}", file=sys.stderr)
             if not utterances:
-                raise UserError(f"{path}: no utterance is left that can be used")
+                raise UserError(f"{path}: has no usable utterance")
             with tqdm(total=len(utterances), desc=path.stem, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
                 result, written = evaluate(
                     model,
@@ -73,14 +72,20 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         found["manifests"][str(path)]["skipped"] += len(skipped)
         rows.append(_row(path.stem, result))
     print(f"{options.model}, rule {rule}")
-    head = "|utterances|WER %|95 %|CER %|exact %|BLEU|tokens/s|ratio|encode ms|prefill ms|peak MB"
-    print_table(head.split("|"), rows)
+    alignment = ("left", *["right"] * len(_HEAD[1:]))
+    print(tabulate(rows, _HEAD, tablefmt="plain", disable_numparse=True, colalign=alignment))
     if options.json:
         try:
             options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         except OSError as error:
             raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
     return EXIT_OK
+
+
+_HEAD = (
+    "", "utterances", "WER %", "95 %", "CER %", "exact %", "BLEU", "tokens/s", "ratio", "encode ms", "prefill ms",
+    "peak MB",
+)  # fmt: skip
 
 
 def _row(name: str, r: Any) -> list[str]:

@@ -1,4 +1,4 @@
-"""``fastcompress info``: what is installed, what the compiled library has in it, and which backend each op will use."""
+"""``fastcompress info``: versions, the content of the compiled library, and the backend of each op."""
 
 from __future__ import annotations
 
@@ -17,14 +17,15 @@ from fastcompress.dispatch.library import COMPILED, PROBLEM, cuda_archs, cuda_ve
 
 
 def add_command(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = commands.add_parser(
         "info",
-        help="versions, what the compiled library has in it, and which backend each op will use",
-        description="Prints versions, what the compiled library has in it, the CUDA devices, and which backend each op "
-        "will use on CPU and on CUDA tensors, and why. FASTCOMPRESS_BACKEND=cuda, triton or reference chooses another.",
+        help="versions, content of the compiled library, and the backend of each op",
+        description="Print versions, the content of the compiled library, the CUDA devices, and which backend each op "
+        "uses for CPU and CUDA tensors, and why. FASTCOMPRESS_BACKEND=cuda, triton or reference selects another.",
     )
-    parser.add_argument("--json", action="store_true", help="print it as JSON")
-    parser.add_argument("--models", action="store_true", help="print which audio LLMs can be compressed")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--models", action="store_true", help="print which audio LLMs of transformers are supported")
     parser.set_defaults(run=_run_info)
 
 
@@ -40,7 +41,7 @@ def _run_info(options: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """Everything that ``fastcompress info`` prints, ready for JSON. Initialises CUDA."""
+    """Collect what ``fastcompress info`` prints, ready for JSON. Initializes CUDA."""
     driver = backends.driver_version()
     return {
         "versions": {
@@ -71,7 +72,7 @@ def collect() -> dict[str, Any]:
 
 
 def format_text(info: dict[str, Any]) -> str:
-    """:func:`collect` for people."""
+    """Format the result of :func:`collect` as text."""
     versions, library = info["versions"], info["library"]
     toolkit = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "no CUDA"
     toolkit = f"ROCm {versions['torch_hip']}" if versions["torch_hip"] else toolkit
@@ -89,7 +90,7 @@ def format_text(info: dict[str, Any]) -> str:
         lines.append("cuda          no device")
     width = max(map(len, info["ops"])) + 2
     lines += ["", f"{'op':<{width}}{'on cpu':<12}on cuda"]
-    reasons: dict[str, None] = {}  # in order, each once
+    reasons: dict[str, None] = {}  # unique, in order
     for op, by_device in info["ops"].items():
         lines.append(f"{op:<{width}}{by_device['cpu']['backend']:<12}{by_device['cuda']['backend']}")
         for device, choice in by_device.items():

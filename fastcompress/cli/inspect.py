@@ -19,25 +19,26 @@ from fastcompress.cli.errors import (
     print_error,
 )
 
-_BAR_FROM_SECONDS = 60.0  # of audio: without a terminal, shorter work shows no bar
+_BAR_FROM_SECONDS = 60.0  # of audio; without a terminal, shorter audio shows no bar
 
 
 def add_command(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = commands.add_parser(
         "inspect",
-        help="what each compression rule does to an audio file: a table, and a picture with --png",
-        description="Compresses the frames of each audio file by several rules and prints what comes out: tokens, "
-        "ratio (frames a token), tokens a second, and milliseconds of the compression itself. The same rules run on "
-        "white noise of the same length: local maxima, for one, make even noise three times shorter.",
+        help="compression of an audio file by each rule, as a table, and as a picture with --png",
+        description="Compress the frames of each audio file by several rules and print the number of tokens, the ratio "
+        "(frames per token), tokens per second, and the time of the compression in milliseconds. The same rules run on "
+        "white noise of the same length as a baseline: local maxima compress even noise 3x.",
     )
-    parser.add_argument("files", nargs="+", metavar="FILE", help="audio: WAV, FLAC, MP3, Ogg, ...")
+    parser.add_argument("files", nargs="+", metavar="FILE", help="audio file: WAV, FLAC, MP3, Ogg, ...")
     parser.add_argument(
         "--rule",
         dest="rules",
         action="append",
         type=_rule,
         metavar="RULE",
-        help="a rule instead of the default ones; may be repeated. Examples: uniform:3, uniform:size=3,tail=drop, "
+        help="rule to use instead of the default ones; can be repeated. Examples: uniform:3, uniform:size=3,tail=drop, "
         "local-max, local-max:order=2,threshold=0.1, local-max:prominence=0.15, threshold:0.15",
     )
     parser.add_argument(
@@ -46,19 +47,24 @@ def add_command(commands: Any) -> None:
         help="compress the output of this transformers audio encoder (a local folder) instead of log-mel frames",
     )
     parser.add_argument(
-        "--png", type=Path, metavar="PATH", help="write a picture: a .png file, or a folder for one picture a file"
+        "--png",
+        type=Path,
+        metavar="PATH",
+        help="write a picture: a .png file, or a folder that gets one picture per audio file",
     )
-    parser.add_argument("--start", type=_seconds, default=0.0, help="where the picture starts, in seconds (default 0)")
+    parser.add_argument("--start", type=_seconds, default=0.0, help="start of the picture, in seconds (default: 0)")
     parser.add_argument(
-        "--seconds", type=_positive_seconds, default=10.0, help="how much the picture shows, in seconds (default 10)"
+        "--seconds", type=_positive_seconds, default=10.0, help="length of the picture, in seconds (default: 10)"
     )
-    parser.add_argument("--json", type=Path, metavar="PATH", help="write the tables and the segments' times as JSON")
-    parser.add_argument("--no-noise", dest="noise", action="store_false", help="leave out the white noise")
+    parser.add_argument(
+        "--json", type=Path, metavar="PATH", help="write the tables and the times of the segments as JSON"
+    )
+    parser.add_argument("--no-noise", dest="noise", action="store_false", help="skip the white noise")
     parser.set_defaults(run=_run_inspect)
 
 
 def _run_inspect(options: argparse.Namespace) -> int:
-    from tqdm import tqdm  # noqa: F401  (missing: say so now, not in the middle)
+    from tqdm import tqdm  # noqa: F401  (fail now if it is missing)
 
     from fastcompress.audio import AudioError
     from fastcompress.inspection import table
@@ -78,7 +84,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
         try:
             inspected = table.inspect_audio(file, options.rules, source, options.noise, progress)
         except (AudioError, table.EncoderError) as error:
-            progress.close()  # before the line, not through it
+            progress.close()
             failed.append(file)
             print_error(error)
             continue
@@ -120,7 +126,7 @@ def _load_encoder(path: str) -> Any:
 
 
 def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
-    """Where the picture of each file goes; empty without --png."""
+    """Return the path of each file's picture; none without --png."""
     if png is None:
         return []
     if png.suffix.lower() == ".png" and not png.is_dir():
@@ -141,8 +147,8 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
 class _ProgressBars:
     """A tqdm bar on stderr for each stage of the work on one file.
 
-    On a terminal a bar appears once a stage has taken half a second. Elsewhere (a log file) only audio of more than a
-    minute gets one, with a line every five seconds.
+    On a terminal, a bar appears after half a second. Elsewhere, for example in a log file, only audio of more than a
+    minute gets one, which prints a line every five seconds.
     """
 
     def __init__(self, file: str) -> None:
@@ -181,7 +187,7 @@ def _rule(text: str) -> Rule:
     except ValueError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
     if isinstance(rule, LabelChange):
-        raise argparse.ArgumentTypeError(f"{rule.name} needs a label a frame, which an audio file does not give")
+        raise argparse.ArgumentTypeError(f"{rule.name} needs a label per frame, which an audio file does not have")
     return rule
 
 

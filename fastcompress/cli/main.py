@@ -1,7 +1,7 @@
-"""The command line: ``fastcompress inspect`` and ``fastcompress info``; more in ``cli_lalm`` and ``cli_integrations``.
+"""The command line. ``fastcompress --help`` lists the commands.
 
-Each subcommand is a pair of functions: ``_add_<name>`` declares its arguments, ``_run_<name>`` does the work and
-returns the exit code. What only one subcommand needs is imported inside it, so that the others run without it.
+Each command is a module with ``add_command``, which declares its options, and a function that does the work and returns
+the exit code. Packages that only one command needs are imported inside that function.
 """
 
 from __future__ import annotations
@@ -10,40 +10,80 @@ import argparse
 import io
 import os
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from fastcompress import __version__
 from fastcompress.cli import evaluate, finetune, info, inspect, make_data, train, transcribe
-from fastcompress.cli.errors import (
-    EXIT_ERROR,
-    EXIT_INTERRUPTED,
-    UserError,
-    print_error,
-)
+from fastcompress.cli.errors import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, UserError, print_error
+from fastcompress.cli.settings import spell_flags
+from fastcompress.training.settings import SettingsError
 
-# Which extra of the package brings a module that is missing.
+if TYPE_CHECKING:
+    from fastcompress.training.parsing import SettingsParser
+
+# Which extra of the package installs a module that is missing.
 _EXTRA = {name: "audio" for name in ("av", "numpy", "soxr", "matplotlib", "tabulate", "tqdm")}
 _EXTRA |= {"transformers": "encoders"}
-_EXTRA |= {name: "lalm" for name in ("accelerate", "jiwer", "peft", "sacrebleu", "scipy", "tokenizers", "yaml")}
+_EXTRA |= {
+    name: "lalm"
+    for name in (
+        "accelerate", "docstring_parser", "jiwer", "jsonargparse", "peft", "sacrebleu", "scipy", "tokenizers", "yaml",
+    )
+}  # fmt: skip
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Parser that raises :class:`UserError`.
+
+    Attributes:
+        build: Makes the parser of a command whose options are settings, when the command runs: the others neither need
+            jsonargparse nor wait for it.
+    """
+
+    build: Callable[[], SettingsParser] | None = None
+
+    def full(self) -> argparse.ArgumentParser:
+        """Return the parser that has all options."""
+        return self if self.build is None else self.build()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
+        """Parse, by the parser of the settings if there is one."""
+        if self.build is None:
+            return super().parse_known_args(args, namespace)
+        try:
+            flags, options = self.build().parse_flags(args)
+        except SettingsError as error:
+            self.error(spell_flags(str(error)))
+        return argparse.Namespace(run=self.get_default("run"), flags=flags, **options), []
+
     def error(self, message: str) -> NoReturn:
+        """Raise a mistake in the options.
+
+        Raises:
+            UserError: Always.
+        """
         raise UserError(f"{message} (see: {self.prog} --help)")
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Every command and its options."""
-    parser = _Parser(prog="fastcompress", description="Compression of audio frames for audio language models.")
+    """Make the parser of every command and its options."""
+    parser = Parser(
+        prog="fastcompress",
+        description="Compression of audio frames for audio language models.",
+        epilog=f"Options of a command: fastcompress COMMAND --help. {EXIT_CODES}",
+    )
     parser.add_argument("--version", action="version", version=f"fastcompress {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
     for command in (inspect, info, make_data, train, evaluate, transcribe, finetune):
         command.add_command(commands)
+    for command_parser in commands.choices.values():
+        command_parser.epilog = EXIT_CODES
     return parser
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns 0, or 1 (some files failed), 2 (nothing was done), 130 (interrupted)."""
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command line and return its exit code (``fastcompress.cli.errors``)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
@@ -62,7 +102,7 @@ def main(arguments: list[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader (`head`, `less`) has seen enough
+    except BrokenPipeError:  # the reader (`head`, `less`) has closed the pipe
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
         return EXIT_ERROR
 

@@ -15,24 +15,28 @@ _TASKS, _DIRECTIONS = ("digits", "numbers", "commands"), ("recognition", "transl
 
 
 def add_command(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = commands.add_parser(
         "make-data",
         help="synthetic speech with manifests, for recognition and translation",
-        description="Synthesises speech (espeak-ng: many voices, speeds, pitches, noise) and writes manifests: train, "
-        "dev, test, test-voice (voices that train lacks), test-noise (more noise than in train) and, where flite is "
-        "installed, test-engine. The same seed gives the same files; a run that was broken off goes on.",
+        description="Synthesize speech with espeak-ng in many voices, speeds and pitches, and write manifests: train, "
+        "dev, test, test-voice (voices that train lacks), test-noise (more noise than in train) and, if flite is "
+        "installed, test-engine. The same seed gives the same files. An interrupted run continues where it stopped.",
     )
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="what to write to")
-    parser.add_argument("--task", choices=_TASKS, default="digits", help="what is said (default digits)")
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder")
+    parser.add_argument("--task", choices=_TASKS, default="digits", help="what the voices say (default: digits)")
     parser.add_argument(
-        "--direction", choices=_DIRECTIONS, default="recognition", help="write what is said, or its German"
+        "--direction",
+        choices=_DIRECTIONS,
+        default="recognition",
+        help="targets: the words that are said, or their German translation (default: recognition)",
     )
-    parser.add_argument("--train", type=int, default=4000, metavar="N", help="utterances to train on (default 4000)")
-    parser.add_argument("--dev", type=int, default=200, metavar="N", help="for development (default 200)")
-    parser.add_argument("--test", type=int, default=200, metavar="N", help="of each test set (default 200)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--train", type=int, default=4000, metavar="N", help="utterances to train on (default: 4000)")
+    parser.add_argument("--dev", type=int, default=200, metavar="N", help="development utterances (default: 200)")
+    parser.add_argument("--test", type=int, default=200, metavar="N", help="utterances of each test set (default: 200)")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="seed of voices, texts and noise (default: 0)")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default all cores)"
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="processes (default: one per core)"
     )
     parser.set_defaults(run=_run_make_data)
 
@@ -76,5 +80,5 @@ def _run_make_data(options: argparse.Namespace) -> int:
     for name, count in counts.items():
         print(f"{options.folder / name}.jsonl: {count} utterances, {hours[name]:.2f} h")
     if "test-engine" not in counts:
-        print("test-engine is left out: flite is not installed")
+        print("no test-engine: flite is not installed")
     return EXIT_OK

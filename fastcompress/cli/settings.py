@@ -1,66 +1,109 @@
-"""What several commands share: flags of settings, loading a model, a table."""
+"""What ``train`` and ``finetune`` share: options made of their settings, which flags and a YAML file give."""
 
 from __future__ import annotations
 
 import argparse
-from typing import Any
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
-from fastcompress.cli.errors import UserError
+from fastcompress.cli.errors import EXIT_CODES, UserError
+from fastcompress.training.settings import Settings, SettingsError
 
-#: Names, types and descriptions.
-Settings = tuple[tuple[str, type, str], ...]
+if TYPE_CHECKING:
+    from fastcompress.training.parsing import SettingsParser
 
-
-def add_settings(parser: argparse.ArgumentParser, settings: Settings, required: tuple[str, ...] = ()) -> None:
-    """Declares a flag for each; what is not given is ``None``."""
-    for name, kind, text in settings:
-        flag = f"--{name.replace('_', '-')}"
-        if kind is bool:
-            parser.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
-        else:
-            metavar = kind.__name__.upper()
-            parser.add_argument(flag, type=kind, default=None, metavar=metavar, help=text, required=name in required)
+S = TypeVar("S", bound=Settings)
 
 
-def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
-    import torch
+def make_settings_parser(
+    settings: type[Settings], command: str, required: str, description: str, add_options: Callable[[Any], None]
+) -> SettingsParser:
+    """Make the parser of a command that trains.
 
-    from fastcompress import Rule
-    from fastcompress.files import one_line
-    from fastcompress.lalm.loading import RunError, load_model
+    Args:
+        settings: Of the command.
+        command: Its name.
+        required: Its required flags, for the usage line.
+        description: Of ``--help``.
+        add_options: Adds options that are no settings.
+    """
+    from fastcompress.training.parsing import SettingsParser
 
-    quiet_transformers()
-    if options.rule not in (None, "none"):
-        try:
-            Rule.from_string(options.rule)
-        except ValueError as error:
-            raise UserError(f"--rule: {error}") from error
-    try:
-        torch.empty(0, device=options.device)
-    except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise UserError(f"--device {options.device}: {one_line(error)}") from error
-    try:
-        return load_model(options.model, options.rule, options.device)
-    except (RunError, RuntimeError) as error:
-        raise UserError(error) from error
-
-
-def quiet_transformers() -> None:
-    from transformers.utils import logging
-
-    logging.disable_progress_bar()  # of loading weights
-    logging.set_verbosity_error()
-
-
-def positive(text: str) -> int:
-    value = int(text) if text.isdecimal() else 0
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
-    return value
+    prog = f"fastcompress {command}"
+    parser = SettingsParser(
+        settings, prog=prog, usage=f"{prog} {required} [options]", description=description, epilog=EXIT_CODES
+    )
+    parser.add_argument(
+        "--config",
+        metavar="FILE",
+        help="YAML file of settings, with the names of the options below, such as max_steps or max-steps; options of "
+        "the command line win. The run.yaml of another run can be used",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help="Continue the run in --output-dir after its last whole checkpoint"
+    )
+    add_options(parser)
+    parser.add_settings()
+    return parser
 
 
-def print_table(head: list[str], rows: list[list[str]]) -> None:
-    widths = [max(len(row[i]) for row in [head, *rows]) for i in range(len(head))]
-    for row in [head, *rows]:
-        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
-        print("  ".join(cells).rstrip())
+@dataclass
+class Given(Generic[S]):
+    """Settings from a command line and its ``--config``.
+
+    Attributes:
+        settings: Their class.
+        flags: Settings of the command line.
+        config: YAML file, if there is one.
+        values: Settings in that file.
+    """
+
+    settings: type[S]
+    flags: dict[str, Any]
+    config: Path | None
+    values: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, settings: type[S], options: argparse.Namespace) -> Given[S]:
+        """Read the file that is named by the options.
+
+        Raises:
+            UserError: It cannot be used.
+        """
+        from fastcompress.training.parsing import read_values
+
+        given = cls(settings, options.flags, Path(options.config) if options.config else None)
+        if given.config is not None:
+            try:
+                given.values = read_values(settings, given.config)
+            except SettingsError as error:
+                raise UserError(error) from error
+        return given
+
+    def make(self, resume: bool) -> S:
+        """Make the settings. To resume a run, its folder is enough.
+
+        Raises:
+            SettingsError: A value is missing or cannot be used.
+        """
+        from fastcompress.training.parsing import build, read_record
+
+        values = self.values | self.flags
+        if resume and values.keys() == {"output_dir"}:
+            return read_record(self.settings, Path(values["output_dir"]))
+        return build(self.settings, values)
+
+    def explain(self, error: SettingsError) -> str:
+        """Return the message of an error with the names that the user typed, and the file if they are in it."""
+        names = re.findall(r"`(\w+)`", str(error))
+        if names and names[0] in self.values and names[0] not in self.flags:
+            return f"{self.config}: {error}"
+        return spell_flags(str(error))
+
+
+def spell_flags(message: str) -> str:
+    """Return a message with flags in place of the names of settings."""
+    return re.sub(r"`(\w+)`", lambda found: f"--{found[1].replace('_', '-')}", message)

@@ -12,38 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from fastcompress.cli.errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
-from fastcompress.cli.settings import load_model_and_processor, positive
+from fastcompress.cli.models import add_model_options, load_model_and_processor
 
 
 def add_command(commands: Any) -> None:
+    """Declare the command and its options."""
     parser = commands.add_parser(
         "transcribe",
-        help="write down what audio files say",
-        description="Writes a line for each audio file: what the model hears in it. With --stream as the audio comes, "
-        "such as from a microphone: arecord -q -f S16_LE -r 16000 -t wav | fastcompress transcribe - --stream ...",
+        help="transcribe audio files or a stream",
+        description="Print the transcript of each audio file, one line per file. With --stream, print text while the "
+        "audio arrives, for example from a microphone: "
+        "arecord -q -f S16_LE -r 16000 -t wav | fastcompress transcribe - --stream ...",
     )
     parser.add_argument(
         "files", nargs="+", metavar="FILE", help="audio: WAV, FLAC, MP3, Ogg, ...; - with --stream: WAV from stdin"
     )
     parser.add_argument("--model", required=True, metavar="FOLDER", help="folder of a model or of a run")
-    parser.add_argument("--rule", help="compression in place of the model's; none: every frame")
-    parser.add_argument("--prompt", default="", help="what to ask of the model, if it was trained with prompts")
-    parser.add_argument("--batch-size", type=positive, default=8, metavar="N")
-    parser.add_argument("--num-beams", type=positive, default=1, metavar="N", help="1: greedy search (default)")
-    parser.add_argument("--max-new-tokens", type=positive, default=256, metavar="N")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    stream = parser.add_argument_group("with --stream")
-    stream.add_argument("--stream", action="store_true", help="write text as audio comes, as soon as it is final")
+    add_model_options(parser, batch_size=8, max_new_tokens=256)
+    parser.add_argument("--prompt", default="", help="instruction, for models that were trained with prompts")
+    stream = parser.add_argument_group("streaming")
+    stream.add_argument("--stream", action="store_true", help="print text as soon as it is final")
     for name, text in _STREAM.items():
         stream.add_argument(f"--{name.replace('_', '-')}", type=float, metavar="SECONDS", help=text)
     parser.set_defaults(run=_run_transcribe)
 
 
-#: Settings of a stream (fastcompress.lalm.streaming), in seconds.
+#: Arguments of ``fastcompress.lalm.streaming.StreamingTranscriber`` in seconds, which has the defaults.
 _STREAM = {
-    "window": "that the encoder takes at once, and of an utterance at most (default all it can, or 30)",
-    "look_ahead": "of audio after a frame until it is final (default 0.5)",
-    "hop": "between two hypotheses; text is final where they agree (default 0.5)",
+    "window": "longest utterance, which the encoder takes at once (default: as much as it can, at most 30)",
+    "look_ahead": "audio after a frame until the frame is final (default: 0.5)",
+    "hop": "time between two hypotheses; text is final where they agree (default: 0.5)",
 }
 
 
@@ -115,7 +113,7 @@ def _run_stream(options: argparse.Namespace, settings: dict[str, float]) -> int:
                 computing = _print_stream(stream, sys.stdin.buffer if file == "-" else file)
         except AudioError as error:
             if stream.text or len(options.files) > 1:
-                print(flush=True)  # what was written stays a line
+                print(flush=True)  # keep the printed text as a line
             print_error(error)
             continue
         print(flush=True)
@@ -128,7 +126,7 @@ def _run_stream(options: argparse.Namespace, settings: dict[str, float]) -> int:
 
 
 def _print_stream(stream: Any, source: Any) -> float:
-    """Writes the text of an audio as it becomes final; returns the seconds that computing it took."""
+    """Print the text of an audio as it becomes final; return the seconds of computation."""
     from fastcompress.audio import AudioError, audio_blocks
 
     computing = 0.0
@@ -149,7 +147,7 @@ def _print_stream(stream: Any, source: Any) -> float:
 
 @contextlib.contextmanager
 def _interrupt_ends_input() -> Iterator[None]:
-    """The first Ctrl-C ends the program that writes into the pipe, and so the input, but not this one."""
+    """Ignore the first Ctrl-C: it ends the program that writes to the pipe, and with it the input."""
     previous = signal.getsignal(signal.SIGINT)
     signal.signal(signal.SIGINT, lambda *_: signal.signal(signal.SIGINT, previous))
     try:

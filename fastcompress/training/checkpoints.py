@@ -1,7 +1,7 @@
-"""Training checkpoints that survive being killed at any moment.
+"""Training checkpoints that survive a kill at any moment.
 
-A checkpoint is a folder ``step-00000500``. It is written under another name, flushed to the disk, and renamed: whatever
-has the name is whole.
+A checkpoint is a folder such as ``step-00000500``. It is written under another name, flushed to disk and renamed, so a
+folder with such a name is whole.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ from torch import Tensor
 from fastcompress.files import UNFINISHED, WRITE_ERRORS, one_line, write_folder
 
 _NAME = re.compile(r"step-(\d{8})")
-
-
 _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.pt", "state.json"
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or does not fit what it is loaded into; the message is one line."""
+    """A checkpoint that cannot be written, or does not fit the model. The message is one line."""
 
 
 def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int) -> Path:
-    """Writes the checkpoint after ``step`` steps, and then deletes all but the last ``keep``.
+    """Write the checkpoint after ``step`` steps, then delete all but the last ``keep``.
 
     Raises:
-        CheckpointError: it cannot be written; those before it are whole.
+        CheckpointError: It cannot be written. Earlier checkpoints are whole.
     """
     target = folder / f"step-{step:08d}"
 
     def write(path: Path) -> None:
         save_file({name: tensor.detach().contiguous() for name, tensor in weights.items()}, path / _WEIGHTS)
-        with open(path / _OPTIMIZER, "wb") as file:  # Python's, which says what torch's does not: no space left
+        with open(path / _OPTIMIZER, "wb") as file:  # a Python file reports a full disk, torch's own does not
             torch.save(optimizer.state_dict(), file)
         (path / _STATE).write_text(json.dumps({"step": step}), encoding="utf-8")
 
@@ -47,9 +45,9 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
         write_folder(target, write)
     except WRITE_ERRORS as error:
         whole = found(folder)
-        kept = f"the last whole one is {whole[-1]}" if whole else "there is none before it"
+        kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
         raise CheckpointError(f"{target}: cannot be written ({one_line(error)}); {kept}") from error
-    for old in found(folder)[:-keep]:  # under another name first, or a kill would leave it half deleted
+    for old in found(folder)[:-keep]:  # rename first: a kill must not leave a part under its name
         gone = old.with_name(f"{UNFINISHED}{old.name}")
         os.rename(old, gone)
         shutil.rmtree(gone, ignore_errors=True)
@@ -57,7 +55,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
 
 
 def found(folder: Path) -> list[Path]:
-    """The whole checkpoints in a folder, oldest first."""
+    """Return the whole checkpoints in a folder, oldest first."""
     if not folder.is_dir():
         return []
     return sorted(path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir())
@@ -66,12 +64,12 @@ def found(folder: Path) -> list[Path]:
 def load(
     path: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, buffers: dict[str, Tensor] | None = None
 ) -> int:
-    """Puts a checkpoint into the weights and the optimizer; returns the steps it was made after.
+    """Load a checkpoint into the weights and the optimizer, and return its number of steps.
 
-    Buffers that it lacks stay as they are: at first none were saved.
+    Buffers that the checkpoint lacks keep their values.
 
     Raises:
-        CheckpointError: it has other weights than these, or cannot be read.
+        CheckpointError: The checkpoint has other weights, or cannot be read.
     """
     try:
         state: dict[str, Any] = json.loads((path / _STATE).read_text(encoding="utf-8"))
@@ -89,10 +87,10 @@ def load(
 
 
 def copy_weights(path: Path, saved: dict[str, Tensor], weights: dict[str, Tensor]) -> None:
-    """Copies what was saved into the weights, in place.
+    """Copy saved tensors into the weights, in place.
 
     Raises:
-        CheckpointError: a name or a shape differs.
+        CheckpointError: A name or a shape differs.
     """
     missing, more = sorted(weights.keys() - saved.keys()), sorted(saved.keys() - weights.keys())
     if missing or more:

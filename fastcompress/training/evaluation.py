@@ -1,4 +1,4 @@
-"""How well, and how fast, a model writes down what it hears."""
+"""Error rates and speed of a model on manifests."""
 
 from __future__ import annotations
 
@@ -17,28 +17,32 @@ from fastcompress.audio import AudioError
 from fastcompress.decoder.generation import unwrap
 from fastcompress.training.examples import Examples
 
-#: Resamples of the bootstrap of confidence intervals, which are of 95 %.
+#: Resamples of the bootstrap of 95 % confidence intervals.
 RESAMPLES = 1000
 
 
 @dataclass(frozen=True)
 class Result:
-    """Of one manifest.
+    """Scores of one manifest.
 
     Attributes:
-        utterances, words: how many were scored, and the words of their references.
-        wer, cer: word and character error rates, %, of all utterances together.
-        wer_low, wer_high: the 95 % confidence interval of ``wer``, by a bootstrap over utterances.
-        exact: utterances without an error, %.
-        bleu: of the corpus (sacrebleu), 0 to 100.
-        seconds: of audio.
-        frames_per_second, tokens_per_second: rows of a second of audio before and after the compression.
-        ratio: frames a token.
-        prefill_ms: median time to compress, pack and decode the prompt of one utterance.
-        encode_ms: median time of the encoder on one utterance; about 0 for frames that are there (``EncodedExamples``).
-        written_per_second: tokens that were written in a second, in batches.
-        peak_bytes: of memory, at most: on a GPU what decoding allocated; on the CPU all of the process until then.
-        skipped: utterances whose audio turned out to be damaged; they are in no other number.
+        utterances: Number of scored utterances.
+        words: Words of their references.
+        wer: Word error rate of all utterances together, in %.
+        wer_low: Lower end of the 95 % confidence interval of ``wer``, by a bootstrap over utterances.
+        wer_high: Upper end.
+        cer: Character error rate of all utterances together, in %.
+        exact: Utterances without an error, in %.
+        bleu: Corpus BLEU (sacrebleu), 0 to 100.
+        seconds: Seconds of audio.
+        frames_per_second: Frames per second of audio.
+        tokens_per_second: Audio tokens per second of audio.
+        ratio: Frames per token.
+        prefill_ms: Median time to compress, pack and decode the prompt of one utterance.
+        encode_ms: Median time of the encoder on one utterance; about 0 for ``EncodedExamples``.
+        written_per_second: Generated tokens per second, in batches.
+        peak_bytes: Peak memory: allocated by decoding on a GPU, of the whole process so far on the CPU.
+        skipped: Utterances with damaged audio, which count in no other number.
     """
 
     utterances: int
@@ -68,9 +72,17 @@ def transcribe(
     progress: Callable[[int], object] | None = None,
     **generation: Any,
 ) -> tuple[list[str | None], dict[str, float]]:
-    """What the model writes for each utterance, and the counts of tokens, frames and seconds.
+    """Transcribe utterances; those of similar length share a batch.
 
-    For damaged audio it is ``None``. Utterances of similar length share a batch. ``generation`` goes to ``generate``.
+    Args:
+        model: A ``FastCompressForConditionalGeneration``, with or without LoRA.
+        examples: Utterances.
+        batch_size: Utterances per batch.
+        progress: Called with the number of utterances that are done.
+        generation: Arguments of ``generate``.
+
+    Returns:
+        The text of each utterance, ``None`` for damaged audio; and counts of tokens, frames and seconds.
     """
     model.eval()
     base = unwrap(model)
@@ -116,21 +128,21 @@ def evaluate(
     progress: Callable[[int], object] | None = None,
     **generation: Any,
 ) -> tuple[Result, list[str | None]]:
-    """Scores a model on the utterances of a manifest.
+    """Score a model on the utterances of a manifest.
 
     Args:
-        model: a ``FastCompressForConditionalGeneration``, with or without LoRA.
-        examples: whose targets are the references.
-        batch_size: of the decoding.
-        timed: utterances on which encoder and prefill are timed, spread over the lengths; 0: none.
-        progress: called with the utterances done.
-        generation: for ``generate``; greedy search of at most 128 tokens if nothing else is said.
+        model: A ``FastCompressForConditionalGeneration``, with or without LoRA.
+        examples: Utterances, whose targets are the references.
+        batch_size: Utterances per batch.
+        timed: Utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
+        progress: Called with the number of utterances that are done.
+        generation: Arguments of ``generate``; by default greedy search of at most 128 tokens.
 
     Returns:
-        the scores, and what was written for each utterance, ``None`` where its audio is damaged.
+        The scores, and the text of each utterance, ``None`` for damaged audio.
 
     Raises:
-        AudioError: all of them are.
+        AudioError: No utterance has usable audio.
     """
     import jiwer
     import sacrebleu
@@ -146,7 +158,7 @@ def evaluate(
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     scored = [(u, w) for u, w in zip(examples.utterances, written, strict=True) if w is not None]
     if not scored:
-        raise AudioError(f"no audio can be used: {next(iter(examples.skipped.values()))}")
+        raise AudioError(f"no usable audio: {next(iter(examples.skipped.values()))}")
     references, hypotheses = [u.target for u, _ in scored], [w for _, w in scored]
     counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, hypotheses, strict=True)]
     low, high = _interval(counts)
@@ -176,19 +188,19 @@ def evaluate(
 
 
 def _encoded(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Frames of a batch's audio, which :class:`EncodedExamples` have already."""
+    """Return the frames of a batch's audio, which :class:`EncodedExamples` have already."""
     if "frames" in batch:
         return batch["frames"], batch["frame_lengths"]
     return model.encode(batch["input_features"], batch["feature_attention_mask"])
 
 
 def _errors(found: Any) -> tuple[int, int]:
-    """Errors, and words of the reference."""
+    """Return the number of errors, and of words of the reference."""
     return found.substitutions + found.deletions + found.insertions, found.hits + found.substitutions + found.deletions
 
 
 def _interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Of the error rate, %, from the errors and words of each utterance."""
+    """Return the confidence interval of the error rate in %, from errors and words of each utterance."""
     g = random.Random(0)
     rates = []
     for _ in range(RESAMPLES):
@@ -200,7 +212,7 @@ def _interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
 
 @torch.inference_mode()
 def _times(model: Any, examples: Examples, count: int) -> tuple[float, float]:
-    """Medians, in ms, of the encoder and of the prefill of one utterance."""
+    """Return the median times of encoder and prefill on one utterance, in ms."""
     base = unwrap(model)
     order = sorted(
         (i for i, u in enumerate(examples.utterances) if u.has_audio and i not in examples.skipped),
@@ -210,7 +222,7 @@ def _times(model: Any, examples: Examples, count: int) -> tuple[float, float]:
     encoding, prefill = [], []
     for index in chosen:
         batch = {k: v.to(base.device) for k, v in examples.batch([index], targets=False).items()}
-        for _ in range(3):  # the first warms up
+        for _ in range(3):  # keeps the last; the first warms up
             since = _now(base.device)
             frames, lengths = _encoded(base, batch)
             middle = _now(base.device)

@@ -1,7 +1,4 @@
-"""From utterances to what the model takes: features, token ids, labels.
-
-A text-only example, without audio, is one too.
-"""
+"""Examples: features, token ids and labels of utterances. An example can be text alone."""
 
 from __future__ import annotations
 
@@ -21,16 +18,17 @@ from fastcompress.training.manifest import ManifestError, Utterance, load_uttera
 
 @dataclass(frozen=True)
 class Augmentation:
-    """SpecAugment (Park et al., 2019) of log-mel features, other speakers and tempos, and a change of level.
+    """SpecAugment (Park et al., 2019) of log-mel features, with changes of speaker, tempo and level.
 
     Attributes:
-        warp: vocal tract length perturbation (Jaitly and Hinton, 2013): frequencies are scaled by 1 - ``warp`` to
-            1 + ``warp``, as if by a shorter or longer vocal tract; 0: not.
-        tempo: frames are stretched or squeezed by as much at most, the pitch staying; 0: not.
-        time_masks, time_width: how many stretches of frames are masked, and the most frames of one (at most an eighth
-            of the utterance).
-        frequency_masks, frequency_width: likewise of mel bins.
-        level: the most that is added to, or taken from, all of the features.
+        time_masks: Number of masked stretches of frames.
+        time_width: Longest masked stretch, in frames; at most an eighth of the utterance.
+        frequency_masks: Number of masked stretches of mel bins.
+        frequency_width: Longest masked stretch, in bins; at most a quarter of the bins.
+        level: Largest value that is added to, or subtracted from, all features.
+        warp: Vocal tract length perturbation (Jaitly and Hinton, 2013): frequencies are scaled by 1 - ``warp`` to
+            1 + ``warp``. 0: none.
+        tempo: Largest share by which frames are stretched or squeezed, at the same pitch. 0: none.
     """
 
     time_masks: int = 2
@@ -42,7 +40,7 @@ class Augmentation:
     tempo: float = 0.15
 
     def __call__(self, features: Tensor, g: random.Random) -> Tensor:
-        """``[bins, frames]`` -> the same, but for frames if there is a ``tempo``; what is masked gets the mean."""
+        """Return augmented features ``[bins, frames]``; ``tempo`` changes the frames. Masked values become the mean."""
         features = features.clone()
         if self.warp:
             features = _warped(features, 1 + g.uniform(-self.warp, self.warp))
@@ -63,9 +61,9 @@ class Augmentation:
 
 
 def _warped(features: Tensor, scale: float) -> Tensor:
-    """What mel bins ``[bins, frames]`` would hold if every frequency were divided by ``scale``.
+    """Return mel bins ``[bins, frames]`` with every frequency divided by ``scale``.
 
-    Up to 4.8 kHz (of 8 kHz) frequencies are scaled, and above that so that the highest stays what it is.
+    Frequencies up to 4.8 kHz are scaled. Those above, up to 8 kHz, are scaled such that the highest stays the same.
     """
     bins = len(features)
     highest, knee = 8000.0, 4800.0
@@ -82,16 +80,16 @@ def _warped(features: Tensor, scale: float) -> Tensor:
 
 
 class Examples:
-    """Utterances with their features, which are kept in memory, in half precision, if ``cache``.
+    """Utterances with their features.
 
     Args:
-        utterances: of a manifest.
-        processor: a :class:`FastCompressProcessor`.
-        cache: whether features are kept.
-        phones: the units of the auxiliary CTC loss; ``None``: no such loss.
+        utterances: Utterances of a manifest.
+        processor: A :class:`FastCompressProcessor`.
+        cache: Keep features in memory, in half precision.
+        phones: Units of the auxiliary CTC loss. ``None``: no such loss.
 
     Raises:
-        ManifestError: an utterance has a phone that is none of them.
+        ManifestError: An utterance has a phone that is not in ``phones``.
     """
 
     def __init__(
@@ -105,19 +103,19 @@ class Examples:
             for utterance in self.utterances:
                 unknown = [phone for phone in (utterance.phones or "").split() if phone not in self.phones]
                 if unknown:
-                    raise ManifestError(f"{utterance.name}: phone {unknown[0]!r} is none of those of the model")
+                    raise ManifestError(f"{utterance.name}: the model has no phone {unknown[0]!r}")
         self.skipped: dict[int, str] = {}
         self._features: dict[int, Tensor] | None = {} if cache else None
-        self._checked: dict[int, Tensor] = {}  # without a cache: of is_usable, until they are asked for
+        self._checked: dict[int, Tensor] = {}  # features from is_usable, without a cache
 
     def __len__(self) -> int:
         return len(self.utterances)
 
     def features(self, index: int) -> Tensor | None:
-        """What the feature extractor makes of an utterance: ``[bins, frames]`` or ``[samples]``; ``None``: no audio.
+        """Return the features of an utterance, ``[bins, frames]`` or ``[samples]``; ``None`` without audio.
 
         Raises:
-            AudioError: the audio cannot be used.
+            AudioError: The audio cannot be used.
         """
         utterance = self.utterances[index]
         if not utterance.has_audio:
@@ -139,7 +137,7 @@ class Examples:
         return features.float()
 
     def is_usable(self, index: int) -> bool:
-        """Whether the audio of an utterance is not damaged; if it is, ``skipped`` says why from then on."""
+        """Return False if the audio of an utterance is damaged; ``skipped`` then has the reason."""
         if index not in self.skipped and index not in self._checked:
             try:
                 features = self.features(index)
@@ -150,32 +148,36 @@ class Examples:
         return index not in self.skipped
 
     def usable(self, index: int) -> int:
-        """``index``, or, if its audio turns out to be damaged, the next whose audio is not.
+        """Return ``index``, or the next one with usable audio if that of ``index`` is damaged.
 
         Raises:
-            AudioError: none is left.
+            AudioError: No utterance has usable audio.
         """
         for step in range(len(self)):
             if self.is_usable(candidate := (index + step) % len(self)):
                 return candidate
-        raise AudioError(f"none of the {len(self)} utterances has audio that can be used: {self.skipped[index]}")
+        raise AudioError(f"none of the {len(self)} utterances has usable audio: {self.skipped[index]}")
 
     def prompt_ids(self, index: int) -> list[int]:
-        """Ids up to where the model's own words begin."""
+        """Return the ids up to where the answer starts."""
         utterance = self.utterances[index]
         return self.processor.prompt_ids(utterance.prompt or "", utterance.has_audio)
 
     def target_ids(self, index: int) -> list[int]:
-        """Ids of what the model is to write, the end included."""
+        """Return the ids of the answer, with the end token."""
         tokenizer = self.processor.tokenizer
         return [*tokenizer(self.utterances[index].target, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
 
     def batch(
         self, indices: Sequence[int], augmentation: Augmentation | None = None, seed: str = "", targets: bool = True
     ) -> dict[str, Tensor]:
-        """Arguments of the model: right-padded for training, without labels if not ``targets``.
+        """Return the arguments of the model for a batch, padded on the right.
 
-        ``seed`` and the place in the batch decide what is augmented.
+        Args:
+            indices: Examples.
+            augmentation: Augmentation of their features. ``None``: none.
+            seed: Seed of the augmentation, together with the place in the batch.
+            targets: Add answers and labels, for training.
         """
         rows, labels, features, ctc_labels = [], [], [], []
         for place, index in enumerate(self.usable(i) for i in indices):
@@ -185,7 +187,7 @@ class Examples:
             found = self.features(index)
             if found is None:
                 continue
-            if augmentation is not None and found.dim() == 2:  # not samples
+            if augmentation is not None and found.dim() == 2:  # features, not samples
                 found = augmentation(found, random.Random(f"{seed}, {place}"))
             features.append(found)
             if self.phones is not None:
@@ -213,12 +215,12 @@ class Examples:
 
 
 class EncodedExamples(Examples):
-    """Examples whose audio went through the encoder once and for all: for an encoder that is frozen.
+    """Examples whose audio is encoded once, for a frozen encoder.
 
     Args:
-        examples: which are encoded.
-        model: a ``FastCompressForConditionalGeneration``.
-        batch_size: utterances that are encoded together.
+        examples: Examples to encode.
+        model: A ``FastCompressForConditionalGeneration``.
+        batch_size: Utterances per batch of the encoder.
     """
 
     def __init__(self, examples: Examples, model: Any, batch_size: int = 16) -> None:
@@ -238,7 +240,7 @@ class EncodedExamples(Examples):
                     self._frames[index] = rows[:length].clone()
 
     def features(self, index: int) -> Tensor | None:
-        """Frames of the encoder, ``[F, D]``."""
+        """Return the frames of the encoder, ``[F, D]``."""
         return self._frames[index] if self.utterances[index].has_audio else None
 
     def _pad_audio(self, features: list[Tensor]) -> dict[str, Tensor]:
@@ -249,7 +251,7 @@ class EncodedExamples(Examples):
 
 
 def phones_of(utterances: Sequence[Utterance]) -> list[str]:
-    """The phones of a manifest, in order."""
+    """Return the phones of a manifest, sorted."""
     return sorted({phone for utterance in utterances for phone in (utterance.phones or "").split()})
 
 

@@ -1,4 +1,4 @@
-"""The log of a training run: ``log.csv``, and events of TensorBoard where that is installed."""
+"""The log of a training run: ``log.csv``, and TensorBoard events if tensorboard is installed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,12 @@ COLUMNS = (
 
 
 class Logs:
-    """Goes on after ``step``: lines of steps after it, which a killed run had written, are dropped."""
+    """Log of the steps after ``step``. Lines of later steps, which a killed run had written, are dropped.
+
+    Args:
+        folder: Folder of the run.
+        step: Steps that were done before.
+    """
 
     def __init__(self, folder: Path, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -33,7 +38,7 @@ class Logs:
             self._board = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """A line of what was measured up to a step."""
+        """Write a line of what was measured up to a step."""
         values = {"step": step, **row}
         self._writer.writerow([_text(values.get(column)) for column in COLUMNS])
         if self._board is not None:
@@ -41,13 +46,14 @@ class Logs:
                 self._board.add_scalar(name, value, step)
 
     def close(self) -> None:
+        """Close the files."""
         self._file.close()
         if self._board is not None:
             self._board.close()
 
 
 def read(path: Path) -> list[dict[str, float]]:
-    """The lines of a ``log.csv``; one that a kill cut short is left out."""
+    """Read the lines of a ``log.csv``, except for a line that a kill has cut short."""
     if not path.exists():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -56,7 +62,7 @@ def read(path: Path) -> list[dict[str, float]]:
 
 
 def _text(value: float | None) -> str:
-    """With every digit, so that runs can be compared to the bit."""
+    """Format a number with every digit, so that runs can be compared bit by bit."""
     if value is None:
         return ""
     return str(int(value)) if abs(value) < 1e15 and value == int(value) else repr(float(value))

@@ -1,9 +1,9 @@
-"""Manifests: one utterance a line, as JSON.
+"""Manifests: one utterance per line, as JSON.
 
-``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds, ``text``, which is said; and, if
-wanted, ``target``, which is to be written instead of the text (a translation), ``prompt``, ``phones`` (of an auxiliary
-loss), ``offset`` in seconds into the file, of a segment of ``duration``. Other keys are kept. Without
-``audio_filepath`` a line is text alone: a prompt and a target.
+A line has ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds and ``text``, the words that
+are said. Optional are ``target`` (the answer, if it is not the text, such as a translation), ``prompt``, ``phones``
+(units of an auxiliary loss) and ``offset`` (seconds into the file, where ``duration`` starts). Other keys are kept. A
+line without ``audio_filepath`` is text alone: a prompt and a target.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ import numpy as np
 from fastcompress.audio import AudioError, audio_seconds, load_audio
 from fastcompress.files import write_file
 
-#: The least audio that an encoder can make a frame of, in seconds.
+#: Shortest audio in seconds that gives an encoder a frame.
 SHORTEST = 0.025
-_ROUNDING = 0.1  # seconds by which a duration may be less than its file without cutting it
-_TOO_LONG = 1e9  # seconds: no audio is, and samples can still be counted
+_ROUNDING = 0.1  # a duration that is shorter than its file by less than this, in seconds, does not cut it
+_TOO_LONG = 1e9  # seconds: longer than any audio, and the samples can still be counted
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used; the message is one line, ``file:line: reason``."""
+    """A manifest that cannot be used. The message is one line, ``file:line: reason``."""
 
 
 @dataclass(frozen=True)
@@ -35,15 +35,15 @@ class Utterance:
     """A line of a manifest.
 
     Attributes:
-        audio_filepath: of the audio; ``None``: text alone.
-        text: what is said.
-        target: what the model is to write.
-        duration: seconds; ``None``: not said.
-        offset: seconds before it in the file; ``None``: not said, and a duration of about the file's does not cut it.
-        prompt: what is asked for.
-        phones: separated by spaces; ``None``: not known.
-        samples: the audio itself, in place of a file, and its sampling rate in Hz.
-        more: keys that mean nothing here.
+        audio_filepath: Path of the audio. ``None``: text alone.
+        text: Words that are said.
+        target: Text that the model learns to write.
+        duration: Seconds. ``None``: unknown.
+        offset: Start in the file, in seconds. ``None``: unknown, and a duration of about the file's does not cut it.
+        prompt: Instruction.
+        phones: Phones, separated by spaces. ``None``: unknown.
+        samples: Samples and their sampling rate in Hz, in place of a file.
+        more: Other keys of the line.
     """
 
     audio_filepath: Path | None
@@ -58,12 +58,12 @@ class Utterance:
 
     @property
     def has_audio(self) -> bool:
-        """Whether there is audio beside the text."""
+        """True if there is audio beside the text."""
         return self.audio_filepath is not None or self.samples is not None
 
     @property
     def name(self) -> str:
-        """What to call it in a message."""
+        """Name of the utterance in messages."""
         return str(self.audio_filepath) if self.audio_filepath is not None else f"the utterance {self.text!r}"
 
 
@@ -79,16 +79,16 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
-    """The utterances of a manifest. Whether their audio is there is :func:`check_audio`'s question.
+    """Read the utterances of a manifest. :func:`check_audio` checks their audio.
 
     Raises:
-        ManifestError: it cannot be read or is empty, or a line is no JSON object, lacks a key or has a wrong value.
+        ManifestError: It cannot be read or is empty, or a line is not a JSON object, lacks a key or has a wrong value.
     """
     path = Path(path)
     try:
-        # Not splitlines, which also splits at characters that JSON may have in its strings, such as U+2028.
+        # Not splitlines: it also splits at characters such as U+2028, which JSON strings can have.
         lines = path.read_text(encoding="utf-8").split("\n")
-    except (OSError, ValueError) as error:  # ValueError: no UTF-8, or a path with a 0 in it
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a 0
         reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
         raise ManifestError(f"{path}: {reason}") from error
     utterances = []
@@ -100,7 +100,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
         except ValueError as error:
             raise ManifestError(f"{path}:{number}: {error}") from error
     if not utterances:
-        raise ManifestError(f"{path}: holds no utterance")
+        raise ManifestError(f"{path}: has no utterance")
     return utterances
 
 
@@ -108,14 +108,14 @@ def _parse(line: str, folder: Path) -> Utterance:
     try:
         values = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f"no JSON ({error.msg} at column {error.colno})") from error
+        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
     except RecursionError as error:
         raise ValueError("nested too deeply") from error
-    if "\\u" in line:  # half of a pair, which no file can be written with
+    if "\\u" in line:  # half of a surrogate pair cannot be encoded
         try:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"holds {error.object[error.start : error.end]!r}, which is no character") from error
+            raise ValueError(f"holds {error.object[error.start : error.end]!r}, which is not a character") from error
     if not isinstance(values, dict):
         raise ValueError(f"must be an object, got {type(values).__name__}")
     values = {key: value for key, value in values.items() if value is not None}
@@ -142,16 +142,16 @@ def _parse(line: str, folder: Path) -> Utterance:
 
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
-    """Writes a manifest, whole or not at all; paths become relative to its folder if below it, and else absolute.
+    """Write a manifest, whole or not at all. Paths below its folder become relative, others absolute.
 
     Raises:
-        ManifestError: an utterance has samples, which a manifest cannot hold.
+        ManifestError: An utterance has samples, which a manifest cannot hold.
     """
-    folder = path.parent.absolute()  # not abspath: what is above a link is not above its name
+    folder = path.parent.absolute()  # not abspath, which follows .. past links
     lines = []
     for u in utterances:
         if u.samples is not None:
-            raise ManifestError(f"{path}: {u.name} has samples, which no manifest holds: give it an audio_filepath")
+            raise ManifestError(f"{path}: {u.name} has samples, which a manifest cannot hold; set `audio_filepath`")
         values: dict[str, Any] = {}
         if u.audio_filepath is not None:
             audio = u.audio_filepath.absolute()
@@ -164,10 +164,10 @@ def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
 
 
 def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """Its samples, float32 ``[S]``, between ``offset`` and ``offset + duration``; of a file no others are decoded.
+    """Load the samples from ``offset`` to ``offset + duration``, float32 ``[S]``. No others are decoded.
 
     Raises:
-        AudioError: no audio that can be used, or less than a frame of it.
+        AudioError: The audio cannot be used, or is shorter than a frame.
     """
     offset, duration = utterance.offset or 0.0, utterance.duration
     if utterance.samples is not None:
@@ -182,7 +182,7 @@ def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
         samples = samples[round(offset * sample_rate) :]
     else:
         assert utterance.audio_filepath is not None
-        more = None if duration is None else duration + 2 * _ROUNDING  # to see whether there is more
+        more = None if duration is None else duration + 2 * _ROUNDING  # enough to see if the file goes on
         samples = load_audio(utterance.audio_filepath, sample_rate, offset=offset, duration=more)
     if duration is not None and _cuts(utterance, len(samples) / sample_rate):
         samples = samples[: round(duration * sample_rate)]
@@ -195,7 +195,7 @@ def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
 
 
 def _cuts(utterance: Utterance, left: float) -> bool:
-    """Whether the duration ends the audio, of which ``left`` seconds are behind the offset."""
+    """Return True if the duration cuts the audio, which has ``left`` seconds after the offset."""
     if utterance.duration is None:
         return False
     return utterance.offset is not None or left > utterance.duration + _ROUNDING
@@ -204,9 +204,9 @@ def _cuts(utterance: Utterance, left: float) -> bool:
 def check_audio(
     utterances: Sequence[Utterance], max_seconds: float = math.inf
 ) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
-    """Those whose files are there and as long as wanted, with their durations, and the others with the reason.
+    """Split utterances into those with usable audio, with their durations, and the others, with the reason.
 
-    Files are not decoded: damage inside a file is found when it is.
+    Only headers are read: damage inside a file shows when it is decoded.
     """
     lengths: dict[Path, float] = {}  # many segments may lie in one long recording
     good: list[Utterance] = []
@@ -230,13 +230,13 @@ def check_audio(
             good.append(u)
         except AudioError as error:
             skipped.append((u, str(error).removeprefix(f"{u.audio_filepath}: ")))
-        except OSError as error:  # a name too long, a folder that may not be read
+        except OSError as error:  # a name that is too long, a folder without permission
             skipped.append((u, (error.strerror or str(error)).lower()))
     return good, skipped
 
 
 def format_skipped(skipped: Sequence[tuple[Utterance, str]], most: int = 5) -> str:
-    """A line that counts what was skipped, and one for each of the first."""
+    """Format a line with the number of skipped utterances, and one for each of the first."""
     lines = [f"skipped {len(skipped)} utterances:"]
     lines += [f"  {u.name}: {reason}" for u, reason in skipped[:most]]
     if len(skipped) > most:
@@ -251,15 +251,17 @@ def from_hf_dataset(
     target_column: str | None = None,
     prompt: str | None = None,
 ) -> list[Utterance]:
-    """Utterances of a Hugging Face dataset, which must be indexable (``datasets.load_dataset`` without streaming).
+    """Make utterances of a Hugging Face dataset, which must be indexable (``datasets.load_dataset`` without streaming).
 
     Args:
-        dataset: rows whose audio is ``{"array": [S], "sampling_rate": Hz}`` or ``{"path": file}``.
-        audio_column, text_column, target_column: names of columns.
-        prompt: of all of them.
+        dataset: Rows with an audio ``{"array": [S], "sampling_rate": Hz}`` or ``{"path": file}``.
+        audio_column: Name of the column of the audio.
+        text_column: Name of the column of the text.
+        target_column: Name of the column of the target. ``None``: the text.
+        prompt: Instruction of all utterances.
 
     Raises:
-        ManifestError: a row lacks a column or its audio is of neither kind.
+        ManifestError: A row lacks a column, or its audio has neither array nor path.
     """
     utterances = []
     for number in range(len(dataset)):
@@ -282,20 +284,20 @@ def from_hf_dataset(
 
 
 def _samples_of(audio: Any, name: str) -> tuple[np.ndarray, int] | None:
-    """What has ``"array"`` and ``"sampling_rate"``, of any class: that of a decoder is no mapping. Else ``None``."""
+    """Return ``"array"`` and ``"sampling_rate"`` of an object that has them, which need not be a mapping."""
     if isinstance(audio, (str, Path)):
         return None
     try:
         array = audio["array"]
     except (KeyError, TypeError, IndexError):
         return None
-    if array is None:  # there may be a path
+    if array is None:  # there can be a path
         return None
     try:
         samples, rate = np.asarray(array, np.float32), audio["sampling_rate"]
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{name} needs an array of numbers and a sampling_rate: {error!r}") from None
-    # A column of integers in which some are missing is one of floats.
+    # A column of integers with missing values is a column of floats.
     whole = isinstance(rate, (int, float, np.integer)) and not isinstance(rate, bool) and rate > 0 and rate % 1 == 0
     if samples.ndim != 1 or not whole:
         shape = list(samples.shape)

@@ -1,7 +1,8 @@
-"""A small audio LLM to train from nothing on two cores: tokenizer, processor and model for the data at hand.
+"""A small audio LLM to train from scratch on two cores: tokenizer, processor and model for given data.
 
-1.3 million parameters: a Whisper encoder of 3 layers, a Qwen2 decoder of 3. What converges at this size was found by
-trial: word tokens long before characters, and an auxiliary CTC loss over phones in place of pretraining.
+It has 1.3 million parameters: a Whisper encoder of 3 layers and a Qwen2 decoder of 3 layers. Two choices made it
+converge in trials on synthetic speech: word tokens instead of characters, and an auxiliary CTC loss over phones
+instead of pretraining.
 """
 
 from __future__ import annotations
@@ -20,18 +21,19 @@ from fastcompress.training.manifest import Utterance
 
 PAD, BEGIN, END, UNKNOWN, AUDIO = "<pad>", "<s>", "</s>", "<unk>", "<|audio|>"
 
-#: Distinct words up to which each is a token; with more, byte-pair encoding of ``PIECES`` pieces.
+#: Up to this number of distinct words, each word is a token. Larger vocabularies use byte-pair encoding with ``PIECES``
+#: pieces.
 MOST_WORDS = 400
 PIECES = 200
 
-#: Of encoder and decoder, each.
+#: Width and layers of the encoder, and of the decoder.
 WIDTH, LAYERS = 128, 3
-#: Seconds that the encoder takes at once; longer audio is cut into windows.
+#: Window of the encoder in seconds. Longer audio is cut into windows.
 WINDOW = 8
 
 
 def build_tokenizer(texts: Sequence[str]) -> Any:
-    """A tokenizer of what the texts hold: of words, or, if these are too many, of pieces of words."""
+    """Build a tokenizer of the words of texts, or of pieces of words if there are too many words."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -55,12 +57,12 @@ def build_tokenizer(texts: Sequence[str]) -> Any:
 def build_small(
     utterances: Sequence[Utterance], *, rule: str | None = None, seed: int = 0
 ) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
-    """A model for the utterances of a training manifest, with random weights.
+    """Build a model with random weights, and its processor, for the utterances of a training manifest.
 
     Args:
-        utterances: whose targets are the vocabulary and whose phones, if they have any, the units of a CTC loss.
-        rule: of the compression.
-        seed: of the weights.
+        utterances: Utterances whose targets give the vocabulary, and whose phones, if any, the units of a CTC loss.
+        rule: Compression rule.
+        seed: Seed of the weights.
     """
     from transformers import Qwen2Config, WhisperConfig, WhisperFeatureExtractor
 
@@ -96,7 +98,7 @@ def build_small(
 
 
 def _initialize_encoder(encoder: nn.Module) -> None:
-    """Larger weights than Whisper's own initialisation, which expects long training, and weaker positions."""
+    """Initialize with larger weights than Whisper, which expects long training, and with weaker positions."""
     for module in encoder.modules():
         if isinstance(module, nn.Linear):
             nn.init.xavier_uniform_(module.weight)

@@ -1,7 +1,7 @@
-"""A training run: a folder that says all that is needed to repeat it, and holds what came of it.
+"""A training run of the reference model: a folder with everything that is needed to repeat it, and its results.
 
-``run.yaml`` (settings), ``environment.json`` (versions, machine, hashes of the manifests), ``skipped.txt``,
-``log.csv``, ``checkpoints/`` and ``final/``, which :func:`load_model` loads.
+The folder has ``run.yaml`` (settings), ``environment.json`` (versions, machine, hashes of the manifests),
+``skipped.txt``, ``log.csv``, ``checkpoints/`` and ``final/``, which :func:`load_model` loads.
 """
 
 from __future__ import annotations
@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 
 from fastcompress.decoder.generation import unwrap
 from fastcompress.files import WRITE_ERRORS, clean, one_line, write_file, write_folder
@@ -27,16 +26,24 @@ from fastcompress.lalm.lora import add_lora
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import Utterance, check_audio, format_skipped, read_manifest
-from fastcompress.training.settings import RunSettings, read_settings
+from fastcompress.training.parsing import RECORD, check_record, write_record
+from fastcompress.training.settings import SettingsError, TrainSettings
 from fastcompress.training.trainer import Training
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "av", "soxr")
 
 
 def build_model(
-    settings: RunSettings, utterances: list[Utterance]
+    settings: TrainSettings, utterances: list[Utterance]
 ) -> tuple[Any, FastCompressProcessor, dict[str, Any]]:
-    """The model to train, its processor, and what LoRA will be put on again (:func:`load_model`)."""
+    """Make the model to train and its processor.
+
+    Returns:
+        The model, the processor, and the names of what the adapter is loaded onto by :func:`load_model`.
+
+    Raises:
+        SettingsError: The settings do not go together.
+    """
     from fastcompress.training.recipes import build_small
 
     base: dict[str, Any]
@@ -49,11 +56,11 @@ def build_model(
         model, processor = load_parts(settings.audio_model, settings.text_model)
         base = {"audio_model": _absolute(settings.audio_model), "text_model": _absolute(settings.text_model)}
     else:
-        model, processor = build_small(utterances, seed=settings.training.seed)
+        model, processor = build_small(utterances, seed=settings.seed)
         base = {}
     set_compression(model, settings.rule, settings.reduce, settings.keys)
     if settings.boundary_ratio is not None:
-        torch.manual_seed(settings.training.seed)
+        torch.manual_seed(settings.seed)
         model.learn_boundaries(settings.boundary_ratio, settings.boundary_kind)
     encoder = settings.train_encoder
     if encoder is None:
@@ -61,8 +68,8 @@ def build_model(
     model.train_encoder(encoder)
     if settings.lora_rank:
         if not base:
-            raise RunError("LoRA needs a trained model: give model, or audio_model and text_model")
-        torch.manual_seed(settings.training.seed)  # of LoRA's own weights
+            raise SettingsError("`lora_rank` needs a trained model: set `model`, or `audio_model` and `text_model`")
+        torch.manual_seed(settings.seed)  # of LoRA's own weights
         model = add_lora(model, settings.lora_rank, settings.lora_alpha, settings.lora_dropout)
     else:
         float_trained(model)
@@ -70,48 +77,41 @@ def build_model(
 
 
 class Run:
-    """A run in ``folder``: start it, or go on with it, and :meth:`train`.
+    """A run in ``settings.output_dir``: start or resume it, and :meth:`train`.
+
+    Args:
+        settings: Of the run.
+        resume: Continue after the last checkpoint.
+        say: Called with each line for people.
 
     Raises:
-        RunError: the folder holds a run already and ``resume`` is not said; ``resume`` with other settings, or
-            manifests that have changed.
+        SettingsError: Settings do not go together; or ``resume`` with other settings than the run started with.
+        RunError: The folder holds a run already, and ``resume`` is not set; or a manifest has changed since.
     """
 
-    def __init__(
-        self, folder: Path, settings: RunSettings | None, resume: bool = False, say: Callable[[str], None] = print
-    ) -> None:
+    def __init__(self, settings: TrainSettings, resume: bool = False, say: Callable[[str], None] = print) -> None:
         from accelerate import Accelerator
 
-        record = folder / "run.yaml"
+        folder = Path(settings.output_dir)
         if resume:
-            if not record.is_file():
-                raise RunError(f"{folder}: no run to go on with (no run.yaml)")
-            known = RunSettings.from_flat(read_settings(record))
-            if settings is not None and settings != known:
-                old, new = known.to_flat(), settings.to_flat()
-                name = next(name for name in new if new[name] != old[name])
-                raise RunError(f"{folder}: its {name} is {old[name]!r}, not {new[name]!r}; a run goes on as it began")
-            settings = known
-            _check_manifests(folder, known)
-        elif record.exists():
+            check_record(settings, folder)
+            _check_manifests(folder, settings)
+        elif (folder / RECORD).exists():
             raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
-        if settings is None:
-            raise RunError("settings are missing")
         self.folder: Path = folder
-        self.settings: RunSettings = settings
+        self.settings: TrainSettings = settings
         self.say: Callable[[str], object] = say
-        mixed = "bf16" if settings.training.precision == "bf16" else "no"
-        self.accelerator: Any = Accelerator(mixed_precision=mixed)
+        self.accelerator: Any = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
         if not self.accelerator.is_main_process:
             self.say = lambda text: None
-        train, skipped = self._read(settings.train)
+        train, skipped = self._read(settings.data)
         dev, _ = self._read(settings.dev) if settings.dev else ([], [])
         self.processor: FastCompressProcessor
         self.base: dict[str, Any]
         model, self.processor, self.base = self._build(train)
         config = unwrap(model).config
         if settings.encode_once and config.train_encoder:
-            raise RunError("encode_once needs a frozen encoder, but the encoder is trained")
+            raise SettingsError("`encode_once` needs a frozen encoder: set `lora_rank`, or `train_encoder` to false")
         if self.accelerator.is_main_process:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder)
@@ -124,30 +124,29 @@ class Run:
         if settings.encode_once:
             examples = EncodedExamples(examples, unwrap(model))
             development = EncodedExamples(development, unwrap(model)) if development else None
-        self.training: Training = Training(model, examples, settings.training, folder, development, self.accelerator)
+        self.training: Training = Training(model, examples, settings, folder, development, self.accelerator)
         if resume:
-            self.say(f"going on after step {self.training.resume()} of {settings.training.steps}")
+            self.say(f"resuming after step {self.training.resume()} of {settings.max_steps}")
 
     def _build(self, train: list[Utterance]) -> tuple[Any, FastCompressProcessor, dict[str, Any]]:
         audio, text = self.settings.audio_model, self.settings.text_model
         try:
             return build_model(self.settings, train)
-        except (OSError, ValueError, NotImplementedError) as error:  # of transformers, where a part is none
-            if audio is None or isinstance(error, RunError):
+        except (OSError, ValueError, NotImplementedError) as error:  # from transformers, if a part is not a model
+            if audio is None or isinstance(error, (RunError, SettingsError)):
                 raise
             why = f"{type(error).__name__}: {one_line(error)}"
-            raise RunError(f"audio_model {audio}, text_model {text}: cannot be loaded ({why})") from error
+            raise SettingsError(f"`audio_model` {audio}, `text_model` {text}: cannot be loaded ({why})") from error
 
     def _read(self, path: str) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
         good, skipped = check_audio(read_manifest(path), max_seconds=self.settings.max_seconds)
         if skipped:
             self.say(f"{path}: {format_skipped(skipped)}")
         if not good:
-            raise RunError(f"{path}: no utterance is left that can be used")
+            raise RunError(f"{path}: has no usable utterance")
         return good, skipped
 
     def _record(self, skipped: list[tuple[Utterance, str]]) -> None:
-        text = yaml.safe_dump(self.settings.to_flat(), sort_keys=False)
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -156,14 +155,14 @@ class Run:
             "threads": torch.get_num_threads(),
             "device": str(self.accelerator.device),
             "packages": {name: _version(name) for name in ("fastcompress", *_PACKAGES)},
-            "sha256": {p: _digest(p) for p in (self.settings.train, self.settings.dev) if p},
+            "sha256": {p: _digest(p) for p in (self.settings.data, self.settings.dev) if p},
         }
         write_file(self.folder / "environment.json", json.dumps(environment, indent=1))
         write_file(self.folder / "skipped.txt", "".join(f"{u.name}: {reason}\n" for u, reason in skipped))
-        write_file(self.folder / "run.yaml", text)  # last: with it the run is there
+        write_record(self.settings, self.folder)  # last: a folder with this file is a run
 
     def train(self, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
-        """Trains to the end and writes ``final/``; returns its path."""
+        """Train to the last step, write ``final/`` and return its path."""
         self.training.run(progress)
         final = self.folder / "final"
         if self.accelerator.is_main_process:
@@ -173,7 +172,7 @@ class Run:
                 raise RunError(f"{final}: cannot be written ({one_line(error)}); resume to try again") from error
             damaged = self.training.examples.skipped
             if damaged:
-                self.say(f"{len(damaged)} utterances turned out to be damaged: {'; '.join(damaged.values())}")
+                self.say(f"skipped {len(damaged)} utterances with damaged audio: {'; '.join(damaged.values())}")
         self.accelerator.wait_for_everyone()
         return final
 
@@ -188,19 +187,23 @@ class Run:
         self.processor.save_pretrained(folder)
 
 
-def _check_manifests(folder: Path, settings: RunSettings) -> None:
-    """Raises if a manifest is not the one that a run began with: its order of examples would be another."""
+def _check_manifests(folder: Path, settings: TrainSettings) -> None:
+    """Check that the manifests are those that the run started with; others would change the order of examples.
+
+    Raises:
+        RunError: One has changed.
+    """
     try:
         known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):  # nothing to compare with
+    except (OSError, ValueError, KeyError, TypeError):  # no record to compare with
         return
-    for path in filter(None, (settings.train, settings.dev)):
+    for path in filter(None, (settings.data, settings.dev)):
         if Path(path).is_file() and known.get(path, found := _digest(path)) != found:
-            raise RunError(f"{path}: is not what the run began with; a run goes on as it began")
+            raise RunError(f"{path} has changed since this run started; restore it to resume, or start a new run")
 
 
 def _absolute(model: str) -> str:
-    """A folder as it is called from anywhere; a name as it is."""
+    """Return the absolute path of a folder; leave other names as they are."""
     return os.path.abspath(model) if os.path.isdir(model) else model
 
 

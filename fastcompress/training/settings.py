@@ -1,148 +1,464 @@
-"""Settings of a training run, from flags and YAML."""
+"""Settings of ``fastcompress train`` and ``fastcompress finetune``, declared once.
+
+Each class is a group of ``--help``. Its annotations are the types, its defaults the defaults, and its docstring the
+help texts of flags and YAML keys (:mod:`fastcompress.training.parsing`). What ``transformers.TrainingArguments`` has a
+name for has that name. This module imports neither transformers nor accelerate, so that ``--help`` is quick.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+import math
+from dataclasses import dataclass, fields
+from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
-import yaml
-
-from fastcompress.files import one_line
-from fastcompress.lalm.configuration import BOUNDARIES
-from fastcompress.lalm.loading import RunError
 from fastcompress.rules import Rule
-from fastcompress.training.trainer import TrainingArguments
+
+#: Texts, and what ``--help`` shows for their values.
+Folder = Annotated[str, "FOLDER"]
+Model = Annotated[str, "MODEL"]
+Manifest = Annotated[str, "MANIFEST"]
+RuleText = Annotated[str, "RULE"]
 
 
-@dataclass(frozen=True)
-class RunSettings:
-    """What is trained, on what, and how.
+class SettingsError(ValueError):
+    """A setting that cannot be used. The message is one line, with the names of settings in backticks."""
 
-    Attributes:
-        train, dev: manifests.
-        model: folder of a model to go on from; or
-        audio_model, text_model: folders or names of a pretrained encoder and decoder; or none of them: a small model
-            with random weights, for the data.
-        rule: of the compression; ``"none"``: every frame, in place of boundaries that were learned, too; ``None``: the
-            model's.
-        reduce, keys: of the compression, as in :class:`FastCompressConfig`; ``None``: the model's.
-        boundary_ratio: frames a token that learned boundaries aim at, in place of a rule; ``None``: none are learned.
-        boundary_kind: how they are, as in :class:`FastCompressConfig`.
-        lora_rank: of LoRA on the decoder, whose own weights, and the encoder's, are then frozen; 0: no LoRA.
-        lora_alpha, lora_dropout: of LoRA.
-        train_encoder: whether the encoder is trained; ``None``: only without LoRA and pretrained parts.
-        merge: write ``final/`` with LoRA merged into the decoder.
-        max_seconds: longer audio is skipped.
-        cache: keep features in memory.
-        encode_once: run the encoder, which must be frozen, once an utterance and keep its frames; without augmentation.
-        training: how.
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """Base of all groups. A group checks its values in ``__post_init__``.
+
+    Raises:
+        SettingsError: A value cannot be used.
     """
 
-    train: str
-    dev: str | None = None
-    model: str | None = None
-    audio_model: str | None = None
-    text_model: str | None = None
-    rule: str | None = None
-    reduce: str | None = None
-    keys: str | None = None
-    boundary_ratio: float | None = None
-    boundary_kind: str = "h-net"
-    lora_rank: int = 0
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.0
-    train_encoder: bool | None = None
-    merge: bool = False
-    max_seconds: float = 60.0
-    cache: bool = True
-    encode_once: bool = False
-    training: TrainingArguments = field(default_factory=TrainingArguments)
+    group: ClassVar[str]
 
     def __post_init__(self) -> None:
-        if (self.audio_model is None) != (self.text_model is None):
-            raise RunError("audio_model and text_model go together")
-        if self.model is not None and self.audio_model is not None:
-            raise RunError("model excludes audio_model and text_model: it has both")
-        if self.encode_once and self.training.augment:
-            raise RunError("encode_once excludes augment: what is encoded once is the same each time")
-        if self.lora_rank < 0:
-            raise RunError(f"lora_rank must not be negative, got {self.lora_rank}")
-        if self.boundary_kind not in BOUNDARIES:
-            raise RunError(f"boundary_kind must be one of {', '.join(BOUNDARIES)}, got {self.boundary_kind!r}")
-        if self.boundary_ratio is not None:
-            if not self.boundary_ratio > 1:
-                raise RunError(f"boundary_ratio must be more than 1, got {self.boundary_ratio}")
-            if self.rule not in (None, "none"):
-                raise RunError(f"boundary_ratio excludes a rule, got {self.boundary_ratio} and {self.rule!r}")
+        for name, hint in type_hints(type(self)).items():
+            value = getattr(self, name)
+            if get_origin(hint) is Literal and value not in get_args(hint):
+                raise SettingsError(f"`{name}` must be one of {', '.join(get_args(hint))}, got {value!r}")
+            if isinstance(value, float) and math.isnan(value):
+                raise SettingsError(f"`{name}` must be a number, got nan")
+            if isinstance(value, int) and abs(value) >= 2**63:
+                raise SettingsError(f"`{name}` must be less than 2**63")
+
+    @classmethod
+    def groups(cls) -> dict[str, list[str]]:
+        """Return the names of the settings in each group, in the order of ``--help`` and ``run.yaml``."""
+        classes = [c for c in cls.__mro__ if issubclass(c, Settings) and hasattr(c, "group")]
+        found: dict[str, list[str]] = {c.group: [] for c in classes if c is not cls}
+        declared: set[str] = set()
+        names = {field.name for field in fields(cls)}
+        for c in reversed(classes):
+            for name in vars(c).get("__annotations__", {}):
+                if name in names and name not in declared:
+                    found[c.group].append(name)
+                    declared.add(name)
+        return found
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the values by name, in the order of :meth:`groups`."""
+        return {name: getattr(self, name) for names in self.groups().values() for name in names}
+
+    def _check_least(self, least: int, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise SettingsError(f"`{name}` must be at least {least}, got {value}")
+
+    def _check_positive(self, *names: str) -> None:
+        for name in names:
+            if not getattr(self, name) > 0:
+                raise SettingsError(f"`{name}` must be more than 0, got {getattr(self, name)}")
+
+
+def type_hints(cls: type[Settings]) -> dict[str, Any]:
+    """Return the types of the settings of a class by name, without metavars."""
+    hints = get_type_hints(cls)
+    return {field.name: hints[field.name] for field in fields(cls)}
+
+
+# Groups that both commands have
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings(Settings):
+    """What a run reads and writes.
+
+    Attributes:
+        output_dir: Folder of the run.
+        data: Manifest to train on.
+        dev: Development manifest.
+        max_seconds: Skip audio that is longer, in seconds.
+    """
+
+    group: ClassVar[str] = "data"
+
+    output_dir: Folder
+    data: Manifest
+    dev: Manifest | None = None
+    max_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("output_dir", "data"):
+            if not getattr(self, name):
+                raise SettingsError(f"`{name}` is missing")
+        self._check_positive("max_seconds")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressionSettings(Settings):
+    """How audio frames become tokens.
+
+    Attributes:
+        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame.
+    """
+
+    group: ClassVar[str] = "compression"
+
+    rule: RuleText | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if self.rule not in (None, "none"):
             try:
                 Rule.from_string(self.rule)
             except ValueError as error:
-                raise RunError(f"rule: {error}") from error
-
-    @classmethod
-    def from_flat(cls, values: dict[str, Any]) -> RunSettings:
-        """From one level of names, those of training among the others, as a YAML file or flags have them."""
-        own = {f.name for f in dataclasses.fields(cls)} - {"training"}
-        of_training = {f.name for f in dataclasses.fields(TrainingArguments)}
-        unknown = sorted(map(str, values.keys() - own - of_training))
-        if unknown:
-            raise RunError(f"unknown setting {unknown[0]!r}; known are {', '.join(sorted(own | of_training))}")
-        if not values.get("train"):
-            raise RunError("train is missing: the manifest to train on")
-        training = {name: values[name] for name in values.keys() & of_training}
-        if isinstance(training.get("betas"), list):
-            training["betas"] = tuple(training["betas"])
-        _check_types(cls, {name: values[name] for name in values.keys() & own})
-        _check_types(TrainingArguments, training)
-        try:
-            return cls(**{name: values[name] for name in values.keys() & own}, training=TrainingArguments(**training))
-        except (TypeError, ValueError) as error:
-            raise RunError(str(error)) from error
-
-    def to_flat(self) -> dict[str, Any]:
-        """The reverse."""
-        values = dataclasses.asdict(self)
-        training = values.pop("training")
-        return values | training | {"betas": list(training["betas"])}
+                raise SettingsError(f"`rule`: {error}") from error
 
 
-def _check_types(cls: type, values: dict[str, Any]) -> None:
-    """Checks values against the annotations of a dataclass: what a YAML file holds may be anything."""
-    hints = get_type_hints(cls)
-    for name, value in values.items():
-        hint = hints[name]
-        if get_origin(hint) is tuple:
-            fits = isinstance(value, tuple) and [_fits(v, kind) for v, kind in zip(value, get_args(hint), strict=False)]
-            if not fits or not all(fits) or len(value) != len(get_args(hint)):
-                raise RunError(f"{name} must be {len(get_args(hint))} numbers, got {value!r}")
-        elif not any(_fits(value, kind) for kind in get_args(hint) or (hint,)):
-            kinds = " or ".join(_KINDS[kind] for kind in get_args(hint) or (hint,))
-            raise RunError(f"{name} must be {kinds}, got {value!r}")
+@dataclass(frozen=True, kw_only=True)
+class LoraSettings(Settings):
+    """LoRA on the decoder's attention and MLP.
 
-
-_KINDS = {str: "text", int: "a whole number", float: "a number", bool: "true or false", type(None): "null"}
-
-
-def _fits(value: Any, kind: type) -> bool:
-    if isinstance(value, bool):
-        return kind is bool
-    return isinstance(value, (int, float) if kind is float else kind)
-
-
-def read_settings(path: Path) -> dict[str, Any]:
-    """The settings in a YAML file, one level of names.
-
-    Raises:
-        RunError: it cannot be read or is none.
+    Attributes:
+        lora_rank: Rank of the adapter.
+        lora_alpha: Scale of the adapter; it is divided by the rank.
+        lora_dropout: Dropout of the adapter's input.
     """
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    # ValueError: no UTF-8, or what looks like a date and is none. RecursionError: nested too deeply.
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise RunError(f"{path}: {one_line(error)}") from error
-    if not isinstance(values, dict):
-        raise RunError(f"{path}: must hold names and values, got {type(values).__name__}")
-    return values
+
+    group: ClassVar[str] = "LoRA"
+
+    lora_rank: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(0, "lora_rank", "lora_dropout")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizationSettings(Settings):
+    """How weights are updated.
+
+    Attributes:
+        max_steps: Updates of the weights.
+        per_device_train_batch_size: Utterances per process and batch.
+        gradient_accumulation_steps: Batches per update.
+        learning_rate: Highest learning rate.
+        warmup_steps: Updates in which the learning rate rises from 0; a cosine follows.
+        weight_decay: Weight decay of AdamW.
+        adam_beta1: Decay of AdamW's first moment.
+        adam_beta2: Decay of AdamW's second moment.
+        max_grad_norm: Norm to which gradients are clipped.
+        bf16: Compute in bfloat16. Trained weights and the moments of AdamW are in fp32 either way.
+        gradient_checkpointing: Compute activations twice to save memory.
+        seed: Seed of weights, order of examples, dropout and augmentation.
+    """
+
+    group: ClassVar[str] = "optimization"
+
+    max_steps: int = 1000
+    per_device_train_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.02
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.98
+    max_grad_norm: float = 1.0
+    bf16: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "max_steps", "per_device_train_batch_size", "gradient_accumulation_steps")
+        self._check_least(0, "warmup_steps", "weight_decay")
+        self._check_positive("learning_rate", "max_grad_norm")
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                raise SettingsError(f"`{name}` must be at least 0 and less than 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSettings(Settings):
+    """What a run leaves while it trains.
+
+    Attributes:
+        save_steps: Updates between checkpoints.
+        save_total_limit: Checkpoints to keep.
+        logging_steps: Updates between lines of the log.
+    """
+
+    group: ClassVar[str] = "checkpoints and log"
+
+    save_steps: int = 500
+    save_total_limit: int = 2
+    logging_steps: int = 10
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "save_total_limit", "logging_steps")
+        self._check_least(0, "save_steps")
+
+
+# fastcompress train
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainDataSettings(DataSettings):
+    """Data of the reference model.
+
+    Attributes:
+        dev: Manifest whose loss is logged.
+        cache: Keep features in memory.
+        encode_once: Run a frozen encoder once per utterance and keep its frames; needs --no-augment.
+    """
+
+    cache: bool = True
+    encode_once: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainModelSettings(Settings):
+    """Where the reference model comes from. By default a small model with random weights is made for the data.
+
+    Attributes:
+        model: Folder of a model or run to start from.
+        audio_model: Pretrained encoder, folder or name; needs --text-model.
+        text_model: Pretrained decoder, folder or name; needs --audio-model.
+        train_encoder: Train the encoder; by default if there is neither LoRA nor a pretrained encoder.
+    """
+
+    group: ClassVar[str] = "model"
+
+    model: Folder | None = None
+    audio_model: Model | None = None
+    text_model: Model | None = None
+    train_encoder: bool | None = None
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.audio_model is None) != (self.text_model is None):
+            given, missing = ("audio_model", "text_model")[:: 1 if self.text_model is None else -1]
+            raise SettingsError(f"`{given}` needs `{missing}`")
+        if self.model is not None and self.audio_model is not None:
+            raise SettingsError("`model` excludes `audio_model` and `text_model`")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCompressionSettings(CompressionSettings):
+    """Compression of the reference model.
+
+    Attributes:
+        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
+        reduce: What a segment becomes: mean, first, max, ...; by default the model's.
+        keys: What distances are taken between: frames or ctc; by default the model's.
+        boundary_ratio: Frames per token that learned boundaries aim at, in place of a rule.
+        boundary_kind: How boundaries are learned.
+    """
+
+    reduce: str | None = None
+    keys: str | None = None
+    boundary_ratio: float | None = None
+    boundary_kind: Literal["h-net", "cif"] = "h-net"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.boundary_ratio is None:
+            return
+        if not self.boundary_ratio > 1:
+            raise SettingsError(f"`boundary_ratio` must be more than 1, got {self.boundary_ratio}")
+        if self.rule not in (None, "none"):
+            raise SettingsError(f"`boundary_ratio` excludes `rule`, got {self.boundary_ratio} and {self.rule!r}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainLoraSettings(LoraSettings):
+    """LoRA of the reference model.
+
+    Attributes:
+        lora_rank: Rank of the adapter, which freezes all other weights; 0 trains the decoder in full.
+        merge: Write the final model with the adapter merged into the decoder.
+    """
+
+    lora_rank: int = 0
+    merge: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptimizationSettings(OptimizationSettings):
+    """Updates of the reference model.
+
+    Attributes:
+        warmup_steps: Updates in which the learning rate rises from 0; a cosine to --min-lr-rate follows.
+        min_lr_rate: Last learning rate, as a share of the highest.
+        projector_learning_rate: Highest learning rate of the projector; by default --learning-rate.
+        augment: SpecAugment: mask features, warp voices and tempos.
+    """
+
+    min_lr_rate: float = 0.03
+    projector_learning_rate: float | None = None
+    augment: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(0, "min_lr_rate", "projector_learning_rate")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainCheckpointSettings(CheckpointSettings):
+    """Checkpoints and log of the reference model.
+
+    Attributes:
+        save_steps: Updates between checkpoints, a multiple of --logging-steps; 0 writes only the last.
+        logging_steps: Updates between lines of log.csv.
+        eval_steps: Updates between losses on --dev, a multiple of --logging-steps; 0 computes only the last.
+    """
+
+    eval_steps: int = 0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(0, "eval_steps")
+        for name in ("save_steps", "eval_steps"):  # or a resumed run would log other means
+            if getattr(self, name) % self.logging_steps:
+                raise SettingsError(
+                    f"`{name}` must be a multiple of `logging_steps` ({self.logging_steps}), got {getattr(self, name)}"
+                )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainerSettings(TrainOptimizationSettings, TrainCheckpointSettings):
+    """Settings of :class:`fastcompress.training.trainer.Training`, which is given model and examples."""
+
+    def rate(self, step: int) -> float:
+        """Return the learning rate of a step, counted from 0, as a share of the highest."""
+        rising = min(1.0, (step + 1) / max(1, self.warmup_steps))
+        falling = 0.5 * (1 + math.cos(math.pi * min(1.0, step / self.max_steps)))
+        return rising * (falling * (1 - self.min_lr_rate) + self.min_lr_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings(
+    TrainDataSettings, TrainModelSettings, TrainCompressionSettings, TrainLoraSettings, TrainerSettings
+):
+    """Settings of ``fastcompress train``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.encode_once and self.augment:
+            raise SettingsError("`encode_once` excludes `augment`: frames that are kept cannot be augmented")
+
+
+# fastcompress finetune
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneDataSettings(DataSettings):
+    """Data of a stock audio LLM.
+
+    Attributes:
+        dev: Manifest that is scored at the end.
+        prompt: Instruction for utterances whose manifest line has no prompt.
+        max_new_tokens: Longest answer, in tokens, when --dev is scored.
+    """
+
+    max_seconds: float = 30.0
+    prompt: str = "Transcribe the audio."
+    max_new_tokens: int = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "max_new_tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneModelSettings(Settings):
+    """The stock audio LLM.
+
+    Attributes:
+        model: Folder or name of a stock audio LLM.
+        train_projector: Train the projector in full.
+    """
+
+    group: ClassVar[str] = "model"
+
+    model: Model
+    train_projector: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.model:
+            raise SettingsError("`model` is missing")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCompressionSettings(CompressionSettings):
+    """Compression of a stock audio LLM.
+
+    Attributes:
+        rule: Compression rule, such as uniform:3 or local-max.
+        mode: dynamic, or budget for engines that count audio tokens before they encode.
+        before_projector: Pool the encoder's frames instead of the projector's.
+    """
+
+    rule: RuleText = "uniform:3"
+    mode: Literal["dynamic", "budget"] = "dynamic"
+    before_projector: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneOptimizationSettings(OptimizationSettings):
+    """Updates of a stock audio LLM, with the values of ``transformers.TrainingArguments`` where the paper has none.
+
+    Attributes:
+        bf16: Keep frozen weights and compute in bfloat16. Trained weights and AdamW's moments are in fp32 either way.
+    """
+
+    per_device_train_batch_size: int = 4
+    gradient_accumulation_steps: int = 4
+    learning_rate: float = 1e-4
+    warmup_steps: int = 50
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    bf16: bool = True
+    gradient_checkpointing: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneCheckpointSettings(CheckpointSettings):
+    """Checkpoints and log of a stock audio LLM."""
+
+    save_steps: int = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneSettings(
+    FinetuneDataSettings,
+    FinetuneModelSettings,
+    FinetuneCompressionSettings,
+    LoraSettings,
+    FinetuneOptimizationSettings,
+    FinetuneCheckpointSettings,
+):
+    """Settings of ``fastcompress finetune``."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_least(1, "lora_rank", "save_steps")

@@ -3,6 +3,12 @@
 from tests.support.skips import only_on_the_cpu, skip_without
 
 pytest_pycollect_makemodule = skip_without(
-    "accelerate", "av", "transformers", "soundfile", "soxr", files=("test_lalm.py", "test_lalm_errors.py")
+    "accelerate",
+    "av",
+    "jsonargparse",
+    "transformers",
+    "soundfile",
+    "soxr",
+    files=("test_lalm.py", "test_lalm_errors.py", "test_settings.py"),
 )
 pytest_itemcollected = only_on_the_cpu

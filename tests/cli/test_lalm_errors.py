@@ -42,9 +42,9 @@ def test_a_device_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[st
 
 
 def test_parts_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    arguments = ["train", str(tmp_path / "run"), "--train", str(data / "train.jsonl")]
+    arguments = ["train", "--output-dir", str(tmp_path / "run"), "--data", str(data / "train.jsonl")]
     error = fails([*arguments, "--audio-model", "./nope", "--text-model", "./no-text"], capsys)
-    assert "audio_model ./nope, text_model ./no-text: cannot be loaded" in error
+    assert "--audio-model ./nope, --text-model ./no-text: cannot be loaded" in error
     assert not (tmp_path / "run").exists()
 
 
@@ -100,11 +100,10 @@ def test_phones_that_the_model_lacks(data: Path, tmp_path: Path, capsys: pytest.
     lines = [json.loads(line) for line in (data / "train.jsonl").read_text().splitlines()]
     lines[-1]["phones"] = "low xx"
     (data / "other.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    error = fails(
-        ["train", str(tmp_path / "run"), "--train", str(data / "other.jsonl"), "--model", str(data / "model")], capsys
-    )
-    assert "phone 'xx' is none of those of the model" in error
-    with pytest.raises(ManifestError, match="phone '.*' is none"):
+    arguments = ["--data", str(data / "other.jsonl"), "--model", str(data / "model")]
+    error = fails(["train", "--output-dir", str(tmp_path / "run"), *arguments], capsys)
+    assert "the model has no phone 'xx'" in error
+    with pytest.raises(ManifestError, match="the model has no phone"):
         Examples(read_manifest(data / "train.jsonl"), None, phones=["x"])
 
 

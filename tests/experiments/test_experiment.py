@@ -18,7 +18,8 @@ from fastcompress.lalm.loading import load_model
 from fastcompress.lalm.lora import add_lora
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import read_manifest
-from fastcompress.training.trainer import Training, TrainingArguments
+from fastcompress.training.settings import TrainerSettings
+from fastcompress.training.trainer import Training
 from tests.support.lalm_data import write_tones
 
 pytestmark = [
@@ -128,9 +129,11 @@ def test_methods_on_the_shipped_model(method: Compression, tmp_path: Path):
     assert (tokens < lengths).all() and tokens.sum() > 0 and torch.equal(frames, before)
     head = model.ctc_head.weight.clone()
     model = add_lora(model, rank=4)
-    arguments = TrainingArguments(steps=2, batch_size=4, augment=False, save_every=0, log_every=1, warmup_steps=0)
+    settings = TrainerSettings(
+        max_steps=2, per_device_train_batch_size=4, augment=False, save_steps=0, logging_steps=1, warmup_steps=0
+    )
     rows: list[dict[str, float]] = []
-    Training(model, examples, arguments, tmp_path).run(lambda step, row: rows.append(row))
+    Training(model, examples, settings, tmp_path).run(lambda step, row: rows.append(row))
     assert len(rows) == 2 and all(0 < row["grad_norm"] < float("inf") for row in rows)
     assert 0 < rows[0]["audio_tokens"] < rows[0]["audio_frames"] == lengths.sum()
     changed = {name for name, p in model.named_parameters() if p.requires_grad}

@@ -108,19 +108,17 @@ def rule(data: bytes) -> None:
 
 
 def settings(data: bytes) -> None:
-    import yaml
-
-    from fastcompress.lalm.loading import RunError
-    from fastcompress.training.settings import RunSettings, read_settings
+    from fastcompress.training.parsing import RECORD, read_settings, write_record
+    from fastcompress.training.settings import SettingsError, TrainSettings
 
     with file(data, "run.yaml") as path:
         try:
-            found = RunSettings.from_flat(read_settings(path))
-        except RunError as error:
+            found = read_settings(TrainSettings, path)
+        except SettingsError as error:
             assert "\n" not in str(error), error
             return
-        path.write_text(yaml.safe_dump(found.to_flat(), sort_keys=False), encoding="utf-8")
-        assert RunSettings.from_flat(read_settings(path)) == found
+        write_record(found, path.parent)
+        assert read_settings(TrainSettings, path.with_name(RECORD)) == found
 
 
 def checkpoint(data: bytes) -> None:

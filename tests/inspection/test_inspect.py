@@ -194,7 +194,7 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
         (["a.wav", "--rule", "foo"], "unknown rule 'foo'; the rules are "),
         (["a.wav", "--rule", "uniform:0"], "size must be at least 1, got 0"),
         (["a.wav", "--rule", "local-max:size=3"], "has no field 'size'"),
-        ([SPEECH, "--rule", "label-change"], "label-change needs a label a frame, which an audio file does not give"),
+        ([SPEECH, "--rule", "label-change"], "label-change needs a label per frame, which an audio file does not have"),
         (["a.wav", "--start", "-1"], "argument --start: '-1' is not a time in seconds"),
         (["a.wav", "--start", "soon"], "argument --start: 'soon' is not a time in seconds"),
         (["a.wav", "--seconds", "0"], "argument --seconds: must be more than 0 seconds"),

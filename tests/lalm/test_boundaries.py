@@ -13,13 +13,13 @@ import torch
 import fastcompress as fc
 from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
-from fastcompress.lalm.loading import RunError, _load_adapter, load_model, set_compression
+from fastcompress.lalm.loading import _load_adapter, load_model, set_compression
 from fastcompress.lalm.lora import add_lora
 from fastcompress.training import logs
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.runs import Run
-from fastcompress.training.settings import RunSettings
+from fastcompress.training.settings import SettingsError, TrainSettings
 from tests.lalm.test_model import batch, build
 from tests.support.lalm_data import write_tones
 
@@ -98,7 +98,7 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
     assert torch.equal(again.compressor.weight.weight, model.compressor.weight.weight)
     written = model.generate(**inputs, max_new_tokens=3)
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
-    with pytest.raises(ValueError, match="boundary_kind must be one of h-net, cif, got 'cnn'"):
+    with pytest.raises(ValueError, match="`boundary_kind` must be one of h-net, cif, got 'cnn'"):
         FastCompressConfig(boundary_kind="cnn")
 
 
@@ -234,18 +234,24 @@ def test_labels_of_the_ctc_head_as_boundaries():
 def test_training_from_the_command_s_settings(tmp_path: Path):
     """From nothing, then LoRA for another model's boundaries: both are found again when the run is loaded."""
     train = write_tones(tmp_path, 16, texts=2)
-    common = {"train": str(train), "batch_size": 4, "save_every": 0, "log_every": 1, "augment": False}
-    settings = {"boundary_ratio": 2.5, "steps": 4, "accumulate": 2, **common}
-    run = Run(tmp_path / "run", RunSettings.from_flat(settings), say=lambda text: None)
+    common = {
+        "data": str(train),
+        "per_device_train_batch_size": 4,
+        "save_steps": 0,
+        "logging_steps": 1,
+        "augment": False,
+    }
+    settings = {"boundary_ratio": 2.5, "max_steps": 4, "gradient_accumulation_steps": 2, **common}
+    run = Run(TrainSettings(output_dir=str(tmp_path / "run"), **settings), say=lambda text: None)
     run.train()
     model, processor = load_model(tmp_path / "run")
     assert model.compressor.ratio == 2.5 and not torch.equal(model.compressor.key.weight, torch.eye(128))
     rows = logs.read(tmp_path / "run" / "log.csv")
     assert all(row["loss"] > row["lm_loss"] + row["ctc_loss"] for row in rows)
-    settings = {"rule": "none", "steps": 2, **common}
-    Run(tmp_path / "base", RunSettings.from_flat(settings), say=lambda text: None).train()
-    settings = {"model": str(tmp_path / "base"), "boundary_ratio": 3.0, "lora_rank": 4, "steps": 3, **common}
-    Run(tmp_path / "lora", RunSettings.from_flat(settings), say=lambda text: None).train()
+    settings = {"rule": "none", "max_steps": 2, **common}
+    Run(TrainSettings(output_dir=str(tmp_path / "base"), **settings), say=lambda text: None).train()
+    settings = {"model": str(tmp_path / "base"), "boundary_ratio": 3.0, "lora_rank": 4, "max_steps": 3, **common}
+    Run(TrainSettings(output_dir=str(tmp_path / "lora"), **settings), say=lambda text: None).train()
     tuned, processor = load_model(tmp_path / "lora")
     inputs = Examples(read_manifest(train), processor).batch([0, 1], targets=False)
     base = tuned.get_base_model()
@@ -253,14 +259,14 @@ def test_training_from_the_command_s_settings(tmp_path: Path):
     assert len(trained) == 2 and not torch.equal(trained[0], torch.eye(128))
     assert tuned.generate(**inputs, max_new_tokens=3).shape[0] == 2
     for more in ({}, {"lora_rank": 4}):  # of learned boundaries
-        settings = {"model": str(tmp_path / "run"), "rule": "none", "steps": 1, **common, **more}
+        settings = {"model": str(tmp_path / "run"), "rule": "none", "max_steps": 1, **common, **more}
         folder = tmp_path / f"none-{len(more)}"
-        Run(folder, RunSettings.from_flat(settings), say=lambda text: None).train()
+        Run(TrainSettings(output_dir=str(folder), **settings), say=lambda text: None).train()
         assert unwrap(load_model(folder)[0]).compression == "none"
     for wrong, text in (
-        ({"boundary_ratio": 1.0}, "boundary_ratio must be more than 1, got 1.0"),
-        ({"boundary_kind": "cnn"}, "boundary_kind must be one of h-net, cif, got 'cnn'"),
-        ({"boundary_ratio": 2.0, "rule": "local-max"}, "boundary_ratio excludes a rule, got 2.0 and 'local-max'"),
+        ({"boundary_ratio": 1.0}, "`boundary_ratio` must be more than 1, got 1.0"),
+        ({"boundary_kind": "cnn"}, "`boundary_kind` must be one of h-net, cif, got 'cnn'"),
+        ({"boundary_ratio": 2.0, "rule": "local-max"}, "`boundary_ratio` excludes `rule`, got 2.0 and 'local-max'"),
     ):
-        with pytest.raises(RunError, match=re.escape(text)):
-            RunSettings.from_flat(wrong | common)
+        with pytest.raises(SettingsError, match=re.escape(text)):
+            TrainSettings(output_dir="run", **(wrong | common))

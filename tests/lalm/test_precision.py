@@ -18,7 +18,7 @@ from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_tokenizer
 from fastcompress.training.runs import Run
-from fastcompress.training.settings import RunSettings
+from fastcompress.training.settings import TrainSettings
 from tests.lalm.test_model import TEXT, WHISPER, batch, build
 from tests.support.lalm_data import write_tones
 
@@ -48,18 +48,19 @@ def one_precision() -> Iterator[None]:
     AcceleratorState._reset_state()
 
 
-def settings(folder: Path, **more: Any) -> RunSettings:
-    values = {
-        "train": str(folder / "train.jsonl"),
+def settings(folder: Path, run: Path, **more: Any) -> TrainSettings:
+    values: dict[str, Any] = {
+        "output_dir": str(run),
+        "data": str(folder / "train.jsonl"),
         "audio_model": str(folder / "audio"),
         "text_model": str(folder / "text"),
-        "steps": 3,
-        "batch_size": 2,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
         "warmup_steps": 0,
-        "log_every": 1,
-        "save_every": 0,
+        "logging_steps": 1,
+        "save_steps": 0,
     }
-    return RunSettings.from_flat(values | more)
+    return TrainSettings(**(values | more))
 
 
 @pytest.mark.usefixtures("one_precision")
@@ -67,8 +68,10 @@ def settings(folder: Path, **more: Any) -> RunSettings:
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_what_is_trained_is_in_fp32(pretrained: Path, tmp_path: Path, precision: str, rank: int, train_encoder: bool):
-    chosen = settings(pretrained, precision=precision, lora_rank=rank, train_encoder=train_encoder)
-    run = Run(tmp_path / "run", chosen, say=lambda text: None)
+    chosen = settings(
+        pretrained, tmp_path / "run", bf16=precision == "bf16", lora_rank=rank, train_encoder=train_encoder
+    )
+    run = Run(chosen, say=lambda text: None)
     run.train()
     assert {p.dtype for p in run.training.trained.values()} == {torch.float32}
     state = run.training.optimizer.state_dict()["state"].values()

@@ -69,7 +69,8 @@ def test_qwen2_audio_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("transformers")
     peft = pytest.importorskip("peft")
     example = load("qwen2_audio_lora")
-    losses = example.main(["--tiny", "--steps", "6", "--batch-size", "2", "--out", str(tmp_path / "adapter")])
+    sizes = ["--max-steps", "6", "--per-device-train-batch-size", "2"]
+    losses = example.main(["--tiny", *sizes, "--output-dir", str(tmp_path / "adapter")])
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
     assert "62 rows became 30" in capsys.readouterr().out  # 2 x (25 + 6), and 9 tokens for 25
 

@@ -1,4 +1,4 @@
-"""Commands as one types them, in this process."""
+"""Run commands as a user types them, in this process."""
 
 from __future__ import annotations
 
@@ -7,8 +7,17 @@ import pytest
 from fastcompress.cli import main as cli
 
 
+def flags(**options: object) -> list[str]:
+    """Options as flags: ``bf16=False`` is ``--no-bf16``."""
+    found = []
+    for name, value in options.items():
+        name = name.replace("_", "-")
+        found.append(f"--{'' if value else 'no-'}{name}" if isinstance(value, bool) else f"--{name}={value}")
+    return found
+
+
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """The one line in which a command says why it does not go on."""
+    """Run a command that fails and return its one line of error."""
     capsys.readouterr()
     assert cli.main(arguments) == code
     error = capsys.readouterr().err

@@ -2,5 +2,7 @@
 
 from tests.support.skips import only_on_the_cpu, skip_without
 
-pytest_pycollect_makemodule = skip_without("av", "accelerate", "jiwer", "peft", "soundfile", "transformers", "yaml")
+pytest_pycollect_makemodule = skip_without(
+    "accelerate", "av", "jiwer", "jsonargparse", "peft", "soundfile", "transformers", "yaml"
+)
 pytest_itemcollected = only_on_the_cpu

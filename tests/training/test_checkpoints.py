@@ -172,7 +172,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit
     limit(resource.RLIM_INFINITY)
     message = str(caught.value)
     assert "step-00000002: cannot be written (" in message and "\n" not in message
-    assert message.endswith(f"the last whole one is {tmp_path / 'step-00000001'}")
+    assert message.endswith(f"the last whole checkpoint is {tmp_path / 'step-00000001'}")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
     save(tmp_path, 2)  # there is room again
@@ -205,7 +205,7 @@ for left in (0, 4, 100, 160, 300, 472, "files"):  # KiB, of the 480 that a check
     else:
         sys.exit(f"there was room: {left}")
     assert "step-00000002: cannot be written (" in message and "No space left on device" in message, (left, message)
-    assert message.endswith(f"the last whole one is {folder / 'step-00000001'}"), (left, message)
+    assert message.endswith(f"the last whole checkpoint is {folder / 'step-00000001'}"), (left, message)
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, left
     for path in filler.iterdir():
         path.unlink()

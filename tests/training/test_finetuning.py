@@ -17,9 +17,12 @@ from fastcompress.cli import main as cli
 from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
 from fastcompress.training import finetuning
 from fastcompress.training.manifest import read_manifest
+from fastcompress.training.parsing import read_record
+from fastcompress.training.settings import FinetuneSettings
 from tests.integrations.test_apply import Gate
 from tests.integrations.test_dynamic import GREEDY, batch, grads, largest, make
 from tests.support import ROOT, audio_llms
+from tests.support.command_line import flags
 from tests.support.lalm_data import write_tones
 
 NAMES = tuple(audio_llms.FAMILIES)
@@ -254,18 +257,28 @@ def stock(tmp_path_factory) -> Path:
 
 def arguments(stock: Path, name: str, out: Path, **more) -> list[str]:
     options = {
-        "model": stock / name, "data": stock / "train.jsonl", "out": out, "steps": 4, "batch_size": 2, "accumulate": 2,
-        "learning_rate": 0.02, "precision": "fp32", "save_every": 2, "log_every": 1, "max_new_tokens": 5,
-        "prompt": "write what you hear", "lora_rank": 4,
-    } | more  # fmt: skip
-    return ["finetune", *(f"--{key.replace('_', '-')}={value}" for key, value in options.items())]
+        "model": stock / name,
+        "data": stock / "train.jsonl",
+        "output_dir": out,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "learning_rate": 0.02,
+        "bf16": False,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "max_new_tokens": 5,
+        "prompt": "write what you hear",
+        "lora_rank": 4,
+    } | more
+    return ["finetune", *flags(**options)]
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "budget"])
 @pytest.mark.parametrize("name", ["qwen2_audio", "audioflamingo3"])
 def test_finetune(stock, name, mode, tmp_path, capsys):
     out = tmp_path / "run"
-    line = arguments(stock, name, out, mode=mode, dev=stock / "dev.jsonl", warmup_steps=1, steps=6)
+    line = arguments(stock, name, out, mode=mode, dev=stock / "dev.jsonl", warmup_steps=1, max_steps=6)
     assert cli.main(line) == 0, capsys.readouterr().err
     record = json.loads((out / "finetune.json").read_text())
     losses = dict(record["losses"])
@@ -274,7 +287,7 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
     assert scores["utterances"] == 4 and 0 <= scores["cer"] and 7 < scores["tokens_per_second"] < 11  # 25 / 3
     assert "dev:" in capsys.readouterr().out
     model, processor = finetuning.load(str(stock / name), torch.float32)
-    apply_to(model, record["settings"]["rule"], mode)
+    apply_to(model, read_record(FinetuneSettings, out).rule, mode)
     trained = peft.PeftModel.from_pretrained(model, out / "adapter")
     names = [n for n, p in trained.named_parameters() if "lora_B" in n]
     assert len(names) == 14 and all("language_model" in n for n in names)
@@ -288,9 +301,9 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
 def test_finetune_goes_on(stock, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main(arguments(stock, "qwen2_audio", whole)) == 0
-    assert cli.main(arguments(stock, "qwen2_audio", cut, steps=4)) == 0
+    assert cli.main(arguments(stock, "qwen2_audio", cut, max_steps=4)) == 0
     assert cli.main(arguments(stock, "qwen2_audio", cut)) == 2
-    assert "holds a run already: resume it, or choose another folder" in capsys.readouterr().err
+    assert "holds a run already; resume it, or choose another folder" in capsys.readouterr().err
     for path in (cut / "checkpoint-4").iterdir():
         path.unlink()
     (cut / "checkpoint-4").rmdir()
@@ -306,29 +319,29 @@ def test_finetune_reads_what_can_be_read(stock, tmp_path, capsys):
     missing = json.dumps({"audio_filepath": "audio/nowhere.wav", "text": "low"})
     bad = json.dumps({"audio_filepath": "audio/damaged.wav", "text": "low"})
     (stock / "mixed.jsonl").write_text("\n".join([*lines[:3], missing, bad]))
-    assert cli.main(arguments(stock, "qwen2_audio", tmp_path / "run", data=stock / "mixed.jsonl", steps=1)) == 0
+    assert cli.main(arguments(stock, "qwen2_audio", tmp_path / "run", data=stock / "mixed.jsonl", max_steps=1)) == 0
     assert "skipped 2 utterances" in capsys.readouterr().out
     for more, text in (
         ({"data": stock / "none.jsonl"}, "no such file"),
         ({"model": stock}, "config"),
         ({"rule": "uniform:0"}, "size must be at least 1, got 0"),
-        ({"precision": "fp8"}, "precision must be bf16 or fp32, got 'fp8'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
+        ({"max_steps": 0}, "--max-steps must be at least 1, got 0"),
+        ({"save_steps": 0}, "--save-steps must be at least 1, got 0"),
         ({"mode": "budget", "rule": "local-max"}, "budget mode needs a rule"),
-        ({"learning_rate": -1.0}, "learning_rate must be positive"),
+        ({"learning_rate": -1.0}, "--learning-rate must be more than 0, got -1.0"),
     ):
         assert cli.main(arguments(stock, "qwen2_audio", tmp_path / "other", **more)) == 2
         assert text in capsys.readouterr().err, more
     (stock / "only.jsonl").write_text(missing)
     assert cli.main(arguments(stock, "qwen2_audio", tmp_path / "other", data=stock / "only.jsonl")) == 2
-    assert "no utterance is left that can be used" in capsys.readouterr().err
+    assert "has no usable utterance" in capsys.readouterr().err
 
 
 def test_finetune_says_what_it_takes(stock, tmp_path, capsys):
     line = arguments(stock, "audioflamingo3", tmp_path / "run")
     assert cli.main([*line, "--dry-run"]) == 0
     assert "billion parameters" in capsys.readouterr().out and not (tmp_path / "run").exists()
-    settings = finetuning.Finetuning(str(stock / "audioflamingo3"), "", "", lora_rank=4, precision="fp32")
+    settings = FinetuneSettings(model=str(stock / "audioflamingo3"), data="x", output_dir="x", lora_rank=4, bf16=False)
     found = finetuning.memory(settings)
     model, _ = finetuning.load(settings.model, torch.float32)
     apply_to(model, settings.rule)
@@ -378,12 +391,12 @@ def one_precision():
 @pytest.mark.parametrize("name", ["qwen2_audio", "audioflamingo3"])
 def test_finetune_in_bf16_trains_in_fp32(stock, name, tmp_path, capsys, one_precision):
     out = tmp_path / "run"
-    line = arguments(stock, name, out, precision="bf16", dev=stock / "dev.jsonl")
+    line = arguments(stock, name, out, bf16=True, dev=stock / "dev.jsonl")
     assert cli.main(line) == 0, capsys.readouterr().err
     state = torch.load(out / "checkpoint-4" / "optimizer.pt", weights_only=True)["state"].values()
     assert len(state) > 14 and {s[key].dtype for s in state for key in ("exp_avg", "exp_avg_sq")} == {torch.float32}
     assert json.loads((out / "finetune.json").read_text())["scores"]["utterances"] == 4
-    settings = finetuning.Finetuning(str(stock / name), "", "", lora_rank=4)
+    settings = FinetuneSettings(model=str(stock / name), data="x", output_dir="x", lora_rank=4)
     found = finetuning.memory(settings)
     assert found["training_bytes"] == 12 * found["trained"]
     model, _ = finetuning.load(settings.model, torch.bfloat16)

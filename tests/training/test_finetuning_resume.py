@@ -8,9 +8,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import yaml
 
 from fastcompress.cli import main as cli
 from tests.support import audio_llms
+from tests.support.command_line import flags
 from tests.support.lalm_data import write_tones
 
 
@@ -27,11 +29,20 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def arguments(out: Path, **more: object) -> list[str]:
     options = {
-        "model": out.parent / "model", "data": out.parent / "train.jsonl", "out": out, "steps": 4, "batch_size": 2,
-        "accumulate": 1, "learning_rate": 0.02, "precision": "fp32", "save_every": 2, "log_every": 1, "lora_rank": 4,
+        "model": out.parent / "model",
+        "data": out.parent / "train.jsonl",
+        "output_dir": out,
+        "max_steps": 4,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 0.02,
+        "bf16": False,
+        "save_steps": 2,
+        "logging_steps": 1,
+        "lora_rank": 4,
         "prompt": "write",
-    } | more  # fmt: skip
-    return ["finetune", *(f"--{key.replace('_', '-')}={value}" for key, value in options.items())]
+    } | more
+    return ["finetune", *flags(**options)]
 
 
 def empty(checkpoint: Path) -> None:
@@ -63,14 +74,11 @@ def test_the_newest_whole_checkpoint_is_taken(broken: str, run: Path, capsys: py
     out = run.parent / "cut"
     shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out)
-    (out / "finetune.json").write_text(
-        json.dumps({"settings": json.loads((run / "finetune.json").read_text())["settings"] | {"out": str(out)}})
-    )
     BROKEN[broken](out / "checkpoint-4")
     capsys.readouterr()
     assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert f"{out / 'checkpoint-4'} is not whole" in said and "going on after step 2 of 4" in said
+    assert f"{out / 'checkpoint-4'} is not whole" in said and "resuming after step 2 of 4" in said
     losses = [json.loads((folder / "finetune.json").read_text())["losses"] for folder in (run, out)]
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
@@ -80,18 +88,21 @@ def test_no_whole_checkpoint_is_a_start(run: Path, capsys: pytest.CaptureFixture
     (out / "checkpoint-2").mkdir(parents=True)
     assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
-    assert "checkpoint-2 is not whole" in said and "going on" not in said
+    assert "checkpoint-2 is not whole" in said and "resuming" not in said
     assert (out / "checkpoint-4" / "trainer_state.json").is_file()
 
 
 def test_a_run_goes_on_as_it_began(run: Path, capsys: pytest.CaptureFixture[str]):
-    kept = (run / "finetune.json").read_text()
-    other = ({"rule": "uniform:5"}, "rule is 'uniform:3', not 'uniform:5'"), ({"steps": 8}, "steps is 4, not 8")
+    kept = (run / "run.yaml").read_text()
+    other = (
+        ({"rule": "uniform:5"}, "--rule of this run is 'uniform:3', got 'uniform:5'; resume with the same settings"),
+        ({"max_steps": 8}, "--max-steps of this run is 4, got 8"),
+    )
     for more, text in other:
         assert cli.main([*arguments(run, **more), "--resume"]) == 2
         error = capsys.readouterr().err
         assert text in error and error.count("\n") == 1
-    assert (run / "finetune.json").read_text() == kept
+    assert (run / "run.yaml").read_text() == kept
 
 
 def test_settings_are_there_from_the_start(run: Path, monkeypatch: pytest.MonkeyPatch):
@@ -103,4 +114,4 @@ def test_settings_are_there_from_the_start(run: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr(transformers.Trainer, "train", killed)
     out = run.parent / "killed"
     assert cli.main(arguments(out)) == 130
-    assert json.loads((out / "finetune.json").read_text())["settings"]["lora_rank"] == 4
+    assert yaml.safe_load((out / "run.yaml").read_text())["lora_rank"] == 4

@@ -68,7 +68,7 @@ def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
         ({"text": "a", "offset": 10**400}, "offset must be a number of seconds, got 1000"),
         ({"text": "a", "duration": 1e300}, "duration must be a number of seconds, got 1e+300"),
         ({"audio_filepath": "a\0", "text": "a"}, r"audio_filepath must be a path, got 'a\x00'"),
-        ({"text": "\ud800"}, r"holds '\ud800', which is no character"),
+        ({"text": "\ud800"}, r"holds '\ud800', which is not a character"),
         ("[" * 100_000, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:30],
@@ -87,7 +87,7 @@ def test_a_name_that_is_too_long_is_skipped(tmp_path: Path):
 @pytest.mark.parametrize(
     "line, reason",
     [
-        ("{nonsense", ":2: no JSON (Expecting property name enclosed in double quotes at column 2)"),
+        ("{nonsense", ":2: not JSON (Expecting property name enclosed in double quotes at column 2)"),
         ("[1, 2]", ":2: must be an object, got list"),
         ({"audio_filepath": "x.wav"}, ":2: has neither text nor target"),
         ({"audio_filepath": "x.wav", "text": ""}, ":2: has neither text nor target"),
@@ -107,7 +107,7 @@ def test_lines_that_are_wrong(line: Any, reason: str, tmp_path: Path):
 def test_manifests_that_cannot_be_read(tmp_path: Path):
     with pytest.raises(ManifestError, match="no such file"):
         read_manifest(tmp_path / "none.jsonl")
-    with pytest.raises(ManifestError, match="holds no utterance"):
+    with pytest.raises(ManifestError, match="has no utterance"):
         read_manifest(write_lines(tmp_path, "", "  "))
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "\xfc"}')
     with pytest.raises(ManifestError, match="latin.jsonl: 'utf-8' codec"):

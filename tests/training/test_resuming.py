@@ -18,7 +18,8 @@ from fastcompress.training import checkpoints
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_tokenizer
-from fastcompress.training.trainer import Training, TrainingArguments
+from fastcompress.training.settings import TrainerSettings
+from fastcompress.training.trainer import Training
 from tests.support.lalm_data import write_tones
 
 pytestmark = [
@@ -63,9 +64,11 @@ def training(kind: str, folder: Path, **values: Any) -> Training:
     )
     torch.manual_seed(0)
     config = FastCompressConfig(audio, text, audio_token_id=processor.audio_token_id, train_encoder=True)
-    arguments = TrainingArguments(**({"steps": 6, "batch_size": 4, "log_every": 1, "save_every": 3} | values))
+    settings = TrainerSettings(
+        **({"max_steps": 6, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 3} | values)
+    )
     model = FastCompressForConditionalGeneration(config)
-    return Training(model, Examples(utterances, processor), arguments, folder)
+    return Training(model, Examples(utterances, processor), settings, folder)
 
 
 def steps(run: Training, count: int) -> list[float]:
@@ -112,7 +115,7 @@ def test_statistics_that_a_checkpoint_lacks(tmp_path: Path):
 def test_frozen_statistics_are_not_saved(tmp_path: Path):
     run = training("parakeet", tmp_path / "run")
     run.model.train_encoder(False)
-    frozen = Training(run.model, run.examples, run.arguments, tmp_path / "frozen")
+    frozen = Training(run.model, run.examples, run.settings, tmp_path / "frozen")
     assert run.buffers and not frozen.buffers
 
 

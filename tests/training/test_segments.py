@@ -104,6 +104,6 @@ def test_a_written_manifest_means_the_same_files(tmp_path: Path, monkeypatch: py
 
 def test_samples_are_not_written(tmp_path: Path):
     u = Utterance(None, "hello", "hello", samples=(np.zeros(RATE, np.float32), RATE))
-    with pytest.raises(ManifestError, match="m.jsonl: the utterance 'hello' has samples, which no manifest"):
+    with pytest.raises(ManifestError, match="m.jsonl: the utterance 'hello' has samples, which a manifest"):
         write_manifest(tmp_path / "m.jsonl", [u])
     assert not (tmp_path / "m.jsonl").exists()

@@ -20,13 +20,13 @@ from accelerate.state import AcceleratorState
 from fastcompress import files
 from fastcompress.lalm.loading import RunError, load_model
 from fastcompress.training import checkpoints, logs
-from fastcompress.training.batches import BatchPlan
 from fastcompress.training.checkpoints import CheckpointError
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import read_manifest
+from fastcompress.training.parsing import read_record
 from fastcompress.training.runs import Run
-from fastcompress.training.settings import RunSettings
-from fastcompress.training.trainer import Training, TrainingArguments, TrainingStopped
+from fastcompress.training.settings import SettingsError, TrainerSettings, TrainSettings
+from fastcompress.training.trainer import Training, TrainingStopped
 from tests.support import ROOT
 from tests.support.lalm_data import write_tones
 from tests.support.slow import some
@@ -52,9 +52,16 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def settings(data: Path, **values: Any) -> RunSettings:
-    small = {"train": str(data / "train.jsonl"), "steps": 8, "batch_size": 4, "log_every": 1, "save_every": 3}
-    return RunSettings.from_flat(small | values)
+def settings(data: Path, run: Path, **values: Any) -> TrainSettings:
+    small = {
+        "output_dir": str(run),
+        "data": str(data / "train.jsonl"),
+        "max_steps": 8,
+        "per_device_train_batch_size": 4,
+        "logging_steps": 1,
+        "save_steps": 3,
+    }
+    return TrainSettings(**(small | values))
 
 
 def losses(folder: Path) -> list[float]:
@@ -66,7 +73,7 @@ def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """An uninterrupted run."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run") / "whole"
-    Run(folder, settings(data, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
+    Run(settings(data, folder, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
     return folder
 
 
@@ -84,15 +91,17 @@ def test_a_run_says_what_it_was(trained: Path, data: Path):
 
 
 def test_the_same_settings_give_the_same_run(trained: Path, data: Path, tmp_path: Path):
-    Run(tmp_path / "again", settings(data, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
+    Run(settings(data, tmp_path / "again", dev=str(data / "dev.jsonl")), say=lambda text: None).train()
     assert losses(tmp_path / "again") == losses(trained)
-    other = settings(data, seed=1)
-    Run(tmp_path / "other", other, say=lambda text: None).train()
+    other = settings(data, tmp_path / "other", seed=1)
+    Run(other, say=lambda text: None).train()
     assert losses(tmp_path / "other")[0] != losses(trained)[0]
 
 
 def test_training_learns(data: Path, tmp_path: Path):
-    Run(tmp_path / "run", settings(data, steps=40, learning_rate=3e-3, warmup_steps=5), say=lambda text: None).train()
+    Run(
+        settings(data, tmp_path / "run", max_steps=40, learning_rate=3e-3, warmup_steps=5), say=lambda text: None
+    ).train()
     found = losses(tmp_path / "run")
     assert sum(found[-5:]) < 0.6 * sum(found[:5])
 
@@ -102,8 +111,8 @@ def test_training_learns(data: Path, tmp_path: Path):
 
 def command(folder: Path, data: Path, *more: str) -> list[str]:
     return [
-        sys.executable, "-m", "fastcompress", "train", str(folder), "--train", str(data / "train.jsonl"),
-        "--threads", "1", "--batch-size", "4", "--log-every", "1", "--save-every", "3", *more,
+        sys.executable, "-m", "fastcompress", "train", "--output-dir", str(folder), "--data", str(data / "train.jsonl"),
+        "--threads", "1", "--per-device-train-batch-size", "4", "--logging-steps", "1", "--save-steps", "3", *more,
     ]  # fmt: skip
 
 
@@ -115,7 +124,7 @@ def environment(**more: str) -> dict[str, str]:
 def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     """``kill -9`` at a step, in the middle of a checkpoint, in the middle of the result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = ["--steps", "8"]
+    steps = ["--max-steps", "8"]
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
     # The process kills itself, at a place that no signal from outside could hit for sure.
     places = {
@@ -135,7 +144,7 @@ def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     assert (len(found) > 0) == (when != "writing a checkpoint")
     again = subprocess.run(command(killed, data, *steps, "--resume"), env=environment(), capture_output=True, text=True)
     assert again.returncode == 0, again.stderr
-    assert "going on after step" in again.stdout
+    assert "resuming after step" in again.stdout
     assert losses(killed) == losses(whole)
     a, b = ((f / "final" / "model.safetensors").read_bytes() for f in (killed, whole))
     assert a == b
@@ -168,7 +177,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(seed: int, data: Path, tmp_path: Path):
     """From outside, again and again until it is through: the losses are those of a run that was left alone."""
-    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", ["--steps", "30"]
+    whole, killed, steps = tmp_path / "whole", tmp_path / "killed", ["--max-steps", "30"]
     begin = time.monotonic()
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
     took = time.monotonic() - begin
@@ -226,7 +235,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
 
 
 def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
-    run = Run(tmp_path / "run", settings(data), say=lambda text: None)
+    run = Run(settings(data, tmp_path / "run"), say=lambda text: None)
     good = run.training.update
     model = run.training.model
 
@@ -242,7 +251,7 @@ def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
         run.train()
     assert [p.name for p in checkpoints.found(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
     # What was learnt until then can be used.
-    again = Run(tmp_path / "run", None, resume=True, say=lambda text: None)
+    again = Run(read_record(TrainSettings, tmp_path / "run"), resume=True, say=lambda text: None)
     assert again.training.step == 3 and again.training.model.projector.weight.isfinite().all()
     again.train()
     assert len(losses(tmp_path / "run")) == 8
@@ -251,44 +260,43 @@ def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
 @pytest.mark.parametrize(
     "values, message",
     [
-        ({"train": ""}, "train is missing"),
-        ({"nonsense": 1}, "unknown setting 'nonsense'; known are "),
-        ({"rule": "nonsense"}, "rule: unknown rule 'nonsense'"),
-        ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"precision": "fp8"}, "precision must be fp32 or bf16, got 'fp8'"),
-        ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
-        ({"audio_model": "a"}, "audio_model and text_model go together"),
-        ({"audio_model": "a", "text_model": "b", "model": "c"}, "model excludes audio_model and text_model"),
-        ({"lora_rank": -1}, "lora_rank must not be negative"),
-        ({"save_every": 5, "log_every": 2}, "save_every must be a multiple of log_every, 2, got 5"),
+        ({"data": ""}, "`data` is missing"),
+        ({"rule": "nonsense"}, "`rule`: unknown rule 'nonsense'"),
+        ({"max_steps": 0}, "`max_steps` must be at least 1, got 0"),
+        ({"boundary_kind": "cnn"}, "`boundary_kind` must be one of h-net, cif, got 'cnn'"),
+        ({"learning_rate": -1.0}, "`learning_rate` must be more than 0, got -1.0"),
+        ({"audio_model": "a"}, "`audio_model` needs `text_model`"),
+        ({"audio_model": "a", "text_model": "b", "model": "c"}, "`model` excludes `audio_model` and `text_model`"),
+        ({"lora_rank": -1}, "`lora_rank` must be at least 0, got -1"),
+        ({"save_steps": 5, "logging_steps": 2}, "`save_steps` must be a multiple of `logging_steps` (2), got 5"),
     ],
 )
 def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Path):
-    with pytest.raises(RunError, match=re.escape(message)):
-        settings(data, **values)
+    with pytest.raises(SettingsError, match=re.escape(message)):
+        settings(data, data / "run", **values)
 
 
 def test_runs_that_cannot_start(data: Path, tmp_path: Path, trained: Path):
     with pytest.raises(RunError, match="holds a run already; resume it, or choose another folder"):
-        Run(trained, settings(data))
-    with pytest.raises(RunError, match="no run to go on with"):
-        Run(tmp_path / "none", None, resume=True)
-    with pytest.raises(RunError, match="its steps is 8, not 9; a run goes on as it began"):
-        Run(trained, settings(data, steps=9, dev=str(data / "dev.jsonl")), resume=True)
-    with pytest.raises(RunError, match="LoRA needs a trained model"):
-        Run(tmp_path / "lora", settings(data, lora_rank=4))
+        Run(settings(data, trained))
+    with pytest.raises(SettingsError, match="no run to resume"):
+        Run(read_record(TrainSettings, tmp_path / "none"), resume=True)
+    with pytest.raises(SettingsError, match="`max_steps` of this run is 8, got 9; resume with the same settings"):
+        Run(settings(data, trained, max_steps=9, dev=str(data / "dev.jsonl")), resume=True)
+    with pytest.raises(SettingsError, match="`lora_rank` needs a trained model"):
+        Run(settings(data, tmp_path / "lora", lora_rank=4))
     with pytest.raises(RunError, match="no model here"):
         load_model(tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"audio_filepath": "nowhere.wav", "text": "low"}\n')
-    with pytest.raises(RunError, match="no utterance is left that can be used"):
-        Run(tmp_path / "x", settings(data, train=str(tmp_path / "empty.jsonl")), say=lambda text: None)
+    with pytest.raises(RunError, match="has no usable utterance"):
+        Run(settings(data, tmp_path / "x", data=str(tmp_path / "empty.jsonl")), say=lambda text: None)
 
 
 def test_a_checkpoint_of_another_shape(trained: Path, data: Path, tmp_path: Path):
     model, processor = load_model(trained)
     model.train_encoder(True)
     examples = Examples(read_manifest(data / "train.jsonl"), processor)
-    training = Training(model, examples, TrainingArguments(steps=1), tmp_path)
+    training = Training(model, examples, TrainerSettings(max_steps=1), tmp_path)
     last = checkpoints.found(trained / "checkpoints")[-1]
     weights = dict(training.trained)
     weights["projector.weight"] = torch.zeros(3, 3)
@@ -318,10 +326,10 @@ def test_damaged_files_are_skipped_and_said(data: Path, tmp_path: Path):
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("\n".join(map(json.dumps, entries)))
     said: list[str] = []
-    Run(tmp_path / "run", settings(data, train=str(manifest), steps=3), say=said.append).train()
+    Run(settings(data, tmp_path / "run", data=str(manifest), max_steps=3), say=said.append).train()
     assert "skipped 1 utterances" in said[0] and "missing.wav: no such file" in said[0]
     assert "missing.wav" in (tmp_path / "run" / "skipped.txt").read_text()
-    assert "1 utterances turned out to be damaged" in said[-1] and "nan.wav: holds NaN" in said[-1]
+    assert "skipped 1 utterances with damaged audio" in said[-1] and "nan.wav: holds NaN" in said[-1]
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -330,8 +338,8 @@ def test_damaged_files_are_skipped_and_said(data: Path, tmp_path: Path):
 
 def test_lora_on_a_trained_model(trained: Path, data: Path, tmp_path: Path):
     pytest.importorskip("peft")
-    lora = {"model": str(trained / "final"), "lora_rank": 4, "rule": "uniform:2", "steps": 4}
-    final = Run(tmp_path / "lora", settings(data, **lora), say=lambda text: None).train()
+    lora = {"model": str(trained / "final"), "lora_rank": 4, "rule": "uniform:2", "max_steps": 4}
+    final = Run(settings(data, tmp_path / "lora", **lora), say=lambda text: None).train()
     assert (final / "adapter_model.safetensors").exists() and not (final / "model.safetensors").exists()
     model, processor = load_model(tmp_path / "lora")
     base, _ = load_model(trained, rule="uniform:2")
@@ -339,13 +347,13 @@ def test_lora_on_a_trained_model(trained: Path, data: Path, tmp_path: Path):
     batch = examples.batch(range(4))
     adapted = model(**batch).loss
     assert abs(float(adapted - base(**batch).loss)) > 1e-4 and model.get_base_model().rule == "uniform:2"
-    merged = settings(data, **lora, merge=True)
-    Run(tmp_path / "merged", merged, say=lambda text: None).train()
+    merged = settings(data, tmp_path / "merged", **lora, merge=True)
+    Run(merged, say=lambda text: None).train()
     whole, _ = load_model(tmp_path / "merged")
     torch.testing.assert_close(whole(**batch).loss, adapted, rtol=1e-4, atol=1e-4)
     # LoRA on LoRA: the first is merged.
-    again = settings(data, **(lora | {"model": str(tmp_path / "lora"), "rule": None}))
-    Run(tmp_path / "again", again, say=lambda text: None).train()
+    again = settings(data, tmp_path / "again", **(lora | {"model": str(tmp_path / "lora"), "rule": None}))
+    Run(again, say=lambda text: None).train()
     assert load_model(tmp_path / "again")[0].get_base_model().rule == "uniform:2"
 
 
@@ -361,28 +369,28 @@ def test_frames_that_are_encoded_once(trained: Path, data: Path):
 def test_dropout_goes_on_as_it_was(trained: Path, data: Path, tmp_path: Path):
     """What is random in a step depends on the step alone, not on how many came before it in this process."""
     pytest.importorskip("peft")
-    lora = {"model": str(trained / "final"), "lora_rank": 4, "lora_dropout": 0.5, "steps": 6, "augment": False}
-    Run(tmp_path / "whole", settings(data, **lora), say=lambda text: None).train()
-    run = Run(tmp_path / "half", settings(data, **lora), say=lambda text: None)
+    lora = {"model": str(trained / "final"), "lora_rank": 4, "lora_dropout": 0.5, "max_steps": 6, "augment": False}
+    Run(settings(data, tmp_path / "whole", **lora), say=lambda text: None).train()
+    run = Run(settings(data, tmp_path / "half", **lora), say=lambda text: None)
     run.training.save, save = lambda: (_ for _ in ()).throw(KeyboardInterrupt), run.training.save
     with pytest.raises(KeyboardInterrupt):
         run.train()
     save()
-    again = Run(tmp_path / "half", None, resume=True, say=lambda text: None)
+    again = Run(read_record(TrainSettings, tmp_path / "half"), resume=True, say=lambda text: None)
     assert again.training.step == 3
     again.train()
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
-    plain = settings(data, **(lora | {"lora_dropout": 0.0}))
-    Run(tmp_path / "plain", plain, say=lambda text: None).train()
+    plain = settings(data, tmp_path / "plain", **(lora | {"lora_dropout": 0.0}))
+    Run(plain, say=lambda text: None).train()
     assert losses(tmp_path / "plain") != losses(tmp_path / "whole")
 
 
 @pytest.mark.parametrize(
     "values, tolerance",
     [
-        ({"accumulate": 2, "batch_size": 2}, 1e-4),
+        ({"gradient_accumulation_steps": 2, "per_device_train_batch_size": 2}, 1e-4),
         ({"gradient_checkpointing": True}, 1e-5),
-        ({"precision": "bf16"}, 0.05),
+        ({"bf16": True}, 0.05),
     ],
     ids=["accumulate", "checkpointing", "bf16"],
 )
@@ -390,11 +398,13 @@ def test_other_ways_to_the_same_losses(values: dict[str, Any], tolerance: float,
     found = []
     for name, more in (("plain", {}), ("other", values)):
         AcceleratorState._reset_state()  # a process has one precision, as a run has a process
-        run = Run(tmp_path / name, settings(data, steps=3, augment=False, **more), say=lambda text: None)
-        arguments = run.settings.training
+        run = Run(settings(data, tmp_path / name, max_steps=3, augment=False, **more), say=lambda text: None)
+        arguments = run.settings
         order = [[0, 1, 2, 25], [3, 4, 24, 5], [6, 7, 8, 9]]  # 24 and 25 have no audio
 
-        def batch(where: int, process: int = 0, size: int = arguments.batch_size, order: list = order) -> list[int]:
+        def batch(
+            where: int, process: int = 0, size: int = arguments.per_device_train_batch_size, order: list = order
+        ) -> list[int]:
             flat = [index for row in order for index in row]
             return flat[where * size : (where + 1) * size]
 
@@ -414,30 +424,6 @@ def test_other_ways_to_the_same_losses(values: dict[str, Any], tolerance: float,
     assert ("bf16" not in values.values()) or found[0][0]["loss"] != found[1][0]["loss"]
 
 
-# Batches
-
-
-def test_every_example_once_an_epoch():
-    plan = BatchPlan([float(i % 7) for i in range(101)], 4, num_processes=3, seed=5)
-    assert plan.steps_an_epoch == 8
-    for epoch in range(3):
-        seen = [i for s in range(8) for p in range(3) for i in plan.batch(8 * epoch + s, p)]
-        assert len(seen) == len(set(seen)) == 96
-    again = BatchPlan(plan.lengths, 4, 3, 5)
-    assert [again.batch(s, 1) for s in (17, 3, 9)] == [plan.batch(s, 1) for s in (17, 3, 9)]
-    assert plan.batch(0, 0) != plan.batch(8, 0)
-    # Batches hold examples of similar length.
-    spread = [max(x) - min(x) for x in ([plan.lengths[i] for i in plan.batch(s, 0)] for s in range(8))]
-    assert sum(spread) / 8 < 1.5
-    few = BatchPlan([1.0, 2.0], 8)
-    assert sorted(set(few.batch(0))) == [0, 1] and len(few.batch(0)) == 8
-    for wrong in ({"batch_size": 0}, {"num_processes": 0}):
-        with pytest.raises(ValueError, match="must be at least 1, got 0"):
-            BatchPlan([1.0], **({"batch_size": 1} | wrong))
-    with pytest.raises(ValueError, match="at least one example"):
-        BatchPlan([], 1)
-
-
 # Several processes
 
 
@@ -448,7 +434,8 @@ from fastcompress.training.batches import BatchPlan
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_small
-from fastcompress.training.trainer import Training, TrainingArguments
+from fastcompress.training.settings import TrainerSettings
+from fastcompress.training.trainer import Training
 from pathlib import Path
 
 torch.set_num_threads(1)
@@ -456,8 +443,10 @@ folder, batch_size = Path(sys.argv[1]), int(sys.argv[2])
 utterances = read_manifest(sys.argv[3])
 model, processor = build_small(utterances, rule="local-max")
 examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
-arguments = TrainingArguments(steps=3, batch_size=batch_size, log_every=1, save_every=0, augment=False)
-training = Training(model, examples, arguments, folder)
+settings = TrainerSettings(
+    max_steps=3, per_device_train_batch_size=batch_size, logging_steps=1, save_steps=0, augment=False
+)
+training = Training(model, examples, settings, folder)
 # The second process has text alone, in the second step.
 order = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 24, 25, 26], [9, 10, 11, 12, 13, 14]]
 count = training.accelerator.num_processes

@@ -11,15 +11,19 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import decoder, energy, machine, methods, packing, prefill, report, roofline, scaling, share
-from benchmarks.checks import WrongResult
-from benchmarks.floor import Floor, FloorUnavailable
-from benchmarks.measure import measure
-from benchmarks.memory import FRAMES, measure_memory
-from benchmarks.record import Record
+from benchmarks import energy, report
+from benchmarks.harness import machine
+from benchmarks.harness.bandwidth_bound import Floor, FloorUnavailable
+from benchmarks.harness.clock import TRIES
+from benchmarks.harness.compare import measure
+from benchmarks.harness.memory import FRAMES, measure_memory
+from benchmarks.measurement import Record
 from benchmarks.registry import CASES, CONTENDERS, OURS, case
+from benchmarks.suites import decoder, methods, prefill, roofline, scaling
+from benchmarks.suites import pack as packing
+from benchmarks.suites import training_step as share
+from benchmarks.suites.checks import WrongResult
 from benchmarks.targets import outcomes
-from benchmarks.timing import TRIES
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 _RESULTS = Path(__file__).with_name("results")

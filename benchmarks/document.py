@@ -12,8 +12,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import decoder, machine, packing, prefill, registry, roofline, scaling
+from benchmarks import registry
+from benchmarks.harness import machine
 from benchmarks.report import DTYPES
+from benchmarks.suites import decoder, prefill, roofline, scaling
+from benchmarks.suites import pack as packing
 
 FOLDER = Path(__file__).parent
 REPORT, PLOTS, RESULTS = FOLDER / "report.md", FOLDER / "plots", FOLDER / "results"

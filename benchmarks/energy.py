@@ -15,8 +15,8 @@ from typing import Any, Protocol
 
 import torch
 
-from benchmarks.cases import Case
-from benchmarks.measure import admit
+from benchmarks.harness.cases import Case
+from benchmarks.harness.compare import admit
 from benchmarks.registry import CONTENDERS, OURS
 
 #: An hour of audio at 25 frames a second, the rate of Qwen2-Audio's encoder, in clips of a minute.

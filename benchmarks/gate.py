@@ -18,12 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks import document, machine, report
+from benchmarks import document, report
 from benchmarks.__main__ import main as measure
-from benchmarks.packing import OURS as PACK
+from benchmarks.harness import machine
 from benchmarks.registry import OURS
 from benchmarks.report import DTYPES
-from benchmarks.scaling import FORMS
+from benchmarks.suites.pack import OURS as PACK
+from benchmarks.suites.scaling import FORMS
 
 RESULTS = Path(__file__).with_name("results")
 #: Names of ours, whatever the part.

@@ -29,12 +29,14 @@ import torch._functorch.config
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import compiled, contenders, energy, gpu_packing, gpu_report
-from benchmarks.cases import Inputs, cu_seqlens, features
-from benchmarks.checks import Expected, exact_starts
-from benchmarks.contenders import Call, Tokens
-from benchmarks.device import Flush, elapsed, side_stream, synchronize, wall
+from benchmarks import energy, gpu_packing, gpu_report
 from benchmarks.gpu_run import BACKWARD, FORWARD, Run, timed
+from benchmarks.harness.cases import Inputs, cu_seqlens, features
+from benchmarks.harness.device import Flush, elapsed, side_stream, synchronize, wall
+from benchmarks.suites import compiled
+from benchmarks.suites import segment_pool as contenders
+from benchmarks.suites.checks import Expected, exact_starts
+from benchmarks.suites.segment_pool import Call, Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
 COPY_BYTES = 1 << 30

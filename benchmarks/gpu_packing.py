@@ -14,11 +14,12 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import decoder, packing, prefill
-from benchmarks.checks import WrongResult
-from benchmarks.device import elapsed, side_stream, synchronize, wall
 from benchmarks.gpu_run import BACKWARD, FORWARD, Run, timed
-from benchmarks.packing import Batch, PackCase
+from benchmarks.harness.device import elapsed, side_stream, synchronize, wall
+from benchmarks.suites import decoder, prefill
+from benchmarks.suites import pack as packing
+from benchmarks.suites.checks import WrongResult
+from benchmarks.suites.pack import Batch, PackCase
 
 #: Of the logits of bf16 decoders that add in other orders, relative to their norm; logits of other rows differ by 1.4.
 HALF_ERROR = 0.03

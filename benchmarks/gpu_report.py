@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import machine
+from benchmarks.harness import machine
 from benchmarks.report import align
 from fastcompress.cli import info
 

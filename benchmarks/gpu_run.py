@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.device import Flush, capture, elapsed
+from benchmarks.harness.device import Flush, capture, elapsed
 
 FORWARD, BACKWARD = "forward", "backward"
 

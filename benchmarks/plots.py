@@ -17,8 +17,9 @@ from matplotlib import pyplot as plt  # noqa: E402
 from matplotlib.axes import Axes  # noqa: E402
 from matplotlib.lines import Line2D  # noqa: E402
 
-from benchmarks import document, packing  # noqa: E402
+from benchmarks import document  # noqa: E402
 from benchmarks.report import DTYPES  # noqa: E402
+from benchmarks.suites import pack as packing  # noqa: E402
 
 #: By the name of a line in ``document.LINES``: colours that differ in lightness too, and a marker each.
 STYLES: dict[str, dict[str, Any]] = dict(

@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import compiled, contenders
-from benchmarks.cases import Case, random_lengths
-from benchmarks.contenders import Call
+from benchmarks.harness.cases import Case, random_lengths
+from benchmarks.suites import compiled
+from benchmarks.suites import segment_pool as contenders
+from benchmarks.suites.segment_pool import Call
 
 OURS = "fastcompress"
 

@@ -5,12 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks import decoder, energy, machine, methods, packing, prefill, roofline, scaling, share
-from benchmarks.floor import KINDS
-from benchmarks.measure import Row, Table
+from benchmarks import energy
+from benchmarks.harness import machine
+from benchmarks.harness.bandwidth_bound import KINDS
+from benchmarks.harness.clock import Disturbance
+from benchmarks.harness.compare import Row, Table
 from benchmarks.registry import OURS
+from benchmarks.suites import decoder, methods, prefill, roofline, scaling
+from benchmarks.suites import pack as packing
+from benchmarks.suites import training_step as share
 from benchmarks.targets import TARGETS, Outcome
-from benchmarks.timing import Disturbance
 
 #: The short name of a dtype.
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from benchmarks.measure import BOTH, FORWARD, Table
+from benchmarks.harness.compare import BOTH, FORWARD, Table
 from benchmarks.registry import OURS
 
 #: Without a compiler: everything that runs PyTorch or another library operation by operation.

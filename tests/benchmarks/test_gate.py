@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gate, machine
+from benchmarks import gate
+from benchmarks.harness import machine
 
 
 def rows(**seconds: float) -> list[dict[str, Any]]:

@@ -11,9 +11,11 @@ import torch
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks import decoder, methods, packing, prefill, report
-from benchmarks.checks import WrongResult
+from benchmarks import report
 from benchmarks.gpu_packing import HALF_ERROR
+from benchmarks.suites import decoder, methods, prefill
+from benchmarks.suites import pack as packing
+from benchmarks.suites.checks import WrongResult
 
 
 @pytest.fixture(autouse=True)

@@ -11,16 +11,18 @@ import torch
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks import energy, gpu, gpu_report, report, roofline, scaling, share
-from benchmarks.cases import Case, cu_seqlens, features, packed_buffers, threshold_of
-from benchmarks.checks import WrongResult, exact_starts
-from benchmarks.contenders import segment_ends
-from benchmarks.device import Flush
+from benchmarks import energy, gpu, gpu_report, report
 from benchmarks.energy import EnergyUnavailable, Nvml, Rapl
-from benchmarks.floor import LINE, Floor, FloorUnavailable
 from benchmarks.gpu_run import Run
-from benchmarks.measure import BOTH, FORWARD
+from benchmarks.harness.bandwidth_bound import LINE, Floor, FloorUnavailable
+from benchmarks.harness.cases import Case, cu_seqlens, features, packed_buffers, threshold_of
+from benchmarks.harness.compare import BOTH, FORWARD
+from benchmarks.harness.device import Flush
 from benchmarks.registry import CONTENDERS, OURS
+from benchmarks.suites import roofline, scaling
+from benchmarks.suites import training_step as share
+from benchmarks.suites.checks import WrongResult, exact_starts
+from benchmarks.suites.segment_pool import segment_ends
 
 
 @pytest.fixture(autouse=True)
@@ -99,7 +101,7 @@ def test_a_wrong_library_is_not_scaled(monkeypatch: pytest.MonkeyPatch, capsys: 
     """A rule other than the one asked for is wrong."""
     right = CONTENDERS[0].build()
     monkeypatch.setattr(
-        "benchmarks.contenders.fastcompress_pool",
+        "benchmarks.suites.segment_pool.fastcompress_pool",
         lambda inputs: right(type(inputs)(inputs.x, inputs.cu_seqlens, fc.LocalMax(order=2))),
     )
     assert command.main(["--quick", "--parts", "scaling", "--dtypes", "fp32", "--no-floor", "--reps", "1"]) == 1

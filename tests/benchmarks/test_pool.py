@@ -13,17 +13,20 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks import __main__ as command
-from benchmarks import contenders, machine, report, timing
-from benchmarks.cases import Case, Inputs, cu_seqlens, features, packed_buffers
-from benchmarks.checks import Expected, WrongResult, check_average_pool, exact_starts
-from benchmarks.contenders import Tokens
-from benchmarks.floor import KINDS, Floor, FloorUnavailable
-from benchmarks.measure import BOTH, FORWARD, Table, measure
-from benchmarks.memory import measure_memory
-from benchmarks.record import Record
+from benchmarks import report
+from benchmarks.harness import clock as timing
+from benchmarks.harness import machine
+from benchmarks.harness.bandwidth_bound import KINDS, Floor, FloorUnavailable
+from benchmarks.harness.cases import Case, Inputs, cu_seqlens, features, packed_buffers
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness.compare import BOTH, FORWARD, Table, measure
+from benchmarks.harness.memory import measure_memory
+from benchmarks.measurement import Record
 from benchmarks.registry import CASES, CONTENDERS, OURS, Contender, case
+from benchmarks.suites import segment_pool as contenders
+from benchmarks.suites.checks import Expected, WrongResult, check_average_pool, exact_starts
+from benchmarks.suites.segment_pool import Tokens
 from benchmarks.targets import TARGETS, outcomes
-from benchmarks.timing import Disturbance, Samples, interleave
 from tests.support import ROOT
 
 SMALL = Case("S1", (40, 1, 2, 57), 64)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks import document
-from benchmarks.measure import BOTH, FORWARD
+from benchmarks.harness.compare import BOTH, FORWARD
 
 MOST = 150_000  # bytes of a plot
 

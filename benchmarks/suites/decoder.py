@@ -1,6 +1,6 @@
 """A decoder on a packed batch against the same batch padded: time, and peak memory in a process of its own.
 
-``python -m benchmarks.decoder FORM DIRECTION THREADS SIZE`` prints the peak of one form as JSON.
+``python -m benchmarks.suites.decoder FORM DIRECTION THREADS SIZE`` prints the peak of one form as JSON.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.checks import WrongResult
-from benchmarks.memory import high_water
-from benchmarks.timing import Disturbance, Samples, interleave
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness.memory import high_water
+from benchmarks.suites.checks import WrongResult
 
 OURS = "packed, fastcompress"
 #: Implementation of attention, and whether the batch is packed.
@@ -154,8 +154,8 @@ def measure(threads: int, reps: int, size: str, tries: int) -> list[DecoderTable
 
 def peak(form: str, direction: str, threads: int, size: str) -> int | None:
     """Bytes that a call needs at its peak, in a fresh process; ``None`` where the system does not tell."""
-    command = [sys.executable, "-m", "benchmarks.decoder", form, direction, str(threads), size]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-m", "benchmarks.suites.decoder", form, direction, str(threads), size]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.checks import WrongResult
-from benchmarks.timing import Disturbance, Samples, interleave
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.suites.checks import WrongResult
 
-MANIFEST = Path(__file__).resolve().parents[1] / "assets" / "digits" / "test.jsonl"
+MANIFEST = Path(__file__).resolve().parents[2] / "assets" / "digits" / "test.jsonl"
 #: The first has a token a frame.
 RULES = ("uniform:1", "uniform:3", "local-max")
 #: Of the names of our ops.

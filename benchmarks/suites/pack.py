@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
-from benchmarks import compiled
-from benchmarks.cases import buffer_count, random_lengths
-from benchmarks.checks import WrongResult
-from benchmarks.timing import Disturbance, Samples, interleave
+from benchmarks.harness.cases import buffer_count, random_lengths
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.suites import compiled
+from benchmarks.suites.checks import WrongResult
 
 VOCABULARY = 32_000
 OURS, CLONE = "fastcompress.pack", "clone of the same bytes"

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.floor import Floor
-from benchmarks.measure import BOTH
-from benchmarks.timing import Disturbance, interleave
+from benchmarks.harness.bandwidth_bound import Floor
+from benchmarks.harness.clock import Disturbance, interleave
+from benchmarks.harness.compare import BOTH
 
 #: Bytes that are read or copied in turn, above every last-level cache on the market but the stacked ones, and bytes of
 #: a sample: a millisecond, for which even a busy machine leaves a core to us now and then.

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.cases import Inputs, exact_distances
-from benchmarks.contenders import Tokens, last_frames, offsets_and_ids, segment_ends
+from benchmarks.harness.cases import Inputs, exact_distances
+from benchmarks.suites.segment_pool import Tokens, last_frames, offsets_and_ids, segment_ends
 
 #: Share of the boundaries that must be equal: rounding may flip a few, another rule flips more.
 MIN_EQUAL_BOUNDARIES = 0.999

@@ -6,19 +6,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from benchmarks import machine
-from benchmarks.decoder import DecoderTable, padding
 from benchmarks.energy import Energy
-from benchmarks.measure import Row, Table
-from benchmarks.methods import MethodTable
-from benchmarks.packing import PackTable
-from benchmarks.prefill import PrefillTable
+from benchmarks.harness import machine
+from benchmarks.harness.clock import Samples
+from benchmarks.harness.compare import Row, Table
 from benchmarks.registry import OURS
-from benchmarks.roofline import Ceilings
-from benchmarks.scaling import Point
-from benchmarks.share import Share
+from benchmarks.suites.decoder import DecoderTable, padding
+from benchmarks.suites.methods import MethodTable
+from benchmarks.suites.pack import PackTable
+from benchmarks.suites.prefill import PrefillTable
+from benchmarks.suites.roofline import Ceilings
+from benchmarks.suites.scaling import Point
+from benchmarks.suites.training_step import Share
 from benchmarks.targets import outcomes
-from benchmarks.timing import Samples
 
 SCHEMA = 1
 

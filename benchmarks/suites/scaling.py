@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 
 import fastcompress as fc
-from benchmarks.cases import Case
-from benchmarks.measure import Table
+from benchmarks.harness.cases import Case
+from benchmarks.harness.compare import Table
 from benchmarks.registry import CONTENDERS, OURS, Contender
 
 AVERAGE_POOL = "AvgPool1d, padded, less work"

@@ -16,7 +16,7 @@ import torch
 
 _CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
 _THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
-_ROOT = Path(__file__).resolve().parents[1]
+_ROOT = Path(__file__).resolve().parents[2]
 
 
 def _read(path: Path) -> str:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.cases import Inputs
+from benchmarks.harness.cases import Inputs
 
 #: Frames of a block of the blocked scores: 64 x 1280 fp32 is a third of a megabyte.
 _BLOCK = 64

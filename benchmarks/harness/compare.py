@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import compiled
-from benchmarks.cases import Case, Inputs, packed_buffers, padded_buffers
-from benchmarks.checks import Agreement, Expected, WrongResult, check_average_pool, exact_starts
-from benchmarks.contenders import Call, Tokens
-from benchmarks.floor import KINDS, Floor
+from benchmarks.harness.bandwidth_bound import KINDS, Floor
+from benchmarks.harness.cases import Case, Inputs, packed_buffers, padded_buffers
+from benchmarks.harness.clock import TRIES, Disturbance, interleave
 from benchmarks.registry import OURS, Contender
-from benchmarks.timing import TRIES, Disturbance, interleave
+from benchmarks.suites import compiled
+from benchmarks.suites.checks import Agreement, Expected, WrongResult, check_average_pool, exact_starts
+from benchmarks.suites.segment_pool import Call, Tokens
 
 #: Most bytes of new memory that are made ready before a sample.
 _MAX_RECALL = 2 << 30

@@ -1,6 +1,6 @@
 """Memory that a call needs beyond its outputs, as the high-water mark of a fresh process.
 
-``python -m benchmarks.memory FRAMES DIM DTYPE THREADS`` prints it as JSON.
+``python -m benchmarks.harness.memory FRAMES DIM DTYPE THREADS`` prints it as JSON.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import cu_seqlens, features
+from benchmarks.harness.cases import cu_seqlens, features
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -78,8 +78,8 @@ def _pool_memory(frames: int, dim: int, dtype: torch.dtype, threads: int) -> dic
 def measure_memory(dtype: torch.dtype, threads: int, frames: int = FRAMES, dim: int = DIM) -> dict[str, Any]:
     """The high-water mark of one call in a fresh process; ``{"error": ...}`` where the system does not tell."""
     name = str(dtype).removeprefix("torch.")
-    command = [sys.executable, "-m", "benchmarks.memory", str(frames), str(dim), name, str(threads)]
-    root = Path(__file__).resolve().parents[1]
+    command = [sys.executable, "-m", "benchmarks.harness.memory", str(frames), str(dim), name, str(threads)]
+    root = Path(__file__).resolve().parents[2]
     result = subprocess.run(command, capture_output=True, text=True, cwd=root)
     if result.returncode:
         return {"error": (result.stderr.strip() or f"exit status {result.returncode}").splitlines()[-1]}

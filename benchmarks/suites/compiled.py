@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.cases import Inputs
-from benchmarks.contenders import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
+from benchmarks.harness.cases import Inputs
+from benchmarks.suites.segment_pool import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
 
 
 def prepare(threads: int) -> None:

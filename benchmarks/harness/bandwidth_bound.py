@@ -26,7 +26,7 @@ KINDS = ("fresh", "huge", "warm")
 #: Bytes of a row of memory that is read or copied.
 LINE = 4096
 
-_SOURCE = Path(__file__).with_name("floor.cpp")
+_SOURCE = Path(__file__).with_name("bandwidth_bound.cpp")
 #: Bytes from which the library asks for huge pages.
 _MIN_ADVISED = 4 << 20
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")

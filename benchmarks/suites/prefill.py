@@ -6,7 +6,7 @@ and an audio each. Stock, and through ``apply_to`` with each rule, it generates 
 Floor, for T rows of prompt, L layers of P weights each: 2 T L P multiplications and additions. Attention adds
 2 T^2 L H, 1 % of that at T = 800 and H = 3584. Time should then fall as tokens do, and the cache does exactly.
 
-``python -m benchmarks.prefill FORM THREADS SIZE`` prints the peak of one form as JSON.
+``python -m benchmarks.suites.prefill FORM THREADS SIZE`` prints the peak of one form as JSON.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.checks import WrongResult
-from benchmarks.memory import high_water
-from benchmarks.timing import Disturbance, Samples, interleave
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness.memory import high_water
+from benchmarks.suites.checks import WrongResult
 
 STOCK = "stock"
 #: Rules, by the name of the form; in bytes and time the last depends on what is heard.
@@ -202,8 +202,8 @@ def measure(threads: int, reps: int, size: str, tries: int) -> PrefillTable:
 
 def peak(form: str, threads: int, size: str) -> int | None:
     """Bytes beyond weights and input that a prefill needs at its peak; ``None`` where the system does not tell."""
-    command = [sys.executable, "-m", "benchmarks.prefill", form, str(threads), size]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[1])
+    command = [sys.executable, "-m", "benchmarks.suites.prefill", form, str(threads), size]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
     return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
 
 

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks import published
-from benchmarks.cases import buffer_count, cu_seqlens, features, random_lengths
-from benchmarks.checks import WrongResult
-from benchmarks.published import Batch, MethodCase, each
-from benchmarks.timing import Disturbance, Samples, interleave
+from benchmarks.harness.cases import buffer_count, cu_seqlens, features, random_lengths
+from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.suites import published
+from benchmarks.suites.checks import WrongResult
+from benchmarks.suites.published import Batch, MethodCase, each
 
 OURS = "fastcompress"
 #: A CTC head's units, the blank first.

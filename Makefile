@@ -28,9 +28,9 @@ help:
 	@echo "make test-emulated  the tests of the ops on the CUDA kernels, which an emulator runs on the CPU"
 	@echo "make sanitize   the ops, on the CPU and emulated, under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "make fuzz       look for input that breaks an op or a reader, for SECONDS=240"
-	@echo "make bench      the CPU benchmark against PyTorch; SAVE=1 writes benchmarks/results/"
-	@echo "make bench-check  a part of it, and whether we have become slower beside the others than is committed"
-	@echo "make bench-report  benchmarks/report.md and its plots, from the results that are committed"
+	@echo "make bench      time everything on the CPU against baselines; SAVE=1 writes benchmarks/results/"
+	@echo "make bench-check  time a part of it, and compare the ratios with those that are committed"
+	@echo "make bench-report  write benchmarks/report.md and its plots from the committed results"
 	@echo "make gpu        on a machine with a GPU: build for it, test on it, benchmark it; no network needed"
 	@echo "make lint       ruff, clang-format, mypy --strict"
 	@echo "make docs       the documentation as a site, in out/site"
@@ -98,16 +98,16 @@ fuzz: build
 	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 SAVE ?=
-# FBGEMM's release for the torch that is pinned; another may not load it.
+# The release of FBGEMM for the pinned torch; another may not load it.
 bench: build
 	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
-	    echo "torch-scatter does not install here: its column will be missing"
+	    echo "torch-scatter does not install here: its rows will be missing"
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
-	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
+	    echo "fbgemm-gpu-cpu does not install here: its rows will be missing"
 	$(BIN)/python -m benchmarks $(if $(SAVE),--save)
 
 bench-report: $(READY)
-	$(BIN)/python -m benchmarks.document
+	$(BIN)/python -m benchmarks --report
 
 bench-check: build
 	$(BIN)/python -m benchmarks.gate

@@ -1,203 +1,144 @@
-"""What a run has measured, and the JSON of it. What people read is in ``report.py``."""
+"""Measurements as JSON lines: each is appended to the file of its machine and device as soon as it is taken.
+
+A line with the key ``machine`` opens a run and holds what was measured on and with. Every other line is one flat
+measurement, as :meth:`Recorder.add` writes it, with ``run``, the date of its run.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from benchmarks.energy import Energy
+import pandas as pd
+
 from benchmarks.harness import machine
-from benchmarks.harness.clock import Samples
-from benchmarks.harness.compare import Row, Table
-from benchmarks.registry import OURS
-from benchmarks.suites.decoder import DecoderTable, padding
-from benchmarks.suites.methods import MethodTable
-from benchmarks.suites.pack import PackTable
-from benchmarks.suites.prefill import PrefillTable
-from benchmarks.suites.roofline import Ceilings
-from benchmarks.suites.scaling import Point
-from benchmarks.suites.training_step import Share
-from benchmarks.targets import outcomes
 
-SCHEMA = 1
+RESULTS = Path(__file__).with_name("results")
+FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+#: Group of the library's own form, which the other forms of a table are compared with.
+OURS = "fastcompress"
+#: Group, and start of the name, of the forms that only move the bytes.
+BOUND = "bandwidth bound"
+#: A copy by PyTorch of as many bytes.
+CLONE = "clone of the same bytes"
+#: Short names of dtypes, as the command takes them.
+DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
+#: Measurements that agree in these fields were taken in turn, and make one table.
+TABLE = ["suite", "case", "dtype", "threads", "direction"]
 
 
-@dataclass
-class Record:
-    """What was measured, by part; empty where a part was left out.
+class Recorder:
+    """Appends measurements to a file, and keeps them.
 
-    Attributes:
-        pool, memory: of the part ``pool``.
-        no_energy: why the machine does not tell its energy.
+    Args:
+        path: The file, which is created with its folders; ``None`` to keep the measurements only.
+        settings: Options of the run.
+        device: ``"cpu"`` or ``"cuda"``.
     """
 
-    pool: list[Table] = field(default_factory=list)
-    memory: list[dict[str, Any]] = field(default_factory=list)
-    methods: list[MethodTable] = field(default_factory=list)
-    packing: list[PackTable] = field(default_factory=list)
-    decoder: list[DecoderTable] = field(default_factory=list)
-    prefill: list[PrefillTable] = field(default_factory=list)
-    scaling: list[Point] = field(default_factory=list)
-    ceilings: list[Ceilings] = field(default_factory=list)
-    share: list[Share] = field(default_factory=list)
-    energy: list[Energy] = field(default_factory=list)
-    no_energy: str | None = None
+    def __init__(self, path: Path | None, settings: Mapping[str, Any], device: str = "cpu") -> None:
+        self.path, self.date = path, machine.now()
+        self.measurements: list[dict[str, Any]] = []
+        header = {"run": self.date, "commit": machine.commit(), "machine": machine.machine(device)}
+        self._write(header | {"versions": machine.versions(), "settings": dict(settings)})
 
-    def document(self, settings: Mapping[str, Any]) -> dict[str, Any]:
-        """Everything, for a JSON file."""
-        return {
-            "schema": SCHEMA,
-            "date": machine.now(),
-            "commit": machine.commit(),
-            "machine": machine.machine(),
-            "versions": machine.versions(),
-            "settings": dict(settings),
-            "tables": [_table(table) for table in self.pool],
-            "memory": self.memory,
-            "methods": [
-                {
-                    "case": vars(table.case),
-                    "method": table.method,
-                    "dtype": table.dtype,
-                    "threads": table.threads,
-                    "direction": table.direction,
-                    "tokens": table.tokens,
-                    "samples": vars(table.disturbance),
-                    "rows": _forms(table.samples),
-                }
-                for table in self.methods
-            ],
-            "packing": [
-                {
-                    "case": vars(table.case),
-                    "dtype": table.dtype,
-                    "threads": table.threads,
-                    "direction": table.direction,
-                    "bytes_moved": table.moved,
-                    "samples": vars(table.disturbance),
-                    "rows": _forms(table.samples),
-                }
-                for table in self.packing
-            ],
-            "decoder": [
-                {
-                    "direction": table.direction,
-                    "threads": table.threads,
-                    "lengths": table.sizes,
-                    "padding": padding(table.sizes),
-                    "peak_bytes": table.peaks,
-                    "samples": vars(table.disturbance),
-                    "rows": _forms(table.samples),
-                }
-                for table in self.decoder
-            ],
-            "prefill": [
-                {
-                    "threads": table.threads,
-                    "size": vars(table.size),
-                    "tokens": table.tokens,
-                    "cache_bytes": table.cache,
-                    "peak_bytes": table.peaks,
-                    "samples": vars(table.disturbance),
-                    "rows": _forms(table.samples),
-                }
-                for table in self.prefill
-            ],
-            "scaling": [{"axes": point.axes, **_table(point.table)} for point in self.scaling],
-            "ceilings": [
-                {
-                    "threads": one.threads,
-                    "read_bytes_per_second": one.read,
-                    "copy_bytes_per_second": one.copy,
-                    "operations_per_second": one.separate,
-                    "fused_operations_per_second": one.fused,
-                    "samples": vars(one.disturbance),
-                }
-                for one in self.ceilings
-            ],
-            "share": [
-                {
-                    "rule": one.rule,
-                    "threads": one.threads,
-                    "tokens_per_frame": one.tokens,
-                    "step": _seconds(one.samples),
-                    "busy_seconds": one.busy,
-                    "reps": len(one.samples.seconds),
-                    "ops": one.ops,
-                    "share": one.share,
-                    "samples": vars(one.disturbance),
-                }
-                for one in self.share
-            ],
-            "energy": [
-                {
-                    "case": one.case.name,
-                    "frames": one.case.frames,
-                    "dim": one.case.dim,
-                    "dtype": one.dtype,
-                    "threads": one.threads,
-                    "joules": one.joules,
-                }
-                for one in self.energy
-            ],
-            "no_energy": self.no_energy,
-            "targets": [
-                {
-                    "name": one.target.name,
-                    "goal": one.target.goal,
-                    "at_most": one.target.at_most,
-                    "case": one.case,
-                    "threads": one.threads,
-                    "figure": one.figure,
-                    "against": one.against,
-                    "reached": one.reached,
-                }
-                for one in outcomes(self.pool)
-            ],
-        }
+    def _write(self, line: Mapping[str, Any]) -> None:
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(line) + "\n")
+
+    def add(
+        self,
+        suite: str,
+        case: str,
+        contender: str,
+        group: str,
+        direction: str = FORWARD,
+        dtype: str = "float32",
+        threads: int = 1,
+        **fields: Any,
+    ) -> dict[str, Any]:
+        """Append one measurement and return it.
+
+        Args:
+            suite, case, direction, dtype, threads: The table it belongs to; 0 threads on a GPU.
+            contender: What was measured.
+            group: Kind of contender: ``fastcompress``, ``compile``, ``eager``, ``bandwidth bound``, ...
+            fields: ``median``, ``p10`` and ``p90`` in seconds per call and ``reps``, the samples they are of;
+                ``moved``, the bytes read and written; or ``not_timed``, the reason; and what else the suite adds.
+        """
+        line = {"run": self.date, "suite": suite, "case": case, "contender": contender, "group": group}
+        line |= {"direction": direction, "dtype": dtype, "threads": threads}  # type: ignore[dict-item]
+        line |= {name: value for name, value in fields.items() if value is not None}
+        self.measurements.append(line)
+        self._write(line)
+        return line
 
 
-def _seconds(samples: Samples | Row) -> dict[str, float]:
-    return {"median": samples.median, "p10": samples.p10, "p90": samples.p90}
+@dataclass(frozen=True)
+class Results:
+    """Measurements of one machine and device.
+
+    Attributes:
+        name: Name of the machine, as in the name of the file.
+        rows: One row per measurement, one column per field; of each table the newest.
+        runs: What opened each run, by its date.
+    """
+
+    name: str
+    rows: pd.DataFrame
+    runs: Mapping[str, Mapping[str, Any]]
+
+    @property
+    def machine(self) -> Mapping[str, Any]:
+        """The machine of the last run."""
+        found: Mapping[str, Any] = self.runs[max(self.runs)]["machine"]
+        return found
+
+    def suite(self, name: str) -> pd.DataFrame:
+        """The rows of one suite, without columns that it does not have; whole numbers are integers."""
+        rows = self.rows[self.rows["suite"] == name]
+        rows = rows if rows.empty else rows.dropna(axis="columns", how="all")
+        whole = [key for key in rows.select_dtypes("float") if rows[key].notna().all() and (rows[key] % 1 == 0).all()]
+        return rows.astype(dict.fromkeys(whole, "int64"))
 
 
-def _forms(samples: Mapping[str, Samples]) -> list[dict[str, Any]]:
-    return [
-        {"form": name, "seconds": _seconds(sample), "reps": len(sample.seconds)}
-        for name, sample in sorted(samples.items(), key=lambda item: item[1].median)
-    ]
+def parse(lines: Iterable[str], source: str) -> Results:
+    """Read the lines of one file.
+
+    Raises:
+        ValueError: A line is damaged or names an unknown run, or runs are of different machines.
+    """
+    runs: dict[str, dict[str, Any]] = {}
+    rows = []
+    for number, text in enumerate(lines, start=1):
+        try:
+            line = json.loads(text)
+            if "machine" in line:
+                runs[line["run"]] = line
+            else:
+                runs[line["run"]]  # noqa: B018  (a KeyError without it)
+                rows.append(line)
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{source}, line {number}: {type(error).__name__}: {error}") from error
+    names = sorted({machine.slug(run["machine"]) for run in runs.values()})
+    if len(names) != 1:
+        raise ValueError(f"{source} must hold runs of one machine, got {', '.join(names) or 'none'}")
+    frame = pd.DataFrame(rows, columns=None if rows else [*TABLE, "run"])
+    newest = frame.groupby(TABLE, dropna=False)["run"].transform("max")
+    return Results(names[0], frame[frame["run"] == newest].reset_index(drop=True), runs)
 
 
-def _table(table: Table) -> dict[str, Any]:
-    case = table.case
-    return {
-        "case": case.name,
-        "sequences": len(case.lengths),
-        "frames": case.frames,
-        "dim": case.dim,
-        "window": case.window,
-        "tokens": table.tokens,
-        "dtype": table.dtype,
-        "threads": table.threads,
-        "direction": table.direction,
-        "input_buffers": table.buffers,
-        "bytes_moved": table.moved,
-        "samples": vars(table.disturbance),
-        "rows": [_row(row, table) for row in sorted(table.rows, key=lambda row: row.median)],
-        "not_timed": table.skipped,
-    }
+def read(path: Path) -> Results:
+    """Read one file."""
+    with path.open(encoding="utf-8") as file:
+        return parse(file, str(path))
 
 
-def _row(row: Row, table: Table) -> dict[str, Any]:
-    ours, floor = table.row(OURS), table.row("floor, fresh")
-    return {
-        "contender": row.contender,
-        "group": row.group,
-        "seconds": _seconds(row),
-        "reps": row.reps,
-        "gigabytes_per_second": table.moved / row.median / 1e9,
-        "multiple_of_floor": row.median / floor.median if floor else None,
-        "multiple_of_fastcompress": row.median / ours.median if ours else None,
-        "differing_boundaries": row.differing,
-    }
+def read_all(folder: Path = RESULTS) -> dict[str, Results]:
+    """Read every file of a folder, by the name of the file without its suffix."""
+    return {path.stem: read(path) for path in sorted(folder.glob("*.jsonl"))}

@@ -44,7 +44,9 @@ SUITE = [
         "compile",
     )
 ]
-PACKAGES = ("pytest", "numpy", "scipy", "hypothesis")
+PACKAGES = ("pytest", "numpy", "scipy", "hypothesis", "pandas", "tabulate")
+#: Of the benchmark; `make gpu` leaves out those that take longer.
+SUITES = ("roofline", "pack", "segment_pool", "decoder", "prefill")
 SETUPTOOLS = 77  # the first that reads the license in pyproject.toml
 PYTEST = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
 
@@ -202,12 +204,12 @@ def main() -> int:
     import torch
 
     if options.dry:
-        steps, benchmark, env = dry_steps(), ["--dry"], {"TRITON_INTERPRET": "1"}
+        steps, benchmark, env = dry_steps(), ["--dry", "--out", "build/gpu-dry"], {"TRITON_INTERPRET": "1"}
     elif torch.cuda.is_available():
         if options.wheel:
             take_library(options.wheel)
         steps, env = gpu_steps(options.wheel), {}
-        benchmark = ["--budget", str(BENCHMARK_SECONDS - 20)]
+        benchmark = ["--save", "--budget", str(BENCHMARK_SECONDS - 20)]
     else:
         sys.exit("torch sees no CUDA device here; `make gpu DRY=1` takes every step without one")
     logs = ROOT / "build" / ("gpu-dry" if options.dry else "gpu")
@@ -218,7 +220,7 @@ def main() -> int:
         if step.name == "build" and step.failed:
             return 1
     print(f"\n{summary(steps)}\n\n== benchmark", flush=True)
-    command = [sys.executable, "-m", "benchmarks.gpu", *benchmark]
+    command = [sys.executable, "-m", "benchmarks", *SUITES, "--device", "cuda", *benchmark]
     code = execute(command, env, max(30.0, left()))
     return 1 if code != 0 or any(step.failed for step in steps) else 0
 

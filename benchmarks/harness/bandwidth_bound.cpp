@@ -1,4 +1,4 @@
-// The least that segment pooling must move, and nothing else: the memory floor of the benchmarks. And arithmetic alone,
+// The least that segment pooling must move, and nothing else: the bandwidth bound of the benchmarks. And arithmetic alone,
 // in registers: the other side of the roofline.
 //
 // Built at run time with g++ -O3 -march=native and called through ctypes. Values are meaningless; traffic and numbers
@@ -17,7 +17,7 @@ constexpr int kVectorBytes = 32, kChains = 12;  // of 16
 #endif
 using Floats = float __attribute__((vector_size(kVectorBytes)));
 
-constexpr int kStreams = 4;  // read positions a thread; one is as fast here, some machines want several
+constexpr int kStreams = 4;  // read positions per thread; some machines want several
 
 inline Line* at(void* base, int64_t row, int64_t row_bytes) {
   return reinterpret_cast<Line*>(static_cast<char*>(base) + row * row_bytes);
@@ -26,7 +26,7 @@ inline const Line* at(const void* base, int64_t row, int64_t row_bytes) {
   return reinterpret_cast<const Line*>(static_cast<const char*>(base) + row * row_bytes);
 }
 
-// Each chain waits for itself alone: enough of them keep every unit busy.
+// A chain depends on itself alone: enough chains keep every unit busy.
 template <bool kFused>
 void arithmetic(int64_t steps, Floats factor, Floats summand) {
   Floats chain[kChains];
@@ -44,7 +44,7 @@ extern "C" {
 
 // Multiplies and adds in fp32: in one instruction, or in two on chains of their own, as many of each. Returns the
 // operations.
-int64_t floor_arithmetic(int64_t steps, int fused, int threads) {
+int64_t bound_arithmetic(int64_t steps, int fused, int threads) {
   volatile float one = 1.0f, zero = 0.0f;  // unknown to the compiler
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t)
@@ -52,8 +52,8 @@ int64_t floor_arithmetic(int64_t steps, int fused, int threads) {
   return steps * threads * kChains * (kVectorBytes / int64_t(sizeof(float))) * (fused != 0 ? 2 : 1);
 }
 
-// Reads x [rows] once and writes out [out_rows], a row after every rows / out_rows rows read.
-void floor_pool(const void* x, int64_t rows, void* out, int64_t out_rows, int64_t row_bytes, int threads) {
+// Reads x [rows] once and writes out [out_rows], one row after every rows / out_rows rows read.
+void bound_pool(const void* x, int64_t rows, void* out, int64_t out_rows, int64_t row_bytes, int threads) {
   const int64_t lines = row_bytes / 64;
 #pragma omp parallel for num_threads(threads) schedule(static, 1)
   for (int t = 0; t < threads; ++t) {
@@ -81,7 +81,7 @@ void floor_pool(const void* x, int64_t rows, void* out, int64_t out_rows, int64_
 }
 
 // Reads grad [out_rows] once and writes grad_x [rows], each row of grad into the rows of its segment.
-void floor_expand(const void* grad, int64_t out_rows, void* grad_x, int64_t rows, int64_t row_bytes, int threads) {
+void bound_expand(const void* grad, int64_t out_rows, void* grad_x, int64_t rows, int64_t row_bytes, int threads) {
   const int64_t lines = row_bytes / 64;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t m = 0; m < out_rows; ++m) {
@@ -94,7 +94,7 @@ void floor_expand(const void* grad, int64_t out_rows, void* grad_x, int64_t rows
 }
 
 // Asks for huge pages in the memory given, as the library does for large outputs. Advice: failure does not matter.
-void floor_advise(void* memory, int64_t bytes) {
+void bound_advise(void* memory, int64_t bytes) {
   constexpr uintptr_t kPage = 4096;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) / kPage * kPage;
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) / kPage * kPage;

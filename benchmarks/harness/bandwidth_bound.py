@@ -1,10 +1,10 @@
-"""The memory floor: reading the input once and writing the output, nothing more; and the machine's ceilings.
+"""The bandwidth bound: reading the input once and writing the output, nothing more; and the limits of the machine.
 
-Three kinds of output memory, because pages that the kernel has yet to give cost more than the traffic:
+Three kinds of output memory, because pages that the kernel has yet to provide cost more than the traffic:
 
-* ``fresh``: ``torch.empty``, as for every contender. The C library gives memory back to the system only above a size
-  (32 MiB with glibc), so this is pages new to the process for large outputs and mostly recycled ones for small.
-* ``huge``: the same and ``madvise(MADV_HUGEPAGE)``, as the library allocates its large outputs.
+* ``fresh``: ``torch.empty``, as for every contender. The C library returns memory to the system only above a size
+  (32 MiB with glibc), so these are pages new to the process for large outputs and mostly recycled ones for small.
+* ``huge``: the same with ``madvise(MADV_HUGEPAGE)``, as the library allocates its large outputs.
 * ``warm``: memory written before.
 """
 
@@ -23,17 +23,17 @@ import torch
 from torch import Tensor
 
 KINDS = ("fresh", "huge", "warm")
-#: Bytes of a row of memory that is read or copied.
+#: Bytes per row of memory that is read or copied.
 LINE = 4096
 
-_SOURCE = Path(__file__).with_name("bandwidth_bound.cpp")
+_SOURCE = Path(__file__).with_suffix(".cpp")
 #: Bytes from which the library asks for huge pages.
 _MIN_ADVISED = 4 << 20
 _FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 
-class FloorUnavailable(Exception):
-    """The floor cannot be built here."""
+class BoundUnavailable(Exception):
+    """The bandwidth bound cannot be built here."""
 
 
 def _openmp() -> list[str]:
@@ -43,63 +43,68 @@ def _openmp() -> list[str]:
 
 
 def build() -> Path:
-    """Compiles ``floor.cpp`` unless a cached build fits, and returns the library."""
+    """Compile ``bandwidth_bound.cpp`` unless a cached build fits, and return the library."""
     compiler = os.environ.get("CXX", "g++")
     key = "\0".join((_SOURCE.read_text(), compiler, *_FLAGS, *_openmp(), platform.processor(), torch.__version__))
     user = os.getuid() if hasattr(os, "getuid") else 0
     folder = Path(tempfile.gettempdir()) / f"fastcompress-benchmarks-{user}"
-    library = folder / f"floor-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
+    library = folder / f"bandwidth-bound-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
     if library.exists():
         return library
     folder.mkdir(mode=0o700, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        target, built = Path(scratch) / "floor.o", Path(scratch) / "floor.so"
+        target, built = f"{scratch}/bound.o", Path(scratch) / "bound.so"
         try:
-            subprocess.run([compiler, *_FLAGS, "-c", str(_SOURCE), "-o", str(target)], check=True, capture_output=True)
-            subprocess.run(
-                [compiler, "-shared", str(target), "-o", str(built), *_openmp()], check=True, capture_output=True
-            )
+            for command in (
+                [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", target],
+                [compiler, "-shared", target, "-o", str(built), *_openmp()],
+            ):
+                subprocess.run(command, check=True, capture_output=True)
         except FileNotFoundError as error:
-            raise FloorUnavailable(f"no compiler {compiler!r}") from error
+            raise BoundUnavailable(f"no compiler {compiler!r}") from error
         except subprocess.CalledProcessError as error:
-            raise FloorUnavailable(error.stderr.decode(errors="replace").strip()) from error
+            raise BoundUnavailable(error.stderr.decode(errors="replace").strip()) from error
         built.replace(library)
     return library
 
 
-class Floor:
-    """The floor on this machine. Raises :class:`FloorUnavailable` without a compiler."""
+class BandwidthBound:
+    """The compiled probe.
+
+    Raises:
+        BoundUnavailable: There is no compiler.
+    """
 
     def __init__(self) -> None:
         self._library = ctypes.CDLL(str(build()))
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
-        for name in ("floor_pool", "floor_expand"):
+        for name in ("bound_pool", "bound_expand"):
             getattr(self._library, name).argtypes = (pointer, integer, pointer, integer, integer, ctypes.c_int)
             getattr(self._library, name).restype = None
-        self._library.floor_advise.argtypes, self._library.floor_advise.restype = (pointer, integer), None
-        self._library.floor_arithmetic.argtypes = (integer, ctypes.c_int, ctypes.c_int)
-        self._library.floor_arithmetic.restype = integer
+        self._library.bound_advise.argtypes, self._library.bound_advise.restype = (pointer, integer), None
+        self._library.bound_arithmetic.argtypes = (integer, ctypes.c_int, ctypes.c_int)
+        self._library.bound_arithmetic.restype = integer
 
     def _output(self, kind: str, size: int, warm: Tensor | None) -> Tensor:
         if warm is not None:
             return warm
         memory = torch.empty(size, dtype=torch.uint8)
         if kind == "huge" and size >= _MIN_ADVISED:
-            self._library.floor_advise(memory.data_ptr(), size)
+            self._library.bound_advise(memory.data_ptr(), size)
         return memory
 
     def calls(
         self, kind: str, xs: list[Tensor], grads: list[Tensor], tokens: int, threads: int, backward: bool
     ) -> Callable[[int], object]:
-        """The function to time; its argument is a running number that picks the buffers.
+        """Build the function to time, whose argument is a running number that picks the buffers.
 
         Args:
-            kind: of ``KINDS``.
-            xs: inputs ``[N, D]`` to rotate through.
-            grads: ``[>= M, D]``, what the backward pass reads.
+            kind: One of ``KINDS``.
+            xs: Inputs, ``[N, D]``, to rotate through.
+            grads: What the backward pass reads, ``[>= M, D]``.
             tokens: M.
-            threads: threads.
-            backward: the pass back too.
+            threads: Number of threads.
+            backward: Whether to move the bytes of the backward pass too.
         """
         rows = xs[0].shape[0]
         row_bytes = xs[0].shape[1] * xs[0].itemsize
@@ -108,7 +113,7 @@ class Floor:
         size, size_back = tokens * row_bytes, rows * row_bytes
         warm = [torch.zeros(size, dtype=torch.uint8) for _ in range(2)] if kind == "warm" else None
         warm_back = torch.zeros(size_back, dtype=torch.uint8) if kind == "warm" and backward else None
-        pool, expand = self._library.floor_pool, self._library.floor_expand
+        pool, expand = self._library.bound_pool, self._library.bound_expand
 
         def call(i: int) -> object:
             out = self._output(kind, size, warm[i % 2] if warm else None)
@@ -122,22 +127,21 @@ class Floor:
         return call
 
     def read(self, memory: Tensor, threads: int) -> None:
-        """Reads ``memory``, whose size is a multiple of ``LINE`` bytes, and writes nothing."""
-        rows = memory.nbytes // LINE
-        self._library.floor_pool(memory.data_ptr(), rows, memory.data_ptr(), 0, LINE, threads)
+        """Read ``memory``, whose size is a multiple of ``LINE`` bytes, and write nothing."""
+        self._library.bound_pool(memory.data_ptr(), memory.nbytes // LINE, memory.data_ptr(), 0, LINE, threads)
 
     def copy(self, source: Tensor, target: Tensor, threads: int) -> None:
-        """Writes ``source`` to ``target``; both of one size, a multiple of ``LINE`` bytes."""
+        """Write ``source`` to ``target``; both have one size, a multiple of ``LINE`` bytes."""
         rows = source.nbytes // LINE
-        self._library.floor_expand(source.data_ptr(), rows, target.data_ptr(), rows, LINE, threads)
+        self._library.bound_expand(source.data_ptr(), rows, target.data_ptr(), rows, LINE, threads)
 
     def arithmetic(self, steps: int, fused: bool, threads: int) -> int:
-        """Multiplies and adds fp32 in registers and returns how many operations these were.
+        """Multiply and add fp32 in registers, and return the number of operations.
 
         Args:
-            steps: of each thread.
-            fused: a multiplication and an addition in one instruction, else in two.
-            threads: threads.
+            steps: Steps per thread.
+            fused: Whether a multiplication and an addition share one instruction.
+            threads: Number of threads.
         """
-        operations: int = self._library.floor_arithmetic(steps, int(fused), threads)
+        operations: int = self._library.bound_arithmetic(steps, int(fused), threads)
         return operations

@@ -6,6 +6,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import ClassVar, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,8 +17,35 @@ import fastcompress as fc
 #: Frames that :func:`features` mixes at a time, to keep its temporaries small.
 _BLOCK = 8192
 
-#: Bytes of input in rotation: above every last-level cache on the market but the stacked ones, see ``buffer_count``.
+#: Bytes of input in rotation: more than every last-level cache on the market but the stacked ones.
 _MIN_ROTATION = 256 << 20
+
+B = TypeVar("B", bound="Batch")
+
+
+class Batch:
+    """Base of the dataclasses that contenders are called with. ``LEAF`` names the field that gets a gradient."""
+
+    LEAF: ClassVar[str] = "x"
+
+    @property
+    def leaf(self) -> Tensor:
+        """The tensor that gets a gradient."""
+        tensor: Tensor = getattr(self, self.LEAF)
+        return tensor
+
+    def with_leaf(self: B, tensor: Tensor) -> B:
+        """The same batch with another leaf."""
+        return replace(self, **{self.LEAF: tensor})  # type: ignore[type-var]  # a dataclass
+
+    def differentiable(self: B) -> B:
+        """The same memory with a leaf that requires a gradient."""
+        return self.with_leaf(self.leaf.detach().requires_grad_())
+
+    def rotation(self: B, last_level_cache: int) -> list[B]:
+        """Equal values in different memory to rotate through, so that no input is in a cache when its turn comes."""
+        count = max(2, math.ceil(max(_MIN_ROTATION, 4 * last_level_cache) / max(self.leaf.nbytes, 1)))
+        return [self, *(self.with_leaf(self.leaf.clone()) for _ in range(count - 1))]
 
 
 @dataclass(frozen=True)
@@ -25,17 +53,16 @@ class Case:
     """A shape of batch.
 
     Attributes:
-        name: what ``--cases`` takes.
-        lengths: frames of each sequence.
-        dim: width of a frame.
-        default: measured when ``--cases`` is not given.
-        calls: calls in a timed sample; above 1 for calls of microseconds.
-        backward: measure forward + backward too.
-        floors: compare with the memory floor, which says nothing about calls of microseconds.
-        contenders: names of the contenders to measure, all when ``None``.
-        rule: finds the segments; ``LocalMax()``, or ``Uniform(...)`` for contenders without scores.
-        mean_length: frames of a segment on average, by a ``Threshold`` chosen for that instead of ``rule``.
-        window: frames of a window of the contender that pools fixed windows.
+        name: What ``--cases`` takes.
+        lengths: Frames of each sequence.
+        dim: Width of a frame.
+        default: Whether it is measured when ``--cases`` is not given.
+        calls: Calls per sample; above 1 for calls of microseconds, of which only the forward pass is timed.
+        contenders: Names of the contenders to measure; all when ``None``.
+        rule: Rule for the segments: ``LocalMax()``, or ``Uniform(...)`` for contenders without scores.
+        mean_length: Frames per segment on average, by a ``Threshold`` chosen for that instead of ``rule``.
+        window: Frames per window of the contender that pools fixed windows.
+        dtypes: Short names of the dtypes to measure; those of the command when ``None``.
     """
 
     name: str
@@ -43,12 +70,11 @@ class Case:
     dim: int
     default: bool = True
     calls: int = 1
-    backward: bool = True
-    floors: bool = True
     contenders: tuple[str, ...] | None = None
     rule: fc.Rule = fc.LocalMax()
     mean_length: int | None = None
     window: int = 3
+    dtypes: tuple[str, ...] | None = None
 
     @property
     def frames(self) -> int:
@@ -67,11 +93,11 @@ def random_lengths(count: int, low: int, high: int, seed: int) -> tuple[int, ...
 
 
 def features(frames: int, dim: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """``[frames, dim]`` like the output of a speech encoder, the same for the same arguments.
+    """Make ``[frames, dim]`` like the output of a speech encoder, the same for the same arguments.
 
-    48 latent walks that forget slowly inside a "phone" and jump at its end (every 7th frame or so), mixed to ``dim``
-    channels, with an offset a channel, four outlier channels and white noise. Neighbours are at a cosine distance of
-    0.1 to 0.8 and the local maxima of it make segments of three frames on average.
+    48 latent walks that change slowly inside a "phone" and jump at its end (every 7th frame or so), mixed to ``dim``
+    channels, with one offset per channel, four outlier channels and white noise. Neighbours have a cosine distance of
+    0.1 to 0.8, whose local maxima make segments of three frames on average.
     """
     rank, keep, noise = 48, 0.8, 0.15
     generator = torch.Generator().manual_seed(seed)
@@ -107,14 +133,14 @@ def exact_distances(x: Tensor) -> Tensor:
 
 
 def threshold_of(x: Tensor, cu: Tensor, mean_length: int) -> fc.Threshold:
-    """The threshold that cuts frames ``x`` ``[N, D]`` of sequences ``cu`` ``[B + 1]`` into segments of a mean length.
+    """Choose the threshold that cuts frames ``[N, D]`` of sequences ``cu`` ``[B + 1]`` into segments of a mean length.
 
     It lies half-way between two distances, so that rounding flips few boundaries.
     """
     if mean_length == 1:
         return fc.Threshold(-1.0)
     d = exact_distances(x)
-    d[cu[1:].long() - 1] = -1.0  # what ends a sequence ends a segment, whatever the threshold
+    d[cu[1:].long() - 1] = -1.0  # the end of a sequence ends a segment at any threshold
     count = max(1, round(x.shape[0] / mean_length) - (cu.shape[0] - 1))
     above, below = d.topk(count + 1).values[-2:].tolist()
     return fc.Threshold((above + below) / 2)
@@ -126,14 +152,14 @@ def cu_seqlens(lengths: Sequence[int]) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Inputs:
-    """What a contender is called with.
+class Inputs(Batch):
+    """What a contender of segment pooling is called with.
 
     Attributes:
-        x: ``[N, D]``, packed frames, or ``[B, T, D]`` for a contender that works on padded ones.
+        x: Frames, ``[N, D]`` packed, or ``[B, T, D]`` for a contender that works on padded ones.
         cu_seqlens: ``[B + 1]`` int32.
-        rule: finds the segments.
-        window: of the :class:`Case`.
+        rule: Rule for the segments.
+        window: Window of the :class:`Case`.
     """
 
     x: Tensor
@@ -141,30 +167,20 @@ class Inputs:
     rule: fc.Rule = fc.LocalMax()
     window: int = 3
 
-    def differentiable(self) -> Inputs:
-        """The same memory as a leaf that wants a gradient."""
-        return replace(self, x=self.x.detach().requires_grad_())
 
-
-def buffer_count(size: int, last_level_cache: int) -> int:
-    """Buffers of ``size`` bytes to rotate through so that none is in a cache when its turn comes."""
-    return max(2, math.ceil(max(_MIN_ROTATION, 4 * last_level_cache) / max(size, 1)))
-
-
-def packed_buffers(case: Case, dtype: torch.dtype, last_level_cache: int, seed: int = 3) -> list[Inputs]:
-    """Packed inputs to rotate through: equal values in different memory, so one check serves all."""
-    x = features(case.frames, case.dim, dtype, seed)
-    cu = cu_seqlens(case.lengths)
+def inputs_of(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu", seed: int = 3) -> Inputs:
+    """The packed inputs of a case."""
+    x, cu = features(case.frames, case.dim, dtype, seed), cu_seqlens(case.lengths)
     rule = case.rule if case.mean_length is None else threshold_of(x, cu, case.mean_length)
-    first = Inputs(x, cu, rule, case.window)
-    # A call of microseconds is timed on hot input: its cost is overhead, and thousands of buffers would hide that.
-    count = buffer_count(case.input_bytes(dtype), last_level_cache) if case.calls == 1 else 1
-    return [first, *(replace(first, x=x.clone()) for _ in range(count - 1))]
+    return Inputs(x.to(device), cu.to(device), rule, case.window)
 
 
-def padded_buffers(packed: Sequence[Inputs], lengths: Sequence[int], last_level_cache: int) -> list[Inputs]:
-    """Padded ``[B, T, D]`` copies of the packed inputs, zeros behind each sequence."""
-    padded = pad_sequence(list(packed[0].x.split(list(lengths))), batch_first=True)
-    count = buffer_count(padded.nbytes, last_level_cache) if len(packed) > 1 else 1
-    first = replace(packed[0], x=padded)
-    return [first, *(replace(first, x=padded.clone()) for _ in range(count - 1))]
+def padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
+    """The frames as ``[B, T, D]``, with zeros after each sequence."""
+    return replace(inputs, x=pad_sequence(list(inputs.x.split(list(lengths))), batch_first=True))
+
+
+def gradients(numel: int, dtype: torch.dtype, count: int, device: torch.device | str = "cpu") -> list[Tensor]:
+    """Flat tensors of equal values to start backward passes from, to rotate through."""
+    first = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    return [first, *(first.clone() for _ in range(count - 1))]

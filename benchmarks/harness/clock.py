@@ -1,4 +1,4 @@
-"""Times functions against each other on a machine that may have other work."""
+"""Time functions against each other on a machine that may have other work."""
 
 from __future__ import annotations
 

@@ -1,23 +1,26 @@
-"""What the GPU benchmark and the GPU tests ask of a device. On the CPU stand-ins take part, so that both run there."""
+"""What the GPU benchmark and the GPU tests need from a device. On the CPU stand-ins take their place in a dry run."""
 
 from __future__ import annotations
 
 import contextlib
+import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
+from benchmarks.harness.clock import Samples
+
 
 def synchronize(device: torch.device) -> None:
-    """Waits for everything."""
+    """Wait for everything on the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def side_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
-    """A stream that is not the default one, as the current one. It starts behind what is under way."""
+    """Make a new stream the current one, after the work that is under way."""
     if device.type != "cuda":
         return contextlib.nullcontext()
     stream = torch.cuda.Stream(device)
@@ -26,16 +29,16 @@ def side_stream(device: torch.device) -> contextlib.AbstractContextManager[Any]:
 
 
 def delay(device: torch.device, cycles: int = 20_000_000) -> None:
-    """Keeps the current stream busy, some 10 ms, so that whoever does not wait for it is early."""
+    """Keep the current stream busy for some 10 ms, so that code that fails to wait for it reads too early."""
     if device.type == "cuda":
         torch.cuda._sleep(cycles)
 
 
 def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
-    """A CUDA graph of ``call``: what replays it, and the result that every replay writes.
+    """Capture a CUDA graph of ``call``; return what replays it, and the result that every replay writes.
 
-    Captured on the current stream, or on a new one when that is the default stream, which cannot be captured. On the
-    CPU a replay is a call whose tensors are copied into the result.
+    The graph is captured on the current stream, or on a new one when that is the default stream, which cannot be
+    captured. On the CPU a replay is a call whose tensors are copied into the result.
     """
     if device.type != "cuda":
         result = call()
@@ -47,7 +50,7 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
         return again, result
     default = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
     with side_stream(device) if default else contextlib.nullcontext():
-        for _ in range(3):  # whatever is set up at the first calls cannot be in a graph
+        for _ in range(3):  # what is set up at the first calls cannot be in a graph
             call()
         graph = torch.cuda.CUDAGraph()
         torch.cuda.synchronize(device)
@@ -75,31 +78,65 @@ class Flush:
         self._memory.zero_()
 
 
-def elapsed(call: Callable[[], Any], flush: Flush, device: torch.device, reps: int) -> list[float]:
-    """Seconds that the device spends on ``call``, a number a repetition, each with a cold second-level cache.
+def elapsed(call: Callable[[], Any], flush: Flush, device: torch.device) -> float:
+    """Seconds that the device spends on ``call`` with a cold second-level cache, between two events.
 
-    Between two events: the first comes when the flush has ended, some 100 µs after it was put on the stream, so a
-    graph's launch is hidden behind it. An eager call that is slower to launch than to run shows its launching.
+    The first event is recorded when the flush has ended, some 100 µs after it was put on the stream, which hides the
+    launch of a graph. An eager call that takes longer to launch than to run shows its launching.
     """
     if device.type != "cuda":
-        return [wall(call, flush, device) for _ in range(reps)]
-    seconds = []
-    for _ in range(reps):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        flush()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return seconds
+        return wall(call, flush, device)
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    flush()
+    start.record()
+    call()
+    end.record()
+    end.synchronize()
+    return float(start.elapsed_time(end)) / 1e3
 
 
 def wall(call: Callable[[], Any], flush: Flush, device: torch.device) -> float:
-    """Seconds from a call until the device is idle again, launching included."""
+    """Seconds from a call until the device is idle again, including the launch."""
     flush()
     synchronize(device)
     start = time.perf_counter()
     call()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def interleave(
+    functions: Mapping[str, Callable[[], Any]],
+    flush: Flush,
+    device: torch.device,
+    reps: int,
+    max_seconds: float = 10.0,
+    how: Callable[[Callable[[], Any], Flush, torch.device], float] = elapsed,
+) -> dict[str, Samples]:
+    """Time all functions in rounds, in a new random order in each round, after calls to warm up.
+
+    A function that has used ``max_seconds`` is left out of later rounds, but not of the first three.
+    """
+    for function in functions.values():
+        for _ in range(3 if device.type == "cuda" else 1):
+            function()
+    synchronize(device)
+    order, generator = list(functions), random.Random(0)
+    samples = {name: Samples() for name in functions}
+    for rep in range(reps):
+        generator.shuffle(order)
+        for name in order:
+            if rep < 3 or sum(samples[name].quiet) < max_seconds:
+                samples[name].quiet.append(how(functions[name], flush, device))
+    return samples
+
+
+def peak(call: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes that a call allocates at most; ``None`` on the CPU."""
+    if device.type != "cuda":
+        return None
+    synchronize(device)
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    call()
+    return torch.cuda.max_memory_allocated(device) - before

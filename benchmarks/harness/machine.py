@@ -1,4 +1,4 @@
-"""What a result was measured on and with."""
+"""The machine that measures, and the versions of what takes part."""
 
 from __future__ import annotations
 
@@ -51,8 +51,24 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def machine() -> dict[str, Any]:
-    """The hardware and the settings that matter to a memory-bound kernel."""
+def _gpu() -> dict[str, Any]:
+    """The first GPU; empty without one, as in a dry run."""
+    if not torch.cuda.is_available():
+        return {}
+    found = torch.cuda.get_device_properties(0)
+    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    return {
+        "gpu": found.name,
+        "capability": f"{found.major}.{found.minor}",
+        "multiprocessors": found.multi_processor_count,
+        "gpu_memory": found.total_memory,
+        "gpu_l2": found.L2_cache_size,
+        "driver": (_output(command) or "").split("\n")[0] or None,
+    }
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Describe the hardware and the settings that matter to a memory-bound kernel."""
     memory = re.search(r"MemTotal:\s*(\d+)", _read(Path("/proc/meminfo")))
     huge = re.search(r"\[(\w+)\]", _read(_THP))
     return {
@@ -64,18 +80,30 @@ def machine() -> dict[str, Any]:
         "isa": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),
-    }
+    } | (_gpu() if device == "cuda" else {})
 
 
 def slug(hardware: Mapping[str, Any] | None = None) -> str:
-    """A file name for a machine as :func:`machine` describes it, this one if not told: its CPU, cores and instructions.
+    """Name a machine for a file: its GPU, or its CPU, cores and instruction set.
 
     Virtual machines call CPUs of several generations by one name; those without AVX-512 give other ratios.
+
+    Args:
+        hardware: A machine as :func:`machine` describes it; by default this one.
     """
     hardware = hardware or machine()
+    if "gpu" in hardware:
+        return "-".join(re.findall(r"[a-z0-9]+", hardware["gpu"].lower()))
     name = re.sub(r"\b(cpu|processor|with)\b|\((r|tm)\)|@.*", " ", hardware["cpu"].lower())
     isa = re.sub(r"\W", "", hardware["isa"].lower())
     return "-".join([*re.findall(r"[a-z0-9]+", name), f"{hardware['cores']}c", isa])
+
+
+def title(hardware: Mapping[str, Any]) -> str:
+    """Name a machine for a heading."""
+    if "gpu" in hardware:
+        return f"{hardware['gpu']}, driver {hardware['driver']}"
+    return f"{hardware['cpu']}, {hardware['cores']} cores, {hardware['isa']}"
 
 
 def _version(package: str) -> str | None:
@@ -85,28 +113,29 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _library() -> dict[str, Any]:
-    """The library measured, which need not be installed."""
-    import fastcompress
-
-    version = getattr(fastcompress, "__version__", None)
-    return {"fastcompress": version, "fastcompress_compiled": bool(getattr(_library, "COMPILED", False))}
-
-
 def versions() -> dict[str, Any]:
-    """Versions of what took part."""
-    return {"python": platform.python_version(), "torch": torch.__version__, **_library()} | {
-        name: _version(name) for name in ("numpy", "torch-scatter", "fbgemm-gpu-cpu")
+    """Versions of what takes part, and whether the compiled library was loaded."""
+    import fastcompress
+    from fastcompress.dispatch.library import COMPILED, cuda_archs, cuda_version
+
+    library = {"fastcompress": fastcompress.__version__, "fastcompress_compiled": COMPILED}
+    if cuda_archs():
+        library |= {"cuda": cuda_version(), "cuda_archs": cuda_archs()}
+    return {"python": platform.python_version(), "torch": torch.__version__, **library} | {
+        name: _version(name) for name in ("numpy", "triton", "torch-scatter", "fbgemm-gpu-cpu")
     }
 
 
-def commit() -> str | None:
-    """The commit of the checkout, with ``-dirty`` when files differ from it."""
-    command = ["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"]
+def _output(command: list[str]) -> str | None:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def commit() -> str | None:
+    """The commit of the checkout, with ``-dirty`` when files differ from it."""
+    return _output(["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
 
 
 def now() -> str:

@@ -1,19 +1,19 @@
-"""Correctness before speed: a contender whose result is wrong is not timed.
+"""Checks of segment pooling: a contender whose result is wrong is not timed.
 
-The library is held to fp64 scores and fp64 means computed here; the contenders to the segments of the library.
+The library is compared with fp64 scores and fp64 means computed here, the contenders with the segments of the library.
 """
 
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 import fastcompress as fc
 from benchmarks.harness.cases import Inputs, exact_distances
-from benchmarks.suites.segment_pool import Tokens, last_frames, offsets_and_ids, segment_ends
+from benchmarks.harness.compare import WrongResult
+from benchmarks.suites.eager import Tokens, last_frames, offsets_and_ids, segment_ends
 
 #: Share of the boundaries that must be equal: rounding may flip a few, another rule flips more.
 MIN_EQUAL_BOUNDARIES = 0.999
@@ -21,27 +21,8 @@ MIN_EQUAL_BOUNDARIES = 0.999
 _BLOCK = 4096
 
 
-class WrongResult(Exception):
-    """A contender that does not do the job."""
-
-
-@dataclass(frozen=True)
-class Agreement:
-    """How well a result agrees with what was expected.
-
-    Attributes:
-        boundaries: boundaries expected.
-        differing: boundaries that only one of the two has.
-        worst: largest error of a value in segments that both have, as a share of the rounding bound.
-    """
-
-    boundaries: int
-    differing: int
-    worst: float
-
-
 def exact_starts(inputs: Inputs) -> Tensor:
-    """``[M]``, first rows of the segments by fp64 scores; those of ``Uniform`` by counting."""
+    """First rows of the segments, ``[M]``, by fp64 scores; those of ``Uniform`` by counting."""
     if isinstance(inputs.rule, fc.Uniform):
         offsets, size = inputs.cu_seqlens.tolist(), inputs.rule.size
         return torch.cat([torch.arange(a, b, size) for a, b in itertools.pairwise(offsets)])
@@ -62,12 +43,7 @@ def _means(x: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
 
 
 class Expected:
-    """What a call on ``inputs`` must return, given where its segments start.
-
-    Args:
-        inputs: packed input.
-        starts: ``[M]``, first row of each segment.
-    """
+    """What a call on packed ``inputs`` must return, given the first row of each segment, ``[M]``."""
 
     def __init__(self, inputs: Inputs, starts: Tensor) -> None:
         x = inputs.x.detach()
@@ -80,14 +56,14 @@ class Expected:
         magnitude = _means(x.abs(), self.starts, self.lengths)
         self.bound = torch.finfo(x.dtype).eps * (self.lengths.unsqueeze(1) + 1) * magnitude + torch.finfo(x.dtype).tiny
 
-    def check(self, name: str, tokens: Tokens, grad: Tensor | None = None, grad_x: Tensor | None = None) -> Agreement:
-        """Raises :class:`WrongResult` unless ``tokens`` are right, and the gradient of their values if given.
+    def check(self, name: str, tokens: Tokens, grad: Tensor | None = None, grad_x: Tensor | None = None) -> int:
+        """Check a result, and the gradient ``grad_x``, ``[N, D]``, that comes out when ``grad``, ``[M', D]``, goes in.
 
-        Args:
-            name: whose result it is, for the message.
-            tokens: the result.
-            grad: ``[M', D]``, the gradient that went into ``tokens.values``.
-            grad_x: ``[N, D]``, the gradient that came out.
+        Returns:
+            Number of boundaries that only one of the two has.
+
+        Raises:
+            WrongResult: It is wrong; the message begins with ``name``.
         """
         if tokens.starts is None:
             raise WrongResult(f"{name}: returns no segments")
@@ -112,7 +88,7 @@ class Expected:
             raise WrongResult(f"{name}: values are off by {worst:.3g} times the rounding bound")
         if grad is not None and grad_x is not None:
             _check_gradient(name, grad, grad_x, lengths)
-        return Agreement(self.starts.shape[0], differing, worst)
+        return differing
 
 
 def _check_gradient(name: str, grad: Tensor, grad_x: Tensor, lengths: Tensor) -> None:
@@ -131,7 +107,11 @@ def _check_gradient(name: str, grad: Tensor, grad_x: Tensor, lengths: Tensor) ->
 
 
 def check_average_pool(name: str, inputs: Inputs, tokens: Tokens) -> None:
-    """Raises :class:`WrongResult` unless ``tokens.values`` are the means of the windows of ``inputs.x`` [B, T, D]."""
+    """Check that ``tokens.values`` are the means of the windows of ``inputs.x``, ``[B, T, D]``.
+
+    Raises:
+        WrongResult: They are not.
+    """
     padded, size = inputs.x.detach(), inputs.window
     windows = padded[:, : padded.shape[1] // size * size].unflatten(1, (-1, size))
     if tokens.values.shape != (windows.shape[0], windows.shape[1], windows.shape[3]):

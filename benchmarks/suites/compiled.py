@@ -1,4 +1,4 @@
-"""The same job under ``torch.compile``, in the forms that were the fastest of those tried.
+"""Segment pooling under ``torch.compile``, in the forms that were the fastest of those tried.
 
 The number of segments depends on the data, so there are at least two compiled regions with ``nonzero`` between them.
 """
@@ -14,19 +14,23 @@ from torch import Tensor
 
 import fastcompress as fc
 from benchmarks.harness.cases import Inputs
-from benchmarks.suites.segment_pool import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
+from benchmarks.suites.eager import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
 
 
 def prepare(threads: int) -> None:
-    """Makes what is compiled from now on use ``threads`` threads; code compiled before is dropped.
+    """Drop what was compiled before, and compile for ``threads`` threads from now on; 0 for a GPU.
 
     Inductor writes the number of threads into the code and, unless told, may find code for another one in its cache.
     """
+    import torch._functorch.config
     import torch._inductor.config as inductor
 
-    torch._dynamo.reset()
+    torch._dynamo.reset()  # or the ninth shape would run uncompiled
+    if not threads:
+        torch._functorch.config.donated_buffer = False  # a compiled backward is timed again and again on one forward
+        return
     inductor.cpp.threads = threads
-    inductor.compile_threads = 1  # no pool of compiler processes beside what is timed
+    inductor.compile_threads = 1  # no pool of compiler processes next to what is timed
 
 
 def _ends_plain(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
@@ -35,7 +39,7 @@ def _ends_plain(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]
 
 
 def _ends_tuned(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
-    """Dot product and norm of each row as two sums of one loop; ``cosine_similarity`` compiles to three.
+    """Compute dot product and norm of each row as two sums of one loop; ``cosine_similarity`` compiles to three.
 
     The roll pairs the last row with the first, which ``last`` masks.
     """
@@ -51,7 +55,7 @@ def _mean_index_add(x: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
 
 
 def _mean_gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
-    """Sums ``longest`` rows a segment, those past its end masked: no atomic additions, one loop, one write."""
+    """Sum ``longest`` rows per segment, those past its end masked: no atomic additions, one loop, one write."""
     row = offsets[:-1, None] + torch.arange(longest, device=x.device)
     inside = (row < offsets[1:, None]).unsqueeze(2)
     total = torch.where(inside, x[row.clamp_max(x.shape[0] - 1)].float(), 0.0).sum(1)
@@ -73,7 +77,7 @@ def plain(**how: Any) -> Call:
     """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
 
     Args:
-        how: for ``torch.compile``, such as ``mode="max-autotune"``.
+        how: Arguments of ``torch.compile``, such as ``mode="max-autotune"``.
     """
     ends = torch.compile(_ends_plain, dynamic=False, **how)
     mean = torch.compile(_mean_index_add, dynamic=True, **how)
@@ -102,10 +106,10 @@ class _SegmentMean(torch.autograd.Function):
 
 
 def tuned(pool: str, **how: Any) -> Call:
-    """Hand-written scores and backward, compiled; pooling by a compiled ``"gather"`` or the eager ``"embedding_bag"``.
+    """Scores and backward by hand, compiled; pooling by a compiled ``"gather"`` or the eager ``"embedding_bag"``.
 
-    The gather is compiled for the longest segment of the batch; with other data it compiles again. ``how`` is for
-    ``torch.compile``.
+    The gather is compiled for the longest segment of the batch; with other data it compiles again. ``how`` are
+    arguments of ``torch.compile``.
     """
     ends = torch.compile(_ends_tuned, dynamic=False, **how)
     expand = torch.compile(_expand, dynamic=True, **how)

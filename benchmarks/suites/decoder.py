@@ -1,33 +1,38 @@
-"""A decoder on a packed batch against the same batch padded: time, and peak memory in a process of its own.
+"""Suite ``decoder``: a decoder on a packed batch against the same batch padded, in time and in peak memory.
 
-``python -m benchmarks.suites.decoder FORM DIRECTION THREADS SIZE`` prints the peak of one form as JSON.
+``python -m benchmarks.suites.decoder FORM DIRECTION THREADS SIZE`` prints the peak memory of one form as JSON.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import json
 import random
-import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.clock import Disturbance, Samples, interleave
-from benchmarks.harness.memory import high_water
-from benchmarks.suites.checks import WrongResult
+from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.memory import high_water, in_process
+from benchmarks.measurement import FORWARD, OURS
 
-OURS = "packed, fastcompress"
-#: Implementation of attention, and whether the batch is packed.
-FORMS = {OURS: ("fastcompress", True), "padded, sdpa": ("sdpa", False), "packed, sdpa": ("sdpa", True)}
-PADDED = "padded, sdpa"
-DIRECTIONS = ("forward", "forward+backward")
+NAME = "decoder"
+PACKED, PADDED = "packed, fastcompress", "padded, sdpa"
+#: Implementation of attention, whether the batch is packed, and the group.
+FORMS = {
+    PACKED: ("fastcompress", True, OURS),
+    PADDED: ("sdpa", False, "padded"),
+    "packed, sdpa": ("sdpa", True, "transformers"),
+}
+#: Largest error of the logits relative to their norm: in fp32, and of bf16 decoders that add in other orders; logits of
+#: other rows differ by 1.4.
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
 
 
 def available() -> bool:
@@ -37,7 +42,7 @@ def available() -> bool:
 
 @dataclass(frozen=True)
 class Size:
-    """Width and layers of the decoder, samples and the most rows of one."""
+    """Width and layers of the decoder, number of samples and most rows of one."""
 
     width: int
     layers: int
@@ -63,12 +68,12 @@ def padding(sizes: Sequence[int]) -> float:
 def build(
     form: str, size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> Callable[[bool], tuple[Tensor, Any]]:
-    """A call of the decoder, with or without gradients: logits of all rows that are no padding, and the loss."""
+    """Build a call, with or without gradients, that returns the logits of all rows but padding, and the loss."""
     import transformers
 
     import fastcompress.decoder  # noqa: F401  (registers the implementation)
 
-    implementation, is_packed = FORMS[form]
+    implementation, is_packed, _ = FORMS[form]
     heads = max(4, size.width // 128)
     config = transformers.Qwen2Config(
         vocab_size=2000,
@@ -106,73 +111,74 @@ def build(
     return call
 
 
-def check(form: str, logits: Tensor, expected: Tensor, tolerance: float) -> None:
-    """Whether each row's logits are those expected, by the norm of the worst row's error.
+@dataclass
+class DecoderJob(Job):
+    """The decoder of one size; ``expected`` are the logits and the loss of the padded batch."""
+
+    expected: tuple[Tensor, Tensor] | None = None
+
+    def check(self, name: str, batch: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
+        assert self.expected is not None
+        (logits, loss), (wanted, its_loss) = result, self.expected
+        check_logits(name, logits, wanted, TOLERANCE[self.dtype])
+        if self.dtype == torch.float32 and not abs(loss - its_loss) <= 1e-4:
+            raise WrongResult(f"{name}: the loss is off by {abs(loss - its_loss):.2g}")
+        return {}
+
+
+def check_logits(name: str, logits: Tensor, expected: Tensor, tolerance: float) -> None:
+    """Check the logits by the norm of the worst row's error.
 
     Raises:
-        WrongResult: they are not.
+        WrongResult: They differ.
     """
+    logits, expected = logits.float(), expected.float()
     error = float(((logits - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
     if not error <= tolerance:
-        raise WrongResult(f"{form}: logits are off by {error:.2g} of their norm, of which {tolerance:g} is allowed")
+        raise WrongResult(f"{name}: logits are off by {error:.2g} of their norm, of which {tolerance:g} is allowed")
 
 
-@dataclass(frozen=True)
-class DecoderTable:
-    """Times in seconds and peaks in bytes, by form."""
+def _contender(form: str, call: Callable[[bool], tuple[Tensor, Any]]) -> Contender:
+    def forward(_: None) -> Any:
+        return call(False)
 
-    direction: str
-    threads: int
-    sizes: tuple[int, ...]
-    samples: dict[str, Samples]
-    peaks: dict[str, int | None]
-    disturbance: Disturbance
+    def both(_: None) -> Any:
+        return call(True)
+
+    return Contender(form, FORMS[form][2], lambda: forward, both=both)
 
 
-def measure(threads: int, reps: int, size: str, tries: int) -> list[DecoderTable]:
-    """Both directions.
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> DecoderJob:
+    """The job of one setting."""
+    size = SIZES[name]
+    calls = {form: build(form, size, bench.device, dtype) for form in FORMS}
+    rows = lengths(size)
+    contenders = [_contender(form, call) for form, call in calls.items()]
 
-    Raises:
-        WrongResult: a form gives other logits than the padded batch.
-    """
-    torch.set_num_threads(threads)
-    calls = {form: build(form, SIZES[size]) for form in FORMS}
-    expected, loss = calls[PADDED](False)
-    for form, call in calls.items():
-        logits, its_loss = call(False)
-        check(form, logits, expected, 1e-5)
-        if not abs(its_loss - loss) <= 1e-4:
-            raise WrongResult(f"{form}: the loss is off by {abs(its_loss - loss):.2g}")
-    tables = []
-    for direction in DIRECTIONS:
-        functions = {form: lambda i, call=call: call(direction != "forward")[1] for form, call in calls.items()}  # noqa: B023
-        samples, disturbance = interleave(functions, reps, max_seconds=60, tries=tries)
-        peaks = {form: peak(form, direction, threads, size) for form in FORMS}
-        tables.append(DecoderTable(direction, threads, lengths(SIZES[size]), samples, peaks, disturbance))
-    return tables
+    def peak(form: str, direction: str) -> int | None:
+        found: int | None = in_process(NAME, form, direction, threads, name)
+        return found
+
+    details = {"width": size.width, "layers": size.layers, "lengths": rows, "padding": padding(rows)}
+    return DecoderJob(
+        NAME, f"{len(rows)} samples", dtype, threads, contenders, [None], strict=True, reps=7, max_seconds=60,
+        peak=peak, details=details, expected=calls[PADDED](False),
+    )  # fmt: skip
 
 
-def peak(form: str, direction: str, threads: int, size: str) -> int | None:
-    """Bytes that a call needs at its peak, in a fresh process; ``None`` where the system does not tell."""
-    command = [sys.executable, "-m", "benchmarks.suites.decoder", form, direction, str(threads), size]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-
-
-def rows(table: DecoderTable) -> list[Sequence[str]]:
-    """For ``report.align``: fastest first."""
-    ours = table.samples[OURS].median
-    lines: list[Sequence[str]] = [["", "ms", "p10", "p90", "reps", "peak MB", "x ours"]]
-    for name, sample in sorted(table.samples.items(), key=lambda item: item[1].median):
-        times = [f"{seconds * 1e3:.0f}" for seconds in (sample.median, sample.p10, sample.p90)]
-        at_most = table.peaks[name]
-        memory = "" if at_most is None else f"{at_most / 1e6:.0f}"
-        lines.append([name, *times, str(len(sample.seconds)), memory, f"{sample.median / ours:.2f}"])
-    return lines
+def run(bench: Bench) -> None:
+    """Measure one size: on the CPU in fp32, on a GPU in bf16."""
+    if not available():
+        return print("decoder: transformers is not installed")
+    size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
+    for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else ("fp32",)):
+        if not bench.on_gpu:
+            torch.set_num_threads(threads)
+        compare(bench, job(bench, size, dtype, threads))
 
 
 if __name__ == "__main__":
     _form, _direction, _threads, _size = sys.argv[1:]
     torch.set_num_threads(int(_threads))
     _call = build(_form, SIZES[_size])
-    print(json.dumps(high_water(lambda: _call(_direction != "forward"))))
+    print(json.dumps(high_water(functools.partial(_call, _direction != FORWARD))))

@@ -1,13 +1,12 @@
-"""Published methods against the form in which they are published (:mod:`benchmarks.published`).
+"""Suite ``methods``: published methods against the forms in which they are published.
 
-Every form takes the same batch and gives the tokens of all sequences, one after the other. Ours is held to the form
-next to it before either is timed: as many tokens, values equal to rounding.
+Every form takes the same batch and returns the tokens of all sequences, one after the other. Before anything is timed,
+the number of tokens must agree, and their values to rounding.
 """
 
 from __future__ import annotations
 
-import importlib.util
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,22 +14,22 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.cases import buffer_count, cu_seqlens, features, random_lengths
-from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness.cases import cu_seqlens, features, gradients, random_lengths
+from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.measurement import OURS
 from benchmarks.suites import published
-from benchmarks.suites.checks import WrongResult
 from benchmarks.suites.published import Batch, MethodCase, each
 
-OURS = "fastcompress"
-#: A CTC head's units, the blank first.
+NAME = "methods"
+#: Units of a CTC head, the blank first.
 UNITS = 40
 PROMINENCE = "local-max:prominence=0.1,normalize=True"
 CASE = MethodCase("8 clips", random_lengths(8, 1350, 1500, seed=5), 1280)
 QUICK = MethodCase("quick", random_lengths(3, 60, 90, seed=5), 128)
 
 
-def batches(case: MethodCase, dtype: torch.dtype, last_level_cache: int) -> list[Batch]:
-    """Equal values in different memory, to rotate through."""
+def batch(case: MethodCase, dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
+    """Make a batch, the same for the same arguments."""
     g = torch.Generator().manual_seed(1)
     count = sum(case.lengths)
     x = features(count, case.dim, dtype)
@@ -41,9 +40,8 @@ def batches(case: MethodCase, dtype: torch.dtype, last_level_cache: int) -> list
     router = fc.nn.LearnedBoundary(case.dim, reduce="first").requires_grad_(False)
     for projection in (router.query, router.key):
         projection.weight.normal_(std=case.dim**-0.5, generator=g)
-    first = Batch(case, x, cu_seqlens(case.lengths), alpha, labels, blank, router.to(dtype))
-    copies = buffer_count(x.nbytes, last_level_cache) - 1
-    return [first, *(Batch(**(vars(first) | {"x": x.clone()})) for _ in range(copies))]
+    x, cu, alpha, labels, blank = (t.to(device) for t in (x, cu_seqlens(case.lengths), alpha, labels, blank))
+    return Batch(case, x, cu, alpha, labels, blank, router.to(device, dtype))
 
 
 def fire(batch: Batch) -> Tensor:
@@ -98,12 +96,12 @@ def fusion(batch: Batch) -> Tensor:
 
 @dataclass(frozen=True)
 class Method:
-    """A method.
+    """A published method.
 
     Attributes:
-        ours: our line.
-        published: how it is published; ours is held to each.
-        needs: a package without which the method is left out.
+        ours: Our line.
+        published: The forms in which it is published.
+        needs: A package that those need.
     """
 
     name: str
@@ -111,9 +109,13 @@ class Method:
     published: dict[str, Callable[[Batch], Tensor]]
     needs: str | None = None
 
-    @property
-    def available(self) -> bool:
-        return self.needs is None or importlib.util.find_spec(self.needs) is not None
+    def contenders(self) -> list[Contender]:
+        """Ours first."""
+        theirs = self.published.items()
+        return [
+            Contender(OURS, OURS, lambda: self.ours),
+            *(Contender(name, "published", lambda form=form: form, module=self.needs) for name, form in theirs),  # type: ignore[misc]  # a default
+        ]
 
 
 METHODS = (
@@ -136,8 +138,11 @@ METHODS = (
 
 
 def check(name: str, found: Tensor, wanted: Tensor) -> None:
-    """Raises :class:`WrongResult` unless both are the same tokens to rounding, but for one in a thousand whose scores
-    rounding moved."""
+    """Check that both are the same tokens to rounding, but for one in a thousand whose scores rounding moved.
+
+    Raises:
+        WrongResult: They are not.
+    """
     tolerance = {torch.float32: 1e-4, torch.bfloat16: 4e-2, torch.float16: 4e-3}[found.dtype]
     if found.dtype != wanted.dtype or abs(len(found) - len(wanted)) > len(wanted) / 1000:
         raise WrongResult(f"{name}: {len(found)} tokens of {found.dtype} for {len(wanted)} of {wanted.dtype}")
@@ -148,72 +153,45 @@ def check(name: str, found: Tensor, wanted: Tensor) -> None:
             raise WrongResult(f"{name}: {int(wrong.sum())} of {len(wanted)} tokens differ by more than rounding")
 
 
-@dataclass(frozen=True)
-class MethodTable:
-    """Times of a call in seconds, of each form."""
+@dataclass
+class MethodJob(Job):
+    """One method. The tokens and the gradients of the library are what the published forms are compared with."""
 
-    case: MethodCase
-    method: str
-    dtype: str
-    threads: int
-    direction: str
-    tokens: int
-    samples: dict[str, Samples]
-    disturbance: Disturbance
+    tokens: Tensor | None = None
+    grad_x: Tensor | None = None
 
-
-def measure(
-    case: MethodCase, dtype: torch.dtype, threads: int, reps: int, last_level_cache: int, tries: int
-) -> list[MethodTable]:
-    """Forward, and forward with the gradient of the frames, of every method.
-
-    Raises:
-        WrongResult: ours gives other tokens than the published form, or a form other gradients.
-    """
-    torch.set_num_threads(threads)
-    inputs = batches(case, dtype, last_level_cache)
-    leaves = [Batch(**(vars(b) | {"x": b.x.detach().requires_grad_()})) for b in inputs]
-    tables = []
-    for method in METHODS:
-        if not method.available:
-            print(f"no {method.name}: {method.needs} is not installed")
-            continue
-        forms = {OURS: method.ours, **method.published}
-        with torch.no_grad():
-            results = {name: form(inputs[0]) for name, form in forms.items()}
-        for name in method.published:
-            check(f"{method.name}, {name}", results[OURS], results[name])
-        grad = torch.randn_like(results[OURS])
-
-        def forward(form: Callable[[Batch], Tensor]) -> Callable[[int], Any]:
-            return lambda i: form(inputs[i % len(inputs)])
-
-        def both(form: Callable[[Batch], Tensor], grad: Tensor = grad) -> Callable[[int], Any]:
-            def call(i: int) -> Any:
-                batch = leaves[i % len(leaves)]
-                out = form(batch)
-                return out, torch.autograd.grad(out, batch.x, grad[: len(out)])[0]
-
-            return call
-
-        size = inputs[0].x.nbytes
-        for direction, make in (("forward", forward), ("forward+backward", both)):
-            with torch.set_grad_enabled(direction != "forward"):
-                functions = {name: make(form) for name, form in forms.items()}
-                samples, disturbance = interleave(functions, reps, max_seconds=2.0, tries=tries, recall=2 * size)
-            name = str(dtype).removeprefix("torch.")
-            tokens = len(results[OURS])
-            tables.append(MethodTable(case, method.name, name, threads, direction, tokens, samples, disturbance))
-    return tables
+    def check(
+        self, name: str, batch: Any, result: Tensor, grad: Tensor | None, grad_x: Tensor | None
+    ) -> dict[str, Any]:
+        if self.tokens is None:
+            self.tokens = result
+            self.details["tokens"] = len(result)
+        check(name, result, self.tokens)
+        if grad_x is not None and self.grad_x is None:
+            self.grad_x = grad_x
+        if grad_x is not None and self.grad_x is not None and len(result) == len(self.tokens):
+            check(f"{name}, gradient", grad_x, self.grad_x)
+        return {}
 
 
-def rows(tables: Sequence[MethodTable]) -> list[Sequence[str]]:
-    """For ``report.align``: a line for each form of each method."""
-    lines: list[Sequence[str]] = [["", "form", "tokens", "ms", "p10", "p90", "reps", "x ours"]]
-    for table in tables:
-        for name, sample in table.samples.items():
-            times = [f"{seconds * 1e3:.2f}" for seconds in (sample.median, sample.p10, sample.p90)]
-            multiple = f"{sample.median / table.samples[OURS].median:.2f}"
-            first = (table.method, str(table.tokens)) if name == OURS else ("", "")
-            lines.append([first[0], name, first[1], *times, str(len(sample.seconds)), multiple])
-    return lines
+def job(bench: Bench, case: MethodCase, method: Method, batches: list[Batch], dtype: torch.dtype, threads: int) -> Job:
+    """The job of one setting; a published form that differs from ours stops the suite, since either may be wrong."""
+    size = batches[0].x.nbytes
+    return MethodJob(
+        NAME, method.name, dtype, threads, method.contenders(), batches,
+        grads=gradients(batches[0].x.numel(), dtype, 1, bench.device), strict=True, recall=2 * size, reps=7,
+        max_seconds=2.0, details={"batch": case.name, "lengths": case.lengths, "dim": case.dim},
+    )  # fmt: skip
+
+
+def run(bench: Bench) -> None:
+    """Measure every method."""
+    bench.tries = min(bench.tries, 2)  # loops take seconds per call
+    case = QUICK if bench.quick or bench.dry else CASE
+    for dtype, threads in bench.settings():
+        if not bench.on_gpu:
+            torch.set_num_threads(threads)
+        first = batch(case, dtype, bench.device)
+        batches = [first] if bench.on_gpu else first.rotation(bench.cache)
+        for method in METHODS:
+            compare(bench, job(bench, case, method, batches, dtype, threads))

@@ -1,17 +1,17 @@
-"""``pack`` against what people write: samples of text with an audio each, to the rows of a decoder's input.
+"""Suite ``pack``: ``fastcompress.pack`` against what people write to merge text and audio for a decoder.
 
-Every form starts from the same: padded ids with a placeholder an audio (or a run of them, where a form needs that), an
-embedding table, pooled audio. What it gives is compared with a loop over samples before it is timed; a padded result
-row by row.
+Every form starts from the same: padded ids with one placeholder per audio (or a run of them, where a form needs that),
+an embedding table, pooled audio. Its rows are compared with those of a loop over samples before it is timed.
 """
 
 from __future__ import annotations
 
 import functools
-import importlib.util
-from collections.abc import Callable, Sequence
+import importlib
+import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +19,14 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
-from benchmarks.harness.cases import buffer_count, random_lengths
-from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness import cases
+from benchmarks.harness.cases import gradients, random_lengths
+from benchmarks.harness.compare import TRITON, Bench, Contender, Job, WrongResult, compare
+from benchmarks.measurement import BACKWARD, OURS
 from benchmarks.suites import compiled
-from benchmarks.suites.checks import WrongResult
 
+NAME = "pack"
 VOCABULARY = 32_000
-OURS, CLONE = "fastcompress.pack", "clone of the same bytes"
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,18 @@ QUICK = PackCase("quick", random_lengths(4, 20, 60, seed=1), random_lengths(4, 5
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(cases.Batch):
     """A batch as the forms take it.
 
     Attributes:
-        ids, mask: ``[B, L]``, one placeholder (``VOCABULARY``) an audio, padded on the right.
-        long_ids, long_mask: the same with a placeholder for each row of audio, as processors of transformers have it.
-        audio: ``[M, H]``, ``audio_cu_seqlens`` ``[B + 1]``.
-        places: where in its sample each audio stands.
+        ids, mask: ``[B, L]``, with one placeholder (``VOCABULARY``) per audio, padded on the right.
+        long_ids, long_mask: The same with one placeholder per row of audio, as processors of transformers make it.
+        table: Embeddings, ``[V, H]``.
+        audio: Pooled audio, ``[M, H]``; ``audio_cu_seqlens`` is ``[B + 1]``.
+        places: Position of the audio in each sample.
     """
+
+    LEAF: ClassVar[str] = "audio"
 
     case: PackCase
     ids: Tensor
@@ -73,7 +77,7 @@ class Batch:
 
 
 def batch(case: PackCase, dtype: torch.dtype, device: torch.device | str = "cpu") -> Batch:
-    """The same for the same arguments."""
+    """Make a batch, the same for the same arguments."""
     g = torch.Generator().manual_seed(0)
     places = tuple(text // 3 for text in case.text)
     short, long = [], []
@@ -95,19 +99,11 @@ def batch(case: PackCase, dtype: torch.dtype, device: torch.device | str = "cpu"
     return Batch(case, *padded[0], *padded[1], table.to(device), audio.to(device), cu.to(device), places)
 
 
-def batches(case: PackCase, dtype: torch.dtype, last_level_cache: int) -> list[Batch]:
-    """Equal values in different memory, to rotate through."""
-    first = batch(case, dtype)
-    audio = first.audio
-    count = buffer_count(audio.nbytes, last_level_cache)
-    return [first, *(Batch(**(vars(first) | {"audio": audio.clone()})) for _ in range(count - 1))]
-
-
 # --- forms: a batch to [T, H], or padded [B, S, H] -------------------------------------------------------------------
 
 
 def fastcompress_pack(batch: Batch, compact: bool = True) -> Tensor:
-    """The library: offsets, positions and the map back as well."""
+    """The library, which also makes offsets, positions and the map back."""
     packed = fc.pack(
         batch.ids,
         batch.table,
@@ -121,7 +117,7 @@ def fastcompress_pack(batch: Batch, compact: bool = True) -> Tensor:
 
 
 def _pieces(batch: Batch) -> list[list[Tensor]]:
-    """Text, audio, text of each sample, all ids looked up at once."""
+    """Text, audio, text of each sample, with all ids looked up at once."""
     texts = F.embedding(batch.ids.clamp_max(VOCABULARY - 1), batch.table)
     audios = batch.audio.split(list(batch.case.audio))
     return [
@@ -136,17 +132,17 @@ def flat_cat(batch: Batch) -> Tensor:
 
 
 def cat_per_sample(batch: Batch) -> Tensor:
-    """A ``torch.cat`` a sample, and one of the samples."""
+    """One ``torch.cat`` per sample, and one of the samples."""
     return torch.cat([torch.cat(pieces) for pieces in _pieces(batch)])
 
 
 def cat_and_pad(batch: Batch) -> Tensor:
-    """A ``torch.cat`` a sample, padded."""
+    """One ``torch.cat`` per sample, padded."""
     return pad_sequence([torch.cat(pieces) for pieces in _pieces(batch)], batch_first=True)
 
 
 def masked_scatter(batch: Batch) -> Tensor:
-    """As transformers merges audio into placeholders: padded."""
+    """Merge audio into placeholders as transformers does, padded."""
     is_audio = batch.long_ids == VOCABULARY
     embeds = F.embedding(batch.long_ids.masked_fill(is_audio, 0), batch.table)
     return embeds.masked_scatter(is_audio[..., None].expand_as(embeds), batch.audio)
@@ -161,7 +157,7 @@ def masked_scatter_packed(batch: Batch) -> Tensor:
 
 
 def index_copy(batch: Batch) -> Tensor:
-    """Text and audio, each copied to its rows."""
+    """Copy text and audio to their rows."""
     ids = batch.long_ids[batch.long_mask.bool()]
     is_audio = ids == VOCABULARY
     text, audio = (~is_audio).nonzero().squeeze(1), is_audio.nonzero().squeeze(1)
@@ -180,7 +176,7 @@ def _compiled() -> Callable[..., Tensor]:
 
 
 class _Gather(torch.autograd.Function):
-    """Compiled, and its backward a gather as well: autograd's adds to rows one after the other."""
+    """A compiled gather whose backward is a gather as well; that of autograd adds to one row after the other."""
 
     @staticmethod
     def forward(ctx: Any, audio: Tensor, ids: Tensor, is_audio: Tensor, place: Tensor, table: Tensor) -> Tensor:
@@ -193,8 +189,10 @@ class _Gather(torch.autograd.Function):
 
 
 def compiled_gather(batch: Batch) -> Tensor:
-    """``torch.compile``: each row from the table or from the audio, in one loop, for batches of any lengths; a ``cat``
-    would be compiled for those of one batch, which takes seconds."""
+    """Take each row from the table or from the audio in one loop, compiled for batches of any lengths.
+
+    A ``cat`` would be compiled for the lengths of one batch, which takes seconds.
+    """
     ids = batch.long_ids[batch.long_mask.bool()]
     is_audio = ids == VOCABULARY
     place = (is_audio.cumsum(0) - 1).clamp_min(0)
@@ -205,7 +203,7 @@ def compiled_gather(batch: Batch) -> Tensor:
 
 
 def jagged_select(batch: Batch) -> Tensor:
-    """FBGEMM: text and audio as one jagged tensor of pieces, selected in their order."""
+    """FBGEMM: select the pieces of text and audio, one jagged tensor, in their order."""
     importlib.import_module("fbgemm_gpu")
     device, count = batch.ids.device, len(batch.places)
     is_text = batch.mask.bool() & (batch.ids != VOCABULARY)
@@ -218,120 +216,83 @@ def jagged_select(batch: Batch) -> Tensor:
     return selected
 
 
-FORMS: dict[str, Callable[[Batch], Tensor]] = {
-    OURS: fastcompress_pack,
-    "one flat cat": flat_cat,
-    "cat per sample": cat_per_sample,
-    "cat per sample, padded": cat_and_pad,
-    "index_copy": index_copy,
-    "masked_scatter, packed": masked_scatter_packed,
-    "masked_scatter, padded": masked_scatter,
-    "compile, gather": compiled_gather,
-    "FBGEMM, jagged_index_select": jagged_select,
+_FORMS: dict[str, tuple[str, Callable[[Batch], Tensor]]] = {
+    "one flat cat": ("eager", flat_cat),
+    "cat per sample": ("eager", cat_per_sample),
+    "cat per sample, padded": ("eager", cat_and_pad),
+    "index_copy": ("eager", index_copy),
+    "masked_scatter, packed": ("eager", masked_scatter_packed),
+    "masked_scatter, padded": ("transformers", masked_scatter),
+    "compile, gather": ("compile", compiled_gather),
 }
-#: Of forms that need a package which may not be there.
-MODULES = {"FBGEMM, jagged_index_select": "fbgemm_gpu"}
-#: Hand-written forms with the same result, and the path that transformers takes.
-HAND_WRITTEN = ("one flat cat", "cat per sample", "index_copy")
-TRANSFORMERS = "masked_scatter, padded"
 
 
-def forms() -> dict[str, Callable[[Batch], Tensor]]:
-    """Those whose package is installed."""
-    missing = {name for name, module in MODULES.items() if importlib.util.find_spec(module) is None}
-    return {name: form for name, form in FORMS.items() if name not in missing}
+def contenders(gpu: bool = False, dry: bool = False) -> list[Contender]:
+    """Ours first. On a GPU ours has a form for a CUDA graph, and Triton takes part."""
+    bound = functools.partial(fastcompress_pack, compact=False) if gpu else None
+    backend = "cuda" if gpu and not dry else None
+    found = [Contender("fastcompress.pack", OURS, lambda: fastcompress_pack, bound, backend=backend)]
+    if gpu and (not dry or os.environ.get("TRITON_INTERPRET") == "1"):
+        name = "fastcompress.pack, triton"
+        found.append(Contender(name, TRITON, lambda: fastcompress_pack, bound, backend="triton", module="triton"))
+    for name, (group, form) in _FORMS.items():
+        if not (dry and group == "compile"):
+            found.append(Contender(name, group, lambda form=form: form))  # type: ignore[misc]  # a default
+    name = "FBGEMM, jagged_index_select"
+    return [*found, Contender(name, "library", lambda: jagged_select, module="fbgemm_gpu")]
 
 
-def check(name: str, batch: Batch, result: Tensor) -> None:
-    """Raises :class:`WrongResult` unless the rows are those of a loop over the samples."""
+@dataclass
+class PackJob(Job):
+    """Packing of one case."""
+
+    wanted: Tensor | None = None
+
+    def check(
+        self, name: str, batch: Any, result: Tensor, grad: Tensor | None, grad_x: Tensor | None
+    ) -> dict[str, Any]:
+        if self.wanted is None:
+            self.wanted = _by_loop(batch)
+        mask = batch.long_mask.bool()
+        rows = result if result.dim() == 2 else result[mask]
+        if not torch.equal(rows[: len(self.wanted)], self.wanted):
+            raise WrongResult(f"{name}: rows differ from those of a loop over the samples")
+        if grad is not None and grad_x is not None:
+            is_audio = batch.long_ids[mask] == VOCABULARY
+            if not torch.equal(grad_x, (grad if grad.dim() == 2 else grad[mask])[: len(is_audio)][is_audio]):
+                raise WrongResult(f"{name}: the gradient of the audio is not that of its rows")
+        return {}
+
+    def moved(self, direction: str) -> int | None:
+        batch = self.batches[0]
+        once: int = batch.audio.nbytes if direction == BACKWARD else batch.case.tokens * batch.audio[0].nbytes
+        return 2 * once
+
+
+def _by_loop(batch: Batch) -> Tensor:
+    """The packed rows, ``[T, H]``."""
     expected = []
     for i, (text, place) in enumerate(zip(batch.case.text, batch.places, strict=True)):
         ids = batch.ids[i, : text + 1]
         audio = batch.audio[batch.audio_cu_seqlens[i] : batch.audio_cu_seqlens[i + 1]]
         expected.append(torch.cat([batch.table[ids[:place]], audio, batch.table[ids[place + 1 :]]]))
-    rows = result if result.dim() == 2 else result[batch.long_mask.bool()]
-    wanted = torch.cat(expected)
-    if not torch.equal(rows[: len(wanted)], wanted):
-        raise WrongResult(f"{name}: other rows than a loop over the samples")
+    return torch.cat(expected)
 
 
-@dataclass(frozen=True)
-class PackTable:
-    """Times of a call in seconds, by form."""
-
-    case: PackCase
-    dtype: str
-    threads: int
-    direction: str
-    moved: int
-    samples: dict[str, Samples]
-    disturbance: Disturbance
-
-    def ratio(self, *names: str) -> float:
-        """The fastest of some forms as a multiple of ours."""
-        return min(self.samples[name].median for name in names) / self.samples[OURS].median
-
-
-def measure(
-    case: PackCase, dtype: torch.dtype, threads: int, reps: int, last_level_cache: int, tries: int
-) -> list[PackTable]:
-    """Forward, and forward with the gradient of the audio.
-
-    Raises:
-        WrongResult: a form does not give the rows of a loop.
-    """
-    torch.set_num_threads(threads)
+def job(bench: Bench, case: PackCase, dtype: torch.dtype, threads: int) -> PackJob:
+    """The job of one setting."""
     compiled.prepare(threads)
-    inputs = batches(case, dtype, last_level_cache)
-    for name, form in forms().items():
-        check(name, inputs[0], form(inputs[0]))
-    leaves = [Batch(**(vars(b) | {"audio": b.audio.detach().requires_grad_()})) for b in inputs]
-    outputs = [fastcompress_pack(inputs[0]).clone() for _ in range(buffer_count(case.tokens * case.width * 2, 1 << 20))]
-    grad = torch.randn(len(case.text) * batch_width(inputs[0]), case.width).to(dtype)
-
-    def forward(form: Callable[[Batch], Tensor]) -> Callable[[int], Any]:
-        return lambda i: form(inputs[i % len(inputs)])
-
-    def both(form: Callable[[Batch], Tensor]) -> Callable[[int], Any]:
-        def call(i: int) -> Any:
-            batch = leaves[i % len(leaves)]
-            out = form(batch)
-            rows = grad[: out.numel() // case.width].view(out.shape)
-            return out, torch.autograd.grad(out, batch.audio, rows)[0]
-
-        return call
-
-    size = case.tokens * case.width * dtype.itemsize
-    tables = []
-    for direction, make in (("forward", forward), ("forward+backward", both)):
-        functions = {name: make(form) for name, form in forms().items()}
-        if direction == "forward":
-            functions[CLONE] = lambda i: outputs[i % len(outputs)].clone()
-        samples, disturbance = interleave(functions, reps, tries=tries, recall=4 * size)
-        name = str(dtype).removeprefix("torch.")
-        tables.append(PackTable(case, name, threads, direction, 2 * size, samples, disturbance))
-    return tables
+    first = batch(case, dtype, bench.device)
+    batches = [first] if bench.on_gpu else first.rotation(bench.cache)
+    grads = gradients(first.long_ids.numel() * case.width, dtype, 1, bench.device)
+    details = {"width": case.width, "audio": case.audio, "text": case.text}
+    recall = 4 * case.tokens * case.width * dtype.itemsize
+    chosen = contenders(bench.on_gpu, bench.dry)
+    return PackJob(NAME, case.name, dtype, threads, chosen, batches, grads=grads, recall=recall, details=details)
 
 
-def batch_width(batch: Batch) -> int:
-    """Rows of a sample of the padded result."""
-    return batch.long_ids.shape[1]
-
-
-def rows(table: PackTable) -> list[Sequence[str]]:
-    """For ``report.align``: fastest first."""
-    ours = table.samples[OURS].median
-    lines: list[Sequence[str]] = [["", "ms", "p10", "p90", "reps", "GB/s", "x ours"]]
-    for name, sample in sorted(table.samples.items(), key=lambda item: item[1].median):
-        times = [f"{seconds * 1e3:.2f}" for seconds in (sample.median, sample.p10, sample.p90)]
-        speed = f"{table.moved / sample.median / 1e9:.1f}" if table.direction == "forward" else ""
-        lines.append([name, *times, str(len(sample.seconds)), speed, f"{sample.median / ours:.2f}"])
-    return lines
-
-
-#: Name, least multiple of our time, and of whom.
-TARGETS: tuple[tuple[str, float, tuple[str, ...]], ...] = (
-    ("against masked_scatter as in transformers", 5.0, (TRANSFORMERS,)),
-    ("against the best hand-written form", 1.4, HAND_WRITTEN),
-    ("against a clone of the same bytes", 1.0, (CLONE,)),
-)
+def run(bench: Bench) -> None:
+    """Measure every case, on a GPU in bf16."""
+    for case in (QUICK,) if bench.quick or bench.dry else CASES:
+        for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else None):
+            compare(bench, job(bench, case, dtype, threads))

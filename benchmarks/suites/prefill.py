@@ -1,52 +1,47 @@
-"""What compression saves when an audio LLM reads its prompt: tokens, time to the first word, cache, peak memory.
+"""Suite ``prefill``: what compression saves when an audio LLM reads its prompt: rows, time, cache, peak memory.
 
-A Qwen2-Audio whose decoder is as wide as Qwen2-7B's, behind an encoder of next to nothing, is given stock inputs: text
-and an audio each. Stock, and through ``apply_to`` with each rule, it generates one token.
+A Qwen2-Audio whose decoder is as wide as Qwen2-7B's, with a very small encoder, gets stock inputs: text and one audio
+each. Stock, and through ``apply_to`` with each rule, it generates one token.
 
-Floor, for T rows of prompt, L layers of P weights each: 2 T L P multiplications and additions. Attention adds
-2 T^2 L H, 1 % of that at T = 800 and H = 3584. Time should then fall as tokens do, and the cache does exactly.
+T rows of prompt need 2 T L P multiplications and additions in L layers of P weights each, and attention 2 T^2 L H,
+which is 1 % of that at T = 800 and H = 3584. Time should fall as the rows do, and the cache falls exactly so.
 
-``python -m benchmarks.suites.prefill FORM THREADS SIZE`` prints the peak of one form as JSON.
+``python -m benchmarks.suites.prefill FORM THREADS SIZE`` prints the peak memory of one form as JSON.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib.util
+import functools
 import json
-import subprocess
 import sys
-from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.harness.clock import Disturbance, Samples, interleave
-from benchmarks.harness.memory import high_water
-from benchmarks.suites.checks import WrongResult
+from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.memory import high_water, in_process
+from benchmarks.measurement import OURS
+from benchmarks.suites.decoder import available, check_logits
 
-STOCK = "stock"
-#: Rules, by the name of the form; in bytes and time the last depends on what is heard.
-FORMS: dict[str, str | None] = {
-    STOCK: None,
-    "uniform:2": "uniform:2",
-    "uniform:3": "uniform:3",
-    "local-max": "local-max",
-}
-TEXT = 50  # ids before and behind the audio, together
+NAME, STOCK = "prefill", "stock"
+#: Forms, which are named by their rules; how many rows the last keeps depends on the audio.
+FORMS = (STOCK, "uniform:2", "uniform:3", "local-max")
+#: Ids before and after the audio, together.
+TEXT = 50
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 
 @dataclass(frozen=True)
 class Size:
-    """Of the decoder, and of the batch.
+    """Size of the decoder and of the batch.
 
     Attributes:
-        width, layers, heads, key_heads, inner, vocabulary: of the decoder.
-        seconds: of each audio, 25 tokens a second.
-        count: samples.
+        width, layers, heads, key_heads, inner, vocabulary: Size of the decoder.
+        seconds: Duration of each audio, of 25 rows per second.
+        count: Number of samples.
     """
 
     width: int
@@ -59,7 +54,7 @@ class Size:
     count: int
 
 
-#: Qwen2-7B, of which a machine without a GPU takes two layers, and no words.
+#: Qwen2-7B, of which a machine without a GPU takes two layers and a small vocabulary.
 SIZES = {
     "quick": Size(64, 2, 4, 2, 128, 200, 2, 2),
     "cpu": Size(3584, 2, 28, 4, 18944, 1000, 30, 1),
@@ -67,15 +62,10 @@ SIZES = {
 }
 
 
-def available() -> bool:
-    """Whether transformers is installed."""
-    return importlib.util.find_spec("transformers") is not None
-
-
 def build(
     size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
 ) -> tuple[Any, dict[str, Tensor]]:
-    """The stock model, with random weights, and a batch for it."""
+    """Build the stock model, with random weights, and a batch for it."""
     import transformers
 
     audio_id = size.vocabulary - 1
@@ -114,121 +104,87 @@ def build(
 
 
 def compressed(model: Any, form: str) -> Any:
-    """The model of a form, with the same weights, not copied."""
+    """The model of a form, which shares the weights."""
     from fastcompress.integrations.transformers import apply_to
 
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
-    rule = FORMS[form]
-    return other if rule is None else apply_to(other, rule)
+    return other if form == STOCK else apply_to(other, form)
 
 
 @torch.inference_mode()
-def first_word(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    """Reads the prompt and writes one token."""
+def first_token(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    """Read the prompt and generate one token."""
     written: Tensor = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     return written[:, -1]
 
 
-@torch.inference_mode()
-def check(form: str, model: Any, stock: Any, inputs: dict[str, Tensor], tolerance: float) -> tuple[int, int]:
-    """Rows of the prompts and bytes of their cache, after checking what a form gives.
+@dataclass
+class PrefillJob(Job):
+    """The model of one size, in the form of each name."""
 
-    ``generate`` must write what the logits say; they must be the same packed and with a cache; and, of the stock model,
-    those of an identity compressor.
+    models: dict[str, Any] | None = None
 
-    Raises:
-        WrongResult: it is not so.
-    """
-    from fastcompress.integrations.transformers import apply_to
+    @torch.inference_mode()
+    def check(self, name: str, batch: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
+        """Check a form, and return the rows of its prompts and the bytes of its cache.
 
-    out = model(**inputs, use_cache=True)
-    cache = getattr(out, "cache", None)
-    cache = out.past_key_values if cache is None else cache
-    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-    other = compressed(stock, STOCK)
-    if form == STOCK:
-        apply_to(other, "uniform:1")
-        packed = other(**inputs)
-        tokens = inputs["input_ids"].numel()
-    else:
-        packed = model(**inputs)
-        tokens = len(packed.compressed.source)
-    found, expected = packed.logits[:, -1].float(), out.logits[:, -1].float()
-    error = float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).max())
-    if not error <= tolerance:
-        raise WrongResult(f"{form}: logits are off by {error:.2g} of their norm, of which {tolerance:g} is allowed")
-    if not torch.equal(first_word(model, inputs), out.logits[:, -1].argmax(-1)):
-        raise WrongResult(f"{form}: generate writes something else than the logits say")
-    return tokens, size
+        ``generate`` must return the most likely token; the logits must be the same packed and with a cache; and those
+        of the stock model must be those of an identity compressor.
+        """
+        from fastcompress.integrations.transformers import apply_to
 
-
-@dataclass(frozen=True)
-class PrefillTable:
-    """Rows of all prompts, bytes of the cache, times in seconds and peaks in bytes, by form."""
-
-    threads: int
-    size: Size
-    tokens: dict[str, int]
-    cache: dict[str, int]
-    samples: dict[str, Samples]
-    peaks: dict[str, int | None]
-    disturbance: Disturbance
+        assert self.models is not None
+        model = self.models[name]
+        out = model(**batch, use_cache=True)
+        cache = getattr(out, "cache", None)
+        cache = out.past_key_values if cache is None else cache
+        if name == STOCK:
+            identity = compressed(model, STOCK)
+            apply_to(identity, "uniform:1")
+            packed, tokens = identity(**batch), batch["input_ids"].numel()
+        else:
+            packed = model(**batch)
+            tokens = len(packed.compressed.source)
+        check_logits(name, packed.logits[:, -1], out.logits[:, -1], TOLERANCE[self.dtype])
+        if not torch.equal(result, out.logits[:, -1].argmax(-1)):
+            raise WrongResult(f"{name}: generate returns another token than the most likely one")
+        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+        return {"tokens": tokens, "cache_bytes": size}
 
 
-def measure(threads: int, reps: int, size: str, tries: int) -> PrefillTable:
-    """All forms.
-
-    Raises:
-        WrongResult: one of them is wrong.
-    """
-    torch.set_num_threads(threads)
-    stock, inputs = build(SIZES[size])
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> PrefillJob:
+    """The job of one setting."""
+    size = SIZES[name]
+    stock, inputs = build(size, bench.device, dtype)
     models = {form: compressed(stock, form) for form in FORMS}
-    found = {form: check(form, model, stock, inputs, 1e-4) for form, model in models.items()}
-    functions = {form: lambda i, model=model: first_word(model, inputs) for form, model in models.items()}
-    samples, disturbance = interleave(functions, reps, max_seconds=60, tries=tries)
-    del stock, models, functions
-    peaks = {form: peak(form, threads, size) for form in FORMS}
-    return PrefillTable(
-        threads,
-        SIZES[size],
-        {form: tokens for form, (tokens, _) in found.items()},
-        {form: cache for form, (_, cache) in found.items()},
-        samples,
-        peaks,
-        disturbance,
-    )
+    contenders = [
+        Contender(form, STOCK if form == STOCK else OURS, lambda model=model: functools.partial(first_token, model))  # type: ignore[misc]  # a default
+        for form, model in models.items()
+    ]
+
+    def peak(form: str, direction: str) -> int | None:
+        found: int | None = in_process(NAME, form, threads, name)
+        return found
+
+    return PrefillJob(
+        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders, [inputs], strict=True, reps=7,
+        max_seconds=60, wall=True, peak=peak, details=dict(vars(size)), models=models,
+    )  # fmt: skip
 
 
-def peak(form: str, threads: int, size: str) -> int | None:
-    """Bytes beyond weights and input that a prefill needs at its peak; ``None`` where the system does not tell."""
-    command = [sys.executable, "-m", "benchmarks.suites.prefill", form, str(threads), size]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
-
-
-def rows(table: PrefillTable) -> list[Sequence[str]]:
-    """For ``report.align``."""
-    stock = table.samples[STOCK].median
-    lines: list[Sequence[str]] = [["", "tokens", "fewer", "ms", "p10", "p90", "reps", "faster", "cache MB", "peak MB"]]
-    for form in FORMS:
-        sample, tokens = table.samples[form], table.tokens[form]
-        times = [f"{seconds * 1e3:.0f}" for seconds in (sample.median, sample.p10, sample.p90)]
-        at_most = table.peaks[form]
-        memory = "" if at_most is None else f"{at_most / 1e6:.0f}"
-        lines.append(
-            [
-                form,
-                str(tokens),
-                f"{table.tokens[STOCK] / tokens:.2f}",
-                *times,
-                str(len(sample.seconds)),
-                f"{stock / sample.median:.2f}",
-                f"{table.cache[form] / 1e6:.1f}",
-                memory,
-            ]
-        )
-    return lines
+def run(bench: Bench) -> None:
+    """Measure one size: on the CPU in fp32, on a GPU in bf16."""
+    if not available():
+        return print("prefill: transformers is not installed")
+    size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
+    for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else ("fp32",)):
+        if not bench.on_gpu:
+            torch.set_num_threads(threads)
+        try:
+            one = job(bench, size, dtype, threads)
+        except torch.OutOfMemoryError as error:
+            return print(f"prefill: not measured: {error}")
+        compare(bench, one)
 
 
 if __name__ == "__main__":
@@ -236,4 +192,4 @@ if __name__ == "__main__":
     torch.set_num_threads(int(_threads))
     _stock, _inputs = build(SIZES[_size])
     _model = compressed(_stock, _form)
-    print(json.dumps(high_water(lambda: first_word(_model, _inputs))))
+    print(json.dumps(high_water(functools.partial(first_token, _model, _inputs))))

@@ -1,6 +1,6 @@
 """Compression as it is published: loops, or tensor operations, in PyTorch, written from the papers' definitions.
 
-Every form takes a :class:`Batch` and gives the tokens of all sequences, one after the other.
+Every form takes a :class:`Batch` and returns the tokens of all sequences, one after the other.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+from benchmarks.harness import cases
 from fastcompress.nn import LearnedBoundary
 
 
@@ -27,20 +28,20 @@ class MethodCase:
 
     @property
     def few(self) -> int:
-        """A number of tokens that takes a few halvings."""
+        """A number of tokens that a few halvings reach."""
         return max(self.lengths) // 7
 
 
 @dataclass(frozen=True)
-class Batch:
+class Batch(cases.Batch):
     """A batch as the forms take it.
 
     Attributes:
-        x: ``[N, D]``; ``cu_seqlens`` ``[B + 1]`` int32.
-        alpha: ``[N]`` fp32, weights of integrate-and-fire that fire every third frame or so; below 1.
-        labels: ``[N]`` int64, of a CTC head: runs of a few frames.
-        blank: ``[N]`` fp32, probability of a CTC head's blank: high for two frames of three.
-        router: of H-Net, whose projections are random, which makes every other frame or so a boundary; frozen.
+        x: Frames, ``[N, D]``; ``cu_seqlens`` is ``[B + 1]`` int32.
+        alpha: Weights of integrate-and-fire, ``[N]`` fp32, below 1; they fire at about every third frame.
+        labels: Labels of a CTC head, ``[N]`` int64, in runs of a few frames.
+        blank: Probability of a CTC head's blank, ``[N]`` fp32, high for two frames of three.
+        router: Router of H-Net, frozen; its projections are random, so that about every other frame is a boundary.
     """
 
     case: MethodCase
@@ -60,20 +61,22 @@ class Batch:
 
 
 def cosines(x: Tensor) -> Tensor:
-    """``[T - 1]`` fp32, of neighbours."""
+    """Cosines of neighbours, ``[T - 1]`` fp32."""
     x = x.float()
     return F.cosine_similarity(x[:-1], x[1:], dim=-1)
 
 
 def means(x: Tensor, starts: Sequence[int]) -> Tensor:
-    """Of the segments that begin there, one after the other. By ``split``, whose backward is one concatenation: that of
-    a slice is as large as the sequence, for each segment."""
+    """Means of the segments that begin at ``starts``.
+
+    By ``split``, whose backward is one concatenation; the backward of a slice is as large as the sequence.
+    """
     sizes = [b - a for a, b in zip(starts, [*starts[1:], len(x)], strict=True)]
     return torch.stack([segment.mean(0) for segment in x.split(sizes)])
 
 
 def each(form: Callable[[Tensor], Tensor]) -> Callable[[Batch], Tensor]:
-    """A form of one sequence, for sequence after sequence."""
+    """Apply a form of one sequence to one sequence after the other."""
     return lambda batch: torch.cat([form(part) for part in batch.parts()])
 
 
@@ -86,9 +89,9 @@ def _padded(batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def fire_by_scatter(batch: Batch) -> Tensor:
-    """As torch_cif: each frame is added to the token that is open before it and to the one that is open behind it.
+    """As torch_cif: add each frame to the token that is open before it and to the one that is open after it.
 
-    Sums of weights in fp64, for the same tokens; no frame fires twice here, so that its loop over further ones is gone.
+    Sums of weights are in fp64, for the same tokens; no frame fires twice here, so there is no loop over further fires.
     """
     x, alpha = _padded(batch)
     sums = alpha.cumsum(1)
@@ -104,7 +107,7 @@ def fire_by_scatter(batch: Batch) -> Tensor:
 
 
 def fire_by_loop(batch: Batch) -> Tensor:
-    """As FunASR: frame after frame, all sequences at once. By ``unbind``, as in :func:`means`."""
+    """As FunASR: frame after frame, all sequences at once. By ``unbind``, for the reason in :func:`means`."""
     x, alpha = _padded(batch)
     columns = x.unbind(1)
     filled, frame = alpha.new_zeros(len(x)), x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32)
@@ -141,8 +144,8 @@ def adjacent_merge(x: Tensor) -> Tensor:
     total = x.float()
     count = x.new_ones(len(x), dtype=torch.float32)
     total = total.index_add(0, 2 * merged + 1, x[2 * merged].float())
-    count = count.index_add(0, 2 * merged + 1, torch.ones(len(merged)))
-    stays = torch.ones(len(x), dtype=torch.bool).index_fill(0, 2 * merged, False)
+    count = count.index_add(0, 2 * merged + 1, x.new_ones(len(merged), dtype=torch.float32))
+    stays = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, 2 * merged, False)
     return (total[stays] / count[stays, None]).to(x.dtype)
 
 
@@ -156,22 +159,24 @@ def anywhere(x: Tensor) -> Tensor:
 
 
 def nearby(x: Tensor) -> Tensor:
-    """Local temporal bipartite merging: as ToMe, where frames further apart than five are no partners. Its matching is
-    not published; a band of the matrix is what one would write."""
-    away = torch.arange(1, len(x), 2) - torch.arange(0, len(x), 2)[:, None]
+    """Local temporal bipartite merging: as ToMe, where frames further apart than five are not partners.
+
+    Its matching is not published; this masks the matrix outside a band.
+    """
+    away = torch.arange(1, len(x), 2, device=x.device) - torch.arange(0, len(x), 2, device=x.device)[:, None]
     return _bipartite(x, away.abs() > 5)
 
 
 def _bipartite(x: Tensor, apart: Tensor | None) -> Tensor:
-    """A round of merging at a rate of 2; ``apart`` ``[even, odd]`` bool: pairs that are none."""
+    """A round of merging at a rate of 2; ``apart``, ``[even, odd]`` bool, marks pairs that may not merge."""
     unit = F.normalize(x.float(), dim=-1)
     cosine = unit[::2] @ unit[1::2].T
     best, partner = (cosine if apart is None else cosine.masked_fill(apart, -torch.inf)).max(1)
     merged = best.argsort(descending=True, stable=True)[: len(x) - _kept(len(x), 2.0)]
     target = 2 * partner[merged] + 1
     total = x.float().index_add(0, target, x[2 * merged].float())
-    count = x.new_ones(len(x), dtype=torch.float32).index_add(0, target, torch.ones(len(merged)))
-    stays = torch.ones(len(x), dtype=torch.bool).index_fill(0, 2 * merged, False)
+    count = x.new_ones(len(x), dtype=torch.float32).index_add(0, target, x.new_ones(len(merged), dtype=torch.float32))
+    stays = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, 2 * merged, False)
     return (total[stays] / count[stays, None]).to(x.dtype)
 
 
@@ -182,7 +187,7 @@ def fusion(batch: Batch) -> Tensor:
         while len(x) > batch.case.few:
             keep = max(-(-len(x) // 2), batch.case.few)
             merged = cosines(x).argsort(descending=True, stable=True)[: len(x) - keep]
-            ids = torch.ones(len(x), dtype=torch.long).index_fill(0, merged + 1, 0).cumsum(0) - 1
+            ids = torch.ones(len(x), dtype=torch.long, device=x.device).index_fill(0, merged + 1, 0).cumsum(0) - 1
             total = x.new_zeros(keep, x.shape[1], dtype=torch.float32).index_add(0, ids, x.float() * weight[:, None])
             weight = weight.new_zeros(keep).index_add(0, ids, weight)
             x = (total / weight[:, None]).to(x.dtype)
@@ -208,7 +213,7 @@ def novelty(x: Tensor) -> Tensor:
 
 
 def scaled(x: Tensor) -> Tensor:
-    """``[T - 1]`` fp32, distances of neighbours, from 0 to 1 in the sequence."""
+    """Distances of neighbours, ``[T - 1]`` fp32, scaled to 0 to 1 in the sequence."""
     d = 1 - cosines(x.detach())
     return (d - d.min()) / (d.max() - d.min())
 
@@ -217,14 +222,14 @@ def prominent_peaks(x: Tensor) -> Tensor:
     """As UnsupSeg: SciPy's peaks of some prominence."""
     from scipy.signal import find_peaks
 
-    peaks, _ = find_peaks(scaled(x).numpy(), prominence=0.1)
+    peaks, _ = find_peaks(scaled(x).cpu().numpy(), prominence=0.1)
     return means(x, [0, *(peaks + 1).tolist()])
 
 
 def high_peaks(x: Tensor) -> Tensor:
     """As Segmental CPC: peaks by their height over the neighbours, and means as a product with ``1 - tanh``.
 
-    Boundaries are 0 or 1, as its steep ``tanh`` makes of most of them: those in between would spoil all that follows.
+    Boundaries are 0 or 1, as its steep ``tanh`` makes most of them; one in between would spoil all that follow.
     """
     d = scaled(x)
     heights = []
@@ -242,7 +247,7 @@ def top_k(x: Tensor) -> Tensor:
     """As FastAdaSP: the most similar neighbours are merged, chains of them into one."""
     keep = _kept(len(x), 3.0)
     merged = cosines(x).argsort(descending=True, stable=True)[: len(x) - keep]
-    starts = torch.ones(len(x), dtype=torch.bool).index_fill(0, merged + 1, False)
+    starts = torch.ones(len(x), dtype=torch.bool, device=x.device).index_fill(0, merged + 1, False)
     ids = starts.long().cumsum(0) - 1
     total = x.new_zeros(keep, x.shape[1], dtype=torch.float32).index_add(0, ids, x.float())
     return (total / torch.bincount(ids, minlength=keep)[:, None]).to(x.dtype)
@@ -259,11 +264,13 @@ def lookback(x: Tensor) -> Tensor:
 
 
 def label_change(batch: Batch, posterior: Tensor | None = None) -> Tensor:
-    """As CTC compression: a matrix of weights for each sequence, and a batched product. Each frame of a segment weighs
-    the same, or what is given, such as the CTC head's probability of its label."""
+    """As CTC compression: one matrix of weights per sequence, and a batched product.
+
+    Each frame of a segment weighs the same, or what is given, such as the CTC head's probability of its label.
+    """
     lengths = list(batch.case.lengths)
     runs = [[len(list(run)) for _, run in itertools.groupby(row.tolist())] for row in batch.labels.split(lengths)]
-    given = torch.ones(len(batch.x)) if posterior is None else posterior
+    given = torch.ones(len(batch.x), device=batch.x.device) if posterior is None else posterior
     x = pad_sequence(batch.parts(), True)
     weights = x.new_zeros(len(x), max(map(len, runs)), x.shape[1])
     for b, (sizes, row) in enumerate(zip(runs, given.split(lengths), strict=True)):
@@ -280,9 +287,9 @@ def weighted_label_change(batch: Batch) -> Tensor:
 
 
 def route(batch: Batch) -> Tensor:
-    """As H-Net, packed: cosines of projections, frames at boundaries, times a confidence that is 1 and has a gradient.
+    """As H-Net, packed: frames at boundaries, times a confidence that is 1 and has a gradient.
 
-    Cosines in fp32, for the same tokens.
+    Cosines of projections are in fp32, for the same tokens.
     """
     x, router = batch.x, batch.router
     query, key = F.linear(x[:-1], router.query.weight), F.linear(x[1:], router.key.weight)
@@ -297,6 +304,6 @@ def route(batch: Batch) -> Tensor:
 
 
 def speech(batch: Batch) -> Tensor:
-    """As Speech-LLaMA: frames whose blank is not likely, gathered, a sequence at a time."""
+    """As Speech-LLaMA: frames whose blank is not likely, gathered, one sequence at a time."""
     kept = zip(batch.parts(), (batch.blank <= 0.9).split(list(batch.case.lengths)), strict=True)
     return torch.cat([x[keep] for x, keep in kept])

@@ -1,23 +1,24 @@
-"""How the time of pooling grows: with frames, their width, the length of a segment, the window, and threads.
+"""Suite ``scaling``: how the time of pooling grows with frames, their width, segment length, window and threads.
 
 Each axis is a few cases that differ in one thing from ``BASE``: 10 clips of 1,000 frames of width 1280 at local maxima.
-The clips are of one length, so that padding costs nobody anything. A case that lies on two axes is measured once.
+The clips have one length, so that no contender pays for padding. A case on two axes is measured once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
 import fastcompress as fc
 from benchmarks.harness.cases import Case
-from benchmarks.harness.compare import Table
-from benchmarks.registry import CONTENDERS, OURS, Contender
+from benchmarks.harness.compare import TORCH_DTYPES, Bench, compare
+from benchmarks.measurement import OURS
+from benchmarks.suites.segment_pool import AVERAGE_POOL, CONTENDERS, gpu_contenders, job
 
-AVERAGE_POOL = "AvgPool1d, padded, less work"
-#: The fastest of each group in the committed results of the part ``pool``.
+NAME = "scaling"
+#: The fastest of each group in the committed results of ``segment_pool``.
 FORMS = (
     OURS,
     "compile, tuned + gather",
@@ -34,13 +35,13 @@ def _case(name: str, clips: int = 10, dim: int = 1280, clip: int = _CLIP) -> Cas
 
 
 def _by_length(length: int, like: Case) -> Case:
-    """Segments of ``length`` frames on average, by a threshold; windows of as many."""
+    """Segments of ``length`` frames on average, by a threshold; windows of the same length."""
     name = f"segments of {length}"
     return Case(name, like.lengths, like.dim, contenders=FORMS, mean_length=length, window=length)
 
 
 def _by_window(size: int, like: Case) -> Case:
-    """Windows of ``size``, of which ``AvgPool1d`` leaves out the last of a clip where frames are missing."""
+    """Windows of ``size``; ``AvgPool1d`` leaves out the last window of a clip if it is not full."""
     name = f"windows of {size}"
     return Case(name, like.lengths, like.dim, contenders=(OURS, AVERAGE_POOL), rule=fc.Uniform(size), window=size)
 
@@ -53,8 +54,8 @@ class Axis:
     """Cases that differ in one thing.
 
     Attributes:
-        name: of the thing.
-        cases: in increasing order of it; the axis of threads has one case, on several numbers of them.
+        name: Name of the thing.
+        cases: Cases in increasing order of it; the axis of threads has one case, on several numbers of threads.
     """
 
     name: str
@@ -83,10 +84,10 @@ QUICK = (
 def plan(
     axes: Sequence[Axis], threads: Sequence[int], most: float | None = None
 ) -> dict[tuple[Case, int], tuple[str, ...]]:
-    """What to measure, a case and a number of threads each, and the axes that it lies on.
+    """Return what to measure, a case with a number of threads, and the axes that each is on.
 
     The axis of threads takes all of ``threads``, the others the last. Cases with more than ``most`` bytes of input in
-    fp32 are left out: a machine that is small or busy takes minutes for each.
+    fp32 are left out.
     """
     found: dict[tuple[Case, int], tuple[str, ...]] = {}
     for axis in axes:
@@ -98,36 +99,26 @@ def plan(
     return found
 
 
-def contenders(quick: bool) -> list[Contender]:
-    """Who takes part; without the compiled forms, which take seconds to compile for each case, if ``quick``."""
-    return [one for one in CONTENDERS if one.name in FORMS and not (quick and one.group == "compile")]
-
-
-@dataclass(frozen=True)
-class Point:
-    """A table and the axes that it lies on."""
-
-    axes: tuple[str, ...]
-    table: Table
-
-
 def value(axis: str, frames: int, width: int, tokens: int, window: int, threads: int) -> float:
-    """Where on an axis a table lies, by what it says of itself."""
+    """The place of a table on an axis."""
     places = {FRAMES: frames, WIDTH: width, LENGTH: frames / tokens, WINDOW: window, THREADS: threads}
     return places[axis]
 
 
-def rows(points: Sequence[Point], axis: str) -> list[Sequence[str]]:
-    """For ``report.align``: a line a table of an axis, the best of each group in multiples of ours."""
-    groups = ("compile", "eager", "less work", "floor")
-    lines: list[Sequence[str]] = [[axis, "", "ms", "GB/s", *(f"x {group}" for group in groups)]]
-    for point in (point for point in points if axis in point.axes):
-        table, case = point.table, point.table.case
-        ours = table.row(OURS)
-        assert ours is not None  # or nothing would have been measured
-        where = value(axis, case.frames, case.dim, table.tokens, case.window, table.threads)
-        bests = [table.best(group) if group != "floor" else table.row("floor, fresh") for group in groups]
-        multiples = ["" if best is None else f"{best.median / ours.median:.2f}" for best in bests]
-        rate, setting = f"{table.moved / ours.median / 1e9:.1f}", f"{table.dtype}, {table.direction}"
-        lines.append([f"{where:.3g}", setting, f"{ours.median * 1e3:.3f}", rate, *multiples])
-    return lines
+def run(bench: Bench) -> None:
+    """Measure the axes; without the compiled forms, which take seconds per case to compile, in a quick run."""
+    quick = bench.quick or bench.dry
+    contenders = gpu_contenders(bench.dry) if bench.on_gpu else [one for one in CONTENDERS if one.name in FORMS]
+    contenders = [one for one in contenders if not (quick and one.group == "compile") and one.group != "max-autotune"]
+    bench.tries = min(bench.tries, 2)
+    names = {one.name for one in contenders}
+    axes = [axis for axis in (QUICK if quick else AXES) if bench.cases is None or axis.name in bench.cases]
+    for (case, threads), on in plan(axes, bench.threads, bench.most).items():
+        for dtype in bench.dtypes:
+            some = [one for one in contenders if one.name in (case.contenders or names) or bench.on_gpu]
+            if bench.on_gpu and isinstance(case.rule, fc.Uniform):
+                some = [one for one in some if one.ours]
+            one = job(bench, replace(case, contenders=None), TORCH_DTYPES[dtype], threads, some, NAME)
+            one.details["axes"] = on
+            one.reps, one.max_seconds = 9, 2.0
+            compare(bench, one)

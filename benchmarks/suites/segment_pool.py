@@ -1,199 +1,190 @@
-"""The same job in PyTorch without a compiler, and by other libraries: segments by the distance of frames, averaged.
-
-Each form takes :class:`Inputs` and returns :class:`Tokens`, the least that is of use to somebody: values and where
-the segments start. Scores are always in fp32: cosines in half precision find other segments.
-"""
+"""Suite ``segment_pool``: local maxima against the same job in PyTorch, compiled and eager, and in other libraries."""
 
 from __future__ import annotations
 
-import importlib
-from collections.abc import Callable
+import functools
+import os
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-import fastcompress as fc
-from benchmarks.harness.cases import Inputs
+from benchmarks.harness.bandwidth_bound import KINDS, BandwidthBound
+from benchmarks.harness.cases import Case, Inputs, gradients, inputs_of, padded, random_lengths
+from benchmarks.harness.compare import TRITON, Bench, Contender, Job, compare
+from benchmarks.measurement import BOTH, OURS
+from benchmarks.suites import compiled, eager
+from benchmarks.suites.checks import Expected, check_average_pool, exact_starts
+from benchmarks.suites.eager import Tokens
 
-#: Frames of a block of the blocked scores: 64 x 1280 fp32 is a third of a megabyte.
-_BLOCK = 64
+NAME = "segment_pool"
+AVERAGE_POOL = "AvgPool1d, padded, less work"
+#: Most bytes of new memory that are made ready before a sample.
+_MAX_RECALL = 2 << 30
+#: Gradients to rotate through.
+_GRADIENTS = 8
 
-Scores = Callable[[Tensor], Tensor]
-Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+def _eager(scores: str, pool: str, group: str = "eager", module: str | None = None) -> Contender:
+    form = eager.vectorised(getattr(eager, f"{scores}_scores"), getattr(eager, pool))
+    return Contender(f"{scores} + {pool}", group, lambda: form, module=module)
+
+
+CONTENDERS: tuple[Contender, ...] = (
+    Contender(OURS, OURS, lambda: eager.fastcompress_pool),
+    Contender("compile, plain", "compile", compiled.plain),
+    Contender("compile, tuned + gather", "compile", lambda: compiled.tuned("gather")),
+    Contender("compile, tuned + embedding_bag", "compile", lambda: compiled.tuned("embedding_bag")),
+    _eager("cosine", "embedding_bag"),
+    _eager("cosine", "scatter_reduce"),
+    _eager("cosine", "index_add"),
+    _eager("cosine", "segment_reduce"),
+    _eager("bmm", "embedding_bag"),
+    _eager("bmm", "scatter_reduce"),
+    _eager("bmm", "index_add"),
+    _eager("bmm", "segment_reduce"),
+    _eager("blocked", "embedding_bag"),
+    _eager("cosine", "segment_csr", "library", "torch_scatter"),
+    _eager("bmm", "segment_csr", "library", "torch_scatter"),
+    _eager("bmm", "jagged", "library", "fbgemm_gpu"),
+    Contender("loop, tensor_split", "loop", lambda: eager.loop("tensor_split")),
+    Contender("loop, split", "loop", lambda: eager.loop("split")),
+    Contender(AVERAGE_POOL, "less work", lambda: eager.average_pool, padded=True),
+)
+
+_FEW = (OURS, "compile, plain", "cosine + index_add", "bmm + embedding_bag", "loop, split")
+CASES: tuple[Case, ...] = (
+    Case("S1", random_lengths(8, 1350, 1500, seed=5), 1280),
+    Case("S2", random_lengths(32, 200, 1500, seed=5), 1280),
+    Case("clip", (1500,), 1280),
+    Case("tiny", (8,), 64, calls=500, contenders=_FEW),
+    Case("long", (60_000,), 3584, default=False),
+    Case(
+        "quick",
+        random_lengths(4, 300, 400, seed=5),
+        1280,
+        default=False,
+        contenders=(*_FEW, "bmm + segment_csr", "bmm + jagged", "blocked + embedding_bag", AVERAGE_POOL),
+    ),
+)
+
+
+def _gpu_case(count: int, frames: int, dim: int, dtypes: tuple[str, ...] = ("bf16",)) -> Case:
+    return Case(f"{count} x {frames} x {dim}", (frames,) * count, dim, dtypes=dtypes)
+
+
+_BOTH_DTYPES = ("bf16", "fp32")
+GPU_CASES = (
+    _gpu_case(1, 750, 1280, _BOTH_DTYPES),
+    _gpu_case(8, 750, 1280),
+    _gpu_case(32, 750, 1280),
+    _gpu_case(32, 1500, 1280, _BOTH_DTYPES),
+    _gpu_case(1, 90_000, 1280),  # one hour at 25 Hz
+    _gpu_case(32, 1500, 3584, _BOTH_DTYPES),
+)
+DRY_CASES = (_gpu_case(2, 60, 48, _BOTH_DTYPES),)
+
+
+def gpu_contenders(dry: bool) -> list[Contender]:
+    """Contenders on a GPU, in the order in which they are measured as long as there is time."""
+    bound = functools.partial(eager.fastcompress_pool, compact=False)
+    found = [Contender(OURS, OURS, lambda: eager.fastcompress_pool, bound, backend=None if dry else "cuda")]
+    if not dry or os.environ.get("TRITON_INTERPRET") == "1":
+        found.append(
+            Contender(
+                f"{OURS}, triton", TRITON, lambda: eager.fastcompress_pool, bound, backend="triton", module="triton"
+            )
+        )
+    found += [_eager("cosine", "index_add"), _eager("bmm", "index_add"), _eager("bmm", "embedding_bag")]
+    found += [_eager("bmm", "scatter_reduce"), _eager("bmm", "segment_reduce")]
+    found.append(_eager("bmm", "segment_csr", "library", "torch_scatter"))
+    # Compiling for the CPU would take most of a dry run.
+    for group, how in (("compile", {}), ("max-autotune", {"mode": "max-autotune"})):
+        options: dict[str, Any] = {"backend": "aot_eager"} if dry else how
+        found.append(Contender(f"{group}, plain", group, functools.partial(compiled.plain, **options)))
+        found.append(Contender(f"{group}, tuned", group, functools.partial(compiled.tuned, "gather", **options)))
+    return found
 
 
 @dataclass
-class Tokens:
-    """What a contender returns.
+class PoolJob(Job):
+    """Segment pooling of one case. ``expected`` is what contenders are compared with."""
 
-    Attributes:
-        values: ``[M, D]`` means, in the dtype of the input (``[B, S, D]`` of a contender on padded input).
-        starts: ``[M]``, first row of each segment; ``None`` for a contender that has none.
-    """
+    expected: Expected | None = None
 
-    values: Tensor
-    starts: Tensor | None
+    def check(
+        self, name: str, batch: Any, result: Tokens, grad: Tensor | None, grad_x: Tensor | None
+    ) -> dict[str, Any]:
+        if batch.x.dim() == 3:
+            if grad is None:
+                check_average_pool(name, batch, result)
+            return {}
+        first = self.expected is None
+        expected = self.expected or Expected(batch, exact_starts(batch))
+        if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
+            count = len(expected.starts)
+            result = Tokens(result.values[:count], result.starts[:count])
+        differing = expected.check(name, result, grad, grad_x)
+        if first and result.starts is not None:  # the other contenders are compared with the library's segments
+            self.expected = Expected(batch, result.starts)
+            self.details["tokens"] = len(result.starts)
+        return {"differing_boundaries": differing}
 
+    def moved(self, direction: str) -> int | None:
+        x = self.batches[0].x
+        once: int = (x.shape[0] + self.details["tokens"]) * x.shape[1] * x.itemsize
+        return 2 * once if direction == BOTH else once
 
-Call = Callable[[Inputs], Tokens]
-
-
-def fastcompress_pool(inputs: Inputs) -> Tokens:
-    """The library."""
-    pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=inputs.rule)
-    return Tokens(pooled.values, pooled.segments.starts)
-
-
-# --- scores: [N, D] -> [N - 1] fp32, 1 - cosine of each frame and the next -------------------------------------------
-
-
-def cosine_scores(x: Tensor) -> Tensor:
-    """The way the documentation suggests."""
-    x = x.float()
-    return 1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)
-
-
-def bmm_scores(x: Tensor) -> Tensor:
-    """Dot products as a batched matrix product, which makes no ``[N, D]`` temporary in fp32."""
-    x = x.float()
-    dot = torch.bmm(x[:-1].unsqueeze(1), x[1:].unsqueeze(2)).view(-1)
-    norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8)
-    distances: Tensor = 1 - dot / (norm[:-1] * norm[1:])
-    return distances
+    def bounds(self, bound: BandwidthBound, backward: bool) -> Mapping[str, Callable[[int], Any]]:
+        if self.calls > 1:
+            return {}
+        xs, tokens = [inputs.x for inputs in self.batches], self.details["tokens"]
+        grads = [grad[: xs[0].numel()].view(-1, xs[0].shape[1]) for grad in self.grads]
+        return {kind: bound.calls(kind, xs, grads, tokens, self.threads, backward) for kind in KINDS}
 
 
-def blocked_scores(x: Tensor) -> Tensor:
-    """``cosine_scores`` in blocks whose temporaries stay in the L2 cache: Python overhead against memory traffic."""
-    rows = x.shape[0] - 1
-    return torch.cat([cosine_scores(x[i : min(i + _BLOCK, rows) + 1]) for i in range(0, rows, _BLOCK)])
+def job(
+    bench: Bench, case: Case, dtype: torch.dtype, threads: int, contenders: Sequence[Contender], suite: str
+) -> PoolJob:
+    """The job of one setting."""
+    contenders = [one for one in contenders if case.contenders is None or one.name in case.contenders]
+    if any(one.group in ("compile", "max-autotune") for one in contenders):
+        compiled.prepare(threads)
+    first = inputs_of(case, dtype, bench.device)
+    # A call of microseconds is timed on hot input: its cost is overhead, and thousands of buffers would hide that.
+    rotate = case.calls == 1 and not bench.on_gpu
+    batches = first.rotation(bench.cache) if rotate else [first]
+    windows: list[Inputs] = []
+    if any(one.padded for one in contenders):
+        wide = padded(first, case.lengths)
+        windows = wide.rotation(bench.cache) if rotate else [wide]
+    most = max(case.frames, *(one.x.shape[0] * one.x.shape[1] // case.window for one in windows[:1]), 0) * case.dim
+    grads = gradients(most, dtype, min(len(batches), _GRADIENTS), bench.device) if case.calls == 1 else []
+    # What the slowest forms allocate: a few fp32 copies of the input.
+    recall = min(4 * case.frames * case.dim * 4, _MAX_RECALL) if case.calls == 1 else 0
+    shape = {"sequences": len(case.lengths), "frames": case.frames, "dim": case.dim, "window": case.window}
+    details = shape | {"input_buffers": len(batches)}
+    return PoolJob(
+        suite, case.name, dtype, threads, contenders, batches, windows, grads,
+        calls=case.calls, recall=recall, details=details,
+    )  # fmt: skip
 
 
-# --- boundaries ------------------------------------------------------------------------------------------------------
-
-
-def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
-    """``[N]`` bool: whether a segment ends at the frame, from ``[N]`` scores and ``[N]`` last frames of sequences.
-
-    The infinities keep the first and the last pair of a sequence from being maxima, as ``scipy.signal.argrelextrema``
-    has it.
-    """
-    inf = float("inf")
-    scores = scores.masked_fill(last, inf)
-    before = F.pad(scores[:-1], (1, 0), value=inf)
-    after = F.pad(scores[1:], (0, 1), value=inf)
-    return ((scores > before) & (scores > after)) | last
-
-
-def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
-    """:func:`local_max_ends`, or the same where a score exceeds that of a ``Threshold``.
-
-    Raises:
-        ValueError: another rule.
-    """
-    if isinstance(rule, fc.Threshold):
-        return (scores > rule.threshold) | last
-    if rule != fc.LocalMax():
-        raise ValueError(f"rule must be LocalMax() or a Threshold, got {rule}")
-    return local_max_ends(scores, last)
-
-
-def last_frames(inputs: Inputs) -> Tensor:
-    """``[N]`` bool: the last frame of each sequence."""
-    last = torch.zeros(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
-    last[inputs.cu_seqlens[1:].long() - 1] = True
-    return last
-
-
-def offsets_and_ids(end: Tensor) -> tuple[Tensor, Tensor]:
-    """Ends of segments to their offsets ``[M + 1]`` and the segment of each frame ``[N]``."""
-    return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), end.cumsum(0) - end.long()
-
-
-# --- pooling: x [N, D], offsets [M + 1], ids [N] -> [M, D] -----------------------------------------------------------
-
-
-def embedding_bag(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """Segments as bags of an embedding table."""
-    return F.embedding_bag(torch.arange(x.shape[0], device=x.device), x, offsets[:-1], mode="mean")
-
-
-def scatter_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """``Tensor.scatter_reduce``."""
-    out = x.new_zeros(offsets.shape[0] - 1, x.shape[1])
-    return out.scatter_reduce(0, ids.unsqueeze(1).expand_as(x), x, "mean", include_self=False)
-
-
-def index_add(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """``Tensor.index_add`` and a division."""
-    out = x.new_zeros(offsets.shape[0] - 1, x.shape[1])
-    return out.index_add(0, ids, x) / offsets.diff().unsqueeze(1).to(x.dtype)
-
-
-def segment_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """``torch.segment_reduce``."""
-    return torch.segment_reduce(x, "mean", offsets=offsets, axis=0)
-
-
-def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """torch-scatter."""
-    means: Tensor = importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
-    return means
-
-
-def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """FBGEMM, whose jagged tensors become dense: segments padded to the longest, summed."""
-    importlib.import_module("fbgemm_gpu")
-    lengths = offsets.diff()
-    dense: Tensor = torch.ops.fbgemm.jagged_to_padded_dense(x, [offsets], [int(lengths.max())])
-    return dense.sum(1) / lengths.unsqueeze(1).to(x.dtype)
-
-
-# --- whole forms -----------------------------------------------------------------------------------------------------
-
-
-def vectorised(scores: Scores, pool: Pool) -> Call:
-    """Scores, boundaries and means, each for the whole batch at once."""
-
-    def call(inputs: Inputs) -> Tokens:
-        with torch.no_grad():
-            d = F.pad(scores(inputs.x), (0, 1))
-            offsets, ids = offsets_and_ids(segment_ends(d, last_frames(inputs), inputs.rule))
-        return Tokens(pool(inputs.x, offsets, ids), offsets[:-1])
-
-    return call
-
-
-def loop(split: str) -> Call:
-    """A Python loop over sequences and segments.
-
-    Args:
-        split: how a sequence is cut: ``"tensor_split"``, a slice a segment, each with a backward as large as the
-            sequence; or ``"split"``, whose backward is one concatenation.
-    """
-
-    def call(inputs: Inputs) -> Tokens:
-        bounds = inputs.cu_seqlens.tolist()
-        values, starts = [], []
-        sizes = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        for origin, frames in zip(bounds[:-1], inputs.x.split(sizes), strict=True):
-            with torch.no_grad():
-                d = F.pad(cosine_scores(frames), (1, 1), value=float("inf"))
-                cuts = ((d[1:-1] > d[:-2]) & (d[1:-1] > d[2:])).nonzero().squeeze(1) + 1
-            if split == "tensor_split":
-                segments = torch.tensor_split(frames, cuts.tolist())
-            else:
-                edges = F.pad(cuts, (1, 1))
-                edges[-1] = frames.shape[0]
-                segments = torch.split(frames, edges.diff().tolist())
-            values.append(torch.stack([segment.mean(0) for segment in segments]))
-            starts.append(F.pad(cuts, (1, 0)) + origin)
-        return Tokens(torch.cat(values), torch.cat(starts))
-
-    return call
-
-
-def average_pool(inputs: Inputs) -> Tokens:
-    """AvgPool1d of padded ``[B, T, D]``: fixed windows, so no scores, no boundaries and no ragged output."""
-    return Tokens(F.avg_pool1d(inputs.x.transpose(1, 2), inputs.window).transpose(1, 2), None)
+def run(bench: Bench) -> None:
+    """Measure every case; on a GPU the eager contenders on all cases first, then what takes long to compile."""
+    if bench.on_gpu:
+        contenders = gpu_contenders(bench.dry)
+        for stage in (("eager", "library"), ("compile",), ("max-autotune",)):
+            chosen = [one for one in contenders if one.group in (OURS, *stage) or (one.ours and "eager" in stage)]
+            for case in DRY_CASES if bench.dry else GPU_CASES:
+                for dtype, threads in bench.settings(case.dtypes):
+                    one = job(bench, case, dtype, threads, chosen, NAME)
+                    one.details["stage"] = stage[0]
+                    compare(bench, one)
+        return
+    names = bench.cases or (["quick", "tiny"] if bench.quick else [case.name for case in CASES if case.default])
+    for case in (case for case in CASES if case.name in names):
+        for dtype, threads in bench.settings(case.dtypes):
+            compare(bench, job(bench, case, dtype, threads, CONTENDERS, NAME))

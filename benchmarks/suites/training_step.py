@@ -1,6 +1,7 @@
-"""What share of a training step compression and packing take, and how long a step is with fewer tokens.
+"""Suite ``training_step``: the time of a training step, and the share of it in compression and packing.
 
-A small audio LLM (``fastcompress.training.recipes.build_small``) trains on the recordings that are shipped.
+A small audio LLM (``fastcompress.training.recipes.build_small``) trains on the recordings that are shipped. Runs on the
+CPU only.
 """
 
 from __future__ import annotations
@@ -11,20 +12,21 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.clock import Disturbance, Samples, interleave
-from benchmarks.suites.checks import WrongResult
+from benchmarks.harness.clock import interleave
+from benchmarks.harness.compare import Bench, WrongResult, fields_of, table_text
+from benchmarks.measurement import BOTH
 
+NAME, STEP, BUSY = "training_step", "whole step", "whole step, CPU time per thread"
 MANIFEST = Path(__file__).resolve().parents[2] / "assets" / "digits" / "test.jsonl"
-#: The first has a token a frame.
+#: The first keeps one token per frame.
 RULES = ("uniform:1", "uniform:3", "local-max")
-#: Of the names of our ops.
+#: Start of the names of our ops.
 _PREFIX = "fastcompress::"
 #: Steps that are profiled.
 STEPS = 20
@@ -33,33 +35,6 @@ STEPS = 20
 def available() -> bool:
     """Whether what trains is installed."""
     return all(importlib.util.find_spec(name) for name in ("accelerate", "transformers", "soundfile"))
-
-
-@dataclass(frozen=True)
-class Share:
-    """Of a rule, on a number of threads.
-
-    Attributes:
-        tokens: audio tokens a frame of the encoder.
-        samples: seconds a step, unprofiled.
-        busy: likewise, without the time that it waited for a core: the median of its CPU time, a thread. Steps are so
-            long that on a busy machine none is undisturbed.
-        ops: seconds a step in each of fastcompress's ops, forward and backward, as the profiler has them: calls a step
-            times the median of a call, few of which are disturbed.
-    """
-
-    rule: str
-    threads: int
-    tokens: float
-    samples: Samples
-    busy: float
-    ops: dict[str, float]
-    disturbance: Disturbance
-
-    @property
-    def share(self) -> float:
-        """Of a step."""
-        return sum(self.ops.values()) / self.busy
 
 
 def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
@@ -71,16 +46,16 @@ def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
     utterances = read_manifest(manifest)
     model, processor = build_small(utterances, rule=rule)
     examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
-    for index in range(len(examples)):  # features are computed once in a training, not in each step
+    for index in range(len(examples)):  # a training computes them once, not in each step
         examples.features(index)
     return Training(model, examples, TrainingArguments(steps=steps), folder)
 
 
 def _profiled(training: Any, steps: int) -> dict[str, float]:
-    """Seconds a step in each op.
+    """Seconds per step in each op: calls per step times the median of a call, few of which are disturbed.
 
     Raises:
-        WrongResult: none ran.
+        WrongResult: No op ran.
     """
     with profile(activities=[ProfilerActivity.CPU]) as found:
         for _ in range(steps):
@@ -90,12 +65,12 @@ def _profiled(training: Any, steps: int) -> dict[str, float]:
         if event.name.startswith(_PREFIX):
             calls.setdefault(event.name.removeprefix(_PREFIX), []).append(event.self_cpu_time_total / 1e6)
     if not calls:
-        raise WrongResult("a training step: none of fastcompress's ops ran")
+        raise WrongResult("training_step: none of fastcompress's ops ran")
     return {name: statistics.median(seconds) * len(seconds) / steps for name, seconds in calls.items()}
 
 
 def _timed(training: Any, busy: list[float]) -> Callable[[int], None]:
-    """A step, whose CPU time is appended to ``busy``."""
+    """A step whose CPU time is appended to ``busy``."""
 
     def step(_: int) -> None:
         start = time.process_time()
@@ -105,45 +80,46 @@ def _timed(training: Any, busy: list[float]) -> Callable[[int], None]:
     return step
 
 
-def measure(
-    threads: int, reps: int, tries: int, manifest: Path = MANIFEST, rules: Sequence[str] = RULES, steps: int = STEPS
-) -> list[Share]:
-    """Of each rule; their steps are timed interleaved.
+def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int = STEPS) -> list[dict[str, Any]]:
+    """Time the steps of all rules in turn, unprofiled; then profile each.
+
+    The case of a measurement is the rule. Its CPU time leaves out the waiting for a core: steps are so long that on a
+    busy machine none is undisturbed. The contenders of group ``op`` are seconds per step in each of our ops.
 
     Raises:
-        WrongResult: a step ran none of the ops.
-        fastcompress.training.trainer.TrainingStopped: a loss is not finite.
+        WrongResult: A step ran none of the ops.
     """
     torch.set_num_threads(threads)
+    reps = min(bench.reps, 7)
+    found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
         trainings = {}
         for rule in rules:
             folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            trainings[rule] = _training(rule, folder, manifest, reps + steps + 8)
+            trainings[rule] = _training(rule, folder, MANIFEST, reps + steps + 8)
         for training in trainings.values():
             for _ in range(3):
                 training.update()
         busy: dict[str, list[float]] = {rule: [] for rule in rules}
         functions = {rule: _timed(training, busy[rule]) for rule, training in trainings.items()}
-        samples, disturbance = interleave(functions, reps, tries=tries)
-        found = []
+        samples, disturbance = interleave(functions, reps, tries=bench.tries)
         for rule, training in trainings.items():
             counts = training.update()
-            tokens = counts["audio_tokens"] / counts["audio_frames"]
-            ops = _profiled(training, steps)
-            seconds = statistics.median(busy[rule])
-            found.append(Share(rule, threads, tokens, samples[rule], seconds, ops, disturbance))
+            fields = {"tokens_per_frame": counts["audio_tokens"] / counts["audio_frames"]}
+            timed = [(STEP, "step", fields | fields_of(samples[rule], disturbance))]
+            timed.append((BUSY, "step", {"median": statistics.median(busy[rule])}))
+            timed += [(name, "op", {"median": seconds}) for name, seconds in _profiled(training, steps).items()]
+            found += [
+                bench.recorder.add(NAME, rule, name, group, BOTH, threads=threads, **fields)
+                for name, group, fields in timed
+            ]
+    print(table_text(found), end="\n\n", flush=True)
     return found
 
 
-def rows(found: Sequence[Share]) -> list[Sequence[str]]:
-    """For ``report.align``."""
-    head = ["training step", "tokens a frame", "ms", "p10", "p90", "reps", "busy ms", "in fastcompress"]
-    lines: list[Sequence[str]] = [head]
-    for one in found:
-        sample = one.samples
-        times = [f"{seconds * 1e3:.1f}" for seconds in (sample.median, sample.p10, sample.p90)]
-        name = f"{one.rule}, {one.threads} thr"
-        busy, share = f"{one.busy * 1e3:.1f}", f"{one.share:.2%}"
-        lines.append([name, f"{one.tokens:.3f}", *times, str(len(sample.seconds)), busy, share])
-    return lines
+def run(bench: Bench) -> None:
+    """Measure every rule on every number of threads."""
+    if not available():
+        return print("training_step: fastcompress[lalm] is not installed")
+    for threads in bench.threads:
+        measure(bench, threads, steps=2 if bench.quick else STEPS)

@@ -224,9 +224,9 @@ def _roofline(results: Results) -> Iterator[str]:
         yield f"![Roofline](plots/{results.name}-roofline.png)"
         lines = [["fastcompress", "operations per byte", "GB/s", "Gop/s", "share"]]
         for one in pooled[pooled["case"] != "tiny"].itertuples():
-            intensity, rate = work(one)
-            share = rate / roof(found[one.threads], intensity)
-            cells = [f"{intensity:.2f}", f"{rate / intensity / 1e9:.1f}", f"{rate / 1e9:.1f}", f"{share:.0%}"]
+            intensity, speed = work(one)
+            share = speed / roof(found[one.threads], intensity)
+            cells = [f"{intensity:.2f}", f"{speed / intensity / 1e9:.1f}", f"{speed / 1e9:.1f}", f"{share:.0%}"]
             lines.append([f"{one.case}, {setting(one)}", *cells])
         yield markdown(lines)
     packed = results.suite(pack.NAME)

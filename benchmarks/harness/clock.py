@@ -17,24 +17,24 @@ from typing import Any
 
 import torch
 
-#: Share of a sample that our threads may have waited for a core before the sample counts as disturbed.
+#: Share of a sample that our threads may wait for a core before the sample counts as disturbed.
 MAX_WAIT = 0.04
-#: Tries of a sample.
+#: Tries per sample.
 TRIES = 4
 #: Seconds to wait for a quiet machine before the second try, twice as long before each further one.
 _PAUSE = 0.05
-#: With so many undisturbed samples the disturbed ones are left out.
+#: Undisturbed samples from which the disturbed ones are left out.
 _ENOUGH = 3
-#: Scheduling noise in seconds that is no disturbance.
+#: Seconds of scheduling noise that are no disturbance.
 _FREE_WAIT = 2e-5
 
 
 @dataclass
 class Samples:
-    """Seconds a call, one entry a sample, those taken on a quiet machine and those that were disturbed.
+    """Seconds per call, those taken on a quiet machine and those that were disturbed.
 
-    Of one thread the latter are its CPU time, without the time that it waited for a core; of more, whose waits overlap,
-    nobody can tell how much they cost.
+    Disturbed samples of one thread are its CPU time, without the time that it waited for a core; those of more threads
+    include the waits, which overlap.
     """
 
     quiet: list[float] = field(default_factory=list)
@@ -46,22 +46,18 @@ class Samples:
         return self.quiet if len(self.quiet) >= _ENOUGH else self.quiet + self.disturbed
 
     def _quantile(self, share: float) -> float:
-        ordered = sorted(self.seconds)
-        return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+        return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
 
     @property
     def median(self) -> float:
-        """Median."""
         return statistics.median(self.seconds)
 
     @property
     def p10(self) -> float:
-        """10th percentile."""
         return self._quantile(0.1)
 
     @property
     def p90(self) -> float:
-        """90th percentile."""
         return self._quantile(0.9)
 
 
@@ -70,11 +66,11 @@ class Disturbance:
     """How far other work got into the samples.
 
     Attributes:
-        samples: samples taken, retries included.
-        retried: samples thrown away because our threads waited for a core.
-        kept: samples kept although disturbed, the retries being no better and there being no others.
-        foreign: cores that other processes kept busy on average. On another core than ours they take memory bandwidth
-            without our waiting for anything.
+        samples: Samples taken, retries included.
+        retried: Samples discarded because our threads waited for a core.
+        kept: Samples kept although disturbed, since no retry was better and there were no others.
+        foreign: Cores that other processes kept busy on average. On another core than ours they take memory bandwidth
+            without making us wait.
     """
 
     samples: int = 0
@@ -84,7 +80,7 @@ class Disturbance:
 
 
 def _waited() -> float:
-    """Seconds that the threads of this process have waited for a core so far; 0 where the system does not tell."""
+    """Seconds that the threads of this process have waited for a core; 0 where the system does not report it."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
@@ -93,7 +89,7 @@ def _waited() -> float:
 
 
 def _foreign() -> float:
-    """Core-seconds of other processes since some time; 0 where the system does not tell."""
+    """Core-seconds of other processes since some time; 0 where the system does not report it."""
     try:
         user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
     except (OSError, ValueError):
@@ -103,36 +99,30 @@ def _foreign() -> float:
 
 
 def recall_memory(size: int) -> None:
-    """Writes ``size`` bytes of new memory, in huge pages where there are any, and gives them back.
+    """Write ``size`` bytes of new memory, in huge pages where there are any, and free them.
 
-    A virtual machine may hand free memory to its host within a fraction of a second, and whoever touches it next
-    waits for the host: 64 MB of new huge pages took 8 ms, and 15 to 200 ms after half a second's pause (AMD EPYC under
-    KVM with free page reporting). Called before each sample, so that no contender pays for the pause that a slow one
-    before it made; new pages from the system's own free list still cost what they cost.
+    A virtual machine may return free memory to its host within a fraction of a second, and whoever touches it next
+    waits for the host: 64 MB of new huge pages took 8 ms, and 15 to 200 ms after a pause of half a second (AMD EPYC
+    under KVM with free page reporting). Called before each sample, so that no contender pays for the pause that a slow
+    one before it made; new pages from the system's own free list still cost what they cost.
     """
     if size <= 0:
         return
-    with mmap.mmap(
-        -1, size, **({"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {})
-    ) as memory:
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if os.name == "posix" else {}
+    with mmap.mmap(-1, size, **private) as memory:
         if hasattr(mmap, "MADV_HUGEPAGE"):
             with contextlib.suppress(OSError):  # a kernel without them
                 memory.madvise(mmap.MADV_HUGEPAGE)
         view = torch.frombuffer(memory, dtype=torch.uint8)
         view.fill_(1)
-        del view  # the mapping cannot close while somebody looks at it
+        del view  # the mapping cannot close while it is in use
 
 
 def _sample(
-    call: Callable[[int], Any],
-    numbers: Iterator[int],
-    calls: int,
-    tries: int,
-    recall: int,
-    samples: Samples,
+    call: Callable[[int], Any], numbers: Iterator[int], calls: int, tries: int, recall: int, samples: Samples,
     noted: Disturbance,
-) -> None:
-    """Adds seconds a call of ``call``, from the least disturbed of a few tries."""
+) -> None:  # fmt: skip
+    """Add the seconds per call of ``call``, from the least disturbed of a few tries."""
     best, least = 0.0, float("inf")
     for attempt in range(tries):
         if attempt:
@@ -146,7 +136,7 @@ def _sample(
             result = call(i)
         elapsed, busy = time.perf_counter() - start, time.process_time() - busy
         wait = (_waited() - waited - _FREE_WAIT) / elapsed
-        del result  # freeing the result is not part of the call, for anybody
+        del result  # freeing the result is not part of any call
         noted.samples += 1
         if wait < MAX_WAIT:
             samples.quiet.append(elapsed / calls)
@@ -157,28 +147,20 @@ def _sample(
 
 
 def interleave(
-    functions: Mapping[str, Callable[[int], Any]],
-    reps: int,
-    calls: int = 1,
-    max_seconds: float = 10.0,
-    tries: int = TRIES,
-    recall: int = 0,
-    seed: int = 0,
-) -> tuple[dict[str, Samples], Disturbance]:
-    """Times all functions in rounds, in a new random order each round, so that drift and neighbours hit all alike.
+    functions: Mapping[str, Callable[[int], Any]], reps: int, calls: int = 1, max_seconds: float = 10.0,
+    tries: int = TRIES, recall: int = 0, seed: int = 0,
+) -> tuple[dict[str, Samples], Disturbance]:  # fmt: skip
+    """Time all functions in rounds, in a new random order in each round, so that drift and other work hit all alike.
 
     Args:
-        functions: name to function. Its argument is a number that grows with every call of any of them: the function
-            picks its input buffer by it, so that the buffer touched longest ago comes next.
-        reps: rounds.
-        calls: calls in a sample.
-        max_seconds: a function that has used as much is left out of later rounds, but not of the first three.
-        tries: of a sample that other work disturbs.
-        recall: bytes for :func:`recall_memory`.
-        seed: of the order.
-
-    Returns:
-        The samples of each function, and how much other work disturbed them.
+        functions: Functions by name. Their argument is a number that grows with every call of any of them, by which a
+            function picks its input buffer, so that the buffer touched longest ago comes next.
+        reps: Rounds.
+        calls: Calls per sample.
+        max_seconds: A function that has used as much is left out of later rounds, but not of the first three.
+        tries: Tries of a sample that other work disturbs.
+        recall: Bytes for :func:`recall_memory`.
+        seed: Seed of the order.
     """
     order, generator = list(functions), random.Random(seed)
     samples = {name: Samples() for name in functions}

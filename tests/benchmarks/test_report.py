@@ -59,7 +59,7 @@ def test_the_committed_report_is_what_the_results_give():
         assert f"| {method}: fastcompress, ms " in text
 
 
-def test_the_committed_plots_are_drawn_from_the_results():
+def test_the_committed_plots_are_drawn_from_the_results(tmp_path: Path):
     image = pytest.importorskip("PIL.Image")
     wanted = {name: rows for one in read_all().values() for name, rows in plots.sources(one).items()}
     assert {path.name for path in report.PLOTS.iterdir()} == set(wanted)
@@ -69,22 +69,15 @@ def test_the_committed_plots_are_drawn_from_the_results():
             assert picture.text["Source"] == plots.digest(rows), name
     shown = re.findall(r"!\[.*?\]\(plots/(.*?)\)", report.REPORT.read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(wanted)
+    for path in plots.write(tmp_path, read_all()["amd-epyc-2c-avx512-cpu"]):
+        with image.open(path) as picture:
+            assert len(set(picture.convert("L").get_flattened_data())) > 10
     rows = wanted[sorted(wanted)[0]]
     assert plots.digest(rows.assign(median=2 * rows["median"])) != plots.digest(rows)
 
 
-def test_plots_are_drawn(tmp_path: Path):
-    image = pytest.importorskip("PIL.Image")
-    one = read_all()["amd-epyc-2c-avx512-cpu"]
-    paths = list(plots.write(tmp_path, one))
-    assert {path.name for path in paths} == set(plots.sources(one)) and len(paths) == 3
-    for path in paths:
-        with image.open(path) as picture:
-            assert len(set(picture.convert("L").get_flattened_data())) > 10
-
-
-def test_committed_times_are_possible():
-    """Of every measurement that has times: positive, and in order."""
+def test_committed_measurements():
+    """Times are positive and in order, and the gate finds every table again in itself."""
     found = 0
     for path in RESULTS.glob("*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -92,6 +85,11 @@ def test_committed_times_are_possible():
                 assert 0 < line["p10"] <= line["median"] <= line["p90"], (path.name, line)
                 found += 1
     assert found > 2000
+    for one in read_all().values():
+        changes = gate.compare(one.rows, one.rows)
+        rows = one.rows[one.rows["suite"].isin(gate.COMPARED)]
+        assert len(changes) == len(rows.drop_duplicates(gate.TABLE)) > 0
+        assert all(change.factor == pytest.approx(1) for change in changes)
 
 
 def test_a_table_of_pooling():
@@ -116,9 +114,7 @@ def test_a_table_of_pooling():
     assert "Not timed: `c` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
     assert "| fp32 forward against compile | >= 3.2 | 2.00 | |" in text  # an aim that was missed
     assert "| fp32 forward / bandwidth bound, fresh | <= 1.25 | 2.00 | |" in text
-
-
-def test_stages_are_multiples_of_ours_in_the_same_stage():
+    # A table that was measured in stages has the multiples of each stage.
     rows = [row("fastcompress", OURS, 1.0, stage="eager"), row("a", "eager", 2.0, stage="eager")]
     rows += [row("fastcompress", OURS, 2.0, stage="compile"), row("b", "compile", 6.0, stage="compile")]
     found = tables.timed(results(*rows).rows)
@@ -221,11 +217,3 @@ def test_the_gate_measures_and_misses(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert gate.main(["--committed", str(then)]) == 0
     monkeypatch.setattr(gate, "measure", lambda arguments: 3)
     assert gate.main(["--committed", str(then)]) == 3
-
-
-def test_what_is_committed_can_be_compared():
-    for one in read_all().values():
-        changes = gate.compare(one.rows, one.rows)
-        rows = one.rows[one.rows["suite"].isin(gate.COMPARED)]
-        assert len(changes) == len(rows.drop_duplicates(gate.TABLE)) > 0
-        assert all(change.factor == pytest.approx(1) for change in changes)

@@ -10,7 +10,7 @@ import torch
 
 import fastcompress as fc
 from benchmarks import __main__ as command
-from benchmarks.harness.cases import Case, cu_seqlens, features, inputs_of, threshold_of
+from benchmarks.harness.cases import Case, Inputs, cu_seqlens, features, inputs_of, threshold_of
 from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
 from benchmarks.measurement import BOTH, CLONE, FORWARD, OURS, read
 from benchmarks.registry import SUITES
@@ -18,7 +18,12 @@ from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline,
 from benchmarks.suites.checks import exact_starts
 
 
-def test_names_are_unique_and_cases_name_contenders():
+def test_the_registry_and_inputs():
+    first, second = (features(200, 64, torch.float32) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, features(200, 64, torch.float32, seed=1))
+    inputs = Inputs(torch.ones(40, 1 << 14), cu_seqlens((40,))).rotation(last_level_cache=100 << 20)
+    assert sum(one.x.nbytes for one in inputs) >= 400 << 20
+    assert len({one.x.data_ptr() for one in inputs}) == len(inputs)
     names = [contender.name for contender in segment_pool.CONTENDERS]
     assert len(set(names)) == len(names) and names[0] == OURS
     for case in segment_pool.CASES:

@@ -124,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.device not in SUITES[name].devices:
             print(f"{name}: not measured on {options.device}")
             continue
+        if time.monotonic() > bench.deadline:
+            print(f"{name}: not measured, out of time")
+            continue
         try:
             SUITES[name].run(bench)
         except WrongResult as error:

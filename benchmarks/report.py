@@ -116,19 +116,21 @@ def _pack(results: Results) -> Iterator[str]:
     yield from aims.tables(results.rows, pack.NAME)
 
 
-def _peaks(rows: pd.DataFrame) -> str:
+def _peaks(rows: pd.DataFrame) -> Iterator[str]:
+    if "peak_bytes" not in rows:
+        return
     peaks = rows.pivot(index="contender", columns="setting", values="peak_bytes")[list(dict.fromkeys(rows["setting"]))]
     lines = [["peak memory", *peaks.columns]]
     for name, values in peaks.iterrows():
         lines.append([str(name), *("" if pd.isna(value) else f"{value / 1e6:.0f} MB" for value in values)])
-    return markdown(lines)
+    yield markdown(lines)
 
 
 def _decoder(results: Results) -> Iterator[str]:
     rows = timed(results.suite(decoder.NAME))
     yield f"{len(rows['lengths'].iloc[0])} samples; {rows['padding'].iloc[0]:.0%} of their padded batch is padding."
     yield matrix(rows)
-    yield _peaks(rows)
+    yield from _peaks(rows)
 
 
 def _prefill(results: Results) -> Iterator[str]:
@@ -140,7 +142,7 @@ def _prefill(results: Results) -> Iterator[str]:
         f"Rows of the prompt: {counts}."
     )
     yield matrix(rows, prefill.STOCK)
-    yield _peaks(rows)
+    yield from _peaks(rows)
 
 
 def _training(results: Results) -> Iterator[str]:

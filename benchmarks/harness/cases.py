@@ -182,5 +182,6 @@ def padded(inputs: Inputs, lengths: Sequence[int]) -> Inputs:
 
 def gradients(numel: int, dtype: torch.dtype, count: int, device: torch.device | str = "cpu") -> list[Tensor]:
     """Flat tensors of equal values to start backward passes from, to rotate through."""
-    first = torch.randn(numel, generator=torch.Generator().manual_seed(1)).to(dtype).to(device)
+    generator = torch.Generator(device).manual_seed(1)
+    first = torch.randn(numel, generator=generator, device=device).to(dtype)
     return [first, *(first.clone() for _ in range(count - 1))]

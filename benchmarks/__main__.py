@@ -16,6 +16,7 @@ from benchmarks.harness.bandwidth_bound import BandwidthBound, BoundUnavailable
 from benchmarks.harness.compare import TORCH_DTYPES, Bench, WrongResult
 from benchmarks.measurement import RESULTS, Recorder
 from benchmarks.registry import SUITES
+from benchmarks.suites import scaling, segment_pool
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -50,6 +51,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.suites:  # argparse refuses an empty list of choices
         if name not in SUITES:
             parser.error(f"SUITE must be one of {', '.join(SUITES)}, got {name!r}")
+    known = [case.name for case in (*segment_pool.CASES, *segment_pool.GPU_CASES, *scaling.AXES)]
+    for name in options.cases or ():
+        if name not in known:
+            parser.error(f"--cases must be of {', '.join(known)}, got {name!r}")
     return options
 
 

@@ -110,7 +110,7 @@ def run(bench: Bench) -> None:
     quick = bench.quick or bench.dry
     contenders = gpu_contenders(bench.dry) if bench.on_gpu else [one for one in CONTENDERS if one.name in FORMS]
     contenders = [one for one in contenders if not (quick and one.group == "compile") and one.group != "max-autotune"]
-    bench.tries = min(bench.tries, 2)
+    bench = replace(bench, tries=min(bench.tries, 2))
     names = {one.name for one in contenders}
     axes = [axis for axis in (QUICK if quick else AXES) if bench.cases is None or axis.name in bench.cases]
     for (case, threads), on in plan(axes, bench.threads, bench.most).items():

@@ -178,9 +178,10 @@ def run(bench: Bench) -> None:
     """Measure every case; on a GPU the eager contenders on all cases first, then what takes long to compile."""
     if bench.on_gpu:
         contenders = gpu_contenders(bench.dry)
+        cases = [case for case in (DRY_CASES if bench.dry else GPU_CASES) if case.name in (bench.cases or (case.name,))]
         for stage in (("eager", "library"), ("compile",), ("max-autotune",)):
             chosen = [one for one in contenders if one.group in (OURS, *stage) or (one.ours and "eager" in stage)]
-            for case in DRY_CASES if bench.dry else GPU_CASES:
+            for case in cases:
                 for dtype, threads in bench.settings(case.dtypes):
                     one = job(bench, case, dtype, threads, chosen, NAME)
                     one.details["stage"] = stage[0]

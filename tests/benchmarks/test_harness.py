@@ -212,6 +212,9 @@ def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str
     with pytest.raises(SystemExit):
         command.main(["nothing"])
     assert "SUITE must be one of roofline, segment_pool" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["scaling", "--cases", "S3"])
+    assert "--cases must be of S1, S2, " in capsys.readouterr().err
 
 
 def test_a_wrong_library_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):

@@ -116,16 +116,16 @@ fuzz: build
 	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 SAVE ?=
-# FBGEMM's release for the torch that is pinned; another may not load it.
+# The release of FBGEMM for the pinned torch; another may not load it.
 bench: build
 	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
-	    echo "torch-scatter does not install here: its column will be missing"
+	    echo "torch-scatter does not install here: its rows will be missing"
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
-	    echo "fbgemm-gpu-cpu does not install here: its column will be missing"
+	    echo "fbgemm-gpu-cpu does not install here: its rows will be missing"
 	$(BIN)/python -m benchmarks $(if $(SAVE),--save)
 
 bench-report: $(READY)
-	$(BIN)/python -m benchmarks.document
+	$(BIN)/python -m benchmarks --report
 
 bench-check: build
 	$(BIN)/python -m benchmarks.gate

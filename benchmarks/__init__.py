@@ -1,5 +1,5 @@
-"""Speed and memory of fastcompress against the ways one would do the same in PyTorch, and against the memory floor.
+"""Time and memory of fastcompress against baselines in PyTorch, and against the bandwidth bound.
 
-``python -m benchmarks --help`` is the one command; ``registry.py`` is the one place where a case or a contender is
-added.
+``python -m benchmarks --help`` describes the command. ``registry.py`` lists the suites, ``suites/`` says what is
+measured and ``harness/`` how; ``measurement.py`` is what is written.
 """

@@ -1,44 +1,39 @@
-"""``make bench-check``: have we become slower beside the others? Ratios against those that are committed.
+"""``make bench-check``: compare ratios to the baselines with those that are committed.
 
-Times differ from machine to machine and from hour to hour, so none is compared. For each table that both documents
-have, the gate takes the time of every other form as a multiple of ours, then and now, and the median of the changes
-over those forms: one rival that a new torch made faster does not move it, nor one whose temporaries cost twice as much
-in a process that ran other forms before. Times are the 10th percentile, which other work on the machine moves least.
+Times differ from machine to machine and from hour to hour, so none is compared. For each table of both results the gate
+takes the time of every other form as a multiple of ours, then and now, and the median of the changes over those forms:
+one baseline that a new torch made faster does not move it, nor one whose temporaries cost twice as much in a process
+that ran other forms before. Times are the 10th percentile, which other work on the machine moves least.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from benchmarks import document, machine, report
+import pandas as pd
+from tabulate import tabulate
+
 from benchmarks.__main__ import main as measure
-from benchmarks.packing import OURS as PACK
-from benchmarks.registry import OURS
-from benchmarks.report import DTYPES
-from benchmarks.scaling import FORMS
+from benchmarks.harness import machine
+from benchmarks.measurement import BOUND, DTYPES, OURS, RESULTS, TABLE, Results, read, read_all
+from benchmarks.suites.scaling import FORMS
 
-RESULTS = Path(__file__).with_name("results")
-#: Names of ours, whatever the part.
-NAMES = (OURS, PACK)
-#: Parts and the keys of their tables in a document. Those of ``scaling`` are compared if they are given (``--now``).
-KEYS = {"pool": "tables", "methods": "methods", "packing": "packing", "scaling": "scaling"}
-#: Parts that are measured: none takes more than a few minutes.
-PARTS = ("pool", "methods", "packing")
-#: Of the part ``pool``.
+#: Suites that are measured; none takes more than a few minutes. Those of ``--now`` are compared with ``scaling`` too.
+MEASURED = ("segment_pool", "methods", "pack")
+COMPARED = (*MEASURED, "scaling")
+#: Case of ``segment_pool`` that is measured.
 CASE = "S1"
 
 
 @dataclass(frozen=True)
 class Change:
-    """Of a table: what the others take as a multiple of ours, then and now, by form."""
+    """Multiples of our time in one table, then and now, by form."""
 
     table: str
     then: Mapping[str, float]
@@ -46,106 +41,99 @@ class Change:
 
     @property
     def factor(self) -> float:
-        """Median of now over then; below 1 we have lost ground."""
+        """Median of now over then; below 1 we have become slower next to the others."""
         return statistics.median(self.now[name] / self.then[name] for name in self.then.keys() & self.now.keys())
 
 
-def multiples(results: Mapping[str, Any]) -> dict[str, dict[str, float]]:
-    """Of each table of results of the benchmark, what the other forms take as a multiple of ours."""
+def multiples(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
+    """Time of each other form as a multiple of ours, by table."""
     found = {}
-    for part in KEYS.values():
-        for table in results.get(part, []):
-            case = table["case"] if isinstance(table["case"], str) else table["case"]["name"]
-            key = (part, case, table.get("method", ""), table["dtype"], f"{table['threads']} thr", table["direction"])
-            seconds = {row.get("contender", row.get("form")): row["seconds"]["p10"] for row in table["rows"]}
-            ours = next((seconds[name] for name in NAMES if name in seconds), None)
-            if ours is not None and len(seconds) > 1:
-                others = {name: time / ours for name, time in seconds.items() if name not in NAMES}
-                found[", ".join(filter(None, key))] = others
+    rows = rows[rows["suite"].isin(COMPARED)]
+    for key, table in rows.groupby(TABLE, sort=False):
+        p10 = table.dropna(subset="p10").set_index("contender")[["p10", "group"]]
+        ours = p10.loc[p10["group"] == OURS, "p10"]
+        others = p10.loc[~p10["group"].isin((OURS, BOUND)), "p10"]
+        if len(ours) and len(others):
+            suite, case, dtype, threads, direction = key
+            name = f"{suite}, {case}, {dtype}, {threads} thr, {direction}"
+            found[name] = {str(form): float(time / ours.iloc[0]) for form, time in others.items()}
     return found
 
 
-def missing(then: Mapping[str, Any], now: Mapping[str, Any], threads: Sequence[str]) -> list[str]:
-    """Committed tables of the parts, cases and threads that were measured now, without one of now to compare with."""
-    wanted = {
-        key: [
-            table
-            for table in then.get(key, [])
-            if str(table["threads"]) in threads and (key != KEYS["pool"] or table["case"] == CASE)
-        ]
-        for key in now
-    }
-    after = multiples(now)
-    return [name for name, forms in multiples(wanted).items() if not forms.keys() & after.get(name, {}).keys()]
-
-
-def compare(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[Change]:
-    """The tables that both documents have, with at least one form in common."""
+def compare(then: pd.DataFrame, now: pd.DataFrame) -> list[Change]:
+    """The tables of both results that have at least one form in common."""
     before, after = multiples(then), multiples(now)
     changes = [Change(name, before[name], after[name]) for name in before if name in after]
     return [change for change in changes if change.then.keys() & change.now.keys()]
 
 
+def missing(then: pd.DataFrame, now: pd.DataFrame, suites: Sequence[str], threads: Sequence[int]) -> list[str]:
+    """Committed tables of the suites and threads measured now that have nothing of now to be compared with."""
+    wanted = then[then["suite"].isin(suites) & then["threads"].isin(threads)]
+    wanted = wanted[(wanted["suite"] != MEASURED[0]) | (wanted["case"] == CASE)]
+    after = multiples(now)
+    return [name for name, forms in multiples(wanted).items() if not forms.keys() & after.get(name, {}).keys()]
+
+
 def text(changes: Sequence[Change], least: float) -> str:
-    """A line a table, the worst first."""
-    lines = [["", "forms", "now / then", ""]]
+    """One line per table, the worst first."""
+    lines = []
     for change in sorted(changes, key=lambda change: change.factor):
         shared = len(change.then.keys() & change.now.keys())
-        verdict = "lost ground" if change.factor < least else ""
-        lines.append([change.table, str(shared), f"{change.factor:.2f}", verdict])
-    return report.align(lines)
+        lines.append([change.table, shared, change.factor, "lost ground" if change.factor < least else ""])
+    return tabulate(lines, ["", "forms", "now / then", ""], floatfmt=".2f")
 
 
-def _measured(part: str, dtypes: Sequence[str], threads: Sequence[str], folder: Path) -> tuple[int, dict[str, Any]]:
-    """The status and the document of a part, measured now; of ``segment_pool`` against the fastest of each group."""
-    path = folder / f"{part}.json"
-    arguments = ["--parts", part, "--dtypes", *dtypes, "--threads", *threads, "--reps", "9", "--json", str(path)]
-    if part == "pool":
-        arguments += ["--cases", CASE, "--contenders", *FORMS, "--no-floor", "--no-memory"]
-    status = measure(arguments)
-    return status, {} if status else json.loads(path.read_text(encoding="utf-8"))
+def _measured(suites: Sequence[str], then: pd.DataFrame, threads: Sequence[int]) -> tuple[int, Results | None]:
+    """Status and results of the suites, measured now; of ``segment_pool`` against the fastest of each group."""
+    with tempfile.TemporaryDirectory() as folder:
+        for suite in suites:
+            dtypes = sorted({DTYPES[dtype] for dtype in then.loc[then["suite"] == suite, "dtype"]})
+            arguments = [suite, "--threads", *map(str, threads), "--reps", "9", "--no-bound", "--out", folder]
+            if suite == MEASURED[0]:
+                arguments += ["--cases", CASE, "--contenders", *FORMS]
+            status = measure([*arguments, "--dtypes", *dtypes])
+            if status:
+                return status, None
+        return 0, next(iter(read_all(Path(folder)).values()), None)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where we have lost ground or a committed table was not measured, 2 where there is nothing to compare with."""
+    """1 where we have become slower or a committed table was not measured, 2 where there is nothing to compare with."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
-    parser.add_argument("--committed", type=Path, help="results to compare with (default: this machine's)")
+    parser.add_argument("--committed", type=Path, help="results to compare with (default: those of this machine)")
     parser.add_argument("--now", type=Path, help="results of now (default: measures)")
     parser.add_argument("--least", type=float, default=0.8, help="smallest change that passes (default 0.8)")
-    parser.add_argument("--threads", nargs="+", default=["1", "2"], help="default 1 2")
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="to measure (default: all)")
+    parser.add_argument("--threads", nargs="+", type=int, default=[1, 2], help="default 1 2")
+    parser.add_argument("--suites", nargs="+", choices=MEASURED, default=list(MEASURED), help="default: all")
     options = parser.parse_args(argv)
-    if options.committed is not None:
-        then: Mapping[str, Any] = json.loads(options.committed.read_text(encoding="utf-8"))
-    else:
-        known = document.read(RESULTS)
-        if machine.slug() not in known:
-            print(
-                f"no committed results of this machine, {machine.slug()}, but of {', '.join(known) or 'none'}: "
-                "give --committed",
-                file=sys.stderr,
-            )
-            return 2
-        then = known[machine.slug()]
-    now: dict[str, Any] = {}
+    committed = options.committed or RESULTS / f"{machine.slug()}-cpu.jsonl"
+    if not committed.exists():
+        known = ", ".join(path.stem for path in sorted(RESULTS.glob("*-cpu.jsonl"))) or "none"
+        print(
+            f"no committed results of this machine, {machine.slug()}, but of {known}: use --committed", file=sys.stderr
+        )
+        return 2
+    then = read(committed).rows
+    suites = [
+        suite for suite in options.suites if (then["suite"] == suite).any()
+    ]  # others have nothing to compare with
     if options.now is not None:
-        now = json.loads(options.now.read_text(encoding="utf-8"))
+        now = read(options.now)
     else:
-        with tempfile.TemporaryDirectory() as folder:
-            for part in options.parts:
-                key = KEYS[part]
-                dtypes = sorted({DTYPES[table["dtype"]] for table in then.get(key, [])})
-                if dtypes:  # else there is nothing to compare with
-                    status, found = _measured(part, dtypes, options.threads, Path(folder))
-                    if status:
-                        return status
-                    now[key] = found[key]
-    changes = compare(then, now)
+        status, measured = _measured(suites, then, options.threads)
+        if status:
+            return status
+        if measured is None:
+            print(f"the committed results have none of {', '.join(options.suites)}", file=sys.stderr)
+            return 2
+        now = measured
+    changes = compare(then, now.rows)
     if not changes:
         print("no table is in both results", file=sys.stderr)
         return 2
     print(text(changes, options.least))
-    gone = missing(then, now, options.threads) if options.now is None else []
+    gone = missing(then, now.rows, suites, options.threads) if options.now is None else []
     for name in gone:
         print(f"not measured any more: {name}", file=sys.stderr)
     return int(bool(gone) or any(change.factor < options.least for change in changes))

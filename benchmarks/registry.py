@@ -1,110 +1,48 @@
-"""What is measured: every case and every contender. Add one here."""
+"""The suites: one entry per suite, in the order in which they run."""
 
 from __future__ import annotations
 
-import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from benchmarks import compiled, contenders
-from benchmarks.cases import Case, random_lengths
-from benchmarks.contenders import Call
-
-OURS = "fastcompress"
+from benchmarks.harness.compare import Bench
+from benchmarks.suites import (
+    decoder,
+    memory,
+    methods,
+    pack,
+    prefill,
+    roofline,
+    scaling,
+    segment_pool,
+    training_step,
+)
 
 
 @dataclass(frozen=True)
-class Contender:
-    """One way to do the job.
+class Suite:
+    """A suite.
 
     Attributes:
-        name: row of the table.
-        group: ``fastcompress``, ``compile``, ``eager``, ``loop``, ``library`` or ``less work``: targets are against the
-            best of a group.
-        build: returns the function to time; called anew for each case, dtype and number of threads.
-        padded: takes ``[B, T, D]`` and averages fixed windows: other segments than the rest.
-        module: package it needs; without it the contender is left out, and the report says so.
+        run: Function that measures it.
+        text: What it measures, for ``--help``.
+        devices: Devices that it runs on.
     """
 
-    name: str
-    group: str
-    build: Callable[[], Call]
-    padded: bool = False
-    module: str | None = None
-
-    @property
-    def available(self) -> bool:
-        """Whether its package is installed."""
-        return self.module is None or importlib.util.find_spec(self.module) is not None
+    run: Callable[[Bench], None]
+    text: str
+    devices: tuple[str, ...] = ("cpu", "cuda")
 
 
-def _eager(scores: str, pool: str, group: str = "eager", module: str | None = None) -> Contender:
-    form = contenders.vectorised(getattr(contenders, f"{scores}_scores"), getattr(contenders, pool))
-    return Contender(f"{scores} + {pool}", group, lambda: form, module=module)
-
-
-CONTENDERS: tuple[Contender, ...] = (
-    Contender(OURS, "fastcompress", lambda: contenders.fastcompress_pool),
-    Contender("compile, plain", "compile", compiled.plain),
-    Contender("compile, tuned + gather", "compile", lambda: compiled.tuned("gather")),
-    Contender("compile, tuned + embedding_bag", "compile", lambda: compiled.tuned("embedding_bag")),
-    _eager("cosine", "embedding_bag"),
-    _eager("cosine", "scatter_reduce"),
-    _eager("cosine", "index_add"),
-    _eager("cosine", "segment_reduce"),
-    _eager("bmm", "embedding_bag"),
-    _eager("bmm", "scatter_reduce"),
-    _eager("bmm", "index_add"),
-    _eager("bmm", "segment_reduce"),
-    _eager("blocked", "embedding_bag"),
-    _eager("cosine", "segment_csr", "library", "torch_scatter"),
-    _eager("bmm", "segment_csr", "library", "torch_scatter"),
-    _eager("bmm", "jagged", "library", "fbgemm_gpu"),
-    Contender("loop, tensor_split", "loop", lambda: contenders.loop("tensor_split")),
-    Contender("loop, split", "loop", lambda: contenders.loop("split")),
-    Contender("AvgPool1d, padded, less work", "less work", lambda: contenders.average_pool, padded=True),
-)
-
-CASES: tuple[Case, ...] = (
-    Case("S1", random_lengths(8, 1350, 1500, seed=5), 1280),
-    Case("S2", random_lengths(32, 200, 1500, seed=5), 1280),
-    Case("clip", (1500,), 1280),
-    Case(
-        "tiny",
-        (8,),
-        64,
-        calls=500,
-        backward=False,
-        floors=False,
-        contenders=(OURS, "compile, plain", "cosine + index_add", "bmm + embedding_bag", "loop, split"),
-    ),
-    Case("long", (60_000,), 3584, default=False),
-    Case(
-        "quick",
-        random_lengths(4, 300, 400, seed=5),
-        1280,
-        default=False,
-        contenders=(
-            OURS,
-            "compile, plain",
-            "cosine + embedding_bag",
-            "bmm + embedding_bag",
-            "bmm + index_add",
-            "bmm + scatter_reduce",
-            "bmm + segment_reduce",
-            "bmm + segment_csr",
-            "bmm + jagged",
-            "blocked + embedding_bag",
-            "loop, split",
-            "AvgPool1d, padded, less work",
-        ),
-    ),
-)
-
-
-def case(name: str) -> Case:
-    """The case of that name."""
-    for candidate in CASES:
-        if candidate.name == name:
-            return candidate
-    raise ValueError(f"case must be one of {', '.join(c.name for c in CASES)}, got {name!r}")
+#: By name. The limits of the machine come first: the report gives shares of them.
+SUITES: dict[str, Suite] = {
+    roofline.NAME: Suite(roofline.run, "bandwidth and arithmetic of the machine"),
+    segment_pool.NAME: Suite(segment_pool.run, "segment pooling against PyTorch and other libraries"),
+    memory.NAME: Suite(memory.run, "memory that segment pooling needs beyond its outputs", ("cpu",)),
+    pack.NAME: Suite(pack.run, "packing text and audio against what people write"),
+    decoder.NAME: Suite(decoder.run, "a decoder on a packed and on a padded batch"),
+    prefill.NAME: Suite(prefill.run, "time to the first token of an audio LLM, with and without compression"),
+    methods.NAME: Suite(methods.run, "published methods against their published forms"),
+    training_step.NAME: Suite(training_step.run, "share of a training step in compression and packing", ("cpu",)),
+    scaling.NAME: Suite(scaling.run, "segment pooling as frames, width, segments, windows and threads grow"),
+}

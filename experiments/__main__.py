@@ -58,7 +58,7 @@ def main() -> int:
         records = list(pool.map(run_study, *zip(*work, strict=True)))
     import torch
 
-    from benchmarks.machine import machine
+    from benchmarks.harness.machine import machine
     from experiments import report
 
     rows = report.load(records)

@@ -1,167 +1,219 @@
-"""The report and its plots: what is committed is what the results give."""
+"""The report, its plots and the gate: what is committed is what the measurements give."""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from benchmarks import document
-from benchmarks.measure import BOTH, FORWARD
+from benchmarks import aims, gate, plots, report, tables
+from benchmarks.harness import machine
+from benchmarks.measurement import BOTH, FORWARD, OURS, RESULTS, Results, parse, read, read_all
 
-MOST = 150_000  # bytes of a plot
+MOST = 200_000  # bytes of a plot
+MACHINE = {
+    "cpu": "Some CPU", "cores": 4, "caches": {"L1": 32 << 10}, "memory": 1 << 30, "isa": "AVX2", "system": "Linux"
+}  # fmt: skip
+Row = dict[str, Any]
+
+
+def header(date: str, **fields: Any) -> Row:
+    versions, settings = {"torch": "2.10", "torch-scatter": "2.1.2"}, {"reps": 3}
+    run = {"run": date, "commit": "0123456789-dirty", "versions": versions, "settings": settings, "machine": MACHINE}
+    return run | fields
+
+
+def row(contender: str, group: str, seconds: float, **fields: Any) -> Row:
+    times = {"median": seconds, "p10": seconds / 2, "p90": 2 * seconds, "moved": 332_800}
+    shape = {"sequences": 2, "frames": 1000, "dim": 64, "tokens": 300, "window": 3}
+    noted = {"samples": 9, "retried": 1, "kept": 2, "foreign": 0.25}
+    place = {"suite": "segment_pool", "case": "S1", "dtype": "float32", "threads": 1, "direction": FORWARD}
+    return place | {"run": "2026", "contender": contender, "group": group} | times | shape | noted | fields
+
+
+def results(*rows: Row) -> Results:
+    return parse(map(json.dumps, [header("2026"), *rows]), "test")
 
 
 def test_the_committed_report_is_what_the_results_give():
-    """If it is not: `python -m benchmarks.document`."""
-    assert document.REPORT.read_text(encoding="utf-8") == document.text(document.read())
+    """If it is not: `make bench-report`."""
+    machines = read_all()
+    text = report.REPORT.read_text(encoding="utf-8")
+    assert text == report.text(machines)
+    assert text.index("## Summary") < text.index("## Contents") < text.index("\n### ")
+    anchors = [report._anchor(heading) for heading in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+    links = re.findall(r"\]\(#(.*?)\)", text)
+    assert len(set(anchors)) == len(anchors) and set(links) < set(anchors)
+    contents = text[text.index("## Contents") :]
+    for name, one in machines.items():
+        for suite in set(one.rows["suite"]):
+            assert contents.count(f"[{report.SECTIONS[suite][0]} ({one.name})]") == 1
+        assert f"`{name}`: L1" in text
+    for case in ("S1", "S2", "clip", "tiny"):  # a table for every case, with a column for every setting
+        assert text.count(f"#### {case}: ") == len(machines)
+    for method in machines["amd-epyc-2c-avx512-cpu"].suite("methods")["case"].unique():
+        assert f"| {method}: fastcompress, ms " in text
 
 
-def test_the_committed_plots_are_drawn_from_the_results():
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    from benchmarks import plots
-
-    wanted: dict[str, Any] = {}
-    for slug, parts in document.read().items():
-        wanted |= plots.sources(slug, parts)
-    assert {path.name for path in document.PLOTS.iterdir()} == set(wanted)
-    for name, drawn in wanted.items():
-        path = document.PLOTS / name
-        assert path.stat().st_size < MOST
-        with Image.open(path) as image:
-            assert image.text["Source"] == plots.digest(drawn), name
-    shown = re.findall(r"!\[.*?\]\(plots/(.*?)\)", document.REPORT.read_text(encoding="utf-8"))
+def test_the_committed_plots_are_drawn_from_the_results(tmp_path: Path):
+    image = pytest.importorskip("PIL.Image")
+    wanted = {name: rows for one in read_all().values() for name, rows in plots.sources(one).items()}
+    assert {path.name for path in report.PLOTS.iterdir()} == set(wanted)
+    for name, rows in wanted.items():
+        assert (report.PLOTS / name).stat().st_size < MOST
+        with image.open(report.PLOTS / name) as picture:
+            assert picture.text["Source"] == plots.digest(rows), name
+    shown = re.findall(r"!\[.*?\]\(plots/(.*?)\)", report.REPORT.read_text(encoding="utf-8"))
     assert sorted(shown) == sorted(wanted)
+    for path in plots.write(tmp_path, read_all()["amd-epyc-2c-avx512-cpu"]):
+        with image.open(path) as picture:
+            assert len(set(picture.convert("L").get_flattened_data())) > 10
+    rows = wanted[sorted(wanted)[0]]
+    assert plots.digest(rows.assign(median=2 * rows["median"])) != plots.digest(rows)
 
 
-def test_plots_are_drawn(tmp_path: Path):
-    pytest.importorskip("matplotlib")
-    from PIL import Image
-
-    from benchmarks import plots
-
-    for slug, parts in document.read().items():
-        paths = list(plots.write(tmp_path, slug, parts))
-        assert {path.name for path in paths} == set(plots.sources(slug, parts))
-        for path in paths:
-            with Image.open(path) as image:
-                assert len(set(image.convert("L").get_flattened_data())) > 10
-        changed = json.loads(json.dumps(parts))
-        changed["tables"][0]["tokens"] += 1
-        name = f"{slug}-roofline.png"
-        if name in plots.sources(slug, parts):
-            assert plots.digest(plots.sources(slug, parts)[name]) != plots.digest(plots.sources(slug, changed)[name])
+def test_committed_measurements():
+    """Times are positive and in order, and the gate finds every table again in itself."""
+    found = 0
+    for path in RESULTS.glob("*.jsonl"):
+        for line in map(json.loads, path.read_text().splitlines()):
+            if "p10" in line:
+                assert 0 < line["p10"] <= line["median"] <= line["p90"], (path.name, line)
+                found += 1
+    assert found > 2000
+    for one in read_all().values():
+        changes = gate.compare(one.rows, one.rows)
+        rows = one.rows[one.rows["suite"].isin(gate.COMPARED)]
+        assert len(changes) == len(rows.drop_duplicates(gate.TABLE)) > 0
+        assert all(change.factor == pytest.approx(1) for change in changes)
 
 
-def result(date: str, **parts: Any) -> dict[str, Any]:
-    return {
-        "date": date, "commit": "0123456789-dirty", "versions": {"torch": "2.10"}, "settings": {"reps": 3},
-        "machine": {"cpu": "Some CPU", "cores": 4, "caches": {"L1": 32 << 10}, "memory": 1 << 30, "isa": "AVX2",
-                    "system": "Linux"},
-    } | parts  # fmt: skip
+def test_a_table_of_pooling():
+    rows = [
+        row("fastcompress", OURS, 0.002),
+        row("a", "compile", 0.004),
+        row("bandwidth bound, fresh", "bandwidth bound", 0.001),
+    ]
+    rows += [row("fastcompress", OURS, 1.5, threads=2), row("b", "eager", 0.75, threads=2)]
+    rows += [
+        {key: value for key, value in row("c", "library", 1).items() if key not in ("median", "p10", "p90")}
+        | {"not_timed": "fails"}
+    ]
+    text = re.sub(" +", " ", report.text({"some": results(*rows)}))
+    assert "| segment_pool | 2026 | `01234567-dirty` | 2.10 | 3 | 18 | 2 | 4 | 0.25 cores |" in text
+    assert "| fastcompress, ms | **2.00** | **1,500** |" in text and "| fastcompress, GB/s | 0.166 | 0.000222 |" in text
+    assert (
+        "| bandwidth bound, fresh, GB/s | 0.333 | |" in text
+        and "| a | 2.00x | |" in text
+        and "| b | | 0.500x |" in text
+    )
+    assert "Not timed: `c` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
+    assert "| fp32 forward against compile | >= 3.2 | 2.00 | |" in text  # an aim that was missed
+    assert "| fp32 forward / bandwidth bound, fresh | <= 1.25 | 2.00 | |" in text
+    # A table that was measured in stages has the multiples of each stage.
+    rows = [row("fastcompress", OURS, 1.0, stage="eager"), row("a", "eager", 2.0, stage="eager")]
+    rows += [row("fastcompress", OURS, 2.0, stage="compile"), row("b", "compile", 6.0, stage="compile")]
+    found = tables.timed(results(*rows).rows)
+    assert dict(zip(found["contender"], found["times"], strict=True)) == {"fastcompress": 1, "a": 2, "b": 3}
 
 
-def table(**seconds: float) -> dict[str, Any]:
-    groups = {"fastcompress": "fastcompress", "a": "compile", "b": "eager", "floor, fresh": "floor"}
-    return {
-        "case": "S1",
-        "sequences": 2,
-        "frames": 1000,
-        "dim": 64,
-        "tokens": 300,
-        "window": 3,
-        "dtype": "float32",
-        "threads": 1,
-        "direction": FORWARD,
-        "bytes_moved": 332_800,
-        "samples": {"samples": 9, "retried": 1, "kept": 2, "foreign": 0.25},
-        "rows": [
-            {"contender": name, "group": groups[name], "seconds": {"median": s, "p10": s / 2, "p90": 2 * s}}
-            for name, s in sorted(seconds.items(), key=lambda item: item[1])
-        ],
-    }
-
-
-OLD = result("2026-01-01", tables=[table(fastcompress=0.001, a=0.9)], no_energy="no counter")
-TABLES = [table(fastcompress=0.002, a=0.004), table(fastcompress=1.5, b=0.75) | {"threads": 2}]
-NEW = result("2026-01-02", tables=TABLES)
-
-
-def test_the_newest_of_a_part_counts(tmp_path: Path):
-    (tmp_path / "b-cpu.json").write_text(json.dumps(OLD))
-    (tmp_path / "a-cpu.json").write_text(json.dumps(NEW))
-    machines = document.read(tmp_path)
-    assert list(machines) == ["some-4c-avx2"]
-    assert machines["some-4c-avx2"]["tables"] == NEW["tables"]
-    text = document.text(machines)
-    assert "Not told by this machine: no counter." in text
-    assert "| pool | 2026-01-02 | `01234567-dirty` | 2.10 | 3 | 18 | 2 | 4 | 0.25 cores |" in text
-    assert "| fastcompress | **2.00 ms** | **1,500 ms** |" in text
-    assert "| a | 2.00x |  |" in text and "| b |  | 0.500x |" in text
-    assert "Not timed" not in text and "Other libraries: none." in text
-
-
-def test_what_took_no_part_is_told(tmp_path: Path):
-    """And machines of one name with other instructions are two."""
-    one = result("2026-01-01", tables=[table(fastcompress=1) | {"not_timed": {"b": "fails"}}])
-    one["versions"] |= {"torch-scatter": "2.1.2", "fbgemm-gpu-cpu": None}
-    (tmp_path / "a-cpu.json").write_text(json.dumps(one))
-    text = document.text(document.read(tmp_path))
-    assert "Not timed: `b` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
-    (tmp_path / "b-cpu.json").write_text(json.dumps(one | {"machine": one["machine"] | {"isa": "AVX512"}}))
-    assert list(document.read(tmp_path)) == ["some-4c-avx2", "some-4c-avx512"]
-
-
-def test_scaling_is_by_what_changes(tmp_path: Path):
-    wide = table(fastcompress=0.004, a=0.004) | {"dim": 128}
-    points = [one | {"axes": ["width"]} for one in (wide, table(fastcompress=0.002, a=0.006))]
-    points.append(points[1] | {"axes": ["threads"]})  # one place, of which there is nothing to say
-    (tmp_path / "a-cpu.json").write_text(json.dumps(result("2026-01-01", scaling=points)))
-    text = document.text(document.read(tmp_path))
-    assert "MB of input" not in text
-    assert "| width | 64 | 128 |\n" in text and "| threads |" not in text
+def test_scaling_is_by_what_changes():
+    rows = []
+    for width, ours, other in ((128, 0.004, 0.004), (64, 0.002, 0.006)):
+        fields = {"suite": "scaling", "case": str(width), "dim": width, "axes": ["width", "threads"]}
+        rows += [row("fastcompress", OURS, ours, **fields), row("a", "compile", other, **fields)]
+    text = re.sub(" +", " ", "\n".join(report._scaling(results(*rows))))
+    assert "| width | 64 | 128 |\n" in text and "| threads |" not in text and "MB of input" not in text
     assert "| fp32, fwd: fastcompress | **1.00 ms** | **2.00 ms** |" in text  # the 10th percentiles
     assert "| fp32, fwd: best torch.compile form | 3.00x | 1.00x |" in text
 
 
-def test_the_roof():
-    ceilings = {
-        "threads": 1,
-        "read_bytes_per_second": 10e9,
-        "copy_bytes_per_second": 8e9,
-        "operations_per_second": 50e9,
-        "fused_operations_per_second": 90e9,
-    }
-    assert document.roof_at(ceilings, 2) == 20e9 and document.roof_at(ceilings, 6) == 50e9
-    one = table(fastcompress=0.001, **{"floor, fresh": 0.0005})
-    intensity, rate = document.work_of(one, "fastcompress")
+def test_the_roof_and_figures():
+    rates = {"read": 10e9, "copy": 8e9, "multiply and add": 50e9}
+    assert tables.roof(rates, 2) == 20e9 and tables.roof(rates, 6) == 50e9
+    one = results(row("fastcompress", OURS, 0.001), row("fastcompress", OURS, 0.001, direction=BOTH, moved=665_600))
+    (intensity, rate), (_, both) = (tables.work(each) for each in one.rows.itertuples())
     assert rate == (5 * 64_000 + 300 * 64) / 0.001 and intensity == rate * 0.001 / 332_800
-    parts: dict[str, Any] = {"tables": [one], "ceilings": [ceilings], "sources": {}}
-    assert f"| S1, fp32, fwd, 1 thr | {intensity:.2f} | 0.3 | 0.3 | {rate / 10e9 / intensity:.0%} |" in "\n".join(
-        document._roofline(parts, "x")
-    )
-    both = one | {"direction": BOTH, "bytes_moved": 665_600}
-    assert document.work_of(both, "fastcompress")[1] == pytest.approx(rate + 300 * 64 / 0.001)
-
-
-def test_figures():
-    found = [document.figure(value) for value in (0.0123, 1.0, 150, 999.7, 8310)]
+    assert both == pytest.approx(rate + 300 * 64 / 0.001)
+    found = [tables.figure(value) for value in (0.0123, 1.0, 150, 999.7, 8310)]
     assert found == ["0.0123", "1.00", "150", "1,000", "8,310"]
+    strict = aims.Aim("", "float32", FORWARD, 1.0, ("eager",), strict=True)
+    assert not strict.reached(1.0) and strict.reached(1.01)
 
 
-def test_committed_times_are_possible():
-    """Of every form of every table: positive, and in order."""
-    found = 0
-    for path in document.RESULTS.glob("*-cpu.json"):
-        result = json.loads(path.read_text())
-        for table in (table for part in document.PARTS for table in result.get(part) or () if part != "no_energy"):
-            for row in table.get("rows", []):
-                seconds = row["seconds"]
-                assert 0 < seconds["p10"] <= seconds["median"] <= seconds["p90"], (path.name, row)
-                found += 1
-    assert found > 500
+# The gate
+
+
+def write(path: Path, change: Callable[[Row], Row | None] = lambda one: one) -> Path:
+    """Two tables of pooling and one of a method, changed row by row."""
+    rows = [
+        row(name, OURS if i == 0 else "eager", s)
+        for i, (name, s) in enumerate((("fastcompress", 1), ("a", 2), ("b", 8), ("c", 4)))
+    ]
+    rows += [row(name, group, s, case="S2") for name, group, s in (("fastcompress", OURS, 1), ("a", "eager", 3))]
+    rows += [
+        row(name, group, s, suite="methods", case="CIF")
+        for name, group, s in (("fastcompress", OURS, 2), ("loop", "published", 20))
+    ]
+    lines = [header("2026", machine=machine.machine()), *filter(None, map(change, rows))]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def slower(one: Row) -> Row:
+    """Our method takes 1.5 times as long."""
+    return one | {"p10": one["p10"] * 1.5} if (one["case"], one["group"]) == ("CIF", OURS) else one
+
+
+def test_the_gate_compares_ratios_and_not_times(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    then = write(tmp_path / "then.jsonl")
+    arguments = ["--committed", str(then), "--now"]
+    now = write(tmp_path / "now.jsonl", lambda one: one | {"p10": one["p10"] * 3})  # a slower machine
+    assert [change.factor for change in gate.compare(read(then).rows, read(now).rows)] == [1, 1, 1]
+    write(now, lambda one: one | {"p10": one["p10"] / 1.5} if one["contender"] == "b" else one)
+    assert gate.main([*arguments, str(now)]) == 0  # one baseline does not move it
+    assert "lost ground" not in capsys.readouterr().out
+    write(now, slower)
+    assert gate.main([*arguments, str(now)]) == 1
+    assert re.search(r"methods, CIF, float32, 1 thr, forward +1 +0.67 +lost ground", capsys.readouterr().out)
+    assert gate.main([*arguments, str(now), "--least", "0.6"]) == 0
+    write(now, lambda one: one | {"case": "other"})
+    assert gate.main([*arguments, str(now)]) == 2
+    assert "no table is in both" in capsys.readouterr().err
+
+
+def test_the_gate_compares_with_this_machine_only(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    monkeypatch.setattr(gate, "RESULTS", tmp_path)
+    now = write(tmp_path / "now.jsonl", slower)
+    write(tmp_path / "other-cpu.jsonl", slower)
+    assert gate.main(["--now", str(now)]) == 2
+    assert f"of this machine, {machine.slug()}, but of other-cpu" in capsys.readouterr().err
+    write(tmp_path / f"{machine.slug()}-cpu.jsonl")
+    assert gate.main(["--now", str(now)]) == 1
+
+
+def test_the_gate_measures_and_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
+    """Suites and dtypes of the committed tables; a table of those that was not measured again fails."""
+    then, calls = write(tmp_path / "then.jsonl"), []
+    missing: list[str] = []
+
+    def measure(arguments: list[str]) -> int:
+        suite, folder = arguments[0], Path(arguments[arguments.index("--out") + 1])
+        calls.append((suite, arguments[arguments.index("--dtypes") + 1], arguments[arguments.index("--threads") + 1]))
+        write(folder / "x.jsonl", lambda one: None if one["case"] in missing else one)
+        return 0
+
+    monkeypatch.setattr(gate, "measure", measure)
+    assert gate.main(["--committed", str(then)]) == 0
+    assert calls == [("segment_pool", "fp32", "1"), ("methods", "fp32", "1")]
+    missing[:] = ["CIF"]
+    assert gate.main(["--committed", str(then)]) == 1
+    assert capsys.readouterr().err == "not measured any more: methods, CIF, float32, 1 thr, forward\n"
+    missing[:] = ["S2"]  # which is not asked for
+    assert gate.main(["--committed", str(then)]) == 0
+    monkeypatch.setattr(gate, "measure", lambda arguments: 3)
+    assert gate.main(["--committed", str(then)]) == 3

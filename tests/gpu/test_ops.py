@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.device import capture, delay, side_stream, synchronize
+from benchmarks.harness.device import capture, delay, side_stream, synchronize
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from tests.support.on_device import moved

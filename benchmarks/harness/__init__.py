@@ -1,0 +1,1 @@
+"""How it is measured: inputs, clocks, memory, bandwidth and the machine."""

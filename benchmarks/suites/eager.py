@@ -1,0 +1,199 @@
+"""Segment pooling in PyTorch without a compiler, and by other libraries.
+
+Each form takes :class:`Inputs` and returns :class:`Tokens`: the values and where the segments start. Scores are always
+in fp32: cosines in half precision find other segments.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+import fastcompress as fc
+from benchmarks.harness.cases import Inputs
+
+#: Frames per block of the blocked scores: 64 x 1280 in fp32 are a third of a megabyte.
+_BLOCK = 64
+
+Scores = Callable[[Tensor], Tensor]
+Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass
+class Tokens:
+    """What a contender returns.
+
+    Attributes:
+        values: Means, ``[M, D]``, in the dtype of the input (``[B, S, D]`` for padded input).
+        starts: First row of each segment, ``[M]``; ``None`` for a contender that has none.
+    """
+
+    values: Tensor
+    starts: Tensor | None
+
+
+Call = Callable[[Inputs], Tokens]
+
+
+def fastcompress_pool(inputs: Inputs, compact: bool = True) -> Tokens:
+    """The library; without ``compact`` it does not read the number of segments."""
+    pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=inputs.rule, compact=compact)
+    return Tokens(pooled.values, pooled.segments.starts)
+
+
+# --- scores: [N, D] -> [N - 1] fp32, 1 - cosine of each frame and the next -------------------------------------------
+
+
+def cosine_scores(x: Tensor) -> Tensor:
+    """``F.cosine_similarity``, as the documentation of PyTorch suggests."""
+    x = x.float()
+    return 1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)
+
+
+def bmm_scores(x: Tensor) -> Tensor:
+    """Dot products as a batched matrix product, which makes no ``[N, D]`` temporary in fp32."""
+    x = x.float()
+    dot = torch.bmm(x[:-1].unsqueeze(1), x[1:].unsqueeze(2)).view(-1)
+    norm = torch.linalg.vector_norm(x, dim=-1).clamp_min(1e-8)
+    distances: Tensor = 1 - dot / (norm[:-1] * norm[1:])
+    return distances
+
+
+def blocked_scores(x: Tensor) -> Tensor:
+    """``cosine_scores`` in blocks whose temporaries stay in the L2 cache: Python overhead against memory traffic."""
+    rows = x.shape[0] - 1
+    return torch.cat([cosine_scores(x[i : min(i + _BLOCK, rows) + 1]) for i in range(0, rows, _BLOCK)])
+
+
+# --- boundaries ------------------------------------------------------------------------------------------------------
+
+
+def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
+    """Whether a segment ends at each frame, ``[N]`` bool, from the scores and the last frames of sequences, ``[N]``.
+
+    The infinities keep the first and the last pair of a sequence from being maxima, as
+    ``scipy.signal.argrelextrema`` does.
+    """
+    inf = float("inf")
+    scores = scores.masked_fill(last, inf)
+    before = F.pad(scores[:-1], (1, 0), value=inf)
+    after = F.pad(scores[1:], (0, 1), value=inf)
+    return ((scores > before) & (scores > after)) | last
+
+
+def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
+    """:func:`local_max_ends`, or the same where a score exceeds that of a ``Threshold``.
+
+    Raises:
+        ValueError: It is another rule.
+    """
+    if isinstance(rule, fc.Threshold):
+        return (scores > rule.threshold) | last
+    if rule != fc.LocalMax():
+        raise ValueError(f"rule must be LocalMax() or a Threshold, got {rule}")
+    return local_max_ends(scores, last)
+
+
+def last_frames(inputs: Inputs) -> Tensor:
+    """Whether a frame is the last of its sequence, ``[N]`` bool."""
+    last = torch.zeros(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
+    last[inputs.cu_seqlens[1:].long() - 1] = True
+    return last
+
+
+def offsets_and_ids(end: Tensor) -> tuple[Tensor, Tensor]:
+    """Convert the ends of segments to offsets, ``[M + 1]``, and the segment of each frame, ``[N]``."""
+    return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), end.cumsum(0) - end.long()
+
+
+# --- pooling: x [N, D], offsets [M + 1], ids [N] -> [M, D] -----------------------------------------------------------
+
+
+def embedding_bag(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """Segments as bags of an embedding table."""
+    return F.embedding_bag(torch.arange(x.shape[0], device=x.device), x, offsets[:-1], mode="mean")
+
+
+def scatter_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """``Tensor.scatter_reduce``."""
+    out = x.new_zeros(offsets.shape[0] - 1, x.shape[1])
+    return out.scatter_reduce(0, ids.unsqueeze(1).expand_as(x), x, "mean", include_self=False)
+
+
+def index_add(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """``Tensor.index_add`` and a division."""
+    out = x.new_zeros(offsets.shape[0] - 1, x.shape[1])
+    return out.index_add(0, ids, x) / offsets.diff().unsqueeze(1).to(x.dtype)
+
+
+def segment_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """``torch.segment_reduce``."""
+    return torch.segment_reduce(x, "mean", offsets=offsets, axis=0)
+
+
+def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """torch-scatter."""
+    means: Tensor = importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
+    return means
+
+
+def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
+    """FBGEMM, whose jagged tensors become dense: segments padded to the longest, summed."""
+    importlib.import_module("fbgemm_gpu")
+    lengths = offsets.diff()
+    dense: Tensor = torch.ops.fbgemm.jagged_to_padded_dense(x, [offsets], [int(lengths.max())])
+    return dense.sum(1) / lengths.unsqueeze(1).to(x.dtype)
+
+
+# --- whole forms -----------------------------------------------------------------------------------------------------
+
+
+def vectorised(scores: Scores, pool: Pool) -> Call:
+    """Compute scores, boundaries and means, each for the whole batch at once."""
+
+    def call(inputs: Inputs) -> Tokens:
+        with torch.no_grad():
+            d = F.pad(scores(inputs.x), (0, 1))
+            offsets, ids = offsets_and_ids(segment_ends(d, last_frames(inputs), inputs.rule))
+        return Tokens(pool(inputs.x, offsets, ids), offsets[:-1])
+
+    return call
+
+
+def loop(split: str) -> Call:
+    """Loop over sequences and segments in Python.
+
+    Args:
+        split: How a sequence is cut: ``"tensor_split"`` makes one slice per segment, each with a backward as large as
+            the sequence; the backward of ``"split"`` is one concatenation.
+    """
+
+    def call(inputs: Inputs) -> Tokens:
+        bounds = inputs.cu_seqlens.tolist()
+        values, starts = [], []
+        sizes = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
+        for origin, frames in zip(bounds[:-1], inputs.x.split(sizes), strict=True):
+            with torch.no_grad():
+                d = F.pad(cosine_scores(frames), (1, 1), value=float("inf"))
+                cuts = ((d[1:-1] > d[:-2]) & (d[1:-1] > d[2:])).nonzero().squeeze(1) + 1
+            if split == "tensor_split":
+                segments = torch.tensor_split(frames, cuts.tolist())
+            else:
+                edges = F.pad(cuts, (1, 1))
+                edges[-1] = frames.shape[0]
+                segments = torch.split(frames, edges.diff().tolist())
+            values.append(torch.stack([segment.mean(0) for segment in segments]))
+            starts.append(F.pad(cuts, (1, 0)) + origin)
+        return Tokens(torch.cat(values), torch.cat(starts))
+
+    return call
+
+
+def average_pool(inputs: Inputs) -> Tokens:
+    """AvgPool1d of padded ``[B, T, D]``: fixed windows, so no scores, no boundaries and no ragged output."""
+    return Tokens(F.avg_pool1d(inputs.x.transpose(1, 2), inputs.window).transpose(1, 2), None)

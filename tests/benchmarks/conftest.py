@@ -1,0 +1,35 @@
+"""What the tests of the benchmarks share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks.harness.bandwidth_bound import BandwidthBound, BoundUnavailable
+from benchmarks.harness.compare import Bench
+from benchmarks.measurement import Recorder
+
+
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    """Two rounds on small caches; measurements go to ``out.jsonl``."""
+    recorder = Recorder(tmp_path / "out.jsonl", {"reps": 2})
+    return Bench(recorder, quick=True, reps=2, tries=1, cache=1 << 10)
+
+
+@pytest.fixture
+def bound() -> BandwidthBound:
+    try:
+        return BandwidthBound()
+    except BoundUnavailable as error:
+        pytest.skip(str(error))

@@ -1,0 +1,170 @@
+"""The suites: every form gives the right result, a wrong one is refused, and the harness of the GPU runs dry."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import fastcompress as fc
+from benchmarks import __main__ as command
+from benchmarks import report
+from benchmarks.harness.cases import Case, Inputs, cu_seqlens, features, inputs_of, threshold_of
+from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
+from benchmarks.measurement import BOTH, CLONE, FORWARD, OURS, read
+from benchmarks.registry import SUITES
+from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
+from benchmarks.suites.checks import exact_starts
+
+
+def test_the_registry_and_inputs():
+    first, second = (features(200, 64, torch.float32) for _ in range(2))
+    assert torch.equal(first, second) and not torch.equal(first, features(200, 64, torch.float32, seed=1))
+    inputs = Inputs(torch.ones(40, 1 << 14), cu_seqlens((40,))).rotation(last_level_cache=100 << 20)
+    assert sum(one.x.nbytes for one in inputs) >= 400 << 20
+    assert len({one.x.data_ptr() for one in inputs}) == len(inputs)
+    names = [contender.name for contender in segment_pool.CONTENDERS]
+    assert len(set(names)) == len(names) and names[0] == OURS
+    for case in segment_pool.CASES:
+        assert set(case.contenders or ()) <= set(names)
+    assert set(scaling.FORMS) <= set(names) and len(SUITES) == 9
+
+
+@pytest.mark.parametrize("length", [1, 2, 16, 64])
+def test_a_threshold_gives_segments_of_a_mean_length(length: int):
+    x, cu = features(2000, 64, torch.bfloat16), cu_seqlens((1200, 800))
+    starts = fc.segment_pool(x, cu_seqlens=cu, rule=threshold_of(x, cu, length)).segments.starts
+    assert len(starts) == round(2000 / length)
+    inputs = inputs_of(Case("", (1200, 800), 64, mean_length=length), torch.float32)
+    assert torch.equal(exact_starts(inputs), fc.segment_pool(inputs.x, cu_seqlens=cu, rule=inputs.rule).segments.starts)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_form_of_packing(bench: Bench, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
+    rows = compare(bench, pack.job(bench, pack.QUICK, dtype, 1))
+    forms = {one.name for one in pack.contenders() if one.available}
+    assert {row["contender"] for row in rows if row["direction"] == FORWARD} == forms | {CLONE}
+    assert {row["contender"] for row in rows if row["direction"] == BOTH} == forms
+    one = pack.job(bench, pack.QUICK, dtype, 1)
+    wrong = {
+        "rows": lambda batch: pack.flat_cat(batch).flip(0),
+        "gradient": lambda batch: pack.flat_cat(batch).detach() + 0 * batch.audio.sum(),
+    }
+    one.contenders = [one.contenders[0], *(Contender(name, "eager", lambda f=f: f) for name, f in wrong.items())]
+    assert {row["contender"] for row in compare(bench, one)} == {"fastcompress.pack", CLONE}
+    reasons = [row["not_timed"] for row in bench.recorder.measurements if row["contender"] in wrong]
+    assert "rows differ" in reasons[0] and "gradient of the audio" in reasons[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_published_methods(bench: Bench, dtype: torch.dtype):
+    """Every published form gives our tokens and our gradients; one that does not stops the suite."""
+    bench.reps = 1
+    batch = methods.batch(methods.QUICK, dtype)
+    for method in methods.METHODS:
+        rows = compare(bench, methods.job(bench, methods.QUICK, method, [batch], dtype, 1))
+        assert len(rows) == 2 * sum(one.available for one in method.contenders()), method.name
+    right = methods.METHODS[0]
+    for ours, message in (
+        (lambda batch: right.ours(batch) * 1.1, "CIF: .*tokens differ by more than rounding"),
+        (lambda batch: right.ours(batch)[1:], "CIF: .*tokens of torch.* for"),
+        (lambda batch: right.ours(batch).detach() + 0 * batch.x.sum(), "gradient: .* differ by more than rounding"),
+    ):
+        wrong = methods.Method("CIF", ours, right.published)
+        with pytest.raises(WrongResult, match=message):
+            compare(bench, methods.job(bench, methods.QUICK, wrong, [batch], dtype, 1))
+
+
+def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    one = decoder.job(bench, "quick", torch.float32, 1)
+    one.peak = None
+    rows = compare(bench, one)
+    assert {(row["contender"], row["direction"]) for row in rows} == {
+        (f, d) for f in decoder.FORMS for d in (FORWARD, BOTH)
+    }
+    assert 0.2 < decoder.padding(decoder.lengths(decoder.SIZES["cpu"])) < 0.8
+
+    def as_one_sequence(self: fc.PackedInputs, right=fc.PackedInputs.model_inputs) -> dict[str, Any]:
+        count = len(self.source)
+        cu = torch.tensor([0, count], dtype=torch.int32)
+        return right(self) | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": count}
+
+    expected = decoder.build(decoder.PADDED, decoder.SIZES["quick"])(False)[0]
+    monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)  # samples that see each other
+    with pytest.raises(WrongResult, match="packed, fastcompress: .*logits are off"):
+        compare(bench, one)
+    wrong = decoder.build(decoder.PACKED, decoder.SIZES["quick"])(False)[0]
+    with pytest.raises(WrongResult, match="logits are off"):  # also by what is allowed in bf16
+        decoder.check_logits("packed", wrong, expected, decoder.TOLERANCE[torch.bfloat16])
+
+
+@pytest.mark.slow
+def test_prefill(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    pytest.importorskip("transformers")
+    one = prefill.job(bench, "quick", torch.float32, 1)
+    rows = {row["contender"]: row for row in compare(bench, one)}
+    text, audio = 2 * prefill.TEXT, 2 * 2 * 25
+    assert [rows[form]["tokens"] for form in ("stock", "uniform:2")] == [text + audio, text + audio // 2]
+    assert rows["uniform:3"]["tokens"] == text + 2 * 17
+    assert rows["uniform:2"]["cache_bytes"] == 2 * 2 * (25 + 50) * 2 * 2 * 16 * 4
+    assert all(row.get("peak_bytes", 1) > 0 for row in rows.values())
+    assert not hasattr(one.models["stock"], "audio_compressor")
+    with pytest.raises(WrongResult, match="uniform:3: generate returns another token"):
+        one.check("uniform:3", one.batches[0], one.batches[0]["input_ids"][:, -1] * 0 - 1, None, None)
+
+
+def test_each_case_of_scaling_is_measured_once(bench: Bench):
+    plan = scaling.plan(scaling.AXES, (1, 2))
+    assert plan[scaling.BASE, 2] == (scaling.FRAMES, scaling.WIDTH, scaling.THREADS)
+    assert plan[scaling.BASE, 1] == (scaling.THREADS,)
+    assert len({case.name for case, _ in plan}) == len(plan) - 1
+    few = scaling.plan(scaling.AXES, (1,), most=4 * 10_000 * 256)
+    assert {case.name for case, _ in few} == {"1 clip", "width 64", "width 256"}
+    bench.dtypes, bench.reps = ["fp32"], 1
+    scaling.run(bench)
+    found = {(axis, row["frames"], row["tokens"]) for row in bench.recorder.measurements for axis in row["axes"]}
+    assert {("frames", 400), ("window", 200)} <= {place[:2] for place in found} and ("segment length", 200, 50) in found
+
+
+def test_limits_memory_and_training_step(bench: Bench, bound, monkeypatch: pytest.MonkeyPatch):
+    bench.bound, bench.dtypes = bound, ["fp32"]
+    roofline.run(bench)
+    assert all(row["rate"] > 0 for row in bench.recorder.measurements) and len(bench.recorder.measurements) == 4
+    assert roofline.operations(2, 3, 1, FORWARD, scores=False) == 2 * 3 + 3  # counted by hand
+    assert roofline.operations(2, 3, 1, BOTH) == 4 * 2 * 3 + 2 * 3 + 3 + 3
+    monkeypatch.setattr(memory, "FRAMES", 3000)
+    bench.quick = False
+    memory.run(bench)
+    found = bench.recorder.measurements[-1]
+    assert "not_timed" in found or found["peak_bytes"] > found["output_bytes"] > found["tokens"] * memory.DIM * 4
+    if not training_step.available():
+        pytest.skip("fastcompress[lalm] is not installed")
+    rows = training_step.measure(bench, 1, ("uniform:1", "uniform:3"), steps=1)
+    third = {row["contender"]: row["median"] for row in rows if row["case"] == "uniform:3"}
+    assert 0 < third["pack_rows"] < 0.1 * third[training_step.BUSY] < 0.2 * third[training_step.STEP]
+    assert [row["tokens_per_frame"] for row in rows if "tokens_per_frame" in row] == [1, pytest.approx(0.36, abs=0.04)]
+    monkeypatch.setattr(training_step, "_PREFIX", "another::")
+    with pytest.raises(WrongResult, match="none of fastcompress's ops ran"):
+        training_step.measure(bench, 1, ("uniform:3",), steps=1)
+
+
+def test_the_harness_of_the_gpu_runs_dry(bench: Bench, tmp_path: Path):
+    suites = ["roofline", "segment_pool", "pack", "decoder"]
+    assert command.main([*suites, "--device", "cuda", "--dry", "--reps", "1", "--out", str(tmp_path)]) == 0
+    rows = read(tmp_path / "dry-cuda.jsonl").rows
+    assert set(rows["suite"]) == set(suites) and set(rows["threads"]) == {0}
+    pooled = rows[(rows["suite"] == "segment_pool") & rows["median"].notna()]
+    assert {OURS, "eager", "compile", "max-autotune", "clone"} <= set(pooled["group"])
+    assert set(pooled["direction"]) == {"forward", "backward"} and set(pooled["dtype"]) == {"bfloat16", "float32"}
+    assert set(pooled.loc[pooled["group"] == OURS, "how"]) == {"no graph"}
+    assert (pooled.loc[(pooled["group"] == OURS) & (pooled["direction"] == "forward"), "call"] > 0).all()
+    assert "| fastcompress, end to end, ms |" in re.sub(
+        " +", " ", report.text({"dry": read(tmp_path / "dry-cuda.jsonl")})
+    )
+    bench.deadline = 0.0
+    assert compare(bench, pack.job(bench, pack.QUICK, torch.bfloat16, 1)) == []
+    assert {row["not_timed"] for row in bench.recorder.measurements} >= {"out of time"}

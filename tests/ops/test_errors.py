@@ -62,7 +62,7 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.quantity_loss(3, ints(1)), TypeError, "fired must be a result of integrate_and_fire, got int"),
     (lambda: fc.quantity_loss(FIRED, ints(1, 2)), ValueError, "target_lengths must have shape [1], got [2]"),
     (lambda: fc.quantity_loss(FIRED, D[:1]), TypeError, "target_lengths must be an int32 or int64 tensor, got torch.float32"),
-    (lambda: fc.nn.ratio_loss(D, D[:4] > 0, 3.0), ValueError, "probability and boundary must have one shape, [N], got [5] and [4]"),
+    (lambda: fc.nn.ratio_loss(D, D[:4] > 0, 3.0), ValueError, "probability and boundary must have the same shape [N], got [5] and [4]"),
     (lambda: fc.nn.ratio_loss(D, D, 3.0), TypeError, "boundary must be bool, got torch.float32"),
     (lambda: fc.nn.ratio_loss(D, D > 0, 1.0), ValueError, "ratio must be more than 1 and finite, got 1.0"),
     (lambda: fc.nn.straight_through(None), TypeError, "probability must be a tensor, got NoneType"),
@@ -129,8 +129,8 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_pool(X, attention_mask=D), ValueError, "attention_mask goes with padded input; packed input [5, 3]"),
     (lambda: fc.segment_pool(Y, attention_mask=D), ValueError, "attention_mask must have shape [2, 4], got [5]"),
     (lambda: fc.segment_pool(Y, attention_mask=[[1] * 4] * 2), TypeError, "attention_mask must be a tensor, got list"),
-    (lambda: fc.segment_pool(Y, attention_mask=Y[..., 0], lengths=ints(4, 4)), ValueError, "attention_mask excludes lengths and row_group"),
-    (lambda: fc.segment_pool(Y, attention_mask=Y[..., 0], row_group=Y[..., 0].int()), ValueError, "attention_mask excludes lengths and row_group"),
+    (lambda: fc.segment_pool(Y, attention_mask=Y[..., 0], lengths=ints(4, 4)), ValueError, "attention_mask cannot be combined with lengths or row_group"),
+    (lambda: fc.segment_pool(Y, attention_mask=Y[..., 0], row_group=Y[..., 0].int()), ValueError, "attention_mask cannot be combined with lengths or row_group"),
     # Keys, reductions, weights
     (lambda: fc.segment_pool(X, keys=3), TypeError, "keys must be a tensor, got int"),
     (lambda: fc.segment_pool(X, keys=X.int()), TypeError, "keys must be float32"),
@@ -145,7 +145,7 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_pool(X, weights=D, reduce="sum"), ValueError, "weights go with reduce='mean', got reduce='sum'"),
     (lambda: fc.segment_pool(X, weights=[1.0]), TypeError, "weights must be a tensor, got list"),
     (lambda: fc.segment_pool(X, weights=D.int()), TypeError, "weights must be float32"),
-    (lambda: fc.segment_pool(X, weights=D[:4]), ValueError, "weights must have shape [5], a value a row, got [4]"),
+    (lambda: fc.segment_pool(X, weights=D[:4]), ValueError, "weights must have shape [5], one value per row, got [4]"),
     # Segments
     (lambda: fc.segment_reduce(X, 3), TypeError, "segments must be fastcompress.Segments, got int"),
     (lambda: fc.segment_reduce(X[:4], GOOD), ValueError, "segments are of 5 rows, but x has 4"),
@@ -239,9 +239,9 @@ def test_hostile_offsets_and_lengths(x: Tensor, name: str, values: tuple[int, ..
 
 LISTS = [
     ((0, 2), (2, -1), "segments.lengths must not be negative, got -1 at index 1"),
-    ((0, 2), (3, 2), "segments.starts must not lie before the end of the last segment, 3, got 2 at index 1"),
-    ((3, 0), (2, 2), "segments.starts must not lie before the end of the last segment, 5, got 0 at index 1"),
-    ((-1,), (2,), "segments.starts must not lie before the end of the last segment, 0, got -1 at index 0"),
+    ((0, 2), (3, 2), "segments.starts must not lie before the end of the previous segment, 3, got 2 at index 1"),
+    ((3, 0), (2, 2), "segments.starts must not lie before the end of the previous segment, 5, got 0 at index 1"),
+    ((-1,), (2,), "segments.starts must not lie before the end of the previous segment, 0, got -1 at index 0"),
     ((3,), (3,), "segments must lie inside the input's 5 rows, got start 3 and length 3 at index 0"),
     ((6,), (0,), "segments must lie inside the input's 5 rows, got start 6 and length 0 at index 0"),
     ((0,), (HIGH,), f"got start 0 and length {HIGH} at index 0"),

@@ -292,7 +292,7 @@ def test_nothing():
 @pytest.mark.parametrize(
     ("change", "error", "message"),
     [
-        ({"alpha": torch.rand(6)}, ValueError, "alpha must have shape [5], a value a row, got [6]"),
+        ({"alpha": torch.rand(6)}, ValueError, "alpha must have shape [5], one value per row, got [6]"),
         ({"alpha": torch.tensor([0.1, -0.5, 0.1, 0.1, 0.1])}, ValueError, "must be finite and not negative, got -0.5"),
         ({"alpha": torch.tensor([0.1, torch.nan, 0.1, 0.1, 0.1])}, ValueError, "not negative, got nan"),
         ({"alpha": torch.ones(5).long()}, TypeError, "alpha"),
@@ -382,9 +382,9 @@ def test_op_against_a_product():
     ("starts", "lengths", "message"),
     [
         ([0, 3], [2, 0], "lengths must be at least 1, got 0 at index 1"),
-        ([0, 1], [3, 2], "starts must not lie before the last token's last row, 2, got 1 at index 1"),
+        ([0, 1], [3, 2], "starts must not lie before the last row of the previous token, 2, got 1 at index 1"),
         ([0, 3], [2, 3], "tokens must lie inside the input's 5 rows, got start 3 and length 3 at index 1"),
-        ([-1, 3], [2, 2], "starts must not lie before the last token's last row, 0, got -1 at index 0"),
+        ([-1, 3], [2, 2], "starts must not lie before the last row of the previous token, 0, got -1 at index 0"),
     ],
 )
 def test_wrong_tokens(starts: list[int], lengths: list[int], message: str):

@@ -55,9 +55,9 @@ EMBEDS = torch.randn(2, 3, 4)
         ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": CU[:2], "placeholder": AUDIO}, ValueError, "audio_cu_seqlens must end at the number of audio rows, 5, got 2"),
         ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": torch.tensor([0, 6, 5]), "placeholder": AUDIO}, ValueError, "audio_cu_seqlens must not decrease, got 6 and then 5 at index 2"),
         # More audios than places, and fewer.
-        ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "placeholder": AUDIO}, ValueError, "sample 1 has 1 audio places after 1 in the samples before it, but audio has 1 audios"),
-        ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": torch.tensor([0, 1, 2, 3, 5]), "placeholder": AUDIO}, ValueError, "audio has 4 audios, but the samples have only 2 places for them: audio 2 has none, after sample 1, the last"),
-        ({"input_ids": IDS, "embedding": TABLE, "placeholder": AUDIO}, ValueError, "sample 0 has 1 audio places after 0 in the samples before it, but audio has 0 audios"),
+        ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "placeholder": AUDIO}, ValueError, "sample 1 needs 1 audios after the 1 of the samples before it, but audio has only 1 audios"),
+        ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": torch.tensor([0, 1, 2, 3, 5]), "placeholder": AUDIO}, ValueError, "audio has 4 audios, but the samples have only 2 places for them: audio 2 has no place after sample 1, the last"),
+        ({"input_ids": IDS, "embedding": TABLE, "placeholder": AUDIO}, ValueError, "sample 0 needs 1 audios after the 0 of the samples before it, but audio has only 0 audios"),
         ({"input_ids": IDS, "embedding": TABLE, "audio": ROWS, "audio_cu_seqlens": CU}, ValueError, "audio has 2 audios, but the samples have only 0 places"),
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 3])}, ValueError, "sample 1 has 2 placeholders and 2 left for audio 1, but placeholder_counts has 3 for it"),
         ({"inputs_embeds": EMBEDS, "input_ids": IDS, "placeholder": AUDIO, "placeholder_counts": torch.tensor([1, 1])}, ValueError, "sample 1 has 2 placeholders, 1 more than the 2 audios of placeholder_counts account for"),

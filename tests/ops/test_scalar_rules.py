@@ -392,8 +392,8 @@ def test_text_forms():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fc.TopK(), "TopK: one of rate and count must be given, got None and None"),
-        (lambda: fc.TopK(2, 3), "TopK: one of rate and count must be given, got 2 and 3"),
+        (lambda: fc.TopK(), "TopK: one of rate and count must be given, got rate=None, count=None"),
+        (lambda: fc.TopK(2, 3), "TopK: one of rate and count must be given, got rate=2, count=3"),
         (lambda: fc.TopK(0.5), "TopK: rate must be at least 1 and finite, got 0.5"),
         (lambda: fc.TopK(math.inf), "TopK: rate must be at least 1 and finite, got inf"),
         (lambda: fc.TopK(count=0), "TopK: count must be at least 1, got 0"),

@@ -122,9 +122,9 @@ class Pooled:
         return self.segments.cu_segments
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens as a padded batch, ``[B, S, D]``, and the number of tokens per sequence, ``[B]`` int32.
+        """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
 
-        The padding is zeros after each sequence. ``S`` is the largest number of tokens of a sequence; it is read from
+        ``S`` is the largest number of tokens of a sequence; it is read from
         the device.
         """
         return pad_tokens(self.values, self.cu_seqlens)

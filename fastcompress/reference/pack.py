@@ -110,9 +110,7 @@ def pack_map(
             check_pack_values(
                 row_group, ids, cu_seqlens, lengths, audio_cu_seqlens, num_embeddings, num_audio_rows, compact
             )
-            raise RuntimeError(
-                "fastcompress: an input of pack was invalid when it was read, and has been changed since"
-            )
+            raise RuntimeError("fastcompress: an input of pack was invalid when it was read, and was changed since")
         size = count if compact else size
     target = torch.where(target < size, target, -1)
     source = torch.full((size + 1,), -1, dtype=torch.int64, device=device)

@@ -1,7 +1,8 @@
 """Argument checks. Every error names the argument and its value.
 
 The ``check_*_values`` functions read tensor values and therefore synchronize with the device. The reference calls them
-on every input; other backends call them only after a kernel has rejected its input, to raise an error that says why.
+before it computes. Compiled kernels check values themselves; after one has rejected its input, these functions run to
+raise an error that says why.
 """
 
 from __future__ import annotations

@@ -124,8 +124,7 @@ class Pooled:
     def to_padded(self) -> tuple[Tensor, Tensor]:
         """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
 
-        ``S`` is the largest number of tokens of a sequence; it is read from
-        the device.
+        ``S`` is the largest number of tokens of a sequence; it is read from the device.
         """
         return pad_tokens(self.values, self.cu_seqlens)
 

@@ -86,8 +86,8 @@ def backend(name: str) -> Iterator[None]:
     Raises:
         ValueError: If there is no such backend.
         RuntimeError: If the backend cannot be used here; the message says why. Before the first CUDA tensor, problems
-            with the GPU are reported at the first call with one. Also if the block is inside a function that is being
-            compiled or exported.
+            with the GPU are reported at the first call with one. It is also raised if the block is inside a
+            function that is being compiled or exported.
 
     Examples:
         >>> import fastcompress

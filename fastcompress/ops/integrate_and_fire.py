@@ -91,7 +91,7 @@ def integrate_and_fire(
         beta: Weight per token; positive.
         target_lengths: Tokens of each sequence, ``[B]`` int32 or int64. A sequence whose weights sum to 0 gets no
             token.
-        tail: Share of ``beta``, from 0 to 1, from which the weight left at the end fires; ``None`` drops it always.
+        tail: Share of ``beta``, from 0 to 1, from which the weight left at the end fires; ``None`` always drops it.
 
     Returns:
         The tokens. Their number is read from the device, and with packed input also the length of the longest sequence.

@@ -156,8 +156,8 @@ def iterative_fusion(
     """Halve sequences in rounds until each has at most ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
 
     A round merges the most similar neighbours, so that ``T`` tokens become ``max(ceil(T / 2), count)``; a chain of
-    similar neighbours becomes one token. It is :class:`TopK` of the tokens of the previous round. A token is the
-    weighted mean of its frames, 0 if all their weights are 0. A frame that is not merged stays unchanged.
+    similar neighbours becomes one token. A round equals :class:`TopK` on the tokens of the previous round. A token is
+    the weighted mean of its frames, 0 if all their weights are 0. A frame that is not merged stays unchanged.
 
     Args:
         x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.

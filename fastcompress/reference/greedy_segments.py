@@ -14,8 +14,9 @@ def greedy_boundaries(
 ) -> Tensor:
     """Return the frames that start a segment, bool of shape ``x.shape[:-1]``. ``max_len`` 0 means no limit.
 
-    A normalized frame is ``x * (1 / max(|x|, EPS))``. The reciprocal is computed in fp64. For normalized frames, and
-    their sum over the segment, it is rounded to the accumulation dtype; for the comparison it is not rounded.
+    A normalized frame is ``x * (1 / max(|x|, EPS))``. The reciprocal is computed in fp64. It is rounded to the
+    accumulation dtype to normalize a frame, and not rounded in the comparison. The sum of the normalized frames of a
+    segment has the accumulation dtype.
     """
     if max_len < 0:
         raise ValueError(f"max_len must not be negative, got {max_len}")

@@ -271,11 +271,10 @@ def upper_bound(VALUES, count, value, steps):
 
 @triton.jit
 def place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP: tl.constexpr):
-    """Locate rows in their sequences and row groups. Returns five tensors [ROWS].
+    """Locate rows in their sequences and row groups.
 
-    alive: the row is in a sequence and not dropped by its group. changes: it starts a run or is in no run. begin and
-        end:
-    first and end row of its sequence. group: its row group.
+    Returns, [ROWS] each: whether a row is in a sequence and not dropped by its row group; whether it starts a run or is
+    in no run; the first and the end row of its sequence; and its row group.
     """
     b = upper_bound(END, num_sequences, row, steps)
     inside = (row >= 0) & (b < num_sequences)

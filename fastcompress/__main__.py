@@ -1,4 +1,4 @@
-"""``python -m fastcompress``: the command line."""
+"""Entry point of ``python -m fastcompress``."""
 
 import sys
 

@@ -1,7 +1,8 @@
-"""Checks of arguments. Each error names the argument and the values.
+"""Argument checks. Every error names the argument and its value.
 
-``check_*_values`` read tensors and so synchronize; they run in the reference, and to explain why a compiled kernel
-refused its input.
+The ``check_*_values`` functions read tensor values and therefore synchronize with the device. The reference calls them
+before it computes. Compiled kernels check values themselves; after one has rejected its input, these functions run to
+raise an error that says why.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
 _INTEGERS = (*INDEX_DTYPES, torch.int16, torch.int8, torch.uint8)
-#: Label of a row that takes no part in the loss: what ``torch.nn.functional.cross_entropy`` and transformers ignore.
+#: Label of a row that is left out of the loss, as in ``torch.nn.functional.cross_entropy`` and transformers.
 IGNORED_LABEL = -100
 
 
 def check_dense(name: str, x: Tensor | None) -> None:
+    """Check that ``x`` is a strided tensor."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:  # sparse, jagged
@@ -29,6 +31,7 @@ def check_dense(name: str, x: Tensor | None) -> None:
 
 
 def check_float(name: str, x: Tensor | None) -> None:
+    """Check that ``x`` is a strided tensor of one of ``DTYPES``."""
     check_dense(name, x)
     assert x is not None
     if x.dtype not in DTYPES:
@@ -36,14 +39,14 @@ def check_float(name: str, x: Tensor | None) -> None:
 
 
 def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
-    """Checks that a tensor holds integers of any size; ``bools``: or those."""
+    """Check that a tensor has an integer dtype of any width, or bool if ``bools`` is true."""
     check_dense(name, x)
     if x.dtype not in _INTEGERS and not (bools and x.dtype == torch.bool):
         raise TypeError(f"{name} must be {'bool or integer' if bools else 'integers'}, got {x.dtype}")
 
 
 def check_number(name: str, value: float) -> None:
-    """Check a finite or infinite real number; NaN and integers beyond float64 are refused."""
+    """Check a real number, which may be infinite. NaN and integers too large for float64 raise ``ValueError``."""
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"{name} must be a number, got {value!r}")
     is_int = isinstance(value, int)
@@ -52,7 +55,7 @@ def check_number(name: str, value: float) -> None:
 
 
 def check_int64(name: str, value: int) -> None:
-    """Check an integer that ops take as an int64."""
+    """Check an integer that is passed to an op as int64."""
     if isinstance(value, bool) or not isinstance(value, int):
         raise TypeError(f"{name} must be an integer, got {value!r}")
     if not -(2**63) <= value < 2**63:
@@ -60,7 +63,7 @@ def check_int64(name: str, value: int) -> None:
 
 
 def check_whole(name: str, value: int | None, least: int, optional: bool = False) -> None:
-    """Check a count that ops take as an int64; ``optional`` allows ``None``."""
+    """Check an integer of at least ``least`` that is passed to an op as int64; ``optional`` allows ``None``."""
     if optional and value is None:
         return
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
@@ -79,6 +82,7 @@ def read_count(count: Tensor) -> int:
 
 
 def check_same_device(name: str, tensor: Tensor, x: Tensor) -> None:
+    """Check that ``tensor`` is a strided tensor on the device of ``x``."""
     check_dense(name, tensor)
     if tensor.device != x.device:
         raise ValueError(f"{name} must be on the device of the input, {x.device}, got {tensor.device}")
@@ -100,11 +104,19 @@ def check_layout(
     attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
 ) -> Tensor | None:
-    """Checks how a batch is laid out, without reading any value, and returns the row groups.
+    """Check the layout arguments of a batch without reading tensor values.
 
     Args:
-        rows: the input, whose first dimensions are ``[N]`` (packed) or ``[B, T]`` (padded).
-        rank: how many dimensions a packed input has; a padded one has one more.
+        rows: The input. Its leading dimensions are ``[N]`` (packed) or ``[B, T]`` (padded).
+        rank: Number of dimensions of a packed input; a padded input has one more.
+        cu_seqlens: ``[B + 1]`` int32 or int64, or ``None``.
+        lengths: ``[B]`` int32 or int64, or ``None``.
+        attention_mask: ``[B, T]``, or ``None``.
+        row_group: int32 of the leading shape, or ``None``.
+
+    Returns:
+        The row groups, int32 of the leading shape, or ``None`` if there is neither a mask nor a row group. A mask
+        becomes 1 for kept rows and -1 for dropped rows.
     """
     dim = rows.dim()
     if dim != rank and dim != rank + 1:
@@ -125,7 +137,7 @@ def check_layout(
         if not padded:
             raise ValueError(f"attention_mask goes with padded input; packed input {list(rows.shape)} takes row_group")
         if lengths is not None or row_group is not None:
-            raise ValueError("attention_mask excludes lengths and row_group: they say the same thing")
+            raise ValueError("attention_mask cannot be combined with lengths or row_group: pass one of them")
         check_same_device("attention_mask", attention_mask, rows)
         if attention_mask.shape != rows.shape[:2]:
             raise ValueError(f"attention_mask must have shape {list(rows.shape[:2])}, got {list(attention_mask.shape)}")
@@ -142,7 +154,7 @@ def check_layout(
 
 
 def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor | None, lengths: Tensor | None) -> None:
-    """Checks the values of ``cu_seqlens`` for rows ``[N, ...]``, or of ``lengths`` for rows ``[B, T, ...]``."""
+    """Check the values of ``cu_seqlens`` for rows ``[N, ...]``, or of ``lengths`` for rows ``[B, T, ...]``."""
     if cu_seqlens is not None:
         check_offsets("cu_seqlens", cu_seqlens.tolist(), shape[0], "the number of rows")
     if lengths is not None:
@@ -152,22 +164,22 @@ def check_layout_values(shape: torch.Size | tuple[int, ...], cu_seqlens: Tensor 
 
 
 def check_values_of_rows(name: str, values: Tensor, x: Tensor) -> None:
-    """Checks floating values, one a row of ``x`` ``[..., D]``."""
+    """Check floating-point values, one per row of ``x`` ``[..., D]``."""
     check_float(name, values)
     check_same_device(name, values, x)
     if values.shape != x.shape[:-1]:
-        raise ValueError(f"{name} must have shape {list(x.shape[:-1])}, a value a row, got {list(values.shape)}")
+        raise ValueError(f"{name} must have shape {list(x.shape[:-1])}, one value per row, got {list(values.shape)}")
 
 
 def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
-    """Checks that segments are in order, do not overlap, and lie inside ``num_rows`` rows."""
+    """Check that segments are in order, do not overlap, and lie inside ``num_rows`` rows."""
     end = 0
     for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         if length < 0:
             raise ValueError(f"segments.lengths must not be negative, got {length} at index {i}")
         if start < end:
             raise ValueError(
-                f"segments.starts must not lie before the end of the last segment, {end}, got {start} at index {i}"
+                f"segments.starts must not lie before the end of the previous segment, {end}, got {start} at index {i}"
             )
         if start + length > num_rows:
             raise ValueError(
@@ -178,15 +190,17 @@ def check_segment_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None
 
 
 def check_token_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
-    """Checks that tokens have rows, in order, inside ``num_rows`` rows, and share no more than a first row with the
-    tokens before."""
+    """Check the rows that tokens cover: not empty, in order, and inside ``num_rows`` rows.
+
+    A token may share its first row with the tokens before it, and no other row.
+    """
     end = 1
     for i, (start, length) in enumerate(zip(starts.tolist(), lengths.tolist(), strict=True)):
         if length < 1:
             raise ValueError(f"lengths must be at least 1, got {length} at index {i}")
         if start < end - 1:
             raise ValueError(
-                f"starts must not lie before the last token's last row, {end - 1}, got {start} at index {i}"
+                f"starts must not lie before the last row of the previous token, {end - 1}, got {start} at index {i}"
             )
         if start + length > num_rows:
             raise ValueError(
@@ -197,7 +211,7 @@ def check_token_values(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
 
 
 def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None) -> list[tuple[int, int]]:
-    """First row and end row of each sequence, for rows of shape ``[N]`` or ``[B, T]``."""
+    """Return (first row, end row) of each sequence, for rows of shape ``[N]`` or ``[B, T]``."""
     if len(shape) == 2:
         padded = shape[1]
         sizes = [padded] * shape[0] if lengths is None else lengths.tolist()
@@ -207,7 +221,7 @@ def sequence_ranges(shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tenso
 
 
 def check_offsets(name: str, values: list[int], end: int, end_name: str, exact: bool = True) -> None:
-    """Checks the values of offsets ``[A + 1]`` that cut ``end`` rows, or, not ``exact``, at most so many."""
+    """Check the values of offsets ``[A + 1]``, which must end at ``end``, or at most there if ``exact`` is false."""
     if values[0] != 0:
         raise ValueError(f"{name} must start at 0, got {values[0]}")
     for i, (before, after) in enumerate(zip(values[:-1], values[1:], strict=True)):
@@ -227,7 +241,7 @@ def check_pack_values(
     num_audio_rows: int,
     compact: bool,
 ) -> None:
-    """Checks the values that :func:`fastcompress.pack` works on; an error names the sample."""
+    """Check the values of the inputs of :func:`fastcompress.pack`. Errors name the sample."""
     check_layout_values(row_group.shape, cu_seqlens, lengths)
     check_offsets(
         "audio_cu_seqlens", audio_cu_seqlens.tolist(), num_audio_rows, "the number of audio rows", exact=compact
@@ -251,12 +265,12 @@ def check_pack_values(
         here = int(starts.sum())
         if audios + here > num_audios:
             raise ValueError(
-                f"sample {sample} has {here} audio places after {audios} in the samples before it, but audio has "
+                f"sample {sample} needs {here} audios after the {audios} of the samples before it, but audio has only "
                 f"{num_audios} audios"
             )
         audios += here
     if audios < num_audios:
         raise ValueError(
             f"audio has {num_audios} audios, but the samples have only {audios} places for them: audio {audios} has "
-            f"none, after sample {len(ranges) - 1}, the last"
+            f"no place after sample {len(ranges) - 1}, the last"
         )

@@ -1,4 +1,4 @@
-"""Files and folders that are written whole or not at all."""
+"""Atomic writes: a file or folder is written completely or not at all."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+#: Prefix of the name under which a file or folder is written before it is renamed.
 UNFINISHED = "unfinished-"
 
-
-#: What a full disk, or a folder that may not be written to, raises out of the libraries that write.
+#: Errors that the writing libraries raise when the disk is full or the folder is not writable.
 WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Makes ``target`` hold what ``write`` puts into the folder it is given, whole or not at all.
+    """Create the folder ``target`` atomically with what ``write`` puts into the folder it is passed.
 
-    A folder that is there already is replaced.
+    An existing folder is replaced.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     unfinished = target.with_name(f"{UNFINISHED}{target.name}")
@@ -32,7 +32,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
     except BaseException:
         shutil.rmtree(unfinished, ignore_errors=True)
         raise
-    if target.exists():  # a folder with files cannot be renamed over
+    if target.exists():  # a rename cannot replace a folder that has files
         old = target.with_name(f"{UNFINISHED}old-{target.name}")
         shutil.rmtree(old, ignore_errors=True)
         os.rename(target, old)
@@ -44,7 +44,7 @@ def write_folder(target: Path, write: Callable[[Path], None]) -> None:
 
 
 def write_file(target: Path, text: str) -> None:
-    """Makes ``target`` hold ``text``, whole or not at all."""
+    """Write ``text`` to the file ``target`` atomically, as UTF-8."""
     unfinished = target.with_name(f"{UNFINISHED}{target.name}")
     try:
         unfinished.write_text(text, encoding="utf-8")
@@ -65,7 +65,7 @@ def _flush(path: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Deletes what a killed run left unfinished, and puts back what it had moved aside to replace."""
+    """Delete the unfinished files and folders of a killed run, and restore a folder that it was replacing."""
     old = f"{UNFINISHED}old-"
     for path in folder.glob(f"{old}*") if folder.is_dir() else []:
         if not (target := path.with_name(path.name.removeprefix(old))).exists():
@@ -78,7 +78,11 @@ def clean(folder: Path) -> None:
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, in one line, or what the system said before it: torch.save covers that with its own."""
+    """Return the message of an error on one line.
+
+    If the operating system raised an error earlier in the chain, return that message: ``torch.save`` hides it behind an
+    error of its own.
+    """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__

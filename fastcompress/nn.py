@@ -1,8 +1,8 @@
-"""Module forms, and compression that is learned.
+"""Compression as ``torch.nn`` modules, fixed and learned.
 
-Each is called with ``x`` ``[N, D]`` and ``cu_seqlens=``, or ``[B, T, D]`` and ``lengths=``, and returns something with
-``values`` ``[M, D]`` and ``cu_seqlens`` ``[B + 1]``: a compressor of ``fastcompress.lalm`` and of
-``fastcompress.integrations``.
+Every module is called with ``x`` ``[N, D]`` and ``cu_seqlens=``, or with ``x`` ``[B, T, D]`` and ``lengths=``. It
+returns an object with ``values`` ``[M, D]`` and ``cu_seqlens`` ``[B + 1]``. All of them can be the compressor of
+``fastcompress.lalm`` and ``fastcompress.integrations``.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ __all__ = [
 
 
 class SegmentPool(torch.nn.Module):
-    """:func:`fastcompress.segment_pool` with a fixed rule and reduction; no parameters.
+    """Pool frames into segments with a fixed rule and reduction. Has no parameters.
 
     Args:
-        rule: a rule or its text form.
-        reduce: as in :func:`fastcompress.segment_reduce`.
-        compact: as in :func:`fastcompress.segment_pool`.
+        rule: A rule or its text form.
+        reduce: Reduction of :func:`fastcompress.segment_reduce`.
+        compact: See :func:`fastcompress.segment_pool`.
     """
 
     def __init__(self, rule: Rule | str, reduce: str = "mean", compact: bool = True) -> None:
@@ -58,11 +58,11 @@ class SegmentPool(torch.nn.Module):
         self.compact = compact
 
     def forward(self, x: Tensor, **layout: Any) -> Pooled:
-        """Pools a batch.
+        """Pool a batch.
 
         Args:
-            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: the rest of :func:`fastcompress.segment_pool`'s arguments: ``cu_seqlens=``, ``lengths=``, …
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
+            layout: Further arguments of :func:`fastcompress.segment_pool`: ``cu_seqlens=``, ``lengths=``, …
         """
         return segment_pool(x, rule=self.rule, reduce=self.reduce, compact=self.compact, **layout)
 
@@ -71,15 +71,15 @@ class SegmentPool(torch.nn.Module):
 
 
 class NoveltyPool(torch.nn.Module):
-    """Segments of frames that are near to the one before, in which what is new weighs most (AdaTS); no parameters.
+    """Pool segments of similar frames with weights that favour new frames (AdaTS). Has no parameters.
 
-    A frame starts a segment iff its distance ``d`` to the frame before is more than ``threshold``, as with
-    :class:`fastcompress.Threshold`; a token is the mean of its frames, weighted by ``max(d, 0) + 1e-6``. The first
-    frame of a sequence, of which the published code says nothing, weighs 1, as one unlike any before. A distance that
-    is not a number weighs ``1e-6``. Gradients go to ``x`` as if the weights were given.
+    A frame starts a segment if its distance ``d`` to the previous frame exceeds ``threshold``, as with
+    :class:`fastcompress.Threshold`. A token is the mean of its frames weighted by ``max(d, 0) + 1e-6``; a frame whose
+    ``d`` is NaN has weight ``1e-6``. The first frame of a sequence has weight 1, a choice that the published code
+    leaves open. Gradients go to ``x`` with the weights taken as constants.
 
     Args:
-        threshold: the largest distance, 1 - cosine, within a segment; 0.15 in AdaTS.
+        threshold: Largest distance, 1 - cosine, between neighbouring frames of a segment; 0.15 in AdaTS.
     """
 
     def __init__(self, threshold: float = 0.15) -> None:
@@ -87,12 +87,12 @@ class NoveltyPool(torch.nn.Module):
         self.rule: Threshold = Threshold(threshold)
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
-        """Compresses a batch.
+        """Compress a batch.
 
         Args:
-            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
-                :func:`fastcompress.segment_pool`, which also tells what is raised.
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            lengths: Lengths of padded input, ``[B]``.
         """
         check_float("x", x)
         d = adjacent_distance(x.detach(), cu_seqlens=cu_seqlens, lengths=lengths)
@@ -130,10 +130,12 @@ def _usable_rows(x: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
 
 
 class LearnedCompressor(torch.nn.Module):
-    """Base of those that learn at a rate, and leave a loss.
+    """Base class of learned compressors, which aim at a ratio by means of an auxiliary loss.
 
     Attributes:
-        loss: of the last call, which is the caller's to add, times ``loss_weight``; ``None`` before it.
+        ratio: Frames per token to aim at.
+        loss_weight: Factor with which the caller should add ``loss`` to the training loss.
+        loss: Auxiliary loss of the last call, a scalar; ``None`` before the first call.
     """
 
     def __init__(self, ratio: float, loss_weight: float) -> None:
@@ -157,15 +159,19 @@ class LearnedCompressor(torch.nn.Module):
             )
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the loss: its graph can neither be copied nor pickled."""
+        """Return the state without the loss, whose autograd graph can be neither copied nor pickled."""
         return {**self.__dict__, "loss": None}
 
 
 class BipartiteMerge(torch.nn.Module):
-    """:func:`fastcompress.bipartite_merge` with a fixed rate and window; no parameters.
+    """Merge similar frames with :func:`fastcompress.bipartite_merge`. Has no parameters.
 
-    A rate above 2 takes as many rounds as it needs, each at the same root of it, the later ones on the tokens of those
-    before, with their sizes.
+    A rate above 2 takes several rounds, each with the same rate; later rounds merge the tokens of earlier ones,
+    weighted by their sizes.
+
+    Args:
+        rate: Frames per token to aim at, at least 1.
+        window: See :func:`fastcompress.bipartite_merge`.
     """
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
@@ -179,7 +185,12 @@ class BipartiteMerge(torch.nn.Module):
         self.rounds: int = max(1, math.ceil(math.log2(rate)))
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
-        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
+        """Compress a batch.
+
+        Args:
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
+            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+        """
         rate = self.rate ** (1 / self.rounds)
         merged = bipartite_merge(x, rate, window=self.window, **layout)
         for _ in range(self.rounds - 1):
@@ -195,7 +206,11 @@ class BipartiteMerge(torch.nn.Module):
 
 
 class IterativeFusion(torch.nn.Module):
-    """:func:`fastcompress.iterative_fusion` to a fixed number of tokens, unweighted; no parameters."""
+    """Merge frames with :func:`fastcompress.iterative_fusion`, without weights. Has no parameters.
+
+    Args:
+        count: Largest number of tokens per sequence, at least 1.
+    """
 
     def __init__(self, count: int) -> None:
         super().__init__()
@@ -203,7 +218,12 @@ class IterativeFusion(torch.nn.Module):
         self.count: int = count
 
     def forward(self, x: Tensor, **layout: Any) -> Merged:
-        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
+        """Compress a batch.
+
+        Args:
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
+            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+        """
         return iterative_fusion(x, self.count, **layout)
 
     def extra_repr(self) -> str:
@@ -211,7 +231,12 @@ class IterativeFusion(torch.nn.Module):
 
 
 class GreedySegments(torch.nn.Module):
-    """Means of :func:`fastcompress.greedy_segments` with a fixed threshold; no parameters."""
+    """Pool the segments of :func:`fastcompress.greedy_segments` into their means. Has no parameters.
+
+    Args:
+        threshold: See :func:`fastcompress.greedy_segments`.
+        max_len: Largest length of a segment in frames; ``None`` for no limit.
+    """
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
@@ -221,7 +246,12 @@ class GreedySegments(torch.nn.Module):
         self.max_len: int | None = max_len
 
     def forward(self, x: Tensor, **layout: Any) -> Pooled:
-        """``x`` ``[N, D]`` or ``[B, T, D]``, and ``cu_seqlens=`` or ``lengths=``."""
+        """Compress a batch.
+
+        Args:
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
+            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+        """
         segments = greedy_segments(x, self.threshold, max_len=self.max_len, **layout)
         return Pooled(segment_reduce(x, segments), segments)
 
@@ -230,19 +260,19 @@ class GreedySegments(torch.nn.Module):
 
 
 class IntegrateAndFire(LearnedCompressor):
-    """:func:`fastcompress.integrate_and_fire` with weights that are learned, at a rate (CIF, arXiv 1905.11235).
+    """Compress with :func:`fastcompress.integrate_and_fire` and learned weights (CIF, arXiv 1905.11235).
 
-    The weight of a frame is the sigmoid of a linear layer, which begins as ``1 / ratio`` for every frame: as the mean
-    of ``ratio`` frames. In training weights are scaled to ``ceil(T / ratio)`` tokens of ``T`` frames, and :attr:`loss`,
-    which is the caller's to add, brings their sum there; in evaluation they fire as they are, and a short sequence may
-    fire nothing.
+    The weight of a frame is the sigmoid of a linear layer, initialized to ``1 / ratio`` for every frame. In training
+    the weights of a sequence of ``T`` frames are scaled so that it fires ``ceil(T / ratio)`` tokens, and :attr:`loss`
+    trains their sum towards that number; the caller adds it to the training loss. In evaluation the weights are not
+    scaled, and a short sequence may fire no token.
 
     Args:
-        width: of the frames.
-        ratio: frames a token that are aimed at.
-        tail: as in :func:`fastcompress.integrate_and_fire`, in evaluation.
-        loss_weight: of ``loss``, which is :func:`fastcompress.quantity_loss` over the tokens of a sequence that are
-            aimed at.
+        width: Width ``D`` of the frames.
+        ratio: Frames per token to aim at; more than 1.
+        tail: See :func:`fastcompress.integrate_and_fire`; used in evaluation.
+        loss_weight: Factor for the caller to apply to ``loss``, which is :func:`fastcompress.quantity_loss` divided by
+            the mean target number of tokens per sequence.
     """
 
     def __init__(self, width: int, ratio: float = 3.0, tail: float | None = 0.5, loss_weight: float = 0.1) -> None:
@@ -253,17 +283,17 @@ class IntegrateAndFire(LearnedCompressor):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """``1 / ratio`` for every frame."""
+        """Initialize the layer so that every frame has the weight ``1 / ratio``."""
         torch.nn.init.zeros_(self.weight.weight)
         torch.nn.init.constant_(self.weight.bias, -math.log(self.ratio - 1))
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Fired:
-        """Compresses a batch.
+        """Compress a batch.
 
         Args:
-            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
-                :func:`fastcompress.segment_pool`, which also tells what is raised.
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            lengths: Lengths of padded input, ``[B]``.
         """
         _check_width(x, self.weight.in_features)
         check_layout(x, 2, cu_seqlens, lengths)
@@ -291,61 +321,70 @@ class IntegrateAndFire(LearnedCompressor):
 
 
 def straight_through(probability: Tensor) -> Tensor:
-    """1, with the gradient of ``probability``: what is multiplied by it is as it was, and tells the probability whether
-    more of it would have helped (H-Net: Hwang et al., arXiv 2507.07955).
+    """Straight-through estimator: 1 in the forward pass, the gradient of ``probability`` in the backward pass.
+
+    Multiplying tokens by it leaves them unchanged and trains the boundary probabilities (H-Net: Hwang et al.,
+    arXiv 2507.07955).
 
     Args:
-        probability: of any shape, floating.
+        probability: Probabilities of any shape; fp32, fp16, bf16 or fp64.
+
+    Returns:
+        A tensor of the shape and dtype of ``probability``.
     """
     check_float("probability", probability)
     return probability + (1 - probability).detach()
 
 
 def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
-    """``R / (R - 1) * ((R - 1) F G + (1 - F) (1 - G))`` of H-Net, least where a share of ``1 / R`` are boundaries.
+    """Compute the ratio loss of H-Net (arXiv 2507.07955), which is smallest if ``1 / R`` of the frames are boundaries.
+
+    The loss is ``R / (R - 1) * ((R - 1) F G + (1 - F) (1 - G))``.
 
     Args:
-        probability: of a boundary at each frame, ``[N]``; ``G`` is its mean, which has the gradient.
-        boundary: bool, whether there is one, ``[N]``; ``F`` is its mean.
-        ratio: ``R``, frames a token that are aimed at; more than 1.
+        probability: Probability of a boundary at each frame, ``[N]`` floating point; ``G`` is its mean, which has the
+            gradient.
+        boundary: True where a frame is a boundary, ``[N]`` bool; ``F`` is its mean.
+        ratio: ``R``, frames per token to aim at; more than 1.
 
     Returns:
-        A scalar in the dtype of ``probability``, 0 for no frame.
+        A scalar in the dtype of ``probability``, 0 if there is no frame.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape or ratio that does not fit.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape or the ratio is invalid.
     """
     check_float("probability", probability)
     check_dense("boundary", boundary)
     if boundary.dtype != torch.bool:
         raise TypeError(f"boundary must be bool, got {boundary.dtype}")
     wrong = probability.dim() != 1 or boundary.dim() != 1
-    # Of a traced program two counts that depend on data are not compared.
+    # Tracing cannot compare two counts that depend on data.
     if wrong or not torch.compiler.is_compiling() and probability.shape != boundary.shape:
         shapes = f"{list(probability.shape)} and {list(boundary.shape)}"
-        raise ValueError(f"probability and boundary must have one shape, [N], got {shapes}")
+        raise ValueError(f"probability and boundary must have the same shape [N], got {shapes}")
     _check_ratio(ratio)
     count: int = torch.sym_max(1, probability.shape[0])
     f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
     loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
-    any_frame: int = torch.sym_min(1, probability.shape[0])  # 0 of none, also where their number is not known yet
+    any_frame: int = torch.sym_min(1, probability.shape[0])  # 0 without frames, also if their number is symbolic
     return loss * any_frame
 
 
 class LearnedBoundary(LearnedCompressor):
-    """Boundaries where two projections of neighbouring frames disagree (the router of H-Net, arXiv 2507.07955).
+    """Pool segments whose boundaries are learned (the router of H-Net, arXiv 2507.07955).
 
-    ``p[t] = (1 - cos(W_q x[t - 1], W_k x[t])) / 2`` is the probability that frame ``t`` starts a segment, 1 for the
-    first of a sequence; it does iff ``p[t] > 1 / 2``. Each token is multiplied by :func:`straight_through` of its
-    ``p``, which leaves it as it is and trains ``W_q`` and ``W_k``; both begin as the identity. Without
-    :func:`ratio_loss`, which :attr:`loss` holds after each call, training may end in no boundaries, or in nothing else.
+    ``p[t] = (1 - cos(W_q x[t - 1], W_k x[t])) / 2`` is the probability that frame ``t`` starts a segment; it is 1 for
+    the first frame of a sequence. Frame ``t`` starts a segment if ``p[t] > 1 / 2``. Each token is multiplied by
+    :func:`straight_through` of the ``p`` of its first frame, which leaves the token unchanged and trains ``W_q`` and
+    ``W_k``. Both are initialized to the identity. Add :attr:`loss` to the training loss: without it, training may end
+    with no boundary at all or with one at every frame.
 
     Args:
-        width: of the frames.
-        ratio: frames a token that are aimed at.
-        reduce: ``"mean"``, or ``"first"`` as in H-Net; as in :func:`fastcompress.segment_reduce`.
-        loss_weight: of ``loss``, which is :func:`ratio_loss`.
+        width: Width ``D`` of the frames.
+        ratio: Frames per token to aim at; more than 1.
+        reduce: Reduction of :func:`fastcompress.segment_reduce`; H-Net uses ``"first"``.
+        loss_weight: Factor for the caller to apply to ``loss``, which is :func:`ratio_loss`.
     """
 
     def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean", loss_weight: float = 0.1) -> None:
@@ -358,23 +397,23 @@ class LearnedBoundary(LearnedCompressor):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The identity, twice."""
+        """Initialize both projections to the identity."""
         for projection in (self.query, self.key):
             torch.nn.init.eye_(projection.weight)
 
     def probability(self, x: Tensor) -> Tensor:
-        """``p`` of rows ``[N, D]``, taken as one sequence: ``[N]``, in fp32, 1 for the first."""
+        """Return ``p`` of the frames of one sequence, ``[N, D]`` -> ``[N]`` fp32; 1 for the first frame."""
         cosine = torch.nn.functional.cosine_similarity(self.query(x[:-1]).float(), self.key(x[1:]).float(), dim=-1)
         first = cosine.new_ones(torch.sym_min(1, x.shape[0]))
         return torch.cat([first, (1 - cosine) / 2])
 
     def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
-        """Compresses a batch.
+        """Compress a batch.
 
         Args:
-            x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens, lengths: ``[B + 1]`` with packed, ``[B]`` with padded input, as in
-                :func:`fastcompress.segment_pool`, which also tells what is raised.
+            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            lengths: Lengths of padded input, ``[B]``.
         """
         _check_width(x, self.query.in_features)
         check_layout(x, 2, cu_seqlens, lengths)

@@ -1,12 +1,12 @@
 """Segmentation rules: how boundaries are chosen.
 
-A rule is a small frozen dataclass. ``d[t]`` below is the distance between frames ``t`` and ``t + 1`` of one sequence
-(:func:`fastcompress.adjacent_distance`), and a *boundary* at frame ``t`` means that frame ``t`` starts a segment; the
-first frame of every sequence does.
+A rule is a frozen dataclass. In this file, ``d[t]`` is the distance between frames ``t`` and ``t + 1`` of one sequence
+(:func:`fastcompress.adjacent_distance`). A *boundary* at frame ``t`` means that frame ``t`` starts a segment; the first
+frame of every sequence always does.
 
 A rule has a text form, ``"local-max:order=2,min_len=3"`` (:meth:`Rule.from_string`, ``str(rule)``), for command lines
 and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON.
-``fastcompress/reference/select_boundaries.py`` defines what a rule does; ``csrc/rule.h`` is its compiled form.
+``fastcompress/reference/select_boundaries.py`` defines the boundaries of a rule; ``csrc/rule.h`` is its compiled form.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ NO_THRESHOLD = torch.finfo(torch.float32).min
 
 @dataclass(frozen=True)
 class Rule:
-    """Base of all rules; use one of its subclasses."""
+    """Base class of all rules. Use one of its subclasses."""
 
     name: ClassVar[str] = ""
-    #: Whether the rule reads distances at all.
+    #: True if the rule reads distances.
     needs_distance: ClassVar[bool] = True
-    #: Whether boundaries come from a few steps over scalars (``fastcompress/ops/scalar_rules.py``) and not from the
-    #: kernels' state machine.
+    #: True if boundaries are computed by tensor operations on scalars (``fastcompress/ops/scalar_rules.py``), not by
+    #: the kernels.
     scalar: ClassVar[bool] = False
 
     @property
     def fused(self) -> bool:
-        """Whether one op scores, selects and reduces: Uniform, Threshold, and LocalMax without what it cannot do."""
+        """True if one kernel can compute distances, boundaries and means in a single pass with this rule."""
         return not self.scalar
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        """The rule as the ops take it: name, size, threshold, prominence, min_len, max_len (0: none), keep_tail."""
-        raise NotImplementedError(f"{type(self).__name__} does not say how the ops take it")
+        """Return the rule as op arguments: name, size, threshold, prominence, min_len, max_len (0: none), keep_tail."""
+        raise NotImplementedError(f"{type(self).__name__} must implement op_args to be passed to a kernel")
 
     def __str__(self) -> str:
         parts = []
@@ -56,16 +56,19 @@ class Rule:
         return ":".join([self.name, ",".join(parts)]) if parts else self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """``{"rule": name, field: value, ...}``; :meth:`from_dict` reads it back."""
+        """Return the dict form, ``{"rule": name, field: value, ...}``, which :meth:`from_dict` reads."""
         return {"rule": self.name, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Rule:
-        """The rule that :meth:`to_dict` wrote; fields left out keep their defaults.
+        """Make a rule from its dict form, as :meth:`to_dict` returns it.
+
+        Args:
+            data: The name under ``"rule"``, and fields. Missing fields keep their defaults.
 
         Raises:
-            TypeError: not a dict.
-            ValueError: an unknown rule or field, or a value that the rule refuses.
+            TypeError: If ``data`` is not a dict.
+            ValueError: If the rule or a field is unknown, or a value is invalid.
         """
         if not isinstance(data, dict):
             raise TypeError(f"data must be a dict, got {data!r}")
@@ -76,7 +79,7 @@ class Rule:
         known = _field_names(cls)
         for key in fields:
             if key not in known:
-                raise ValueError(f"rule {cls.name!r} has no field {key!r}; it has {', '.join(known)}")
+                raise ValueError(f"rule {cls.name!r} has no field {key!r}; its fields are {', '.join(known)}")
         try:
             return cls(**fields)
         except TypeError as error:  # a field without a default is missing
@@ -84,11 +87,14 @@ class Rule:
 
     @staticmethod
     def from_string(text: str) -> Rule:
-        """Reads ``name``, ``name:value`` (the first field) or ``name:field=value,field=value``.
+        """Make a rule from its text form.
+
+        Args:
+            text: ``name``, ``name:value`` (the value of the first field) or ``name:field=value,field=value``.
 
         Raises:
-            TypeError: not a string.
-            ValueError: an unknown rule or field, or a value that does not fit.
+            TypeError: If ``text`` is not a string.
+            ValueError: If the rule or a field is unknown, or a value is invalid.
 
         Examples:
             >>> Rule.from_string("uniform:3")
@@ -105,7 +111,7 @@ class Rule:
             key, equals, value = (part.strip() for part in item.partition("="))
             if not equals:
                 if position:
-                    raise ValueError(f"rule {text!r}: {item.strip()!r} is not field=value")
+                    raise ValueError(f"rule {text!r}: {item.strip()!r} must have the form field=value")
                 key, value = fields[0], key
             if key in given:
                 raise ValueError(f"rule {text!r}: field {key!r} is given twice")
@@ -116,14 +122,14 @@ class Rule:
 
 
 def _field_names(cls: type[Rule]) -> list[str]:
-    """Those of ``dataclasses.fields``, which ``torch.compile`` cannot trace."""
+    """Return the names of ``dataclasses.fields``, which ``torch.compile`` cannot trace."""
     return list(cls.__match_args__)
 
 
 def _parse_value(text: str) -> Any:
     if text in ("None", "True", "False"):
         return {"None": None, "True": True, "False": False}[text]
-    if "_" in text:  # which int() and float() would read past
+    if "_" in text:  # int() and float() would ignore it, as in "1_000"
         return text
     for kind in (int, float):
         try:
@@ -166,18 +172,25 @@ def _check_length(length: Any) -> None:
             raise TypeError(f"length must be an integer or a tensor of integers, got {length.dtype}")
     elif isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
         raise TypeError(f"length must be an integer or a tensor of integers, got {length!r}")
-    elif not torch.compiler.is_compiling() and length < 0:  # a traced number may depend on data
+    elif not torch.compiler.is_compiling() and length < 0:  # a traced length may be symbolic
         raise ValueError(f"length must not be negative, got {length}")
 
 
 @dataclass(frozen=True)
 class Uniform(Rule):
-    """A segment every ``size`` frames, counted from the first frame of each sequence (average pooling, stride = size).
+    """Start a segment every ``size`` frames, counted from the first frame of each sequence.
+
+    With mean pooling this is average pooling with stride ``size``.
 
     Args:
-        size: frames a segment, at least 1.
-        tail: what happens to the last segment when fewer than ``size`` frames are left: ``"keep"`` it short (ceil, as
-            Ultravox does by padding) or ``"drop"`` its frames (floor, as SLAM-LLM and ``AvgPool1d`` do).
+        size: Frames per segment, at least 1.
+        tail: What to do with the last segment if it has fewer than ``size`` frames. ``"keep"`` it (the number of
+            segments is rounded up, as in Ultravox) or ``"drop"`` its frames (rounded down, as in SLAM-LLM and
+            ``AvgPool1d``).
+
+    Examples:
+        >>> Uniform(4).num_segments(10)
+        3
     """
 
     size: int
@@ -195,11 +208,17 @@ class Uniform(Rule):
         return (self.name, self.size, 0.0, 0.0, 1, 0, self.tail == "keep")
 
     def num_segments(self, length: Any) -> Any:
-        """Segments of a sequence of ``length`` frames, an int or an integer tensor.
+        """Return the number of segments of a sequence.
+
+        Args:
+            length: Frames of the sequence, an int; or of several sequences, an integer tensor of any shape.
+
+        Returns:
+            An int, or a tensor of the shape and dtype of ``length``.
 
         Raises:
-            TypeError: ``length`` is neither.
-            ValueError: a negative int; the values of a tensor are not read.
+            TypeError: If ``length`` is neither an int nor an integer tensor.
+            ValueError: If an int is negative. The values of a tensor are not read.
         """
         _check_length(length)
         return (length + self.size - 1) // self.size if self.tail == "keep" else length // self.size
@@ -207,22 +226,28 @@ class Uniform(Rule):
 
 @dataclass(frozen=True)
 class LocalMax(Rule):
-    """A boundary after each strict local maximum of the distance (Bhati et al., arXiv 2511.20973).
+    """Start a segment after each strict local maximum of the distance (Bhati et al., arXiv 2511.20973).
 
-    ``d[t]`` is a peak, and frame ``t + 1`` starts a segment, iff ``d[t] > d[s]`` for every other ``s`` in
-    ``[t - order, t + order]`` inside the sequence; the first and the last distance of a sequence are never peaks. This
-    is ``scipy.signal.argrelextrema(d, np.greater, order=order, mode="clip")``. A comparison with NaN is false.
+    ``d[t]`` is a peak, and frame ``t + 1`` starts a segment, if ``d[t] > d[s]`` for every other ``s`` in
+    ``[t - order, t + order]`` inside the sequence. The first and the last distance of a sequence are never peaks. The
+    peaks are those of ``scipy.signal.argrelextrema(d, np.greater, order=order, mode="clip")``. A comparison with NaN is
+    false.
 
     Args:
-        order: distances compared on each side, at least 1.
-        threshold: a peak also needs ``d[t] > threshold`` (rounded to the dtype of ``d``, as torch compares).
-        prominence: a peak also needs at least this ``scipy.signal.peak_prominences``, computed in fp64. The fused
-            kernel does not do this: distances, selection and reduction run one after the other.
-        normalize: threshold and prominence are of distances scaled to [0, 1] in each sequence (Kreuk et al.,
-            arXiv 2007.13465, with a prominence): :func:`fastcompress.normalize_distance`. Not fused either.
-        min_len: a boundary closer than this to the last one is ignored, left to right; at least 1.
-        max_len: a segment that reaches this length is cut. The last segment of a sequence may be shorter than
-            ``min_len``.
+        order: Number of distances compared on each side, at least 1.
+        threshold: Lower limit of a peak: ``d[t] > threshold``, with the threshold rounded to the dtype of ``d``.
+        prominence: Smallest ``scipy.signal.peak_prominences`` of a peak, computed in fp64. With a prominence, pooling
+            takes three passes (distances, boundaries, means) instead of one.
+        normalize: If true, ``threshold`` and ``prominence`` apply to distances scaled to [0, 1] in each sequence by
+            :func:`fastcompress.normalize_distance`; with a prominence this is Kreuk et al. (arXiv 2007.13465). Pooling
+            takes three passes.
+        min_len: Smallest length of a segment in frames, at least 1. Scanning from left to right, a boundary that would
+            end a shorter segment is ignored. The last segment of a sequence may be shorter.
+        max_len: Largest length of a segment in frames; longer segments are cut. ``None`` for no limit.
+
+    Examples:
+        >>> str(LocalMax(order=2, min_len=3))
+        'local-max:order=2,min_len=3'
     """
 
     order: int = 1
@@ -247,20 +272,21 @@ class LocalMax(Rule):
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         threshold = NO_THRESHOLD if self.threshold is None else max(float(self.threshold), NO_THRESHOLD)
-        prominence = 0.0 if self.prominence is None else float(self.prominence)  # every peak has a positive one
+        prominence = 0.0 if self.prominence is None else float(self.prominence)  # 0 accepts every peak
         return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
 
 
 @dataclass(frozen=True)
 class Threshold(Rule):
-    """A boundary wherever the distance exceeds a threshold: ``d[t] > threshold`` starts a segment at ``t + 1``.
+    """Start a segment wherever the distance exceeds a threshold: at frame ``t + 1`` if ``d[t] > threshold``.
 
-    0.15 is AdaTS (merge while the cosine is at least 0.85); 1.0 is H-Net's router at its initial weights (a negative
-    cosine).
+    0.15 is AdaTS (which merges frames while the cosine is at least 0.85). 1.0 is the router of H-Net
+    (arXiv 2507.07955) at its initial weights, which starts a segment where the cosine is negative.
 
     Args:
-        threshold: compared strictly, after rounding to the dtype of ``d``, as torch compares.
-        min_len, max_len: as in :class:`LocalMax`.
+        threshold: Distance that a boundary must exceed; rounded to the dtype of ``d``.
+        min_len: See :class:`LocalMax`.
+        max_len: See :class:`LocalMax`.
     """
 
     threshold: float
@@ -279,15 +305,20 @@ class Threshold(Rule):
 
 @dataclass(frozen=True)
 class TopK(Rule):
-    """So many segments a sequence, cut where the distance is largest: a target rate, kept exactly.
+    """Cut each sequence into a given number of segments, at its largest distances.
 
-    FastAdaSP (arXiv 2410.03007) merges the ``r`` most similar neighbours of ``T`` frames; that is to keep the
-    ``T - 1 - r`` largest distances as boundaries, ``TopK(count=T - r)``. One round of FastLongSpeech
-    (arXiv 2507.14815) is the same. Ties go to the lower index; NaN comes last.
+    The ratio is met exactly. FastAdaSP (arXiv 2410.03007) merges the ``r`` most similar neighbours of ``T`` frames,
+    which is ``TopK(count=T - r)``; so is one round of FastLongSpeech (arXiv 2507.14815). Of equal distances the earlier
+    one is cut first; NaN is cut last.
 
     Args:
-        rate: frames a segment: a sequence of ``T`` frames gets ``ceil(T / rate)`` segments; at least 1.
-        count: segments of each sequence, or as many as it has frames; at least 1. One of the two must be given.
+        rate: Frames per segment, at least 1: a sequence of ``T`` frames gets ``ceil(T / rate)`` segments.
+        count: Segments per sequence, at least 1; a sequence of fewer frames gets one segment per frame. Exactly one of
+            ``rate`` and ``count`` must be given.
+
+    Examples:
+        >>> TopK(rate=3.5).num_segments(10)
+        3
     """
 
     rate: float | None = None
@@ -300,17 +331,17 @@ class TopK(Rule):
         _check_float(self, "rate", optional=True)
         _check_int(self, "count", 1, optional=True)
         if (self.rate is None) == (self.count is None):
-            raise ValueError(f"TopK: one of rate and count must be given, got {self.rate} and {self.count}")
+            raise ValueError(f"TopK: one of rate and count must be given, got rate={self.rate}, count={self.count}")
         if self.rate is not None and not 1 <= self.rate < math.inf:
             raise ValueError(f"TopK: rate must be at least 1 and finite, got {self.rate}")
 
     def num_segments(self, length: Any) -> Any:
-        """As :meth:`Uniform.num_segments`."""
+        """Return the number of segments of a sequence; see :meth:`Uniform.num_segments`."""
         _check_length(length)
         if self.count is not None:
             least = torch.clamp_max if isinstance(length, torch.Tensor) else torch.sym_min
             return least(length, self.count)
-        assert self.rate is not None  # one of the two is given
+        assert self.rate is not None  # exactly one of rate and count is given
         if isinstance(length, torch.Tensor):
             return (length.double() / self.rate).ceil().to(length.dtype)
         return math.ceil(length / self.rate)
@@ -318,15 +349,16 @@ class TopK(Rule):
 
 @dataclass(frozen=True)
 class LabelChange(Rule):
-    """A boundary wherever the label of a frame differs from the one before (CTC compression: Gaido et al., EACL 2021).
+    """Start a segment wherever the label of a frame differs from the previous one (Gaido et al., EACL 2021).
 
-    The labels, such as the most likely unit of a CTC head, are given with the call: ``labels=`` of
-    :func:`fastcompress.segment_pool` and :func:`fastcompress.select_boundaries`.
+    This is CTC compression if the labels are the most likely units of a CTC head. They are passed as ``labels=`` to
+    :func:`fastcompress.segment_pool` or :func:`fastcompress.select_boundaries`.
 
     Args:
-        blank: frames of this label are dropped (as in CJST, arXiv 2411.07607); equal labels on both sides of one stay
-            two segments. ``None``: it is a label like any other, as in the paper.
-        min_len, max_len: as in :class:`LocalMax`, of what is left.
+        blank: Label whose frames are dropped, as in CJST (arXiv 2411.07607). Equal labels on both sides of a blank are
+            two segments. ``None`` drops no frame, as in Gaido et al.
+        min_len: See :class:`LocalMax`; applies to the frames that are kept.
+        max_len: See :class:`LocalMax`; applies to the frames that are kept.
     """
 
     blank: int | None = None
@@ -344,19 +376,20 @@ class LabelChange(Rule):
 
 @dataclass(frozen=True)
 class Lookback(Rule):
-    """A frame joins its segment if it is close to one of the segment's last frames (Affinity Pooling,
-    arXiv 2604.06871).
+    """Start a segment at a frame that is far from all recent frames of the open segment.
 
-    Frame ``t`` joins iff the distance to one of the last ``min(window, length)`` frames of the open segment is at most
-    ``threshold``; else it starts a segment. A comparison with NaN is false.
+    This is Affinity Pooling (arXiv 2604.06871). Frame ``t`` joins the open segment if its distance to one of the last
+    ``min(window, length)`` frames of that segment is at most ``threshold``; otherwise it starts a segment. A comparison
+    with NaN is false.
+
+    Memory: ``max(window, min_len, max_len)`` int64 per frame, where lengths above that of the longest sequence do not
+    count. A ``max_len`` of thousands costs gigabytes on long batches.
 
     Args:
-        window: frames looked back at, at least 1.
-        threshold: the largest distance, 1 - cosine: 0.2 for the paper's cosine of 0.8.
-        min_len, max_len: a frame joins a segment shorter than ``min_len``, and none that has ``max_len``.
-
-    The scan over all frames at once keeps ``max(window, min_len, max_len)`` int64 a frame (lengths beyond the longest
-    sequence are not counted): a ``max_len`` of thousands costs gigabytes on long batches.
+        window: Number of frames to look back, at least 1.
+        threshold: Largest distance, 1 - cosine, of a frame that joins; 0.2 for the cosine of 0.8 in the paper.
+        min_len: Smallest length of a segment in frames: a frame always joins a shorter segment.
+        max_len: Largest length of a segment in frames: a frame never joins a segment of this length.
     """
 
     window: int
@@ -375,16 +408,17 @@ class Lookback(Rule):
 
 @dataclass(frozen=True)
 class PeakHeight(Rule):
-    """A boundary after each peak that stands out from its neighbours (Segmental CPC: Bhati et al., arXiv 2106.02170).
+    """Start a segment after each peak that is higher than its neighbours by a threshold.
 
-    With ``d`` scaled to [0, 1] in each sequence (:func:`fastcompress.normalize_distance`), ``h_k[t]`` is the smaller of
-    ``d[t] - d[t - k]`` and ``d[t] - d[t + k]``, or 0 if that is negative; beyond the ends of a sequence stands its
-    first or last distance. ``d[t]`` is a peak, and frame ``t + 1`` starts a segment, iff ``h_1[t] > 0`` and
-    ``max(h_1[t], h_2[t]) > threshold``.
+    This is the boundary detector of Segmental CPC (Bhati et al., arXiv 2106.02170). ``d`` is first scaled to [0, 1] in
+    each sequence (:func:`fastcompress.normalize_distance`). ``h_k[t]`` is the smaller of ``d[t] - d[t - k]`` and
+    ``d[t] - d[t + k]``, clamped to at least 0; an index outside the sequence means its first or last distance. ``d[t]``
+    is a peak, and frame ``t + 1`` starts a segment, if ``h_1[t] > 0`` and ``max(h_1[t], h_2[t]) > threshold``.
 
     Args:
-        threshold: 0.04 in the published code.
-        min_len, max_len: as in :class:`LocalMax`.
+        threshold: Height that a peak must exceed, in [0, 1]; 0.04 in the published code.
+        min_len: See :class:`LocalMax`.
+        max_len: See :class:`LocalMax`.
     """
 
     threshold: float = 0.04
@@ -400,14 +434,19 @@ class PeakHeight(Rule):
 
 
 def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int, num_sequences: int) -> int:
-    """Upper bound of the number of segments of ``num_rows`` frames in ``num_sequences`` sequences without row groups.
+    """Return an upper bound of the number of segments of a batch without row groups.
 
-    The first four are of ``Rule.op_args()``. With row groups every row can be a segment: ``num_rows`` is the bound.
+    With row groups every row can be a segment, so the bound is ``num_rows``.
+
+    Args:
+        rule: Name of the rule, as in ``Rule.op_args()``; likewise ``size``, ``min_len`` and ``max_len``.
+        num_rows: Rows of the batch.
+        num_sequences: Sequences of the batch.
     """
     if rule == Uniform.name:
         return num_rows // size + num_sequences
-    # Peaks are never adjacent and the first distance is none, so every segment but the last has two frames; a forced
-    # cut of three or more frames makes up for the one-frame segment that can follow it.
+    # Peaks are never adjacent and the first distance is never a peak, so every segment but the last has at least two
+    # frames. A cut by max_len can be followed by a segment of one frame, but the cut segment itself has at least three.
     if rule == LocalMax.name and (max_len == 0 or max_len >= 3):
         min_len = max(2, min_len)
     return num_rows // min_len + num_sequences
@@ -424,7 +463,7 @@ def _rule_class(name: Any) -> type[Rule]:
 
 
 def as_rule(rule: Rule | str) -> Rule:
-    """``rule`` itself, or the rule that a string names."""
+    """Return ``rule`` itself, or the rule of a text form."""
     if isinstance(rule, Rule):
         return rule
     if isinstance(rule, str):

@@ -1,4 +1,4 @@
-"""What the ops return: :class:`Segments` (where the segments are) and :class:`Pooled` (their values)."""
+"""Results of the ops: :class:`Segments` (where the segments are) and :class:`Pooled` (their values)."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from fastcompress.checks import check_number, check_same_device
 class Segments:
     """The segments of a batch, in order.
 
-    A row is a row of ``x.reshape(-1, D)``, the input that was segmented. Segments never overlap and never cross a
-    sequence. Without ``compact`` the tensors have the length of an upper bound and the tail is empty segments
-    (``lengths`` 0, ``starts`` ``num_rows``); ``cu_segments[-1]`` is then the true count.
+    Rows are numbered as in ``x.reshape(-1, D)``, where ``x`` is the segmented input. Segments never overlap and never
+    cross a sequence. With ``compact=False``, ``M`` is an upper bound of the number of segments, ``cu_segments[-1]`` is
+    the true number, and the trailing segments are empty (``lengths`` 0, ``starts`` equal to ``num_rows``).
 
     Attributes:
-        starts: ``[M]`` int64, first row of each segment.
-        lengths: ``[M]`` int64, frames of each segment.
-        cu_segments: ``[B + 1]`` int32, segments before each sequence.
-        frame_cu_seqlens: ``[B + 1]`` int32, frames before each sequence. Padding that ``lengths`` leaves out is not
-            counted; rows that a mask or a row group drops are.
-        num_rows: rows of the input.
-        padded_length: ``T`` of a padded input ``[B, T, D]``, ``None`` for a packed one.
+        starts: First row of each segment, ``[M]`` int64.
+        lengths: Number of frames of each segment, ``[M]`` int64.
+        cu_segments: Number of segments before each sequence, ``[B + 1]`` int32.
+        frame_cu_seqlens: Number of frames before each sequence, ``[B + 1]`` int32. Rows that a mask or a row group
+            drops are counted; padding after ``lengths`` is not.
+        num_rows: Number of rows of the input.
+        padded_length: ``T`` of a padded input ``[B, T, D]``; ``None`` for packed input.
     """
 
     starts: Tensor
@@ -37,13 +37,13 @@ class Segments:
 
     @property
     def counts(self) -> Tensor:
-        """``[B]`` int32, segments of each sequence."""
+        """Number of segments of each sequence, ``[B]`` int32."""
         return self.cu_segments.diff()
 
     def ids(self) -> Tensor:
-        """``[num_rows]`` int64, the segment of each row; -1 for a row in none (padding, dropped rows)."""
+        """Return the segment index of each row, ``[num_rows]`` int64; -1 for padding and dropped rows."""
         rows = torch.arange(self.num_rows, device=self.starts.device)
-        # One empty segment behind the last, so that an index always exists, also when there is no segment.
+        # Append an empty segment, so that indexing works even without any segment.
         starts = torch.cat([self.starts, self.starts.new_full((1,), self.num_rows)])
         ends = starts + torch.cat([self.lengths, self.lengths.new_zeros(1)])
         index = torch.searchsorted(starts, rows, right=True) - 1
@@ -51,15 +51,16 @@ class Segments:
         return torch.where(inside, index, -1)
 
     def seconds(self, frame_rate: float) -> Tensor:
-        """``[M, 2]`` fp64, start and end of each segment in seconds from the first row of its sequence.
+        """Return the start and end time of each segment, ``[M, 2]`` fp64, in seconds.
 
-        A row that a mask or a row group drops takes its time.
+        Times are relative to the first row of the sequence. Rows that a mask or a row group drops count as time.
 
         Args:
-            frame_rate: frames a second.
+            frame_rate: Frames per second; positive.
 
         Raises:
-            TypeError, ValueError: ``frame_rate`` is no number, or not positive.
+            TypeError: If ``frame_rate`` is not a number.
+            ValueError: If ``frame_rate`` is not positive.
         """
         check_number("frame_rate", frame_rate)
         if not frame_rate > 0:
@@ -69,7 +70,7 @@ class Segments:
             return self.starts.new_zeros((self.starts.shape[0], 2), dtype=torch.float64)
         index = torch.arange(self.starts.shape[0], device=self.starts.device, dtype=torch.int32)
         sequence = torch.searchsorted(self.cu_segments, index, right=True) - 1
-        sequence = sequence.clamp(0, num_sequences - 1)  # the empty tail of a result that is not compact
+        sequence = sequence.clamp(0, num_sequences - 1)  # trailing empty segments of a result that is not compact
         if self.padded_length is None:
             origin = self.frame_cu_seqlens[sequence].long()
         else:
@@ -79,13 +80,13 @@ class Segments:
 
 
 def row_segments(starts: Tensor, lengths: Tensor, num_rows: int) -> Segments:
-    """Segments of ``num_rows`` rows, in order, taken as one sequence."""
+    """Make :class:`Segments` of one sequence of ``num_rows`` rows from starts and lengths ``[M]`` int64."""
     ends = torch.arange(2, dtype=torch.int32, device=starts.device)
     return Segments(starts, lengths, ends * starts.shape[0], ends * num_rows, num_rows)
 
 
 def check_segments(segments: Segments, like: Tensor) -> None:
-    """Checks what can be seen of segments without reading their values."""
+    """Check types, shapes, dtypes and devices of segments without reading their values."""
     if not isinstance(segments, Segments):
         raise TypeError(f"segments must be fastcompress.Segments, got {type(segments).__name__}")
     for name, tensor in (("segments.starts", segments.starts), ("segments.lengths", segments.lengths)):
@@ -98,18 +99,18 @@ def check_segments(segments: Segments, like: Tensor) -> None:
         raise ValueError(f"segments.num_rows must be a whole number, got {segments.num_rows!r}")
     if segments.starts.shape != segments.lengths.shape:
         raise ValueError(
-            f"segments.starts and segments.lengths must have one shape, got {list(segments.starts.shape)} "
+            f"segments.starts and segments.lengths must have the same shape, got {list(segments.starts.shape)} "
             f"and {list(segments.lengths.shape)}"
         )
 
 
 @dataclass(eq=False)
 class Pooled:
-    """Pooled tokens, packed, and the segments they come from.
+    """Pooled tokens, packed, and the segments they were pooled from.
 
     Attributes:
-        values: ``[M, D]``, one row a segment, in the dtype of the input.
-        segments: where each row of ``values`` comes from.
+        values: Tokens, ``[M, D]`` in the dtype of the input, one row per segment.
+        segments: Segment of each row of ``values``.
     """
 
     values: Tensor
@@ -117,24 +118,24 @@ class Pooled:
 
     @property
     def cu_seqlens(self) -> Tensor:
-        """``[B + 1]`` int32, tokens before each sequence: what variable-length attention takes."""
+        """Number of tokens before each sequence, ``[B + 1]`` int32, as variable-length attention expects it."""
         return self.segments.cu_segments
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """``values`` as ``[B, S, D]``, zeros behind each sequence, and the token counts ``[B]`` int32.
+        """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
 
-        ``S`` is the largest count, which is read from the device.
+        ``S`` is the largest number of tokens of a sequence; it is read from the device.
         """
         return pad_tokens(self.values, self.cu_seqlens)
 
 
 def pad_tokens(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Packed tokens as ``[B, S, D]``, zeros behind each sequence, and how many each has, ``[B]`` int32."""
+    """Return packed tokens ``[M, D]`` as ``[B, S, D]``, padded with trailing zeros, and their counts ``[B]`` int32."""
     counts = cu_seqlens.diff()
     longest = int(counts.max()) if counts.numel() else 0
     column = torch.arange(longest, device=counts.device)
     inside = column < counts[:, None]
-    # One zero row for the padding: also right when there is no token at all.
+    # All padding reads one appended zero row, which also exists if there is no token.
     rows = torch.cat([values, values.new_zeros((1, values.shape[1]))])
     index = torch.where(inside, cu_seqlens[:-1, None].long() + column, values.shape[0])
     return rows[index], counts

@@ -1,12 +1,13 @@
-"""Compression of frames that arrive in chunks: each token as soon as it is final, the same bits as all at once.
+"""Streaming compression: frames arrive in chunks, and each token is returned as soon as it is final.
 
-State is the frames of the open segment that are not summed yet (fewer than 64: the block in which sums are taken, see
-``docs/numerics.md``), one sum, and what the rule looks back and ahead at. A token is final
+The tokens have the same bits as those of the whole stream pooled at once. The state consists of one sum, the frames of
+the open segment that are not in it yet (fewer than 64, the block size of sums, see ``docs/numerics.md``), and the
+frames and distances that the rule still needs. A token is final
 
-* with :class:`Uniform` when its last frame is there, or the first of the next segment where ``max_len`` cut it;
-* with :class:`Threshold` and :class:`Lookback` one frame after its last;
-* with :class:`LocalMax` ``order + 1`` frames after its last: a peak must be seen to fall;
-* with integrate-and-fire in the frame that fires it.
+* with :class:`Uniform`, when its last frame has arrived;
+* with :class:`Threshold` and :class:`Lookback`, one frame after its last frame;
+* with :class:`LocalMax`, ``order + 1`` frames after its last frame, when the peak has been compared on both sides;
+* with integrate-and-fire, at the frame in which it fires.
 """
 
 from __future__ import annotations
@@ -37,11 +38,12 @@ from fastcompress.segments import row_segments
 
 @dataclass(eq=False)
 class Streamed:
-    """Tokens that became final.
+    """Tokens that became final in one call.
 
     Attributes:
-        values: ``[M, D]``, in the dtype of the frames.
-        starts, lengths: ``[M]`` int64, of their segments, in frames of the stream.
+        values: Tokens, ``[M, D]`` in the dtype of the frames.
+        starts: First frame of each segment, ``[M]`` int64, counted from the start of the stream.
+        lengths: Number of frames of each segment, ``[M]`` int64.
     """
 
     values: Tensor
@@ -50,48 +52,61 @@ class Streamed:
 
 
 class StreamingSegmentPool:
-    """:func:`fastcompress.segment_pool` of one stream, mean pooling.
+    """Pool the frames of one stream into segments, chunk by chunk (mean pooling).
 
-    The tokens of all calls, and of :meth:`flush`, are those of the whole stream, bit for bit.
+    The tokens of all calls followed by those of :meth:`flush` equal :func:`fastcompress.segment_pool` of the whole
+    stream, bit for bit.
 
     Args:
-        rule: ``Uniform``, ``Threshold``, ``LocalMax`` without prominence or ``normalize``, or ``Lookback``; or a text
-            form. Others look at all of a sequence.
+        rule: ``Uniform``, ``Threshold``, ``Lookback``, or ``LocalMax`` without ``prominence`` and ``normalize``; or the
+            text form of one. Other rules need the whole sequence.
 
     Raises:
-        NotImplementedError: another rule.
+        NotImplementedError: If the rule needs the whole sequence.
+
+    Examples:
+        >>> pool = StreamingSegmentPool("uniform:2")
+        >>> pool(torch.tensor([[1.0], [3.0], [5.0]])).values
+        tensor([[2.]])
+        >>> pool.flush().values
+        tensor([[5.]])
     """
 
     def __init__(self, rule: Rule | str = LocalMax()) -> None:  # noqa: B008  (immutable)
         self.rule: Rule = as_rule(rule)
         if not (self.rule.fused or isinstance(self.rule, Lookback)):
-            raise NotImplementedError(f"rule {self.rule} looks at all of a sequence and cannot be streamed")
+            raise NotImplementedError(f"rule {self.rule} needs the whole sequence and cannot be streamed")
         self._reset()
 
     def _reset(self) -> None:
-        self._frames: Tensor | None = None  # from `_origin` on
-        self._origin = 0
-        self._seen = 0  # frames of the stream
-        self._decided = 0  # frames of which it is known whether they start a segment
-        self._start = 0  # of the open segment
-        self._sum: Tensor | None = None  # of its blocks that are summed
-        self._distances: list[float] = []  # from the pair `_first_distance` on
-        self._first_distance = 0
-        self._recent: Tensor | None = None  # the last frames, for distances to the next
+        self._frames: Tensor | None = None  # frames that are not summed yet
+        self._origin = 0  # index in the stream of the first row of `_frames`
+        self._seen = 0  # number of frames received
+        self._decided = 0  # number of frames for which it is known whether they start a segment
+        self._start = 0  # first frame of the open segment
+        self._sum: Tensor | None = None  # sum of the complete blocks of the open segment
+        self._distances: list[float] = []  # distances that the rule still needs
+        self._first_distance = 0  # index in the stream of `_distances[0]`
+        self._recent: Tensor | None = None  # last frames received, for the distances to the next ones
 
     @property
     def pending(self) -> int:
-        """Frames that no token has yet."""
+        """Number of frames received that are not part of a returned token yet."""
         return self._seen - self._start
 
     def __call__(self, x: Tensor) -> Streamed:
-        """Takes the next frames.
+        """Add the next frames.
 
         Args:
-            x: ``[N, D]``, as many as there are; of the dtype, width and device of those before.
+            x: Frames, ``[N, D]`` with any ``N``; fp32, fp16, bf16 or fp64. The dtype, width and device must be those of
+                the earlier frames.
+
+        Returns:
+            The tokens that became final.
 
         Raises:
-            TypeError, ValueError: it does not fit what was there before.
+            TypeError: If ``x`` has a wrong type or dtype.
+            ValueError: If ``x`` does not match the earlier frames.
         """
         check_float("x", x)
         if x.dim() != 2:
@@ -107,9 +122,13 @@ class StreamingSegmentPool:
         return self._emit(self._decide(near, last=False))
 
     def flush(self) -> Streamed:
-        """Ends the stream: what was still open. The next call begins another one."""
+        """End the stream and return the tokens that were still open. The next call starts a new stream.
+
+        Raises:
+            ValueError: If no frames were added.
+        """
         if self._frames is None:
-            raise ValueError("nothing was streamed: there is nothing to flush")
+            raise ValueError("flush needs at least one frame, but none was added to this stream")
         bounds = self._decide([], last=True)
         rule = self.rule
         begin = bounds[-1] if bounds else self._start
@@ -121,8 +140,11 @@ class StreamingSegmentPool:
         return found
 
     def _measure(self, x: Tensor) -> list[bool]:
-        """Appends the distances that the new frames have to those before. For ``Lookback`` returns nothing of them,
-        but for each new frame whether it is near the last 1, 2, ... frames, one after the other."""
+        """Append the distances of the new frames to the frames before them.
+
+        For ``Lookback``, return instead ``window`` flags per new frame, flattened: flag ``k`` tells whether the frame
+        is within the threshold of one of the ``k + 1`` frames before it.
+        """
         rule, count = self.rule, x.shape[0]
         if isinstance(rule, Uniform) or not count:
             return []
@@ -132,24 +154,24 @@ class StreamingSegmentPool:
         old = recent.shape[0]
         self._recent = joined[-reach:].clone()
         if not isinstance(rule, Lookback):
-            # Of the pairs that end in a new frame.
+            # Keep only the pairs that end in a new frame.
             self._distances += adjacent_distance(joined)[max(0, old - 1) : len(joined) - 1].tolist()
             return []
         close = torch.zeros(count, reach, dtype=torch.bool, device=x.device)
         for lag in range(1, reach + 1):
             d = adjacent_distance(joined, lag=lag)
-            first = max(0, lag - old)  # of the new frames, the first that has a frame `lag` before it
+            first = max(0, lag - old)  # first new frame that has a frame `lag` before it
             if first < count:
                 close[first:, lag - 1] = d[old + first - lag : len(joined) - lag] <= self._threshold(d.dtype)
         return close.cummax(1).values.reshape(-1).tolist()
 
     def _threshold(self, dtype: torch.dtype) -> float:
-        """Rounded to the dtype of the distances, as torch compares."""
+        """Return the threshold of the rule, rounded to the dtype of the distances."""
         threshold = getattr(self.rule, "threshold", None)
         return -math.inf if threshold is None else torch.tensor(threshold, dtype=dtype).item()
 
     def _decide(self, near: list[bool], last: bool) -> list[int]:
-        """Frames that turn out to start a segment."""
+        """Return the frames that are now known to start a segment; with ``last``, decide all frames received."""
         rule, found, begin = self.rule, [], self._start
         assert self._frames is not None
         shortest, longest = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
@@ -180,14 +202,14 @@ class StreamingSegmentPool:
             del self._distances[: keep - self._first_distance]
             self._first_distance = keep
         if isinstance(rule, Uniform) and not last and self._seen > begin and self._seen % rule.size == 0:
-            found.append(self._seen)  # where the next segment will start
+            found.append(self._seen)  # the next frame starts a segment, so the open one is complete
         return found
 
     def _distance(self, t: int) -> float:
         return self._distances[t - self._first_distance]
 
     def _is_peak(self, t: int) -> bool:
-        """As ``reference.boundaries.is_peak``, where the stream ends with what there is."""
+        """Like ``is_peak`` of ``fastcompress.reference.select_boundaries``, for the frames received so far."""
         assert isinstance(self.rule, LocalMax)
         end = self._seen - 2
         return all(
@@ -197,7 +219,7 @@ class StreamingSegmentPool:
         )
 
     def _emit(self, bounds: list[int]) -> Streamed:
-        """Tokens of the segments that end at ``bounds``, one after the other from the open one on."""
+        """Return the tokens of the open segment and those after it, which end at ``bounds``."""
         assert self._frames is not None
         frames, device = self._frames, self._frames.device
         starts = [self._start, *bounds[:-1]] if bounds else []
@@ -209,7 +231,7 @@ class StreamingSegmentPool:
         else:
             parts = []
             whole = 0
-            if self._sum is not None:  # the first of them is summed in part already
+            if self._sum is not None:  # the open segment is partly summed already
                 whole, total = 1, _add(self._sum, frames[: bounds[0] - self._origin])
                 assert total is not None
                 parts.append((total / lengths[0]).to(frames.dtype)[None])
@@ -224,24 +246,29 @@ class StreamingSegmentPool:
         return Streamed(values, places, sizes)
 
     def _fold(self) -> None:
-        """Sums the blocks of the open segment that are complete, and lets go of their frames."""
+        """Add the complete blocks of the open segment to its sum, and drop their frames."""
         assert self._frames is not None
         blocks = (self._decided - self._origin) // BLOCK
         if blocks > 0:
             self._sum = _add(self._sum, self._frames[: blocks * BLOCK])
             self._frames = self._frames[blocks * BLOCK :]
             self._origin += blocks * BLOCK
-        self._frames = self._frames.clone()  # a view would hold on to the chunk
+        self._frames = self._frames.clone()  # a view would keep the chunk in memory
 
 
 class StreamingIntegrateAndFire:
-    """:func:`fastcompress.integrate_and_fire` of one stream, without a target.
+    """Run :func:`fastcompress.integrate_and_fire` on one stream, chunk by chunk, without target lengths.
 
-    On the CPU, where sums are taken in order, the tokens are those of the whole stream bit for bit; on a GPU, whose
-    cumulative sums depend on how much there is at once, to rounding.
+    On the CPU the tokens equal those of the whole stream bit for bit. On a GPU they are equal up to rounding, because
+    the order in which a GPU adds a cumulative sum depends on its length.
 
     Args:
-        beta, tail: as there.
+        beta: See :func:`fastcompress.integrate_and_fire`.
+        tail: See :func:`fastcompress.integrate_and_fire`.
+
+    Raises:
+        TypeError: If an argument is not a number.
+        ValueError: If ``beta`` is not positive, or ``tail`` is outside [0, 1].
     """
 
     def __init__(self, beta: float = 1.0, tail: float | None = 0.5) -> None:
@@ -251,35 +278,36 @@ class StreamingIntegrateAndFire:
         self._reset()
 
     def _reset(self) -> None:
-        self._like: Tensor | None = None  # no frames, of the stream's dtype and width
-        self._seen = 0
-        self._total: Tensor | None = None  # of the weights, fp64
-        self._fired = 0
-        self._sum: Tensor | None = None  # of the open token: blocks of weighted frames that are summed,
-        self._rows: Tensor | None = None  # and those that are not
+        self._like: Tensor | None = None  # [0, D], of the dtype and width of the stream
+        self._seen = 0  # number of frames received
+        self._total: Tensor | None = None  # sum of all weights, [1] fp64
+        self._fired = 0  # number of tokens fired
+        self._sum: Tensor | None = None  # sum of the complete blocks of the open token
+        self._rows: Tensor | None = None  # weighted frames of the open token that are not summed yet
 
     def __call__(self, x: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
-        """Takes the next frames.
+        """Add the next frames.
 
         Args:
-            x: ``[N, D]``, as many as there are; of the dtype, width and device of those before.
-            alpha: their weights ``[N]``, not negative.
+            x: Frames, ``[N, D]`` with any ``N``. The dtype, width and device must be those of the earlier frames.
+            alpha: Weights of the frames, ``[N]`` floating point, finite and not negative.
 
         Returns:
-            the tokens that fired, ``[M, D]``, and the frame of the stream in which each did, ``[M]`` int64.
+            The tokens that fired, ``[M, D]``, and the frame of the stream in which each fired, ``[M]`` int64.
 
         Raises:
-            TypeError, ValueError: something does not fit.
+            TypeError: If an argument has a wrong type or dtype.
+            ValueError: If a shape, device or value is invalid.
         """
         check_float("x", x)
         check_float("alpha", alpha)
         if x.dim() != 2 or alpha.shape != x.shape[:1]:
-            raise ValueError(f"x must be [N, D] and alpha [N], got {list(x.shape)} and {list(alpha.shape)}")
+            raise ValueError(f"x must have shape [N, D] and alpha [N], got {list(x.shape)} and {list(alpha.shape)}")
         if x.device.type == "cpu" and not bool(((alpha >= 0) & (alpha < math.inf)).all()):
             raise ValueError(f"alpha must be finite and not negative, got {alpha.tolist()}")
         x = x.detach()
         if self._like is None:
-            self._like = x.new_empty(0, x.shape[1])  # and no view, which would hold on to the chunk
+            self._like = x.new_empty(0, x.shape[1])  # not a view, which would keep the chunk in memory
             self._total = torch.zeros(1, dtype=torch.float64, device=x.device)
             self._rows = self._like.to(accumulate_dtype(x.dtype))
         like, total, rows, wide = self._like, self._total, self._rows, accumulate_dtype(x.dtype)
@@ -294,13 +322,14 @@ class StreamingIntegrateAndFire:
         share = share.to(wide)
         first, last = self._fired, int(right[-1])
         if last - first >= 2**31:
-            raise ValueError(f"alpha adds up to {float(weight.sum()):g}: too many tokens of beta {self.beta:g}")
-        # Those that fire, and the one that stays open.
+            got = float(weight.sum())
+            raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {self.beta:g}, got {got:g}")
+        # The tokens that fire, followed by the one that stays open.
         token = torch.arange(first, last + 1, device=x.device).double()
-        ends = torch.searchsorted(right, token + 1)  # frames in which they do; of the last: none
-        begins = torch.searchsorted(right, token)  # the first frame at whose end the token is open
+        ends = torch.searchsorted(right, token + 1)  # frame in which each token fires; the last does not
+        begins = torch.searchsorted(right, token)  # first frame after which the token is open
         rest = opening(token, right[begins], after[begins], self.beta).to(wide)
-        # The open token goes on with what this chunk gives it.
+        # The token that was open before this chunk takes its share of the first frames.
         given = int(ends[0]) + 1 if last > first else x.shape[0]
         rows = torch.cat([rows, x[:given].to(wide) * share[:given, None]])
         values = like
@@ -323,9 +352,17 @@ class StreamingIntegrateAndFire:
         return values, ends[:-1] + seen
 
     def flush(self) -> tuple[Tensor, Tensor]:
-        """Ends the stream: the token of what is left, if ``tail`` says so. The next call begins another one."""
+        """End the stream. The next call starts a new stream.
+
+        Returns:
+            The token of the remaining weight, ``[1, D]``, if that is at least ``tail`` of ``beta``, else ``[0, D]``;
+            and the last frame of the stream, ``[1]`` or ``[0]`` int64.
+
+        Raises:
+            ValueError: If no frames were added.
+        """
         if self._like is None:
-            raise ValueError("nothing was streamed: there is nothing to flush")
+            raise ValueError("flush needs at least one frame, but none was added to this stream")
         like, device = self._like, self._like.device
         assert self._total is not None and self._rows is not None
         _, remainder = left_over(self._total, self.beta)
@@ -343,13 +380,13 @@ class StreamingIntegrateAndFire:
 def _check_like(x: Tensor, before: Tensor) -> None:
     if x.shape[1] != before.shape[1] or x.dtype != before.dtype or x.device != before.device:
         raise ValueError(
-            f"x must be [N, {before.shape[1]}], {before.dtype}, on {before.device} like the frames before, got "
+            f"x must be [N, {before.shape[1]}], {before.dtype}, on {before.device} like the earlier frames, got "
             f"{list(x.shape)}, {x.dtype}, on {x.device}"
         )
 
 
 def _add(total: Tensor | None, frames: Tensor) -> Tensor | None:
-    """A sum with more blocks, each in the order of its frames; the last may be short, or there is none."""
+    """Add frames ``[N, D]`` to a sum, block by block as in ``segment_reduce``; without any frame return ``total``."""
     wide = frames.to(accumulate_dtype(frames.dtype))
     starts = torch.arange(0, len(wide), BLOCK, device=wide.device)
     lengths = (len(wide) - starts).clamp_max(BLOCK)

@@ -1,3 +1,3 @@
-"""The version, apart from anything that needs torch, so that the build can read it."""
+"""The version, in a module that does not import torch, so that the build can read it."""
 
 __version__ = "0.1.0"

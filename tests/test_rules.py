@@ -187,9 +187,18 @@ def test_frozen(rule: Rule):
             lambda: Rule.from_dict({}),
             f"data must have a 'rule', one of {NAMES}, got {{}}",
         ),
-        (lambda: Rule.from_string("uniform:3,order=2"), "rule 'uniform' has no field 'order'; it has size, tail"),
-        (lambda: Rule.from_dict({"rule": "uniform", "n": 2}), "rule 'uniform' has no field 'n'; it has size, tail"),
-        (lambda: Rule.from_string("uniform:size=3,drop"), "rule 'uniform:size=3,drop': 'drop' is not field=value"),
+        (
+            lambda: Rule.from_string("uniform:3,order=2"),
+            "rule 'uniform' has no field 'order'; its fields are size, tail",
+        ),
+        (
+            lambda: Rule.from_dict({"rule": "uniform", "n": 2}),
+            "rule 'uniform' has no field 'n'; its fields are size, tail",
+        ),
+        (
+            lambda: Rule.from_string("uniform:size=3,drop"),
+            "rule 'uniform:size=3,drop': 'drop' must have the form field=value",
+        ),
         (lambda: Rule.from_string("uniform:3,size=4"), "rule 'uniform:3,size=4': field 'size' is given twice"),
         (lambda: Rule.from_string("uniform:three"), "Uniform: size must be an integer, got 'three'"),
         (lambda: Rule.from_string("threshold:nan"), "Threshold: threshold must be a number, got nan"),

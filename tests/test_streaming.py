@@ -141,13 +141,13 @@ def test_one_stream_after_another():
         x = features("iid", 50, 3 + seed, torch.float32, seed)
         values = torch.cat([pool(x[:20]).values, pool(x[20:]).values, pool.flush().values])
         assert torch.equal(values, fc.segment_pool(x).values)
-    with pytest.raises(ValueError, match="nothing was streamed"):
+    with pytest.raises(ValueError, match="flush needs at least one frame"):
         pool.flush()
 
 
 def test_rules_that_look_at_everything_are_refused():
     for rule in ("top-k:3", "peak-height", "label-change", "local-max:prominence=0.1", "local-max:normalize=True"):
-        with pytest.raises(NotImplementedError, match="looks at all of a sequence and cannot be streamed"):
+        with pytest.raises(NotImplementedError, match="needs the whole sequence and cannot be streamed"):
             fc.StreamingSegmentPool(rule)
 
 
@@ -230,11 +230,11 @@ def test_integrate_and_fire_fires_at_once():
         (torch.ones(1, 2), torch.tensor([-1.0]), "alpha must be finite and not negative"),
         (torch.ones(1, 2), torch.ones(2), "x must be [N, D] and alpha [N]"),
         (torch.ones(1, 3), torch.ones(1), "x must be [N, 2]"),
-        (torch.ones(1, 2), torch.tensor([1e12]), "alpha adds up to 1e+12: too many tokens of beta 1"),
+        (torch.ones(1, 2), torch.tensor([1e12]), "alpha must add up to fewer than 2**31 tokens of beta 1, got 1e+12"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             fire(x, alpha)
     with pytest.raises(ValueError, match="beta must be positive"):
         fc.StreamingIntegrateAndFire(beta=-1.0)
-    with pytest.raises(ValueError, match="nothing was streamed"):
+    with pytest.raises(ValueError, match="flush needs at least one frame"):
         fc.StreamingIntegrateAndFire().flush()

@@ -1,11 +1,13 @@
-"""Which implementation an op runs on: compiled kernels, Triton kernels or the reference.
+"""Choice of the backend on which ops run: compiled kernels, Triton kernels, or the reference.
 
-The ops are ordinary dispatcher ops. The compiled library registers its own kernels, and the reference lies below them
-on the alias key of every device. Any other choice is a set of Python kernels that is registered above the compiled ones
-for as long as it holds: the default costs nothing at a call, and compiled graphs and exported programs follow.
+The ops are ordinary ops of the PyTorch dispatcher. The compiled library registers its kernels for the CPU and CUDA
+keys. The reference is registered for every device, with a lower priority. Any other choice registers Python kernels
+that override the compiled ones while the choice is active. So the default adds no cost to a call, and the choice also
+applies to compiled graphs and exported programs.
 
-The choice for CUDA tensors is made at the first call with one, and from then on at once when a block opens or closes.
-Until then nothing here initialises CUDA, so that a process may fork after ``import fastcompress``.
+The backend of CUDA tensors is chosen at the first call with one. From then on, opening or closing a ``backend`` block
+takes effect immediately. Before that, this module does not initialize CUDA, so that a process can fork after
+``import fastcompress``.
 """
 
 from __future__ import annotations
@@ -28,12 +30,13 @@ from fastcompress.dispatch.library import COMPILED, cuda_archs, cuda_version
 from fastcompress.dispatch.schemas import LIBRARY
 
 BACKENDS = ("cuda", "triton", "reference")
+#: Environment variable that chooses the backend of the process.
 VARIABLE = "FASTCOMPRESS_BACKEND"
 
 
 @dataclass(frozen=True)
 class Choice:
-    """What an op runs on, ``"compiled"`` (CPU), ``"cuda"``, ``"triton"`` or ``"reference"``, and why."""
+    """Backend of an op, ``"compiled"`` (CPU), ``"cuda"``, ``"triton"`` or ``"reference"``, and the reason for it."""
 
     backend: str
     reason: str
@@ -41,7 +44,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Device:
-    """A CUDA device that this process sees."""
+    """A CUDA device that is visible to this process."""
 
     name: str
     capability: tuple[int, int]
@@ -49,40 +52,53 @@ class Device:
 
 @dataclass(eq=False)
 class _Request:
+    """A backend that a ``backend`` block or the environment variable asks for; ``source`` names it in errors."""
+
     backend: str
     source: str
 
 
-#: Whether the first CUDA tensor still has to come. Read by ``ops/dispatch.py`` at every call.
+#: True until the first CUDA tensor has been seen. ``call.py`` reads it at every call.
 undecided: bool = True
 
-_settled = False  # whether there has been one
+_settled = False  # True once the default backend of CUDA tensors has been chosen
 _lock = threading.RLock()
-_requests: list[_Request] = []  # the last one holds
+_requests: list[_Request] = []  # the last one is active
 _override: torch.library.Library | None = None
 _warned = False
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Runs the ops on another backend inside a ``with`` block, or in a decorated function.
+    """Run the ops on another backend inside a ``with`` block or a decorated function.
 
-    ``"cuda"``: the compiled kernels. ``"triton"``: the Triton kernels. Both are about CUDA tensors; CPU tensors go
-    on as they were, unless Triton's interpreter runs (``TRITON_INTERPRET=1``). ``"reference"``: pure PyTorch, on CPU
-    tensors too. An op that a backend lacks runs on the reference. Without any choice CUDA tensors run on the compiled
-    kernels if they fit the GPUs, else on Triton if it is installed, else on the reference.
+    Without a choice, CUDA tensors run on the compiled kernels if these support the GPUs, else on Triton if it is
+    installed, else on the reference. The environment variable ``FASTCOMPRESS_BACKEND`` chooses for the whole process.
 
-    The choice is the process's, not the thread's: the innermost block that is still open holds, whoever opened it. Do
-    not open or close one while another thread is inside an op. ``FASTCOMPRESS_BACKEND`` chooses for the whole process.
+    The choice applies to all threads: the block that was opened last and is still open is active. Do not open or close
+    a block while another thread is running an op.
+
+    Args:
+        name: ``"cuda"`` for the compiled kernels or ``"triton"`` for the Triton kernels; both affect CUDA tensors only,
+            except that Triton's interpreter (``TRITON_INTERPRET=1``) also runs CPU tensors. ``"reference"`` for pure
+            PyTorch, for CPU tensors too. An op that a backend does not have runs on the reference.
 
     Raises:
-        ValueError: no such backend.
-        RuntimeError: it cannot be used here; the message says why. What depends on the GPU shows at the first call with
-            a CUDA tensor, if there has been none yet. Or a function with the block inside is being compiled or
-            exported.
+        ValueError: If there is no such backend.
+        RuntimeError: If the backend cannot be used here; the message says why. Before the first CUDA tensor, problems
+            with the GPU are reported at the first call with one. It is also raised if the block is inside a
+            function that is being compiled or exported.
+
+    Examples:
+        >>> import fastcompress
+        >>> with fastcompress.backend("reference"):
+        ...     fastcompress.adjacent_distance(torch.ones(2, 4))
+        tensor([0., nan])
     """
     if torch.compiler.is_compiling():
-        raise RuntimeError("fastcompress.backend has no effect inside a compiled function: put it around the calls")
+        raise RuntimeError(
+            "fastcompress.backend cannot be used inside a compiled function: open the block around its calls"
+        )
     request = _push(name, "fastcompress.backend")
     try:
         yield
@@ -93,6 +109,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def _push(name: str, source: str) -> _Request:
+    """Activate a backend and return its request, which the caller removes to deactivate it."""
     if name not in BACKENDS:
         raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
     problem = {"cuda": _why_no_cuda, "triton": _why_no_triton}.get(name, lambda: None)()
@@ -103,7 +120,7 @@ def _push(name: str, source: str) -> _Request:
         _requests.append(request)
         try:
             _apply()
-        except RuntimeError:  # the process knows its GPUs already, and it is none for them
+        except RuntimeError:  # the GPUs are known already, and the backend does not support them
             _requests.remove(request)
             _apply()
             raise
@@ -111,7 +128,7 @@ def _push(name: str, source: str) -> _Request:
 
 
 def _apply() -> None:
-    """Makes the last request hold."""
+    """Activate the last request, or the default without one."""
     global undecided
     name = _requests[-1].backend if _requests else None
     undecided = name is None or name == "cuda"
@@ -126,7 +143,7 @@ def _apply() -> None:
 
 
 def _replace(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> None:
-    """Registers these kernels instead of those that were chosen before; none: the compiled ones show again."""
+    """Replace the overriding kernels by ``kernels``. An empty mapping restores the compiled kernels."""
     global _override
     if _override is not None:
         _override._destroy()
@@ -134,8 +151,11 @@ def _replace(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> 
 
 
 def _settle_first(name: str) -> Callable[..., Any]:
-    """Lies above a compiled kernel, which may not fit the GPU, until the choice is made: for the first call if it does
-    not pass through ops/dispatch.py, such as that of an exported program."""
+    """Make a kernel that chooses the backend and calls the op again.
+
+    It overrides the compiled kernel, which may not support the GPU, until the backend is chosen. It is needed for a
+    first call that does not go through ``call.py``, such as that of an exported program.
+    """
     op = getattr(torch.ops.fastcompress, name).default
 
     def run(*args: Any) -> Any:
@@ -146,7 +166,10 @@ def _settle_first(name: str) -> Callable[..., Any]:
 
 
 def settle() -> bool:
-    """Chooses for CUDA tensors, now that there is one. Returns False when torch sees no CUDA device (a traced one)."""
+    """Choose the backend of CUDA tensors at the first one.
+
+    Return False if there is no CUDA device, as when a fake CUDA tensor is traced.
+    """
     global _settled, _warned, undecided
     with _lock:
         if not undecided:
@@ -168,21 +191,22 @@ def settle() -> bool:
     return True
 
 
-# Tracing runs it instead of tracing it: torch.compiler.assume_constant_result, without the seconds of importing Dynamo.
-settle._dynamo_marked_constant = True  # type: ignore[attr-defined]  # Dynamo reads it of functions
+# Dynamo calls a function with this attribute instead of tracing it. torch.compiler.assume_constant_result sets it too,
+# but imports Dynamo, which takes seconds.
+settle._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def choices() -> dict[str, dict[str, Choice]]:
-    """What each op runs on, on ``"cpu"`` and on ``"cuda"``, and why. Initialises CUDA."""
+    """Return the backend of each op for ``"cpu"`` and ``"cuda"`` tensors, with the reasons. Initializes CUDA."""
     asked = _requests[-1] if _requests else None
     found: dict[str, dict[str, Choice]] = {}
     for op in reference.OPS:
         if asked is not None and _covers_cpu(asked.backend):
             cpu = _asked_for(asked)
         elif torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcompress::{op}", "CPU"):
-            cpu = Choice("compiled", f"the library has CPU kernels, {torch.ops.fastcompress.cpu_isa()}")
+            cpu = Choice("compiled", f"the library has CPU kernels for {torch.ops.fastcompress.cpu_isa()}")
         else:
-            cpu = Choice("reference", "there is no compiled library")
+            cpu = Choice("reference", "the compiled library is missing")
         cuda = _default() if asked is None else _asked_for(asked)
         if cuda.backend == "triton" and op not in _ops("triton"):
             cuda = Choice("reference", f"{cuda.reason}; Triton has no kernel for it")
@@ -194,7 +218,7 @@ def choices() -> dict[str, dict[str, Choice]]:
 
 @functools.cache
 def cuda_devices() -> tuple[Device, ...]:
-    """The CUDA devices that this process sees. Initialises CUDA."""
+    """Return the CUDA devices that are visible to this process. Initializes CUDA."""
     if not torch.cuda.is_available():
         return ()
     properties = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
@@ -202,7 +226,7 @@ def cuda_devices() -> tuple[Device, ...]:
 
 
 def driver_version() -> tuple[int, int] | None:
-    """The CUDA version of the driver; ``None``: not known. Initialises CUDA."""
+    """Return the CUDA version that the driver supports, or ``None`` if it is unknown. Initializes CUDA."""
     if torch.version.hip or not cuda_devices():
         return None
     version = torch._C._cuda_getDriverVersion()  # type: ignore[attr-defined]  # not in torch's stubs
@@ -210,9 +234,14 @@ def driver_version() -> tuple[int, int] | None:
 
 
 def runs_on(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether kernels for ``archs`` run on a GPU: those of its generation up to itself, or PTX of any that is no newer.
+    """Return whether kernels that were compiled for ``archs`` run on a GPU.
 
-    Of ``"90a"`` and ``"100f"``, code for one GPU and for one family, only the GPU itself is taken.
+    Machine code runs on GPUs of the same major and an equal or higher minor capability; PTX runs on any GPU of an equal
+    or higher capability. Code such as ``"90a"`` or ``"100f"`` is accepted for exactly that capability.
+
+    Args:
+        archs: Architectures separated by semicolons, such as ``"80;90a;120+PTX"``.
+        capability: Compute capability of the GPU, (major, minor).
     """
     for arch in archs.split(";"):
         match = re.fullmatch(r"(\d+)(\d)([af]?)(\+PTX)?", arch)
@@ -228,41 +257,42 @@ def runs_on(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def _why_no_cuda() -> str | None:
-    """Why there are no compiled CUDA kernels, as far as this can be said without a GPU."""
+    """Return why there are no compiled CUDA kernels, as far as that is known without a GPU, or ``None``."""
     if not COMPILED:
-        return "there is no compiled library"
+        return "the compiled library is missing"
     return None if cuda_archs() else "the library has no CUDA kernels"
 
 
 def _why_not_here() -> str | None:
-    """Why the compiled CUDA kernels do not run on the GPUs at hand."""
+    """Return why the compiled CUDA kernels do not run on the visible GPUs, or ``None``. Initializes CUDA."""
     if torch.version.hip:
         return "the library's CUDA kernels do not run under ROCm"
     driver, built = driver_version(), cuda_version()
     if driver is not None and driver[0] < int(built.partition(".")[0]):
-        return f"the library was built with CUDA {built}, but the driver is for CUDA {driver[0]}.{driver[1]}"
+        return f"the library was built with CUDA {built}, but the driver supports CUDA {driver[0]}.{driver[1]}"
     for device in cuda_devices():
         if not runs_on(cuda_archs(), device.capability):
             major, minor = device.capability
-            return f"the library has CUDA kernels for {cuda_archs()}, none for {device.name} ({major}{minor})"
+            return f"the library has CUDA kernels for {cuda_archs()}, not for {device.name} ({major}{minor})"
     return None
 
 
 def _why_no_triton() -> str | None:
+    """Return why the Triton kernels cannot be used, or ``None``."""
     try:
         _ops("triton")
     except ModuleNotFoundError as error:
         if error.name == "triton":
             return "triton is not installed (pip install triton)"
-        return f"the Triton kernels do not load ({error})"
-    except Exception as error:  # whatever a Triton that does not fit this torch raises
-        return f"the Triton kernels do not load ({type(error).__name__}: {error})"
+        return f"the Triton kernels cannot be loaded ({error})"
+    except Exception as error:  # a Triton that is incompatible with this torch can raise anything
+        return f"the Triton kernels cannot be loaded ({type(error).__name__}: {error})"
     return None
 
 
 @functools.cache
 def _default() -> Choice:
-    """For CUDA tensors, when nobody asks for anything. The same for every GPU, as a kernel is registered for all."""
+    """Return the default backend of CUDA tensors, the same for all GPUs: kernels are registered per device type."""
     no_cuda = _why_no_cuda() or _why_not_here()
     if no_cuda is None:
         return Choice("cuda", f"the library has CUDA kernels for {cuda_archs()}")
@@ -273,33 +303,35 @@ def _default() -> Choice:
 
 
 def _covers_cpu(name: str) -> bool:
-    """Whether a backend takes CPU tensors."""
+    """Return whether a backend also runs CPU tensors."""
     return name == "reference" or (name == "triton" and _interpreted())
 
 
 def _interpreted() -> bool:
-    """Whether Triton interprets kernels: in the words that it takes for yes."""
+    """Return whether Triton's interpreter is enabled, by the values of the variable that Triton accepts."""
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "on", "yes", "y")
 
 
 def _asked_for(request: _Request) -> Choice:
     problem = _why_not_here() if request.backend == "cuda" else None
-    return Choice(request.backend, f"{request.source} asks for it" + (f", but {problem}" if problem else ""))
+    return Choice(request.backend, f"{request.source} selects it" + (f", but {problem}" if problem else ""))
 
 
 def _ops(name: str) -> dict[str, Callable[..., Any]]:
+    """Return the kernels of a Python backend by op, importing Triton only if it is needed."""
     return importlib.import_module("fastcompress.triton").OPS if name == "triton" else reference.OPS
 
 
 def _kernels(name: str) -> dict[str, Callable[..., Any]]:
+    """Return the kernels of a Python backend by op, with the reference for the ops that it does not have."""
     return {**reference.OPS, **_ops(name)}
 
 
 def override(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> torch.library.Library:
-    """Registers kernels of ops above what there is for some dispatch keys; destroying the result takes them away."""
+    """Register kernels that override the present ones for the given dispatch keys, until the result is destroyed."""
     library = torch.library.Library("fastcompress", "IMPL")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # torch warns that compiled kernels are overridden, which is the purpose
+        warnings.simplefilter("ignore")  # torch warns about overridden kernels, which is the intention here
         for key in keys:
             for op, kernel in kernels.items():
                 library.impl(op, kernel, key, allow_override=True)
@@ -307,11 +339,14 @@ def override(kernels: Mapping[str, Callable[..., Any]], keys: Iterable[str]) -> 
 
 
 def _fallback(name: str) -> Callable[..., Any]:
-    """The reference, for tensors on any device. It sees CUDA tensors when the library has no kernels for them."""
+    """Make the kernel for tensors on any device: the reference.
+
+    CUDA tensors reach it if the library has no CUDA kernels. The first one then chooses the backend: ``_settle_first``
+    does that only above compiled kernels.
+    """
     definition, op = reference.OPS[name], getattr(torch.ops.fastcompress, name).default
 
     def run(*args: Any) -> Any:
-        # Not settled yet: see _settle_first, which lies above compiled kernels alone.
         if undecided and args[0].is_cuda and settle():
             return op(*args)
         return definition(*args)

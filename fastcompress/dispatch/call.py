@@ -1,4 +1,4 @@
-"""How a wrapper calls an op."""
+"""Calls of ops from their public functions."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result_co = TypeVar("Result_co", covariant=True)
 
 
 class Op(Protocol[Result_co]):
-    """An overload of ``torch.ops``, which has no types, with that of its result."""
+    """An overload of ``torch.ops``, which is untyped, with the type of its result."""
 
     def __call__(self, *args: Any) -> Result_co: ...
 
@@ -23,12 +23,17 @@ class Op(Protocol[Result_co]):
 
 
 def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Callable[[], None]) -> Result:
-    """Calls ``op``, below the autograd key when no gradient is needed: the key's Python formula costs microseconds.
+    """Call an op, choose the backend at the first CUDA tensor, and explain errors.
 
-    Not so under a transform of ``torch.func``, whose wrapped tensors do not tell whether they need one.
+    If no gradient is needed, the call skips the autograd key, whose Python formula costs microseconds. It does not skip
+    it under a transform of ``torch.func``, because wrapped tensors do not show whether they need a gradient.
 
-    ``args[0]`` is a tensor; if it is the first on CUDA, the backend is chosen. ``explain`` runs when a kernel refuses
-    its input, to raise an error that names the argument and the values.
+    Args:
+        op: The op.
+        args: Its arguments. The first must be a tensor.
+        needs_grad: Whether autograd must record the call.
+        explain: Function to call after a kernel has rejected its input; it raises an error that names the argument and
+            the value.
     """
     if torch.compiler.is_compiling():
         if args[0].is_cuda:
@@ -49,24 +54,26 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
                 explain()
             name = op.name().removeprefix("fastcompress::")
             raise NotImplementedError(
-                f"{name} does not run under this transform of torch.func; torch.autograd.grad does"
+                f"{name} does not support this transform of torch.func; use torch.autograd.grad instead"
             ) from error
         explain()
         raise
 
 
 def _refuse_tangents(op: Op[Any], args: tuple[Any, ...]) -> None:
-    """The ops have no forward-mode derivatives; PyTorch would drop the tangents of their inputs without a word."""
+    """Raise if an input has a tangent: the ops have no forward-mode derivative, and PyTorch would ignore it."""
     for arg in args:
         if isinstance(arg, torch.Tensor) and torch.autograd.forward_ad.unpack_dual(arg).tangent is not None:
             name = op.name().removeprefix("fastcompress::")
-            raise NotImplementedError(f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd)")
+            raise NotImplementedError(
+                f"{name} has no forward-mode derivative (torch.func.jvp, jacfwd); use torch.autograd.grad instead"
+            )
 
 
 def differentiable_once(backward: str) -> None:
-    """Makes differentiating the op ``backward`` an error; without this it would give zeros."""
+    """Make differentiating the op ``backward`` an error; otherwise PyTorch would return zeros."""
 
     def refuse(ctx: Any, *grads: Any) -> None:
-        raise RuntimeError(f"fastcompress: {backward.removesuffix('_backward')} is differentiable once only")
+        raise RuntimeError(f"fastcompress: {backward.removesuffix('_backward')} has first-order gradients only")
 
     torch.library.register_autograd(f"fastcompress::{backward}", refuse)

@@ -1,4 +1,4 @@
-"""Loads the compiled library, ``_C.so``, which adds kernels to the ops of ``schemas.py``."""
+"""Load the compiled library, ``_C.so``, which adds kernels to the ops of ``schemas.py``."""
 
 from __future__ import annotations
 
@@ -7,25 +7,26 @@ from pathlib import Path
 
 import torch
 
-import fastcompress.dispatch.schemas  # noqa: F401  (the ops that it adds kernels to)
+import fastcompress.dispatch.schemas  # noqa: F401  (defines the ops)
 
 LIBRARY_PATH = Path(__file__).parents[1] / "_C.so"
 
 
 def _load() -> str | None:
+    """Load the library; return why that failed, or ``None``."""
     if not LIBRARY_PATH.exists():
         return f"{LIBRARY_PATH} is missing"
     try:
         torch.ops.load_library(str(LIBRARY_PATH))
     except OSError as error:
-        return f"{LIBRARY_PATH} does not load ({error})"
+        return f"{LIBRARY_PATH} cannot be loaded ({error})"
     return None
 
 
-#: Why there are no compiled kernels; ``None``: there are.
+#: Reason why the compiled library is not loaded, or ``None`` if it is.
 PROBLEM = _load()
 
-#: Whether the compiled kernels are there.
+#: True if the compiled library is loaded.
 COMPILED = PROBLEM is None
 
 if not COMPILED:
@@ -38,10 +39,10 @@ if not COMPILED:
 
 
 def cuda_archs() -> str:
-    """What the library's CUDA kernels were compiled for, such as ``"80;90;100;120+PTX"``; empty when it has none."""
+    """Return the CUDA architectures of the library, such as ``"80;90;100;120+PTX"``; empty without CUDA kernels."""
     return torch.ops.fastcompress.cuda_archs() if COMPILED else ""
 
 
 def cuda_version() -> str:
-    """The CUDA toolkit that the library was built with, such as ``"13.0"``; empty when it has no CUDA kernels."""
+    """Return the CUDA toolkit version of the build, such as ``"13.0"``; empty without CUDA kernels."""
     return torch.ops.fastcompress.cuda_version() if COMPILED else ""

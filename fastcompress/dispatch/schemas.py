@@ -1,9 +1,12 @@
-"""Every operator of the library, on one screen.
+"""Schemas of all ops of the library.
 
-The schemas live in Python so that the ops exist, compile and export without the compiled library, which only adds
-implementations. ``cu_seqlens`` [B + 1] goes with packed input ``[N, D]`` (none: one sequence), ``lengths`` [B] with
-padded input ``[B, T, D]`` (none: all T); both int32 or int64. ``row_group`` is int32, a value a row. The rule is
-``Rule.op_args()``.
+They are defined in Python, so that the ops exist, compile and export without the compiled library, which only adds
+kernels. Arguments that several ops share:
+
+* ``cu_seqlens``: [B + 1] int32 or int64, for packed input ``[N, D]``; ``None`` means one sequence.
+* ``lengths``: [B] int32 or int64, for padded input ``[B, T, D]``; ``None`` means no padding.
+* ``row_group``: int32, one value per row.
+* The arguments of the rule: those of ``Rule.op_args()``.
 """
 
 import torch
@@ -21,21 +24,22 @@ SCHEMAS = (
     f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",
     f"segment_weighted_mean(Tensor x, Tensor weights, {SEGMENTS}) -> Tensor",
     f"segment_weighted_mean_backward(Tensor grad, Tensor x, Tensor y, Tensor weights, {SEGMENTS}) -> (Tensor, Tensor)",
-    # Integrate-and-fire: `first` [M] are the weights of the first row of each token, `weights` [N] those of all others.
+    # Integrate-and-fire: `first` [M] has the weight of the first row of each token, `weights` [N] those of other rows.
     f"integrate_rows(Tensor x, Tensor weights, Tensor first, Tensor? divisors, {SEGMENTS}) -> Tensor",
     f"integrate_rows_backward(Tensor grad, Tensor x, Tensor weights, Tensor first, {SEGMENTS})"
     " -> (Tensor, Tensor, Tensor)",
     f"segment_expand(Tensor y, {SEGMENTS}, SymInt num_rows, str reduce) -> Tensor",
     f"segment_pool(Tensor x, Tensor? keys, {LAYOUT}, Tensor? row_group, {RULE}, bool compact)"
     " -> (Tensor, Tensor, Tensor, Tensor)",
-    # Of PyTorch's own kernels on every device.
+    # Implemented with PyTorch's own kernels on every device.
     f"nearest_odd(Tensor keys, {LAYOUT}) -> (Tensor, Tensor)",
-    # Packing: row_group and audios to the rows of the packed input; see fastcompress/ops/pack.py.
+    # Packing; see fastcompress/ops/pack.py.
     f"pack_map(Tensor row_group, Tensor? ids, {LAYOUT}, Tensor audio_cu_seqlens, SymInt num_embeddings,"
     " SymInt num_audio_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",
     "pack_labels(Tensor source, Tensor cu_seqlens, Tensor row_group, Tensor? labels) -> (Tensor, Tensor)",
     "pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table) -> Tensor",
-    # Of the compiled library alone: which kernels run on the CPU, which CUDA kernels it has and what built them.
+    # Information about the compiled library, which alone implements them: instruction set of the CPU kernels,
+    # architectures of the CUDA kernels, and version of the CUDA toolkit.
     "cpu_isa() -> str",
     "cuda_archs() -> str",
     "cuda_version() -> str",

@@ -1,1 +1,1 @@
-"""The public ops: checks, fakes, autograd and dispatch; one module an op."""
+"""The public ops: argument checks, fake kernels, autograd and dispatch. One module per op."""

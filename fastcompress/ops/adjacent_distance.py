@@ -1,4 +1,4 @@
-"""Cosine distance between frames ``lag`` apart."""
+"""Cosine distance between frames that are ``lag`` apart."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ _backward_op: Op[Tensor] = torch.ops.fastcompress.adjacent_distance_backward.def
 def adjacent_distance(
     x: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, lag: int = 1
 ) -> Tensor:
-    """Cosine distance between each frame and the one ``lag`` frames later.
+    """Compute the cosine distance between each frame and the frame ``lag`` frames later.
 
-    ``d[t] = 1 - x[t] . x[t + lag] / (max(|x[t]|, eps) max(|x[t + lag]|, eps))`` with ``eps = 1e-8``, never computed in
-    a half type. Two zero rows are alike, ``d = 0``; a zero row beside another has ``d = 1``. A non-finite frame, and
-    the last ``lag`` frames of a sequence, which have no partner, have NaN.
+    ``d[t] = 1 - x[t] . x[t + lag] / (max(|x[t]|, eps) max(|x[t + lag]|, eps))`` with ``eps = 1e-8``, computed in fp32
+    (fp64 for fp64 input). The distance of two zero frames is 0, that of a zero frame and a nonzero frame is 1. It is
+    NaN if a frame is not finite, and for the last ``lag`` frames of a sequence, which have no partner.
 
     Args:
-        x: ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sequence.
-        lengths: ``[B]`` int32 or int64, with padded input; ``None``: every frame counts.
-        lag: frames between the two, at least 1.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
+        lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
+        lag: Offset of the partner in frames, at least 1.
 
     Returns:
-        ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64). Differentiable once; gradients of frames without a
-        partner are not used.
+        Distances, ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64 input). They have first-order gradients; the incoming
+        gradient of a frame without a partner is ignored.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
+
+    Examples:
+        >>> adjacent_distance(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
+        tensor([1., 0., nan])
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)

@@ -1,4 +1,4 @@
-"""Segments of frames that are alike on average: the merge of SA-MAP."""
+"""Greedy segments by average linkage: the merge of SA-MAP."""
 
 from __future__ import annotations
 
@@ -28,22 +28,29 @@ def greedy_segments(
     lengths: Tensor | None = None,
     compact: bool = True,
 ) -> Segments:
-    """Segments of frames that are alike on average (the merge of SA-MAP; average linkage).
+    """Group neighbouring frames whose mean cosine similarity is high (the merge of SA-MAP; average linkage).
 
-    Left to right, a frame joins the open segment iff the mean of its cosines to all of the segment's frames is at least
-    ``1 - threshold``; else it starts one. That mean is the frame's dot product with the segment's sum of unit frames,
-    divided by its length, so that each frame is read once. A zero frame has cosine 0 to all; a frame that is not finite
-    is a segment of its own. Not differentiable; :func:`segment_reduce` pools, with weights if there are some.
+    From left to right, a frame joins the open segment if the mean of its cosines to all frames of that segment is at
+    least ``1 - threshold``; otherwise it starts a segment. The mean is computed as the dot product of the frame with
+    the sum of the normalized frames of the segment, divided by its length, so each frame is read once. The cosine of a
+    zero frame with any frame is 0. A frame that is not finite is a segment of its own. Boundaries are not
+    differentiable; pool the segments with :func:`segment_reduce`.
 
     Args:
-        x: ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64, summed in fp32 (fp64 for fp64).
-        threshold: the largest mean distance; 0.15 for SA-MAP's cosine of 0.85.
-        max_len: a segment that reaches this length is cut.
-        cu_seqlens, lengths: as in :func:`adjacent_distance`.
-        compact: as in :func:`select_boundaries`; without it there are ``N + B`` segments, the tail of them empty.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64. Sums are fp32 (fp64 for fp64).
+        threshold: Largest mean distance, 1 - cosine, within a segment; 0.15 for the cosine of 0.85 of SA-MAP.
+        max_len: Largest length of a segment in frames; ``None`` for no limit.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
+        compact: See :func:`select_boundaries`. With ``False`` there are ``N + B`` segments; the trailing ones are
+            empty.
+
+    Returns:
+        The segments.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)

@@ -1,8 +1,10 @@
-"""Continuous integrate-and-fire (CIF: Dong and Xu, ICASSP 2020): weights add up along the frames, and each time their
-sum reaches a threshold a token is fired, the weighted sum of the frames since the last one.
+"""Continuous integrate-and-fire (CIF: Dong and Xu, ICASSP 2020).
 
-A frame in which a token fires is split between that token and the next. Where tokens begin and end and what they take
-of which frame is found over scalars, in fp64; one op, ``integrate_rows``, then reads each frame once.
+Weights are accumulated along the frames. Each time the sum reaches a threshold, a token fires: the weighted sum of the
+frames since the previous token. The frame in which a token fires is split between that token and the next.
+
+The first and last frame of each token and the weights of its frames are computed from the weights alone, in fp64. The
+op ``integrate_rows`` then reads each frame once.
 """
 
 from __future__ import annotations
@@ -34,15 +36,16 @@ _backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integra
 
 @dataclass(eq=False)
 class Fired:
-    """Tokens of :func:`integrate_and_fire`, packed.
+    """Packed tokens of :func:`integrate_and_fire`.
 
     Attributes:
-        values: ``[M, D]``, in the dtype of the frames.
-        cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        ends: ``[M]`` int64, the row of ``x.reshape(-1, D)`` in which each token fired, from which on a stream has it.
-        total: ``[B]`` fp64, the sum of each sequence's weights as they were given, with a gradient: for
+        values: Tokens, ``[M, D]`` in the dtype of the frames.
+        cu_seqlens: Number of tokens before each sequence, ``[B + 1]`` int32.
+        ends: Row of ``x.reshape(-1, D)`` in which each token fired, ``[M]`` int64.
+        total: Sum of the weights of each sequence before scaling, ``[B]`` fp64. Has a gradient, for
             :func:`quantity_loss`.
-        remainder: ``[B]`` fp64, what was left unfired at the end of each sequence, before ``tail`` was looked at.
+        remainder: Weight that was left after the last full token of each sequence, ``[B]`` fp64; ``tail`` decides
+            whether it fires.
     """
 
     values: Tensor
@@ -52,8 +55,10 @@ class Fired:
     remainder: Tensor
 
     def to_padded(self) -> tuple[Tensor, Tensor]:
-        """As of :class:`fastcompress.Pooled`: ``values`` as ``[B, S, D]``, zeros behind each sequence, and the token
-        counts ``[B]`` int32."""
+        """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
+
+        ``S`` is the largest number of tokens of a sequence; it is read from the device.
+        """
         return pad_tokens(self.values, self.cu_seqlens)
 
 
@@ -70,32 +75,38 @@ def integrate_and_fire(
     target_lengths: Tensor | None = None,
     tail: float | None = 0.5,
 ) -> Fired:
-    """Sums frames by weights that add up to ``beta`` in each token.
+    """Sum frames into tokens, each of which takes a total weight of ``beta`` (CIF: Dong and Xu, ICASSP 2020).
 
-    Token ``i`` of a sequence is ``sum_t w[i, t] x[t]``, where ``w[i, t]`` is what the interval from ``sum(alpha[:t])``
-    to ``sum(alpha[:t + 1])`` has in common with the one from ``i beta`` to ``(i + 1) beta``. How many there are is
+    Token ``i`` of a sequence is ``sum_t w[i, t] x[t]``, where ``w[i, t]`` is the length of the overlap of the interval
+    from ``sum(alpha[:t])`` to ``sum(alpha[:t + 1])`` with the interval from ``i beta`` to ``(i + 1) beta``.
 
-    * ``target_lengths``, if given (training): the weights are scaled so that they add up to that many;
-    * else as often as the sum reaches ``beta``, and once more for what is left at the end, if that is at least ``tail``
-      of ``beta``: that token is scaled up as if ``beta`` had been reached.
+    * With ``target_lengths`` (training), the weights of a sequence are scaled so that exactly that many tokens fire.
+    * Without it, a token fires each time the sum reaches ``beta``. The weight left at the end fires one more token if
+      it is at least ``tail * beta``; that token is scaled up as if the weight had reached ``beta``.
 
     Args:
-        x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-        alpha: weights, not negative, ``[N]`` or ``[B, T]``, floating; added up in fp64.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sequence.
-        lengths: ``[B]`` int32 or int64, with padded input; ``None``: every frame counts.
-        beta: of a token; positive.
-        target_lengths: ``[B]`` integer, tokens of each sequence. A sequence whose weights add up to nothing gets none.
-        tail: from 0 to 1; ``None``: what is left at the end is dropped.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        alpha: Weights, ``[N]`` or ``[B, T]`` floating point, finite and not negative; accumulated in fp64.
+        cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
+        lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
+        beta: Weight per token; positive.
+        target_lengths: Tokens of each sequence, ``[B]`` int32 or int64. A sequence whose weights sum to 0 gets no
+            token.
+        tail: Share of ``beta``, from 0 to 1, from which the weight left at the end fires; ``None`` always drops it.
 
     Returns:
-        The tokens. Their number is read from the device, and with packed input the length of the longest sequence.
-        Gradients go to ``x`` and ``alpha``: where the sum crosses a multiple of ``beta`` moves with the weights, and a
-        token with it.
+        The tokens. Their number is read from the device, and with packed input also the length of the longest sequence.
+        Gradients go to ``x`` and ``alpha``; they include the shift of token boundaries with the weights.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
+
+    Examples:
+        >>> x = torch.tensor([[1.0], [2.0], [3.0]])
+        >>> integrate_and_fire(x, torch.tensor([0.5, 1.0, 0.5])).values
+        tensor([[1.5000],
+                [2.5000]])
     """
     check_float("x", x)
     if x.dim() not in (2, 3):
@@ -125,83 +136,102 @@ def integrate_and_fire(
     if target_lengths is None:
         if not torch.compiler.is_compiling() and x.device.type == "cpu" and float(fired.detach().sum()) >= 2**31:
             much = float(total.detach().sum())
-            raise ValueError(f"alpha adds up to {much:g}: more tokens of beta {beta:g} than int32 counts")
+            raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {beta:g}, got {much:g}")
         tokens = fired.long() if tail is None else (fired + fires_at_end(remainder, beta, tail)).long()
     cu_tokens = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
-    # The token that is open when a frame ends; as many as there are is for what is left over.
+    # `right` is the token that is open after each frame; the number of tokens stands for the unused weight at the end.
     most = tokens[sequence].double()
     _, right, share = shares(before, after, weight, beta)
     right = torch.where(inside, torch.minimum(right, most), most)
     token = torch.arange(read_count(cu_tokens[-1]), device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
-    # Slots, one a token and one a sequence for what is left over: `right` rises in them, so that a search finds where a
-    # token is open at the end of a frame for the first time, and where it no longer is.
+    # Each token has a slot, and each sequence one more for the unused weight. The open slot never decreases from frame
+    # to frame, so a binary search finds the first frame after which a token is open, and the first after which it is
+    # not.
     slot = token + owner
     opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right.long()
-    # A GPU adds in an order in which sums may fall by a rounding: what is found stays a run of frames nevertheless.
+    # On a GPU the order of additions can make a sum decrease by a rounding error; the clamps keep runs of frames valid.
     ends = torch.minimum(torch.searchsorted(opened, slot + 1), end[owner] - 1)
     begins = torch.where(local > 0, torch.minimum(torch.searchsorted(opened, slot), ends), begin[owner])
     rest = opening(local.double(), right[begins], after[begins], beta)
     first = torch.where(local > 0, rest, share[begins])
     divisors = None
-    if target_lengths is None and tail is not None:  # what is left at the end is scaled up to `beta`
+    if target_lengths is None and tail is not None:  # scale the last token up to `beta`
         divisors = torch.where(local == fired[owner], remainder[owner] / beta, 1.0)
     values = integrate_rows(rows, share, first, divisors, begins, ends - begins + 1)
     return Fired(values, cu_tokens.int(), ends, total, remainder.detach())
 
 
-# What the whole and the streamed form compute alike, all of it in fp64: numbers of tokens too, because an integer
-# tensor times a number would be in fp32.
+# The following functions are shared with streaming. All values are fp64, numbers of tokens included, because an integer
+# tensor times a Python number would be fp32.
 
 
 def usable(alpha: Tensor) -> Tensor:
-    """Weights in fp64. Where values are not looked at, what is negative or no number counts for nothing: sums rise."""
+    """Return weights in fp64, with 0 for a negative or non-finite weight, so that sums never decrease.
+
+    Values are checked on the CPU only; this keeps other devices safe.
+    """
     weight = alpha.double()
     return torch.where((weight >= 0) & (weight < torch.inf), weight, 0.0)
 
 
 def shares(before: Tensor, after: Tensor, weight: Tensor, beta: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The tokens that are open before and after each frame, and what it gives to the former.
+    """Return the tokens that are open before and after each frame, and the weight that each frame gives to the former.
 
     Args:
-        before, after: sums of the weights of a sequence.
+        before: Sum of the weights of the sequence before each frame, ``[N]`` fp64.
+        after: The same sum after each frame.
+        weight: Weight of each frame, ``[N]`` fp64.
+        beta: Weight per token.
     """
     left, right = (before / beta).floor(), (after / beta).floor()
     return left, right, torch.where(right > left, (left + 1) * beta - before, weight)
 
 
 def opening(token: Tensor, right: Tensor, after: Tensor, beta: float) -> Tensor:
-    """What each token takes of the frame that opens it: what that frame leaves over, or all it needs.
+    """Return the weight that each token takes from the frame that opens it: at most ``beta``.
 
     Args:
-        right, after: of that frame, the token that is open after it, and the sum.
+        token: Index of each token in its sequence, ``[M]`` fp64.
+        right: Token that is open after the opening frame, ``[M]`` fp64.
+        after: Sum of the weights after the opening frame, ``[M]`` fp64.
+        beta: Weight per token.
     """
     return torch.where(token == right, after - token * beta, beta)
 
 
 def left_over(total: Tensor, beta: float) -> tuple[Tensor, Tensor]:
-    """How often the sum reached ``beta``, and what is left of it."""
+    """Return the number of full tokens in each sum, and the weight that remains."""
     fired = (total / beta).floor()
     return fired, (total - fired * beta).clamp_min(0)
 
 
 def fires_at_end(remainder: Tensor, beta: float, tail: float) -> Tensor:
-    """Whether what is left makes a token: not if it is so little that fp32 could not scale it up."""
+    """Return whether the remaining weight fires a token. A weight too small to be scaled up in fp32 does not."""
     return (remainder >= tail * beta) & (remainder > 1e-30 * beta)
 
 
 def integrate_rows(
     x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
 ) -> Tensor:
-    """Token ``m`` is ``first[m] x[s] + sum(weights[t] x[t] for t in range(s + 1, s + lengths[m]))``, ``s = starts[m]``,
-    over ``divisors[m]``: summed in the order of a segment, rounded once.
+    """Compute weighted sums of runs of rows that may share their first row with the run before.
+
+    Token ``m`` is ``first[m] x[s] + sum(weights[t] x[t] for t in range(s + 1, s + lengths[m]))`` with ``s =
+    starts[m]``, divided by ``divisors[m]``. It is summed in the order of ``segment_reduce`` and rounded once.
 
     Args:
-        x: ``[N, D]``.
-        weights, first, divisors: ``[N]``, ``[M]``, ``[M]`` or none; floating, rounded to fp32 (fp64 with fp64 ``x``).
-        starts, lengths: ``[M]`` int64: tokens have rows, in order, and share no more than a first row with those
-            before.
+        x: Rows, ``[N, D]``.
+        weights: Weight of each row in the token that contains it after its first row, ``[N]`` floating point; rounded
+            to fp32 (fp64 with fp64 ``x``), as are ``first`` and ``divisors``.
+        first: Weight of the first row of each token, ``[M]``.
+        divisors: Divisor of each token, ``[M]``, or ``None``.
+        starts: First row of each token, ``[M]`` int64, in order.
+        lengths: Rows of each token, ``[M]`` int64, at least 1. A token may share its first row with the tokens before
+            it, and no other row.
+
+    Returns:
+        Tokens, ``[M, D]`` in the dtype of ``x``.
     """
     wide = accumulate_dtype(x.dtype)
     scalars = [None if t is None else t.to(wide) for t in (weights, first, divisors)]
@@ -231,7 +261,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     x, weights, first, divisors, starts, lengths, y = ctx.saved_tensors
     if divisors is None:
         return *_backward_op(grad, x, weights, first, starts, lengths), None, None, None
-    # Each row's weight over the divisor of its token, the last that starts before it.
+    # Fold the divisor of each token into the weights of its rows; the token of a row is the last that starts before it.
     of_row = torch.nn.functional.pad(divisors, (1, 0), value=1.0)[
         torch.searchsorted(starts, torch.arange(x.shape[0], device=x.device))
     ]
@@ -245,18 +275,20 @@ differentiable_once("integrate_rows_backward")
 
 
 def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
-    """Mean of ``|sum(alpha) - target|`` over sequences: makes CIF fire as often as there are units (Dong and Xu, 2020).
+    """Compute the mean of ``|sum(alpha) - target|`` over sequences: the quantity loss of CIF (Dong and Xu, 2020).
+
+    It trains the weights so that as many tokens fire as a sequence has output units.
 
     Args:
-        fired: of :func:`integrate_and_fire`.
-        target_lengths: ``[B]`` int32 or int64, units of each sequence.
+        fired: Result of :func:`integrate_and_fire`.
+        target_lengths: Units of each sequence, ``[B]`` int32 or int64.
 
     Returns:
-        A scalar in fp64, 0 for no sequence. Its gradient goes to the weights.
+        A scalar in fp64, 0 if there is no sequence. Its gradient goes to the weights.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: another number of sequences.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If ``target_lengths`` is for another number of sequences.
     """
     if not isinstance(fired, Fired):
         raise TypeError(f"fired must be a result of integrate_and_fire, got {type(fired).__name__}")
@@ -265,7 +297,7 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
 
 
 def check_firing(beta: float, tail: float | None) -> None:
-    """Checks when tokens fire."""
+    """Check ``beta`` (positive and finite) and ``tail`` (in [0, 1], or ``None``)."""
     check_number("beta", beta)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
@@ -302,7 +334,7 @@ def _check_values(
             raise ValueError(f"target_lengths must not be negative, got {int(target_lengths.min())}")
         tokens = sum(target_lengths.tolist())
         if tokens >= 2**31:
-            raise ValueError(f"target_lengths add up to {tokens}: more tokens than int32 counts")
+            raise ValueError(f"target_lengths must add up to fewer than 2**31 tokens, got {tokens}")
     wrong = ~((alpha >= 0) & (alpha < torch.inf))
     if lengths is not None:
         wrong &= torch.arange(alpha.shape[1]) < lengths[:, None]
@@ -311,7 +343,7 @@ def _check_values(
 
 
 def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
-    """First row and end row of each sequence, int64 ``[B]``, inside the rows whatever the offsets hold."""
+    """Return the first row and the end row of each sequence, ``[B]`` int64, clamped to the rows that exist."""
     if x.dim() == 2:
         inside = offsets.long().clamp(0, x.shape[0]).cummax(0).values
         return inside[:-1], inside[1:]
@@ -322,14 +354,16 @@ def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
 def _sums(
     x: Tensor, weight: Tensor, begin: Tensor, end: Tensor, sequence: Tensor, row: Tensor, inside: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Sums of a sequence's weights before and after each row, and of all of them: each sequence for itself, so that no
-    other of the batch changes a digit."""
+    """Return the sums of the weights of a sequence before and after each row, and of the whole sequence.
+
+    Each sequence is summed separately, so that its sums do not depend on the rest of the batch.
+    """
     if x.dim() == 3:
         padded = weight.view(x.shape[:2])
         place = row - begin[sequence]
     else:
         place = torch.where(inside, row - begin[sequence], 0)
-        # Scalars: a traced program takes more room for them rather than a size that it does not know.
+        # Tracing does not know the longest sequence; it reserves more memory instead, which is small for scalars.
         longest = weight.shape[0] if torch.compiler.is_compiling() else int((end - begin).max())
         slots = torch.where(inside, sequence * longest + place, begin.shape[0] * longest)
         flat = weight.new_zeros(begin.shape[0] * longest + 1).index_add(0, slots, weight)

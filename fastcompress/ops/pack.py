@@ -1,11 +1,10 @@
-"""From text and audio to what a decoder eats: rows of one sample after another, without padding.
+"""Packing: build the input of a decoder from text and audio, one sample after another, without padding.
 
-A decoder that is given packed rows must be told where one sample ends and the next begins, or it attends across:
-:mod:`fastcompress.decoder`.
+The decoder needs the sample boundaries, or its attention crosses them; see :mod:`fastcompress.decoder`.
 
-Rows of the input are numbered 0 .. N - 1 and rows of audio N .. N + M - 1. ``pack_map`` says which row each packed row
-is (``source``) and where each row went (``target``); ``pack_labels`` makes positions and labels from that;
-``pack_rows`` copies, and its gradient is the copy the other way.
+Rows of the input are numbered 0 to N - 1 and rows of audio N to N + M - 1. ``pack_map`` computes which row each packed
+row is copied from (``source``) and where each row is copied to (``target``). ``pack_labels`` derives positions and
+labels from that. ``pack_rows`` copies the rows; its gradient is the copy in the other direction.
 """
 
 from __future__ import annotations
@@ -82,15 +81,18 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Each row of audio, and of rows that are no table, was copied once at most: its gradient is copied back. A table's
-    gradient is that of ``torch.nn.Embedding``, which adds in one order."""
+    """Copy the gradient back to the rows that were packed.
+
+    A row of audio, or of embeddings that are not a table, was copied at most once. Rows of a table can repeat; they get
+    the gradient of ``torch.nn.Embedding``, which adds in a fixed order.
+    """
     index, target = ctx.saved_tensors
     nothing = grad[:0]
     grad_rows = grad_audio = None
     if ctx.needs_input_grad[0]:
         is_text = (index >= 0) & (index < ctx.num_rows)
         if ctx.is_table:
-            # A row more, for what is no text; padding_idx leaves it at 0.
+            # An extra row collects what is not text; as padding_idx it stays 0.
             text = torch.where(is_text, index, ctx.num_rows)
             padded = torch.ops.aten.embedding_dense_backward(grad, text, ctx.num_rows + 1, ctx.num_rows, False)
             grad_rows = padded[: ctx.num_rows]
@@ -108,22 +110,22 @@ torch.library.register_autograd("fastcompress::pack_rows", _backward, setup_cont
 
 @dataclass(eq=False)
 class PackedInputs:
-    """A batch for a decoder, packed.
+    """A packed batch for a decoder.
 
-    Without ``compact`` the tensors have the length of an upper bound: behind the last sequence are zeros, label -100,
-    position 0, source -1; ``cu_seqlens[-1]`` is then the true count.
+    With ``compact=False``, ``T`` is an upper bound and ``cu_seqlens[-1]`` is the true number of rows. The trailing rows
+    are zeros with label -100, position 0 and source -1.
 
     Attributes:
-        inputs_embeds: ``[T, H]``, in the dtype of the embeddings.
-        cu_seqlens: ``[B + 1]`` int32, rows before each sample.
-        position_ids: ``[T]`` int64, counted from 0 in each sample.
-        labels: ``[T]`` int64 or ``None``; -100 for audio and for the first row of each sample, which has nothing to be
-            predicted from. A loss over ``logits[:-1]`` and ``labels[1:]`` then never crosses samples.
-        source: ``[T]`` int64, the row that each packed row was: of the input's ``N`` rows, one sample after another,
-            or, from ``N`` on, of audio. Audio that was pooled here has the first row of its segment.
-        max_seqlen: an upper bound of the rows of a sample; the largest number of them if that was asked for.
-        segments: of the rows of ``inputs_embeds``, where they were pooled here; else ``None``.
-        compact: whether the tensors end where the last sequence does.
+        inputs_embeds: Packed rows, ``[T, H]`` in the dtype of the embeddings.
+        cu_seqlens: Number of rows before each sample, ``[B + 1]`` int32.
+        position_ids: Position of each row in its sample, ``[T]`` int64, from 0.
+        labels: Packed labels, ``[T]`` int64, or ``None``. They are -100 for audio and for the first row of each sample,
+            which no row precedes, so that a loss over ``logits[:-1]`` and ``labels[1:]`` never crosses samples.
+        source: Row that each packed row was copied from, ``[T]`` int64: below ``N`` a row of the input (counted through
+            all samples), from ``N`` a row of audio. A segment that was pooled here has its first row.
+        max_seqlen: Upper bound of the rows of a sample; exact if ``exact_max_seqlen`` was set.
+        segments: Segments of the rows of ``inputs_embeds`` if they were pooled here, else ``None``.
+        compact: True if ``T`` is the exact number of rows.
     """
 
     inputs_embeds: Tensor
@@ -136,15 +138,20 @@ class PackedInputs:
     compact: bool = True
 
     def unpack(self, values: Tensor | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Packed rows as a padded batch, with zeros for padding: the inverse of packing.
+        """Return packed rows as a padded batch: the inverse of packing.
 
         Args:
-            values: ``[T, ...]`` or ``[1, T, ...]`` as a decoder returns them, floating; ``None``: ``inputs_embeds``.
-            side: of the padding, ``"right"`` or ``"left"``, as a prompt needs it.
+            values: Values per packed row, ``[T, ...]``, or ``[1, T, ...]`` as a decoder returns them; floating point.
+                ``None`` means ``inputs_embeds``.
+            side: Side of the padding, ``"right"``, or ``"left"`` for a prompt to generate from.
 
         Returns:
-            ``[B, S, ...]`` and the attention mask ``[B, S]`` int64. ``S`` is the largest number of rows of a sample,
-            which is read from the device. Gradients go to ``values``.
+            The values ``[B, S, ...]``, with zeros for padding, and the attention mask ``[B, S]`` int64. ``S`` is the
+            largest number of rows of a sample, which is read from the device. Gradients go to ``values``.
+
+        Raises:
+            TypeError: If ``values`` has a wrong type or dtype.
+            ValueError: If a shape, a device or ``side`` is invalid.
         """
         if side not in ("right", "left"):
             raise ValueError(f"side must be 'right' or 'left', got {side!r}")
@@ -152,15 +159,15 @@ class PackedInputs:
         check_float("values", values)
         check_same_device("values", values, self.source)
         count = self.source.shape[0]
-        # Of one packed row, [1, 1] is taken for [T, 1], like `inputs_embeds`, and [1, 1, V] for what a decoder gives.
+        # With one packed row the shape is ambiguous: [1, 1] means [T, 1], and [1, 1, V] means [1, T, V].
         if values.shape[:2] == (1, count) and (count != 1 or values.dim() > 2):
             values = values[0]
         if values.dim() < 1 or values.shape[0] != count:
-            raise ValueError(f"values must have shape [{count}, ...], one a packed row, got {list(values.shape)}")
+            raise ValueError(f"values must have shape [{count}, ...], one per packed row, got {list(values.shape)}")
         lengths = self.cu_seqlens.diff()
         longest = cast(int, lengths.max().item()) if lengths.shape[0] else 0
-        torch._check(longest >= 0)  # which torch.export cannot know
-        first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # column of each sample's first
+        torch._check(longest >= 0)  # a hint for torch.export
+        first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # first column of each sample
         column = torch.arange(longest, device=values.device) - first[:, None]
         mask = (column >= 0) & (column < lengths[:, None])
         index = torch.where(mask, self.cu_seqlens[:-1, None] + column, -1).reshape(-1)
@@ -174,14 +181,15 @@ class PackedInputs:
         return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()
 
     def model_inputs(self) -> dict[str, Any]:
-        """Keyword arguments for a transformers decoder whose attention is ``"fastcompress"``.
+        """Return keyword arguments for a transformers decoder whose attention is ``"fastcompress"``.
 
-        The batch is one row, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four dimensions: transformers
-        hands such a mask on as it is, where it would build one of T x T. Its own flash attention takes the same but for
-        that: set ``attention_mask`` to ``None``. No cache is kept: packed rows are not a prompt that can be continued.
+        All tensors have a batch dimension of 1, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four
+        dimensions, which transformers passes on unchanged instead of building a mask of T x T. To use the flash
+        attention of transformers, set ``attention_mask`` to ``None``. ``use_cache`` is false, because packed rows are
+        not a prompt that can be continued.
         """
         cu_seqlens, max_seqlen = self.cu_seqlens, self.max_seqlen
-        if not self.compact:  # what is behind the last sequence is one more: attention leaves no row out
+        if not self.compact:  # attention must cover every row: the trailing rows become one more sequence
             count = self.inputs_embeds.shape[0]
             cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=count)
             max_seqlen = count
@@ -222,46 +230,52 @@ def pack(
     compact: bool = True,
     exact_max_seqlen: bool = False,
 ) -> PackedInputs:
-    """The input of a decoder, without padding and without a loop over samples.
+    """Pack text and audio into the input of a decoder, without padding and without a loop over samples.
 
-    Text comes from ``input_ids`` and ``embedding`` or from ``inputs_embeds``. Audio comes
+    Text comes from ``input_ids`` and ``embedding``, or from ``inputs_embeds``. Audio comes
 
-    * from ``audio``, pooled already: each place for an audio in the text is replaced by the rows of the next one. A
-      batch may have several audios a sample, and samples without any; or
-    * from ``inputs_embeds`` itself, into which a model has merged the frames: a rule pools each audio there, in the
-      pass that packs (:func:`segment_pool`). Without a rule every row is kept.
+    * from ``audio``, which is already pooled: each place for an audio in the text is replaced by the rows of the next
+      audio. A sample may have any number of audios; or
+    * from ``inputs_embeds``, if a model has already merged the frames into it: ``rule`` pools each audio in the same
+      pass (:func:`segment_pool`). Without a rule every row is kept.
 
-    Places are said by ``placeholder`` (:func:`row_groups`) or by ``row_group``.
+    ``placeholder`` (:func:`row_groups`) or ``row_group`` marks the places of audio.
 
     Args:
-        input_ids: ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
-        embedding: ``[V, H]``, the table of the ids. A ``padding_idx`` of its module is not known here: that row gets a
-            gradient if it is kept. For a model that scales what it looks up give ``inputs_embeds``.
-        audio: :class:`Pooled`, one sequence an audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the dtype
-            of the text.
-        inputs_embeds: ``[B, L, H]`` or ``[N, H]``.
-        audio_cu_seqlens: ``[A + 1]`` int32 or int64, rows before each audio, with ``audio`` as a tensor; ``None``: one
+        input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
+        embedding: Embedding table of the ids, ``[V, H]``. The row of a ``padding_idx`` gets a gradient if it is kept.
+            If the model scales its embeddings, pass ``inputs_embeds`` instead.
+        audio: :class:`Pooled` with one sequence per audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the
+            dtype of the text.
+        inputs_embeds: Embeddings, ``[B, L, H]`` padded or ``[N, H]`` packed.
+        audio_cu_seqlens: Rows before each audio, ``[A + 1]`` int32 or int64, if ``audio`` is a tensor; ``None`` for one
             audio.
-        rule, keys: as in :func:`segment_pool`, with ``inputs_embeds`` and no ``audio``.
-        placeholder, placeholder_counts: which ids stand for audio, as in :func:`row_groups`.
-        row_group: int32 ``[B, L]`` or ``[N]`` in place of a placeholder. Negative: dropped; 0: text; k > 0: audio, each
-            run of neighbouring rows of one k is one.
-        attention_mask: ``[B, L]``: rows where it is 0 are dropped.
-        lengths: ``[B]`` int32 or int64, rows of each sample of a padded batch.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sample.
-        labels: int32 or int64, a value for each row of the input.
-        compact: size the result exactly, which reads the number of rows from the device; else return an upper bound,
-            the tail being zeros.
-        exact_max_seqlen: read the largest number of rows of a sample from the device, too.
+        rule: See :func:`segment_pool`; needs ``inputs_embeds`` without ``audio``.
+        keys: See :func:`segment_pool`; needs ``inputs_embeds`` without ``audio``.
+        placeholder: Token id that stands for audio; see :func:`row_groups`.
+        placeholder_counts: Placeholders per audio; see :func:`row_groups`.
+        row_group: Row groups, int32 ``[B, L]`` or ``[N]``, instead of a placeholder. Negative: dropped; 0: text; k > 0:
+            audio, where each run of neighbouring rows with the same k is one audio.
+        attention_mask: Mask ``[B, L]``; rows where it is 0 are dropped.
+        lengths: Rows of each sample of a padded batch, ``[B]`` int32 or int64.
+        cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
+        labels: Labels, int32 or int64, one per row of the input.
+        compact: If true, size the result exactly, which reads the number of rows from the device. If false, return an
+            upper bound of rows; the trailing rows are zeros.
+        exact_max_seqlen: If true, also read the largest number of rows of a sample from the device.
 
     Returns:
-        The packed batch. Gradients go to ``embedding`` (in one order, so the same each time), ``inputs_embeds`` and
-        ``audio``.
+        The packed batch. Gradients go to ``embedding`` (added in a fixed order), ``inputs_embeds`` and ``audio``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit; ids out of range and more or fewer audios than places
-            name the sample and both numbers; no row is kept (with ``compact``).
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; if an id is out of range, or the number of audios is not the
+            number of places (the message names the sample and both numbers); or if no row is kept, with ``compact``.
+
+    Examples:
+        >>> packed = pack(torch.tensor([[5, 9, 7]]), torch.randn(10, 4), torch.randn(3, 4), placeholder=9)
+        >>> packed.inputs_embeds.shape, packed.cu_seqlens
+        (torch.Size([5, 4]), tensor([0, 5], dtype=torch.int32))
     """
     if not isinstance(compact, bool):
         raise TypeError(f"compact must be True or False, got {compact!r}")
@@ -269,7 +283,7 @@ def pack(
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None
     if (rule is not None or keys is not None) and placeholder is None and row_group is None:
-        raise ValueError("rule and keys need placeholder or row_group, which say where the audio is")
+        raise ValueError("rule and keys need placeholder or row_group, which mark the rows of audio")
     row_group = _find_row_group(
         shape,
         input_ids,
@@ -287,7 +301,7 @@ def pack(
         check_same_device("labels", labels, like)
     segments = None
     if audio is None and audio_cu_seqlens is not None:
-        raise ValueError("audio_cu_seqlens goes with audio, which is missing")
+        raise ValueError("audio_cu_seqlens needs audio, which is missing")
     if audio is None and inputs_embeds is not None:
         pooled = segment_pool(
             inputs_embeds,
@@ -305,14 +319,14 @@ def pack(
             source = torch.where(segments.lengths > 0, source, -1)
     else:
         if rule is not None or keys is not None:
-            raise ValueError("rule and keys go with inputs_embeds and no audio: audio that is given is pooled already")
+            raise ValueError("rule and keys need inputs_embeds without audio: audio must be pooled before pack")
         audio_values, audio_cu_seqlens = _check_audio(audio, audio_cu_seqlens, like)
         rows = like if inputs_embeds is None else like.flatten(0, -2)
         ids = input_ids if inputs_embeds is None else None
         num_audio_rows = audio_values.shape[0]
         if row_group.numel() + num_audio_rows >= 2**31:
             raise ValueError(
-                f"{row_group.numel()} rows and {num_audio_rows} rows of audio exceed what int32 offsets can count"
+                f"text and audio must have fewer than 2**31 rows, got {row_group.numel()} and {num_audio_rows}"
             )
         arguments = (row_group, ids, cu_seqlens, lengths, audio_cu_seqlens, rows.shape[0], num_audio_rows, compact)
         index, source, target, packed_cu_seqlens = call(
@@ -320,7 +334,7 @@ def pack(
         )
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or audio_values.requires_grad)
         values = call(pack_rows, (rows, audio_values, index, target, inputs_embeds is None), needs_grad, lambda: None)
-    # Under compile the count has no value yet.
+    # Under torch.compile the number of rows is symbolic.
     if compact and not torch.compiler.is_compiling() and values.shape[0] == 0:
         samples = packed_cu_seqlens.shape[0] - 1
         raise ValueError(f"nothing is left to pack: every row of the {samples} samples is dropped")
@@ -342,10 +356,10 @@ def pack(
 
 
 def _check_text(input_ids: Tensor | None, embedding: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
-    """The leading shape of the input, ``[B, L]`` or ``[N]``."""
+    """Check the text arguments and return the leading shape of the input, ``[B, L]`` or ``[N]``."""
     if inputs_embeds is not None:
         if embedding is not None:
-            raise ValueError("embedding goes with input_ids alone: inputs_embeds is looked up already")
+            raise ValueError("embedding and inputs_embeds cannot be combined: pass one of them")
         check_float("inputs_embeds", inputs_embeds)
         if inputs_embeds.dim() not in (2, 3):
             raise ValueError(f"inputs_embeds must have shape [B, L, H] or [N, H], got {list(inputs_embeds.shape)}")
@@ -381,14 +395,14 @@ def _find_row_group(
     cu_seqlens: Tensor | None,
     compact: bool,
 ) -> Tensor:
-    """int32 row groups of the leading shape."""
+    """Return the row groups, int32 of the leading shape."""
     if placeholder_counts is not None and placeholder is None:
-        raise ValueError("placeholder_counts goes with placeholder")
+        raise ValueError("placeholder_counts needs placeholder, which is missing")
     if placeholder is not None:
         if row_group is not None:
-            raise ValueError("placeholder excludes row_group: they say the same thing")
+            raise ValueError("placeholder and row_group cannot be combined: pass one of them")
         if input_ids is None:
-            raise ValueError("placeholder is an id of input_ids, which is missing; row_group says the same without ids")
+            raise ValueError("placeholder needs input_ids, which is missing; pass row_group to mark audio without ids")
         if lengths is not None and attention_mask is None:
             check_layout(input_ids, 1, cu_seqlens, lengths)
             if values_are_checked(input_ids):
@@ -397,26 +411,26 @@ def _find_row_group(
         else:
             mask = attention_mask
             if lengths is not None:
-                raise ValueError("attention_mask excludes lengths: they say the same thing")
+                raise ValueError("attention_mask and lengths cannot be combined: pass one of them")
         reads_values = values_are_checked(input_ids) or (compact and not torch.compiler.is_compiling())
         return find_row_groups(input_ids, placeholder, mask, cu_seqlens, placeholder_counts, reads_values)
     rows = torch.empty(shape, device=device) if input_ids is None else input_ids
     row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if row_group is None:
         return torch.zeros(shape, dtype=torch.int32, device=device)
-    # A mask has 1 for what it keeps.
+    # Rows that a mask keeps are 1, but here they are text, 0.
     return row_group if attention_mask is None else row_group.clamp_max(0)
 
 
 def _check_audio(audio: Pooled | Tensor | None, audio_cu_seqlens: Tensor | None, like: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows ``[M, H]`` and offsets ``[A + 1]``."""
+    """Check the audio and return its rows ``[M, H]`` and offsets ``[A + 1]``."""
     offsets: Tensor | None
     width = like.shape[-1]
     if audio is None:
         return like.new_empty((0, width)), torch.zeros(1, dtype=torch.int32, device=like.device)
     if isinstance(audio, Pooled):
         if audio_cu_seqlens is not None:
-            raise ValueError("audio_cu_seqlens goes with audio as a tensor: Pooled has its own")
+            raise ValueError("audio_cu_seqlens needs audio as a tensor: Pooled has its own offsets")
         values, offsets = audio.values, audio.cu_seqlens
     else:
         values, offsets = audio, audio_cu_seqlens

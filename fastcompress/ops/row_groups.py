@@ -1,4 +1,4 @@
-"""Row groups of token ids: which rows are text, which belong to which audio, and which are padding."""
+"""Row groups of token ids: mark each row as text, as part of an audio, or as padding."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fastcompress.checks import (
 
 
 def check_ids(name: str, ids: Tensor, shape: torch.Size | None = None) -> None:
+    """Check that ``ids`` is a strided int32 or int64 tensor, of ``shape`` if that is given."""
     check_dense(name, ids)
     if ids.dtype not in INDEX_DTYPES:
         raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
@@ -28,7 +29,7 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size | None = None) -> None:
 
 
 def values_are_checked(tensor: Tensor) -> bool:
-    """Whether the values of a tensor are to be checked: on the host always, on a device where that is asked for."""
+    """Return whether to check the values of a tensor: always on the CPU, elsewhere if ``FASTCOMPRESS_CHECK=1``."""
     if torch.compiler.is_compiling():
         return False
     return tensor.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
@@ -42,26 +43,32 @@ def row_groups(
     cu_seqlens: Tensor | None = None,
     placeholder_counts: Tensor | int | None = None,
 ) -> Tensor:
-    """Row groups of token ids: -1 where the mask is 0, 0 for text, positive for audio, where neighbouring rows of one
-    number are one audio.
+    """Compute row groups from token ids: -1 for masked rows, 0 for text, positive for audio.
+
+    A run of neighbouring rows with the same positive number is one audio.
 
     Args:
-        input_ids: ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
-        placeholder: the id that stands for audio.
-        attention_mask: ``[B, L]``, 0 for padding on either side.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sample.
-        placeholder_counts: how placeholders are audios. ``None``: each run of them in a sample is one. 1: each is one.
-            ``[A]`` int32 or int64: audio ``i`` has so many, one after the other, so that audios next to each other stay
-            apart. Counts that do not match are an error, but on a GPU (unless ``FASTCOMPRESS_CHECK=1``) they make all
-            audio -1, since reading them would wait for it; :func:`pack` with ``compact`` reads them.
+        input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
+        placeholder: Token id that stands for audio.
+        attention_mask: Mask ``[B, L]``, 0 for padding on either side.
+        cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
+        placeholder_counts: Number of placeholders per audio. ``None``: each run of placeholders in a sample is one
+            audio. 1: each placeholder is one audio. ``[A]`` int32 or int64: audio ``i`` has ``placeholder_counts[i]``
+            consecutive placeholders, which separates adjacent audios. On a GPU, reading the counts would synchronize,
+            so counts that do not match the placeholders do not raise; they make all audio rows -1. They do raise with
+            ``FASTCOMPRESS_CHECK=1``, and in :func:`pack` with ``compact``.
 
     Returns:
-        int32 of the shape of ``input_ids``.
+        Row groups, int32 of the shape of ``input_ids``.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit; counts that do not match the placeholders name the
-            sample and both numbers.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid. If the counts do not match the placeholders, the message
+            names the sample and both numbers.
+
+    Examples:
+        >>> row_groups(torch.tensor([[7, 99, 99, 8, 99]]), 99)
+        tensor([[0, 1, 1, 0, 1]], dtype=torch.int32)
     """
     check_ids("input_ids", input_ids)
     return find_row_groups(
@@ -77,12 +84,13 @@ def find_row_groups(
     placeholder_counts: Tensor | int | None,
     reads_values: bool,
 ) -> Tensor:
+    """Compute row groups as :func:`row_groups` does; ``reads_values`` allows a synchronization to check counts."""
     check_int64("placeholder", placeholder)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
     kept = None if attention_mask is None else attention_mask.bool()
-    is_audio = input_ids.long() == placeholder  # one beyond int32 is no id of that dtype
+    is_audio = input_ids.long() == placeholder  # int64, because the placeholder may exceed int32
     if placeholder_counts is None:
         group = is_audio.int()
     elif isinstance(placeholder_counts, Tensor):
@@ -102,7 +110,7 @@ def find_row_groups(
             if not matches:
                 _explain_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
         elif group.is_cuda:
-            group = torch.where(matches | ~flat, group, -1)  # so that places and audios differ in number
+            group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
         else:
             torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
         group = group.view(input_ids.shape)
@@ -115,7 +123,7 @@ def find_row_groups(
 
 
 def _counts_match(group: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
-    """Whether each audio has its placeholders next to each other in one sample, a bool on their device."""
+    """Return whether every audio has its placeholders consecutively in one sample, as a bool tensor on the device."""
     row = torch.arange(group.shape[0], device=group.device)
     if len(shape) == 2:
         first = row % max(shape[1], 1) == 0
@@ -125,13 +133,13 @@ def _counts_match(group: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: 
             bounds = torch.nn.functional.pad(torch.zeros_like(first), (0, 1))
             first |= bounds.index_fill(0, cu_seqlens.long().clamp(0, group.shape[0]), True)[:-1]
     runs = (group > 0) & (first | (group != group.roll(1)))
-    # With these, every audio has a placeholder, and so many runs as audios means one for each.
+    # Every audio then has at least one placeholder, so an equal number of runs and audios means one run per audio.
     same = (counts >= 1).all() & ((group > 0).sum() == counts.sum())
     return same & (runs.sum() == counts.shape[0])
 
 
 def _explain_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> NoReturn:
-    """Says which sample's placeholders are not those of whole audios."""
+    """Raise an error that names the sample whose placeholders do not match the counts."""
     wanted, audio = counts.tolist(), 0
     for i, count in enumerate(wanted):
         if count < 1:
@@ -145,14 +153,14 @@ def _explain_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seql
             left = len(places) - done
             if audio == len(wanted):
                 raise ValueError(
-                    f"sample {sample} has {len(places)} placeholders, {left} more than the {len(wanted)} audios of "
-                    "placeholder_counts account for"
+                    f"placeholder_counts must match the placeholders: sample {sample} has {len(places)} of them, "
+                    f"{left} more than the {len(wanted)} audios need"
                 )
             count = wanted[audio]
             if count > left:
                 raise ValueError(
-                    f"sample {sample} has {len(places)} placeholders and {left} left for audio {audio}, but "
-                    f"placeholder_counts has {count} for it"
+                    f"placeholder_counts must match the placeholders: sample {sample} has {left} of its {len(places)} "
+                    f"left for audio {audio}, which needs {count}"
                 )
             if places[done + count - 1] - places[done] != count - 1:
                 raise ValueError(
@@ -162,6 +170,6 @@ def _explain_counts(is_audio: Tensor, counts: Tensor, shape: torch.Size, cu_seql
             done += count
             audio += 1
     raise ValueError(
-        f"placeholder_counts has {len(wanted)} audios, but the samples have placeholders for only {audio}: none is "
-        f"left after sample {len(ranges) - 1}, the last"
+        f"placeholder_counts must match the placeholders: it has {len(wanted)} audios, but there are placeholders for "
+        f"only {audio} up to the last sample, {len(ranges) - 1}"
     )

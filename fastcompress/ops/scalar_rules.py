@@ -1,7 +1,7 @@
-"""Rules that are a few steps over scalars: which rows start a segment, from distances or labels that are there.
+"""Scalar rules: rules that find boundaries in given distances or labels with a few tensor operations.
 
-Nothing is read from the device: what differs between sequences is sorted, gathered and summed in one piece. The
-definitions, sequence by sequence, are in ``fastcompress/reference/scalar_rules.py``.
+All sequences of a batch are processed at once, by sorting, gathering and cumulative sums, so nothing is read from the
+device. ``fastcompress/reference/scalar_rules.py`` has the definitions, one sequence at a time.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from fastcompress.rules import LabelChange, Lookback, PeakHeight, Rule, TopK
 
 @dataclass(frozen=True)
 class Runs:
-    """Runs of rows that a rule works in: sequences, or the parts of them with one row group.
+    """Runs of rows to which a rule is applied: sequences, or consecutive rows of a sequence with the same row group.
 
     Attributes:
-        ids: ``[N]`` int64, the run of each row, counted from 0; -1: none.
-        place: ``[N]`` int64, rows of its run before it.
-        length: ``[N]`` int64, rows of its run.
+        ids: Run of each row, ``[N]`` int64, counted from 0; -1 for a row in no run.
+        place: Position of each row in its run, ``[N]`` int64.
+        length: Length of the run of each row, ``[N]`` int64.
     """
 
     ids: Tensor
@@ -32,24 +32,24 @@ class Runs:
 
     @property
     def inside(self) -> Tensor:
-        """``[N]`` bool: rows in a run."""
+        """True for rows in a run, ``[N]`` bool."""
         return self.ids >= 0
 
     @property
     def first(self) -> Tensor:
-        """``[N]`` bool: rows that a run begins with."""
+        """True for the first row of each run, ``[N]`` bool."""
         return self.inside & (self.place == 0)
 
     @property
     def paired(self) -> Tensor:
-        """``[N]`` bool: rows with another of their run behind them."""
+        """True for rows that are followed by another row of their run, ``[N]`` bool."""
         return self.inside & (self.place + 1 < self.length)
 
 
 def find_runs(
     shape: torch.Size, device: torch.device, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None
 ) -> Runs:
-    """Runs of rows of shape ``[N]`` or ``[B, T]``."""
+    """Find the runs of a batch of rows of shape ``[N]`` or ``[B, T]``."""
     count = math.prod(shape)  # Size.numel() would make a traced length a constant
     row = torch.arange(count, device=device)
     if len(shape) == 2:
@@ -81,10 +81,10 @@ def find_checked_runs(
     lengths: Tensor | None,
     row_group: Tensor | None = None,
 ) -> Runs:
-    """The same where no kernel looks at the layout: on the CPU, where that waits for nothing, its values are checked.
+    """Find runs like :func:`find_runs`, and on the CPU check the values of the layout, for ops that call no kernel.
 
     Raises:
-        ValueError: ``cu_seqlens`` or ``lengths`` that do not fit.
+        ValueError: If ``cu_seqlens`` or ``lengths`` are invalid.
     """
     if device.type == "cpu" and not torch.compiler.is_compiling():
         check_layout_values(shape, cu_seqlens, lengths)
@@ -92,7 +92,7 @@ def find_checked_runs(
 
 
 def normalize(d: Tensor, runs: Runs) -> Tensor:
-    """Distances ``[N]`` scaled to [0, 1] in each run; all alike, or none: 0. NaN stays."""
+    """Scale distances ``[N]`` to [0, 1] in each run. Equal distances become 0; NaN stays NaN."""
     usable = runs.paired & ~d.isnan()
     count = d.shape[0]
     where = torch.where(usable, runs.ids, count)
@@ -106,25 +106,32 @@ def normalize(d: Tensor, runs: Runs) -> Tensor:
 
 
 def ranks(score: Tensor, kind: Tensor, runs: Runs) -> Tensor:
-    """``[N]`` int64: the place of each row in its run, in the order of its kind, lowest first, and then of its score,
-    highest first; ties go to the earlier row."""
+    """Return the rank of each row in its run, ``[N]`` int64.
+
+    Rows are ordered by ``kind``, lowest first, then by ``score``, highest first, then by position.
+    """
     count = score.shape[0]
     order = torch.sort(score, descending=True, stable=True).indices
-    for key in (kind, torch.where(runs.inside, runs.ids, count)):  # the last key of stable sorts comes first
+    for key in (kind, torch.where(runs.inside, runs.ids, count)):  # stable sorts: the last key is the most significant
         order = order[torch.sort(key[order], stable=True).indices]
     rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, device=score.device))
-    # Rows of earlier runs are ahead: as many as there are before the first row of this one.
+    # Subtract the rows of earlier runs, which precede this run in the order.
     return rank - (runs.inside.long().cumsum(0) - 1 - runs.place)
 
 
 def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
-    """``[N]`` bool: rows that start a segment, before ``min_len`` and ``max_len``; of a run its first always does.
+    """Find the rows that start a segment by a scalar rule, before ``min_len`` and ``max_len`` are applied.
 
     Args:
-        rule: one with ``scalar``.
-        d: ``[N]``, or ``[window, N]`` for :class:`Lookback`: distances to the rows 1, 2, … behind.
-        labels: ``[N]``, for :class:`LabelChange`.
-        runs: of the rows.
+        rule: A rule whose ``scalar`` is true.
+        d: Distances to the next row, ``[N]``; for :class:`Lookback` ``[window, N]``, the distances to the rows 1, 2, …
+            later.
+        labels: Labels, ``[N]`` integer, for :class:`LabelChange`.
+        runs: Runs of the rows.
+
+    Returns:
+        True for rows that start a segment, ``[N]`` bool; the first row of a run always does. For :class:`Lookback`,
+        ``min_len`` and ``max_len`` are already applied.
     """
     if runs.ids.shape[0] == 0:
         return runs.inside
@@ -142,8 +149,16 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
 
 
 def top_k_starts(wanted: Tensor, d: Tensor, runs: Runs) -> Tensor:
-    """``[N]`` bool: rows that start a segment if each run is cut into ``wanted`` of them, ``[N]``, at its largest
-    distances."""
+    """Cut each run at its largest distances.
+
+    Args:
+        wanted: Number of segments of the run of each row, ``[N]``.
+        d: Distance of each row to the next, ``[N]``.
+        runs: Runs of the rows.
+
+    Returns:
+        True for rows that start a segment, ``[N]`` bool.
+    """
     before = torch.cat([d.new_zeros(1), d])[: d.shape[0]]  # the distance to the row before
     nan = before.isnan()
     score = torch.where(nan, -torch.inf, before)
@@ -152,19 +167,23 @@ def top_k_starts(wanted: Tensor, d: Tensor, runs: Runs) -> Tensor:
 
 
 def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
-    """The scan over rows is a composition of maps from the length of the open segment to its next length, which is
-    associative: log2(N) rounds for all rows at once."""
+    """Find the starts of segments by :class:`Lookback`, for all rows at once.
+
+    Each row is a map from the length of the open segment before it to the length after it. Composition of maps is
+    associative, so a parallel scan over the rows takes log2(N) rounds.
+    """
     count, device = d.shape[1], d.device
     max_len = rule.max_len
-    if torch.compiler.is_compiling():  # a traced program would be for as many rows as there are
-        states = max(rule.window, rule.min_len, max_len or 1)  # lengths that are told apart: 1, 2, ..., or more
-    else:  # no segment is longer than the longest run, or than all rows where finding that would wait for a GPU
+    # `states` is the number of lengths to distinguish: 1, 2, ..., and `states` or more.
+    if torch.compiler.is_compiling():  # must not depend on the number of rows
+        states = max(rule.window, rule.min_len, max_len or 1)
+    else:  # no segment is longer than the longest run; finding that would synchronize with a GPU
         longest = int(runs.length.max()) if device.type == "cpu" else count
         if max_len is not None and max_len >= longest:
             max_len = None
         states = max(1, min(max(rule.window, rule.min_len, max_len or 1), longest))
     length = torch.arange(1, states + 1, device=device)
-    near: list[Tensor] = []  # close to one of the last 1, 2, ... rows
+    near: list[Tensor] = []  # per row, close to one of the last 1, 2, ... rows
     threshold = torch.tensor(rule.threshold, dtype=d.dtype, device=device)
     for lag in range(1, rule.window + 1):
         shifted = torch.cat([d.new_full((min(lag, count),), torch.nan), d[lag - 1, : max(0, count - lag)]])
@@ -180,11 +199,12 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     while reach < count:
         scan = torch.cat([scan[:reach], scan[reach:].gather(1, scan[:-reach])])
         reach *= 2
-    state = torch.cat([scan.new_zeros(1), scan[:-1, 0]])  # before each row
+    state = torch.cat([scan.new_zeros(1), scan[:-1, 0]])  # length index before each row
     return runs.inside & ~joins.gather(1, state[:, None])[:, 0]
 
 
 def _peak_height(rule: PeakHeight, d: Tensor, runs: Runs) -> Tensor:
+    """Find the starts of segments by :class:`PeakHeight`, for all rows at once."""
     z = normalize(d, runs)
     row = torch.arange(d.shape[0], device=d.device)
     begin = row - runs.place

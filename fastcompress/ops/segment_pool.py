@@ -1,4 +1,4 @@
-"""The fused op: find segments, average them, in one pass."""
+"""The fused op: find segments and pool them in one pass."""
 
 from __future__ import annotations
 
@@ -34,32 +34,42 @@ def segment_pool(
     weights: Tensor | None = None,
     compact: bool = True,
 ) -> Pooled:
-    """Finds variable-length segments in a batch of frames and averages each.
+    """Pool frames into segments of variable length.
 
-    Equal to :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` one after the other, bit
-    for bit. Mean pooling by ``Uniform``, ``Threshold`` and ``LocalMax`` (without prominence or ``normalize``) is one
-    pass over ``x``; the rest (and ``keys`` in another dtype) runs as those three.
+    The result equals :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` in sequence, bit
+    for bit. Mean pooling by ``Uniform``, ``Threshold``, or ``LocalMax`` without ``prominence`` and ``normalize`` runs
+    in one pass over ``x``. Everything else, and ``keys`` of another dtype than ``x``, runs as these three ops.
 
     Args:
-        x: frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-        cu_seqlens: ``[B + 1]`` int32 or int64, with packed input; ``None``: one sequence.
-        lengths: ``[B]`` int32 or int64, with padded input; ``None``: every frame counts.
-        attention_mask: ``[B, T]``, with padded input: frames where it is 0 are dropped.
-        row_group: int32, a value a row. Negative: dropped; 0: kept as a segment of its own; k > 0: pooled by the rule
-            with its neighbours of the same k.
-        rule: a rule or its text form, such as ``"local-max:order=2"``.
-        labels: integer ``[N]`` or ``[B, T]``, with ``LabelChange``.
-        keys: ``[..., K]`` with the leading shape of ``x``: the distances are taken between these instead of ``x``.
-        reduce, weights: as in :func:`segment_reduce`.
-        compact: size the result exactly, which reads the count from the device; else return the upper bound of the
-            rule, the tail being empty segments with zero values.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
+        lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
+        attention_mask: Mask of padded input, ``[B, T]``; frames where it is 0 are dropped.
+        row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
+            own; k > 0: the rule pools it with its neighbours of the same k.
+        rule: A rule or its text form, such as ``"local-max:order=2"``.
+        labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
+        keys: Features to compute the distances from instead of ``x``, ``[..., K]`` with the leading shape of ``x``.
+        reduce: See :func:`segment_reduce`.
+        weights: See :func:`segment_reduce`.
+        compact: If true, size the result exactly, which reads the number of segments from the device. If false, return
+            the upper bound of the rule; the trailing segments are empty and their values 0.
 
     Returns:
-        The tokens, packed, and their segments. Gradients go to ``x`` and ``weights``; boundaries have none.
+        The packed tokens and their segments. Gradients go to ``x`` and ``weights``; boundaries have no gradient.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
+
+    Examples:
+        >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
+        >>> pooled = segment_pool(x, rule="threshold:0.5")
+        >>> pooled.values
+        tensor([[2., 0.],
+                [0., 2.]])
+        >>> pooled.segments.lengths
+        tensor([2, 1])
     """
     rule = as_rule(rule)
     check_float("x", x)
@@ -70,20 +80,20 @@ def segment_pool(
         check_same_device("keys", keys, x)
         if keys.dim() != x.dim() or keys.shape[:-1] != x.shape[:-1]:
             wanted = ", ".join(map(str, x.shape[:-1]))
-            raise ValueError(f"keys must have shape [{wanted}, K], a row for each row of x, got {list(keys.shape)}")
+            raise ValueError(f"keys must have shape [{wanted}, K], one row per row of x, got {list(keys.shape)}")
         keys = keys.detach()
     if labels is not None:
         check_same_device("labels", labels, x)
         if labels.shape != x.shape[:-1]:
-            raise ValueError(f"labels must have shape {list(x.shape[:-1])}, one a row, got {list(labels.shape)}")
+            raise ValueError(f"labels must have shape {list(x.shape[:-1])}, one per row, got {list(labels.shape)}")
     fused = rule.fused and reduce == "mean" and weights is None and (keys is None or keys.dtype == x.dtype)
     if not fused:
-        # Uniform reads only the shape of the distances.
+        # Uniform and LabelChange need no distances; Uniform still reads their shape.
         scored = x if keys is None else keys
         with torch.no_grad():
             d: Tensor | None = None
             if isinstance(rule, Lookback):
-                if not torch.compiler.is_compiling():  # no frame has more before it
+                if not torch.compiler.is_compiling():  # no frame has more frames before it
                     rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))
                 lags = range(1, rule.window + 1)
                 d = torch.stack(

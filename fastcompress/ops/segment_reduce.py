@@ -1,4 +1,4 @@
-"""Reductions over segments and their adjoint, :func:`segment_expand`."""
+"""Reductions over segments, and :func:`segment_expand`, the adjoint of their sum."""
 
 from __future__ import annotations
 
@@ -22,26 +22,27 @@ REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 
 
 def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights: Tensor | None = None) -> Tensor:
-    """One row a segment.
+    """Reduce each segment to one row.
 
-    Sums are taken in fp32 (fp64 for fp64) in a fixed order and rounded once, so the result has the same bits on every
-    backend and for every number of threads. An empty segment gives 0.
+    Sums are computed in fp32 (fp64 for fp64 input) in a fixed order and rounded once, so the result has the same bits
+    on every backend and with any number of threads. An empty segment gives 0.
 
     Args:
-        x: the rows that were segmented, ``[N, D]`` or ``[B, T, D]``; fp32, fp16, bf16 or fp64.
-        segments: which rows make a segment.
-        reduce: ``"mean"``, ``"sum"``, ``"max"`` (NaN wins), or one frame: ``"first"``, ``"last"``, ``"middle"`` (the
-            earlier of two).
-        weights: floating point, a value a row; with ``"mean"`` only. They are normalised in each segment, in fp32
-            (fp64 with fp64 ``x``); a segment whose weights add to zero gives 0.
+        x: Rows that were segmented, ``[N, D]`` or ``[B, T, D]``; fp32, fp16, bf16 or fp64.
+        segments: Segments of these rows.
+        reduce: ``"mean"``, ``"sum"``, ``"max"`` (NaN if any frame is NaN), or one frame of the segment: ``"first"``,
+            ``"last"`` or ``"middle"`` (the earlier of the two middle frames).
+        weights: Weights of a weighted mean, floating point, one per row, with the leading shape of ``x``; only with
+            ``"mean"``. They are normalized in each segment, in fp32 (fp64 with fp64 ``x``). A segment whose weights sum
+            to 0 gives 0.
 
     Returns:
-        ``[M, D]`` in the dtype of ``x``. Gradients to ``x`` of any order for all but ``"max"`` and weights, which have
-        first-order gradients; the weights get theirs too.
+        Reduced rows, ``[M, D]`` in the dtype of ``x``. Gradients go to ``x`` and ``weights``. ``"max"`` and a weighted
+        mean have first-order gradients only; the others have gradients of any order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("x", x)
     if x.dim() not in (2, 3):
@@ -49,7 +50,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     rows = x.flatten(0, 1) if x.dim() == 3 else x
     check_segments(segments, rows)
     if segments.num_rows != rows.shape[0]:
-        raise ValueError(f"segments are of {segments.num_rows} rows, but x has {rows.shape[0]}")
+        raise ValueError(f"segments must have the rows of x, {rows.shape[0]}, got segments of {segments.num_rows} rows")
     if not isinstance(reduce, str) or reduce not in REDUCTIONS:
         raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
     starts, lengths = segments.starts, segments.lengths
@@ -59,7 +60,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
         needs_grad = torch.is_grad_enabled() and rows.requires_grad
     else:
         if reduce != "mean":
-            raise ValueError(f"weights go with reduce='mean', got reduce={reduce!r}")
+            raise ValueError(f"weights need reduce='mean', got reduce={reduce!r}")
         check_values_of_rows("weights", weights, x)
         weights = weights.reshape(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         op, args = _weighted_op, (rows, weights, starts, lengths)
@@ -68,24 +69,24 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
 
 
 def segment_expand(y: Tensor, segments: Segments) -> Tensor:
-    """Each segment's row, repeated for its frames: the adjoint of the sum. Rows in no segment get 0.
+    """Repeat the row of each segment for all its frames: the adjoint of the segment sum.
 
     Args:
-        y: ``[M, D]``, fp32, fp16, bf16 or fp64.
-        segments: M segments of N rows.
+        y: One row per segment, ``[M, D]``; fp32, fp16, bf16 or fp64.
+        segments: ``M`` segments of ``N`` rows.
 
     Returns:
-        ``[N, D]`` in the dtype of ``y``; gradients of any order.
+        Rows, ``[N, D]`` in the dtype of ``y``; 0 for rows in no segment. ``y`` gets gradients of any order.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("y", y)
     check_segments(segments, y)
     starts, lengths, num_rows = segments.starts, segments.lengths, segments.num_rows
     if y.dim() != 2 or y.shape[0] != starts.shape[0]:
-        raise ValueError(f"y must have shape [{starts.shape[0]}, D], a row a segment, got {list(y.shape)}")
+        raise ValueError(f"y must have shape [{starts.shape[0]}, D], one row per segment, got {list(y.shape)}")
     return call(
         _expand_op,
         (y, starts, lengths, num_rows, "sum"),

@@ -1,4 +1,4 @@
-"""Distances and a rule to segments; also segments from boundaries that the caller has."""
+"""Select segment boundaries by a rule; make segments from boundaries that are known."""
 
 from __future__ import annotations
 
@@ -15,17 +15,23 @@ _op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundarie
 
 
 def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """``[B + 1]`` int32: frames before each sequence.
+    """Return the number of frames before each sequence, ``[B + 1]`` int32.
+
+    Args:
+        rows: The input, ``[N, ...]`` packed or ``[B, T, ...]`` padded.
+        padded: True for padded input.
+        cu_seqlens: Offsets of packed input, ``[B + 1]``, or ``None``.
+        lengths: Lengths of padded input, ``[B]``, or ``None``.
 
     Raises:
-        ValueError: more rows than int32 counts.
+        ValueError: If there are 2**31 rows or more.
     """
     count = rows.shape[0] * rows.shape[1] if padded else rows.shape[0]
     if not torch.compiler.is_compiling() and count >= 2**31:
-        raise ValueError(f"the input must have fewer than 2**31 rows, which int32 offsets count, got {count}")
+        raise ValueError(f"the input must have fewer than 2**31 rows, the limit of int32 offsets, got {count}")
     if not padded:
         if cu_seqlens is None:
-            if rows.is_cuda:  # a copy from the host waits for the device, and cannot be in a CUDA graph
+            if rows.is_cuda:  # a copy from the host would synchronize, and is not allowed in a CUDA graph
                 return torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
             return torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=rows.device)
         return cu_seqlens.int()
@@ -45,29 +51,37 @@ def select_boundaries(
     row_group: Tensor | None = None,
     compact: bool = True,
 ) -> Segments:
-    """Segments that a rule finds in distances. Not differentiable.
+    """Select segment boundaries from distances by a rule.
 
     Args:
-        d: ``[N]`` packed or ``[B, T]`` padded, the distance between each frame and the next
-            (:func:`adjacent_distance`); the last of each sequence is not read. ``Uniform`` reads only the shape.
-            For ``Lookback`` ``[N, window]`` or ``[B, T, window]``, the distances at lags 1, 2, …; ``None`` for
-            ``LabelChange``.
-        rule: a rule or its text form.
-        labels: integer ``[N]`` or ``[B, T]``, with ``LabelChange``.
-        cu_seqlens, lengths: as in :func:`adjacent_distance`.
-        attention_mask: ``[B, T]`` with padded input: frames where it is 0 are dropped.
-        row_group: int32 of the shape of ``d``. Negative: the row is dropped; 0: a segment of its own; k > 0: the rule
-            works inside each run of neighbouring rows of the same k, as if the run were a sequence.
-        compact: size the result exactly, which reads the count from the device; else return the upper bound of
-            the rule, the tail being empty segments.
+        d: Distance between each frame and the next (:func:`adjacent_distance`), ``[N]`` packed or ``[B, T]`` padded;
+            the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` needs the
+            distances at lags 1 to ``window``, ``[N, window]`` or ``[B, T, window]``. ``LabelChange`` takes ``None``.
+        rule: A rule or its text form.
+        labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
+        attention_mask: Mask of padded input, ``[B, T]``; frames where it is 0 are dropped.
+        row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
+            own; k > 0: the rule is applied to each run of neighbouring frames of the same k as if it were a sequence.
+        compact: If true, size the result exactly, which reads the number of segments from the device. If false, return
+            the upper bound of the rule; the trailing segments are empty.
+
+    Returns:
+        The segments. They are not differentiable.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
+
+    Examples:
+        >>> segments = select_boundaries(torch.tensor([0.1, 0.9, 0.2, 0.0]), "threshold:0.5")
+        >>> segments.starts, segments.lengths
+        (tensor([0, 2]), tensor([2, 2]))
     """
     rule = as_rule(rule)
     if (labels is not None) != isinstance(rule, LabelChange):
-        raise ValueError(f"labels go with LabelChange, which needs them, got rule {rule}")
+        raise ValueError(f"labels must be passed with LabelChange, and with no other rule, got rule {rule}")
     if rule.scalar:
         return _select_scalar(d, rule, labels, cu_seqlens, lengths, attention_mask, row_group, compact)
     check_float("d", d)
@@ -97,7 +111,7 @@ def _select_scalar(
     row_group: Tensor | None,
     compact: bool,
 ) -> Segments:
-    """By a rule that is no state machine: the rows that start a segment, and then ``min_len`` and ``max_len``."""
+    """Select segments by a scalar rule: find the rows that start a segment, then apply ``min_len`` and ``max_len``."""
     min_len, max_len = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
     if labels is not None:
         _check_labels(labels)
@@ -108,13 +122,13 @@ def _select_scalar(
         rows, flat = d.detach(), d.detach().reshape(-1)
         if isinstance(rule, Lookback):
             if d.dim() not in (2, 3) or d.shape[-1] != rule.window:
-                raise ValueError(f"d must have shape [..., {rule.window}], a lag each, got {list(d.shape)}")
+                raise ValueError(f"d must have shape [..., {rule.window}], one distance per lag, got {list(d.shape)}")
             rows, flat = rows[..., 0], rows.reshape(-1, rule.window).T
-            min_len, max_len = 1, None  # which the rule has seen to
+            min_len, max_len = 1, None  # scalar_rules.starts applies them for this rule
     row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LabelChange) and rule.blank is not None:
         kept = torch.ones_like(rows, dtype=torch.int32) if row_group is None else row_group
-        row_group = torch.where(rows.long() == rule.blank, -1, kept)  # a blank beyond a small dtype is no label of it
+        row_group = torch.where(rows.long() == rule.blank, -1, kept)  # int64, because the blank may exceed the dtype
     runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
     mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
@@ -136,21 +150,25 @@ def normalize_distance(
     attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
 ) -> Tensor:
-    """Distances scaled to [0, 1] in each sequence, as Segmental CPC and UnsupSeg take them. Not differentiable.
+    """Scale distances to [0, 1] in each sequence.
 
-    NaN stays NaN and counts for nothing; where all are alike they become 0. The last of each sequence, which is no
-    pair, is scaled with the others but does not decide.
+    Segmental CPC (arXiv 2106.02170) and UnsupSeg (arXiv 2007.13465) use this scale. NaN stays NaN and does not affect
+    the scale. If all distances of a sequence are equal, they become 0. The last distance of a sequence, which has no
+    partner, is scaled but does not affect the scale.
 
     Args:
-        d, cu_seqlens, lengths, attention_mask, row_group: as in :func:`select_boundaries`; a run of rows of one group
-            is a sequence.
+        d: Distances, ``[N]`` packed or ``[B, T]`` padded; fp32, fp16, bf16 or fp64.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
+        attention_mask: See :func:`select_boundaries`.
+        row_group: See :func:`select_boundaries`; each run of rows of one group is scaled as a sequence.
 
     Returns:
-        A tensor of the shape and dtype of ``d``.
+        Scaled distances, of the shape and dtype of ``d``. They are not differentiable.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("d", d)
     row_group = check_layout(d, 1, cu_seqlens, lengths, attention_mask, row_group)
@@ -179,24 +197,30 @@ def segments_from_mask(
     max_len: int | None = None,
     compact: bool = True,
 ) -> Segments:
-    """Segments from a boundary mask: a frame where ``mask`` is nonzero starts a segment; so does the first frame of
-    every sequence.
+    """Make segments from a boundary mask.
+
+    A frame where ``mask`` is nonzero starts a segment, and so does the first frame of every sequence.
 
     Args:
-        mask: ``[N]`` packed or ``[B, T]`` padded, bool or integer.
-        min_len, max_len: as in :class:`Threshold`.
-        cu_seqlens, lengths, attention_mask, row_group, compact: as in :func:`select_boundaries`.
+        mask: Boundaries, ``[N]`` packed or ``[B, T]`` padded, bool or integer.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
+        attention_mask: See :func:`select_boundaries`.
+        row_group: See :func:`select_boundaries`.
+        min_len: See :class:`LocalMax`.
+        max_len: See :class:`LocalMax`.
+        compact: See :func:`select_boundaries`.
 
     Returns:
-        The segments, as of :func:`select_boundaries`.
+        The segments.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_integers("mask", mask, bools=True)
     _check_rank("mask", mask)
-    # A boundary at t belongs to the pair (t - 1, t).
+    # A boundary at t is the distance of the pair (t - 1, t), which is stored at t - 1.
     d = torch.nn.functional.pad((mask != 0).float(), (0, 1))[..., 1:]
     return select_boundaries(
         d,
@@ -212,20 +236,23 @@ def segments_from_mask(
 def segments_from_ids(
     ids: Tensor, *, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, compact: bool = True
 ) -> Segments:
-    """Segments from an id a frame: each run of equal ids inside a sequence is one; negative ids are in none.
+    """Make segments from one id per frame: each run of equal ids in a sequence is a segment.
 
-    The inverse of :meth:`Segments.ids` when neighbouring segments have different ids.
+    Frames with a negative id are in no segment. This is the inverse of :meth:`Segments.ids`, if neighbouring segments
+    have different ids.
 
     Args:
-        ids: ``[N]`` packed or ``[B, T]`` padded, integer.
-        cu_seqlens, lengths, compact: as in :func:`select_boundaries`.
+        ids: Ids, ``[N]`` packed or ``[B, T]`` padded, integer.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
+        compact: See :func:`select_boundaries`.
 
     Returns:
-        The segments, as of :func:`select_boundaries`.
+        The segments.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_integers("ids", ids)
     _check_rank("ids", ids)
@@ -237,19 +264,23 @@ def segments_from_ids(
 def segments_from_starts(
     starts: Tensor, num_rows: int, *, cu_seqlens: Tensor | None = None, compact: bool = True
 ) -> Segments:
-    """Segments of packed input from the rows where they start; each ends where the next one, or the sequence, does.
+    """Make segments of packed input from the rows where they start.
+
+    A segment ends where the next segment starts or its sequence ends.
 
     Args:
-        starts: ``[S]`` int32 or int64 in ``[0, num_rows)``, in any order; the first row of a sequence may be left out.
-        num_rows: rows of the packed input.
-        cu_seqlens, compact: as in :func:`select_boundaries`.
+        starts: First rows of segments, ``[S]`` int32 or int64 in ``[0, num_rows)``, in any order. The first row of
+            every sequence starts a segment even if it is missing here.
+        num_rows: Number of rows of the packed input.
+        cu_seqlens: See :func:`adjacent_distance`.
+        compact: See :func:`select_boundaries`.
 
     Returns:
-        The segments, as of :func:`select_boundaries`.
+        The segments.
 
     Raises:
-        TypeError: an argument of the wrong type or dtype.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     if not isinstance(starts, Tensor) or starts.dtype not in (torch.int32, torch.int64):
         got = starts.dtype if isinstance(starts, Tensor) else type(starts).__name__
@@ -261,7 +292,7 @@ def segments_from_starts(
     if num_rows < 0:
         raise ValueError(f"num_rows must not be negative, got {num_rows}")
     if not torch.compiler.is_compiling() and num_rows >= 2**31:
-        raise ValueError(f"num_rows must be fewer than 2**31, which int32 offsets count, got {num_rows}")
+        raise ValueError(f"num_rows must be less than 2**31, the limit of int32 offsets, got {num_rows}")
     if cu_seqlens is not None:
         check_same_device("cu_seqlens", cu_seqlens, starts)
     if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():
@@ -284,7 +315,7 @@ def fake_segments(
     max_len: int,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Fake starts, lengths and cu_segments of an op that selects."""
+    """Return fake starts, lengths and ``cu_segments`` for an op that selects boundaries."""
     if compact:
         count: int | torch.SymInt = torch.library.get_ctx().new_dynamic_size()
     else:
@@ -294,7 +325,7 @@ def fake_segments(
 
 
 def num_sequences(shape: torch.Size, padded: bool, cu_seqlens: Tensor | None) -> int:
-    """B of a batch."""
+    """Return the number of sequences of a batch of rows of shape ``[N, ...]`` or ``[B, T, ...]``."""
     if padded:
         return shape[0]
     return 1 if cu_seqlens is None else cu_seqlens.shape[0] - 1

@@ -1,4 +1,4 @@
-"""Merging by likeness to a whole segment, or to frames that are no neighbours: what no boundary rule can say."""
+"""Token merging in rounds and between frames that are not neighbours, which a boundary rule cannot express."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ _nearest_op: Op[tuple[Tensor, Tensor]] = torch.ops.fastcompress.nearest_odd.defa
 
 @dataclass(eq=False)
 class Merged:
-    """Tokens of :func:`bipartite_merge` or :func:`iterative_fusion`, packed, in the order of their places in time.
+    """Packed tokens of :func:`bipartite_merge` or :func:`iterative_fusion`, in order of time.
 
     Attributes:
-        values: ``[M, D]``, in the dtype of the frames.
-        cu_seqlens: ``[B + 1]`` int32, tokens before each sequence.
-        sizes: ``[M]`` fp32 (fp64 with fp64 frames), the frames of each token, or the sum of what was given for them:
-            ``size``, or ``weights``, of a further round.
-        ids: ``[N]`` int64, the token of each row of ``x.reshape(-1, D)``; -1: none.
+        values: Tokens, ``[M, D]`` in the dtype of the frames.
+        cu_seqlens: Number of tokens before each sequence, ``[B + 1]`` int32.
+        sizes: Number of frames of each token, or the sum of their ``size`` or ``weights`` if those were given, ``[M]``
+            fp32 (fp64 with fp64 frames). Pass them as ``size`` or ``weights`` of a further round.
+        ids: Token of each row of ``x.reshape(-1, D)``, ``[N]`` int64; -1 for padding.
     """
 
     values: Tensor
@@ -59,33 +59,36 @@ def bipartite_merge(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Merged:
-    """Merges even frames into the odd ones that are most like them (ToMe: Bolya et al., arXiv 2210.09461).
+    """Merge even frames into their most similar odd frames (ToMe: Bolya et al., arXiv 2210.09461).
 
-    Frames are counted from 0 in each sequence. Each even frame looks for its best odd one, by the cosine of their
-    ``keys``, no further than ``window`` allows; the even frames with the best of these cosines are merged into their
-    partners, as many as it takes. An odd frame may take several. A token is the mean of its frames, weighted by
-    ``size`` (0 if those are all 0), and stands where its odd frame did; a frame that is merged with none stays as it
-    is. Ties go to the earlier frame, and to the nearer partner.
+    Frames are counted from 0 in each sequence. The partner of an even frame is the odd frame within ``window`` whose
+    ``keys`` have the largest cosine with its own. The even frames with the largest cosines are merged into their
+    partners, as many as ``rate`` requires; an odd frame can take several. A token is the mean of its frames weighted by
+    ``size`` (0 if all sizes are 0), at the position of its odd frame. A frame that is not merged stays unchanged. Of
+    equal cosines, the earlier frame is merged first, and the nearer partner is taken.
 
-    ``window=0`` is A-ToMe (arXiv 2306.16009), one round; ``None`` is ToMe; between is bipartite merging inside a
-    temporal window (arXiv 2605.25179, whose exact matching is not published).
+    ``window=0`` is one round of A-ToMe (arXiv 2306.16009); ``None`` is ToMe. A value between is bipartite merging
+    inside a temporal window (arXiv 2605.25179, whose exact matching is not published).
 
     Args:
-        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
-        rate: frames a token that are aimed at: ``T`` frames become ``max(ceil(T / rate), T - merges possible)``, no
-            fewer than about ``T / 2``. More takes several rounds.
-        window: how far a partner may be beyond the next frame: 0, the next alone; ``w``, up to ``w`` frames away on
-            either side; ``None``, anywhere in the sequence.
-        keys: ``[..., K]``; ``None``: ``x``.
-        size: ``[...]`` floating, frames that each row stands for already; ``None``: 1.
-        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        rate: Frames per token to aim at, at least 1. ``T`` frames become ``ceil(T / rate)`` tokens, but a round merges
+            even frames only, so at least about ``T / 2``; larger rates take several rounds.
+        window: Range of partners. 0: the next frame only; ``w``: up to ``w`` frames away on either side; ``None``: the
+            whole sequence.
+        keys: Features to compare, ``[..., K]`` with the leading shape of ``x``; ``None`` means ``x``.
+        size: Number of frames that each row stands for, floating point with the leading shape of ``x``; ``None`` means
+            1.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
 
     Returns:
-        The tokens; gradients go to ``x``. Their number is read from the device once; with ``window=None`` also where
-        each sequence is.
+        The tokens. Gradients go to ``x``. The number of tokens is read from the device once; with ``window=None`` the
+        sequence boundaries are read too.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
@@ -114,12 +117,12 @@ def bipartite_merge(
     rank = ranks(torch.where(even, -near, -torch.inf), (~even).long(), runs)
     wanted = (runs.length.double() / rate).ceil().long()
     merged = even & (rank < runs.length - wanted)
-    # Each row's token: the place of the row that stays, counted among those that stay.
+    # The token of a row is the index, among the rows that stay, of itself or of the partner it is merged into.
     stays = runs.inside & ~merged
     number = stays.long().cumsum(0) - 1
     ids = torch.where(runs.inside, number[torch.where(merged, partner, row)], -1)
     weights = None if size is None else size.reshape(-1)
-    if window == 0:  # neighbours: tokens are runs of rows as they are
+    if window == 0:  # tokens are runs of neighbouring rows, which need no sorting
         opens = runs.inside.clone()
         opens[1:] &= ~merged[:-1]
         starts = opens.nonzero()[:, 0]
@@ -151,26 +154,28 @@ def iterative_fusion(
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
 ) -> Merged:
-    """Halves sequences, round after round, until none has over ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
+    """Halve sequences in rounds until each has at most ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
 
-    A round merges the neighbours that are most alike, chains of them into one, so that ``T`` tokens become
-    ``max(ceil(T / 2), count)``: :class:`TopK` of what the round before left. A token is the weighted mean of its
-    frames, 0 if their weights are all 0; one that is merged with none stays as it is.
+    A round merges the most similar neighbours, so that ``T`` tokens become ``max(ceil(T / 2), count)``; a chain of
+    similar neighbours becomes one token. A round equals :class:`TopK` on the tokens of the previous round. A token is
+    the weighted mean of its frames, 0 if all their weights are 0. A frame that is not merged stays unchanged.
 
     Args:
-        x: ``[N, D]`` packed or ``[B, T, D]`` padded.
-        count: tokens of each sequence at the end, at least 1; a shorter one stays as it is.
-        weights: ``[...]`` floating, such as a CTC head's probability that a frame is no blank; ``None``: 1. What a
-            token weighs in the next round is the sum over its frames.
-        cu_seqlens, lengths: as in :func:`adjacent_distance`.
+        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        count: Largest number of tokens per sequence, at least 1; a shorter sequence stays unchanged.
+        weights: Weights, floating point with the leading shape of ``x``, such as the probability of a CTC head that a
+            frame is not blank; ``None`` means 1. The weight of a token is the sum over its frames.
+        cu_seqlens: See :func:`adjacent_distance`.
+        lengths: See :func:`adjacent_distance`.
 
     Returns:
-        The tokens, in order, their ``sizes`` the sums of weights; gradients go to ``x`` and ``weights``. The number of
-        tokens is read from the device in each round, and before the first, with packed input, the length of the longest
-        sequence.
+        The tokens, with sums of weights as ``sizes``. Gradients go to ``x`` and ``weights``. The number of tokens is
+        read from the device in each round; with packed input, the length of the longest sequence is read before the
+        first.
 
     Raises:
-        TypeError, ValueError: an argument that does not fit.
+        TypeError: If an argument has a wrong type or dtype.
+        ValueError: If a shape, device or value is invalid; the message names it.
     """
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
@@ -188,7 +193,7 @@ def iterative_fusion(
     ids = torch.where(runs.inside, runs.inside.long().cumsum(0) - 1, -1)
     if x.dim() == 3:
         longest = x.shape[1]
-    elif torch.compiler.is_compiling():  # a round too many changes nothing
+    elif torch.compiler.is_compiling():  # an upper bound: superfluous rounds change nothing
         longest = x.shape[0]
     else:
         longest = int(runs.length.max()) if x.shape[0] else 0
@@ -216,8 +221,11 @@ def follow_ids(ids: Tensor, further: Tensor) -> Tensor:
 
 
 def _weighted_means(rows: Tensor, segments: Segments, weights: Tensor | None) -> Tensor:
-    """Means of segments that all have rows. One of a single row is that row, bit for bit and whatever it weighs: what
-    is not merged does not depend on what else the batch holds, or on the number of rounds."""
+    """Compute weighted means of segments that are not empty.
+
+    A segment of a single row gives that row, bit for bit, whatever its weight. So a frame that is not merged does not
+    depend on the rest of the batch or on the number of rounds.
+    """
     if weights is not None:
         alone = torch.zeros_like(weights, dtype=torch.bool).index_copy(0, segments.starts, segments.lengths == 1)
         weights = torch.where(alone, 1.0, weights)
@@ -227,12 +235,24 @@ def _weighted_means(rows: Tensor, segments: Segments, weights: Tensor | None) ->
 def _nearest_within(
     keys: Tensor, runs: Runs, row: Tensor, window: int, ahead: bool, layout: dict[str, Tensor | None]
 ) -> tuple[Tensor, Tensor]:
-    """The least distance of each row to one of the other parity up to ``window`` away, or only ``ahead``; inf if there
-    is none. And which row that is. One pass over the keys for each odd lag."""
+    """Find the nearest row of the other parity within a window, with one pass over the keys per odd lag.
+
+    Args:
+        keys: Features, ``[..., K]``.
+        runs: Runs of the rows.
+        row: Indices of the rows, ``[N]`` int64.
+        window: Largest offset of a partner, at least 1.
+        ahead: If true, partners come after the row only.
+        layout: ``cu_seqlens`` and ``lengths``.
+
+    Returns:
+        The smallest distance of each row, ``[N]``, infinite without a partner, and the row of the partner, ``[N]``
+        int64.
+    """
     count = row.shape[0]
     best = torch.full((count,), torch.inf, dtype=accumulate_dtype(keys.dtype), device=keys.device)
     partner = row.clone()
-    if not torch.compiler.is_compiling():  # no two rows are further apart; a traced program would be for as many
+    if not torch.compiler.is_compiling():  # no two rows are further apart; a trace must not depend on their number
         window = min(window, max(1, count - 1))
     for lag in range(1, window + 1, 2):
         d = adjacent_distance(keys, lag=lag, **layout).reshape(-1).nan_to_num(torch.inf)
@@ -240,16 +260,19 @@ def _nearest_within(
         if not ahead:
             candidates.append((torch.nn.functional.pad(d, (lag, 0), value=torch.inf)[:count], -lag))
         for found, step in candidates:
-            better = found < best  # of equals the nearer, then the later
+            better = found < best  # of equal distances take the nearer row, then the later
             best, partner = torch.where(better, found, best), torch.where(better, row + step, partner)
     return best, partner
 
 
 def _nearest_odd(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The same among all rows of the sequence, for even ones: a matrix of even and odd rows, sequence by sequence.
+    """Find the nearest odd row of each even row in its sequence, with one matrix product per sequence.
 
-    An op, as tracing would take the loop for that of one batch. Products are those of the library for matrices: equal
-    distances may differ in their last digit.
+    This is an op because tracing would fix the number of sequences of the loop. Matrix products do not use the
+    canonical dot product, so distances that should be equal may differ by rounding.
+
+    Returns:
+        Like :func:`_nearest_within`; odd rows have no partner.
     """
     runs = find_runs(keys.shape[:-1], keys.device, cu_seqlens, lengths, None)
     rows = keys.flatten(0, -2)
@@ -265,9 +288,9 @@ def _nearest_odd(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
             distance = (1 - unit[::2] @ unit[1::2].T).nan_to_num(torch.inf, torch.inf, torch.inf)  # [even, odd]
         if not distance.shape[1]:
             continue
-        distance = distance.masked_fill((norm[::2] == 0) & (norm[1::2] == 0).T, 0.0)  # zero rows are alike
+        distance = distance.masked_fill((norm[::2] == 0) & (norm[1::2] == 0).T, 0.0)  # two zero rows have distance 0
         least = distance.amin(1)
-        # Of equals the nearer, then the later: odd row j lies 2 (j - i) + 1 behind even row i.
+        # Of equal distances take the nearer row, then the later: odd row j is 2 (j - i) + 1 rows after even row i.
         steps = torch.arange(distance.shape[0], dtype=torch.int32, device=keys.device)
         away = 2 * (steps[None, : distance.shape[1]] - steps[:, None]) + 1
         order = 2 * away.abs() - (away > 0).int()

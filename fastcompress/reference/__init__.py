@@ -1,6 +1,6 @@
-"""Pure PyTorch forms of every op: slow, obviously right, the definition that the kernels are held to.
+"""Pure PyTorch implementations of every op: slow, simple, and the definition that every kernel must match.
 
-They are registered for every device, below the compiled kernels of a device where there are some.
+They are registered for every device, with a lower priority than compiled kernels.
 """
 
 from fastcompress.reference.adjacent_distance import adjacent_distance, adjacent_distance_backward

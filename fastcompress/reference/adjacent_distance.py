@@ -1,4 +1,4 @@
-"""Definition of the distance between frames, and of the dot product that every backend repeats to the bit."""
+"""Definition of the distance between frames, and of the dot product that every backend reproduces bit for bit."""
 
 from __future__ import annotations
 
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from fastcompress.checks import check_layout_values
 
-#: Partial sums of the canonical dot product; chosen and frozen, see docs/numerics.md.
+#: Number of partial sums of the canonical dot product. Changing it changes results; see docs/numerics.md.
 LANES = 32
-#: Smallest norm that divides.
+#: Lower limit of a norm that is used as a divisor.
 EPS = 1e-8
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    """fp64 for fp64, fp32 for every other floating type."""
+    """Return the accumulation dtype: fp64 for fp64, fp32 for every other floating dtype."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
-    """Dot product of rows, ``[..., D]`` -> ``[...]`` fp64, in the one order that all backends share.
+    """Compute the dot product of rows, ``[..., D]`` -> ``[...]`` fp64, in the order that all backends share.
 
-    Partial sum ``j`` takes the elements ``i = j (mod LANES)`` in increasing ``i``, product and sum rounded separately
-    to fp32 (fp64 for fp64). The partial sums are then added in fp64, halving: ``j`` and ``j + LANES / 2``, and so on.
+    Partial sum ``j`` adds the elements ``i = j (mod LANES)`` in increasing ``i``; each product and each sum is rounded
+    to fp32 (fp64 for fp64 input). The partial sums are then added pairwise in fp64: ``j`` and ``j + LANES / 2``, then
+    ``j`` and ``j + LANES / 4``, and so on.
     """
     dtype = accumulate_dtype(a.dtype)
     missing = -a.shape[-1] % LANES
@@ -42,16 +43,20 @@ def canonical_dot(a: Tensor, b: Tensor) -> Tensor:
 
 
 def norm(square: Tensor) -> Tensor:
-    """``max(sqrt(square), EPS)``; the root correctly rounded, which ``torch.sqrt`` is not where MKL computes it."""
+    """Return ``max(sqrt(square), EPS)`` in fp64.
+
+    ``math.sqrt`` rounds correctly; ``torch.sqrt`` does not if MKL computes it.
+    """
     roots = [math.sqrt(value) for value in square.reshape(-1).tolist()]
     return torch.tensor(roots, dtype=torch.float64, device=square.device).reshape(square.shape).clamp_min(EPS)
 
 
 def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
-    """``1 - cos`` of rows, ``[..., D]`` -> ``[...]`` in the accumulation dtype.
+    """Compute ``1 - cos`` of rows, ``[..., D]`` -> ``[...]`` in the accumulation dtype.
 
-    Two rows whose squared norms are both zero are alike, 0; one such row beside another is at distance 1. Rows that are
-    not finite give NaN; a row whose square overflows does too, or 1 beside one with which its product does not.
+    The distance of two rows with a squared norm of zero is 0; that of one such row and another row is 1. A row that is
+    not finite gives NaN. A row whose square overflows gives NaN if the product with the other row overflows too, else
+    1.
     """
     square_a, square_b = canonical_dot(a, a), canonical_dot(b, b)
     d = 1 - canonical_dot(a, b) / (norm(square_a) * norm(square_b))
@@ -60,7 +65,7 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def pair_mask(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
-    """``x.shape[:-1]`` bool: whether row t and row t + lag are both frames of one sequence."""
+    """Return whether rows ``t`` and ``t + lag`` are frames of the same sequence, bool of shape ``x.shape[:-1]``."""
     if x.dim() == 3:
         row = torch.arange(x.shape[1], device=x.device)
         if lengths is None:
@@ -75,10 +80,11 @@ def pair_mask(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag:
 
 
 def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
+    """Compute the distance of each row to the row ``lag`` rows later, ``[..., D]`` -> ``[...]``; NaN without one."""
     check_layout_values(x.shape, cu_seqlens, lengths)
-    lag = min(lag, x.shape[-2])  # no pair is further apart, and sums with the lag must not overflow
+    lag = min(lag, x.shape[-2])  # no pair is further apart, and row + lag must not overflow
     valid = pair_mask(x, cu_seqlens, lengths, lag)
-    other = x.roll(-lag, dims=-2)  # what wraps around is not valid
+    other = x.roll(-lag, dims=-2)  # rows that wrap around are masked by `valid`
     d = cosine_distance(x, other) if x.shape[-2] else x.new_zeros(x.shape[:-1], dtype=accumulate_dtype(x.dtype))
     return torch.where(valid, d, torch.nan)
 
@@ -86,11 +92,11 @@ def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | No
 def adjacent_distance_backward(
     grad: Tensor, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int
 ) -> Tensor:
-    """Gradient of ``x``: each row takes part in the pair that it starts and in the pair that it ends.
+    """Compute the gradient of ``x`` from that of the distances; each row belongs to two pairs, as first and as second.
 
-    With ``u = x / |x|``, the gradient of ``d = 1 - u . v`` by ``x`` is ``((u . v) u - v) / |x|``; below ``EPS`` the
-    norm is the constant ``EPS`` and only ``-v / EPS`` remains. Pairs of two zero rows and pairs beyond a sequence
-    get 0.
+    With ``u = x / |x|``, the gradient of ``d = 1 - u . v`` with respect to ``x`` is ``((u . v) u - v) / |x|``. A norm
+    below ``EPS`` is the constant ``EPS``, and the gradient is ``-v / EPS``. Pairs of two zero rows, and rows without a
+    partner, get 0.
     """
     dtype, grad_dtype = accumulate_dtype(x.dtype), x.dtype
     lag = min(lag, x.shape[-2])
@@ -105,7 +111,7 @@ def adjacent_distance_backward(
     def own(length: Tensor) -> Tensor:
         return torch.where(valid & (length > EPS), cosine / length.square() * scale, 0)
 
-    # Row t: its share of the pair it starts and of the pair it ends, then its partner behind, then the one before.
+    # The order of the sum is part of the definition: the row itself (from both pairs), the following row, the previous.
     factor = (own(norm_a) + own(norm_b).roll(lag, dims=-1)).to(dtype)[..., None]
     cross = (-scale / (norm_a * norm_b)).to(dtype)[..., None]
     next_valid, previous_valid = valid[..., None], valid.roll(lag, dims=-1)[..., None]

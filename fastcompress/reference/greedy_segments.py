@@ -1,4 +1,4 @@
-"""Definition of segments of frames that are alike on average: a loop over the frames of each sequence."""
+"""Definition of greedy segments: a loop over the frames of each sequence."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ from fastcompress.reference.adjacent_distance import accumulate_dtype, canonical
 def greedy_boundaries(
     x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, threshold: float, max_len: int
 ) -> Tensor:
-    """``x.shape[:-1]`` bool: frames that start a segment; ``max_len`` 0: segments of any length.
+    """Return the frames that start a segment, bool of shape ``x.shape[:-1]``. ``max_len`` 0 means no limit.
 
-    A frame times ``1 / max(|x|, EPS)`` is a unit frame; their sum over the segment is of the accumulation dtype. The
-    quotient is fp64, rounded to that dtype for the unit frame and not for the comparison.
+    A normalized frame is ``x * (1 / max(|x|, EPS))``. The reciprocal is computed in fp64. It is rounded to the
+    accumulation dtype to normalize a frame, and not rounded in the comparison. The sum of the normalized frames of a
+    segment has the accumulation dtype.
     """
     if max_len < 0:
         raise ValueError(f"max_len must not be negative, got {max_len}")

@@ -1,7 +1,7 @@
-"""Definition of continuous integrate-and-fire: frame after frame of one sequence, a token fired once enough is there.
+"""Definition of continuous integrate-and-fire, one frame of one sequence at a time, and of the ops that compute it.
 
-Differentiable by autograd, which makes it the definition of the gradients as well. Below it the sums that its ops take,
-whose order is that of a segment (reduce.py): a token begins with the row in which the last one fired, or with the same.
+``integrate_and_fire`` is differentiated by autograd, so it also defines the gradients. The ops below it add the rows of
+a token in the order of ``segment_reduce``. The first row of a token is the row in which the previous token fired.
 """
 
 from __future__ import annotations
@@ -17,12 +17,15 @@ from fastcompress.reference.segment_reduce import positions, sum_in_order
 def integrate_and_fire(
     x: Tensor, alpha: Tensor, beta: float, target: int | None, tail: float | None
 ) -> tuple[list[Tensor], list[int]]:
-    """Tokens ``[D]`` of a sequence, and the frame in which each fired.
+    """Return the tokens of one sequence, each ``[D]``, and the frame in which each fired.
 
     Args:
-        x: ``[T, D]``; fp64.
-        alpha: ``[T]``, not negative; fp64.
-        beta, target, tail: of :func:`fastcompress.integrate_and_fire`.
+        x: Frames, ``[T, D]`` fp64.
+        alpha: Weights, ``[T]`` fp64, not negative.
+        beta: Weight per token.
+        target: Number of tokens to scale the weights to, or ``None``.
+        tail: Share of ``beta`` from which the remaining weight fires, or ``None``; see
+            :func:`fastcompress.integrate_and_fire`.
     """
     if target is not None:
         total = alpha.sum()
@@ -34,7 +37,7 @@ def integrate_and_fire(
     filled, token = alpha.new_zeros(()), torch.zeros_like(x[:1]).sum(0)
     for t, weight in enumerate(alpha):
         left = weight
-        # What is short of a token by rounding is none: the last of `target` fires at the end whatever it is short of.
+        # Rounding must not fire more than `target` tokens; if it fires one too few, the last one fires after the loop.
         while filled + left >= beta and (target is None or len(tokens) < target):
             part = beta - filled
             tokens.append(token + part * x[t])
@@ -55,7 +58,7 @@ def integrate_and_fire(
 def integrate_rows(
     x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
 ) -> Tensor:
-    """``first[m] x[start]`` and ``weights[t] x[t]`` for the rows of the token behind it, over ``divisors[m]``."""
+    """Sum ``first[m] x[start]`` and ``weights[t] x[t]`` of the following rows of a token; divide by ``divisors[m]``."""
     check_token_values(starts, lengths, x.shape[0])
     wide = x.to(accumulate_dtype(x.dtype))
 
@@ -69,8 +72,10 @@ def integrate_rows(
 def integrate_rows_backward(
     grad: Tensor, x: Tensor, weights: Tensor, first: Tensor, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Of ``x``, ``weights`` and ``first``. A row's tokens are added in order; rows in none, and weights of first rows,
-    get 0."""
+    """Compute the gradients of ``x``, ``weights`` and ``first``.
+
+    The tokens that contain a row are added in order. Rows in no token, and the ``weights`` of first rows, get 0.
+    """
     check_token_values(starts, lengths, x.shape[0])
     dtype = accumulate_dtype(x.dtype)
     wide = grad.to(dtype)

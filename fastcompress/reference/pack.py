@@ -1,9 +1,11 @@
-"""Definition of packing: which row goes where, and what becomes of labels and positions.
+"""Definition of packing: where each row is copied, and the labels and positions of the packed rows.
 
-A packed row is *text*, a row of the input whose group is 0, or *audio*: each run of neighbouring rows of one positive
-group stands for the next audio and becomes its rows. Rows are numbered through the N rows of the input and then the M
-rows of audio. All of it is arithmetic on whole tensors, which on a GPU reads nothing on the host unless
-``compact``: this is also what runs beside the Triton kernels.
+A packed row is *text*, which is a row of the input with row group 0, or *audio*: each run of neighbouring rows with the
+same positive row group is replaced by the rows of the next audio. Rows are numbered through the N rows of the input,
+then the M rows of audio.
+
+Everything is arithmetic on whole tensors. On a GPU it reads values on the host only with ``compact``, so the Triton
+backend uses ``pack_map`` and ``pack_labels`` of this file as they are.
 """
 
 from __future__ import annotations
@@ -18,14 +20,14 @@ from fastcompress.reference.select_boundaries import KEEP
 
 
 def pack_bound(num_rows: int, num_audios: int, num_audio_rows: int) -> int:
-    """Most rows that can be packed: each audio takes the place of at least one row."""
+    """Return the largest possible number of packed rows: each audio replaces at least one row."""
     return max(num_rows - num_audios, 0) + num_audio_rows
 
 
 def _sequence_rows(
     shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, row: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Whether each row is in a sequence, and is its first; and the rows before each sequence, [B + 1]."""
+    """Return whether each row is in a sequence, whether it is the first of one, and the sequence offsets [B + 1]."""
     if len(shape) == 2:
         position = row % max(shape[1], 1)
         inside = torch.ones_like(row, dtype=torch.bool)
@@ -42,7 +44,7 @@ def _sequence_rows(
 def _wrong_sequences(
     shape: torch.Size, cu_seqlens: Tensor | None, lengths: Tensor | None, device: torch.device
 ) -> Tensor:
-    """Whether ``cu_seqlens`` or ``lengths`` do not fit, a bool on their device."""
+    """Return whether ``cu_seqlens`` or ``lengths`` are invalid, as a bool tensor on their device."""
     if lengths is not None:
         return ((lengths < 0) | (lengths > shape[1])).any()
     if cu_seqlens is None:
@@ -51,7 +53,7 @@ def _wrong_sequences(
 
 
 def _before(count: Tensor) -> Tensor:
-    """``[n]`` -> ``[n + 1]``: sums of what comes before."""
+    """Return exclusive cumulative sums followed by the total, ``[n]`` -> ``[n + 1]``."""
     return torch.nn.functional.pad(count.cumsum(0), (1, 0))
 
 
@@ -65,11 +67,11 @@ def pack_map(
     num_audio_rows: int,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """``index``, ``source`` [T], ``target`` [N + M], all int64, and ``cu_seqlens`` [B + 1] int32.
+    """Return ``index`` and ``source`` [T], ``target`` [N + M], all int64, and ``cu_seqlens`` [B + 1] int32.
 
-    ``source`` is the row that each packed row is, ``index`` the same with ids in place of rows of text, counted on
-    through ``num_embeddings``; ``target`` is where each row went. -1: none. T is exact if ``compact``, else
-    :func:`pack_bound`.
+    ``source`` is the row that each packed row is copied from, and ``target`` the packed row that each row is copied to;
+    -1 means none. ``index`` is the row to read from the table of ``num_embeddings`` rows followed by audio if there are
+    ``ids``, and equals ``source`` otherwise. T is exact with ``compact``, else :func:`pack_bound`.
     """
     device, num_audios = row_group.device, audio_cu_seqlens.shape[0] - 1
     group = row_group.reshape(-1)
@@ -79,10 +81,10 @@ def pack_map(
     text = inside & (group == KEEP)
     run = inside & (group > KEEP) & (first | (group != group.roll(1)))
     texts_before, runs_before = _before(text), _before(run).clamp_max(num_audios)
-    # What is wrong here is an error that was, or is to be, raised elsewhere: no index may leave its tensor.
+    # Invalid values are reported below or were reported before; clamping keeps every index inside its tensor.
     audio_begin = audio_cu_seqlens.long().clamp(0, num_audio_rows).cummax(0).values
     before = texts_before + audio_begin[runs_before]  # [N + 1], packed rows before each row
-    # Texts before each audio; the last place is for what is no audio.
+    # Number of text rows before each audio; the extra element at the end collects rows that do not start an audio.
     place = torch.where(run, runs_before[:-1], num_audios)
     texts_before_audio = torch.zeros(num_audios + 1, dtype=torch.int64, device=device)
     texts_before_audio = texts_before_audio.scatter(0, place, texts_before[:-1])
@@ -103,12 +105,12 @@ def pack_map(
         wrong = wrong | (run.sum() != num_audios)
         if ids is not None:
             wrong = wrong | (text & ((ids.reshape(-1) < 0) | (ids.reshape(-1) >= num_embeddings))).any()
-        count, is_wrong = torch.stack([before[-1], wrong.long()]).tolist()  # the only read
+        count, is_wrong = torch.stack([before[-1], wrong.long()]).tolist()  # the only read from the device
         if is_wrong:
             check_pack_values(
                 row_group, ids, cu_seqlens, lengths, audio_cu_seqlens, num_embeddings, num_audio_rows, compact
             )
-            raise RuntimeError("fastcompress: what was to be packed was wrong when it was read")
+            raise RuntimeError("fastcompress: an input of pack was invalid when it was read, and was changed since")
         size = count if compact else size
     target = torch.where(target < size, target, -1)
     source = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
@@ -118,14 +120,15 @@ def pack_map(
         rows_of_table = ids.reshape(-1).long()
         rows_of_table = torch.where((rows_of_table >= 0) & (rows_of_table < num_embeddings), rows_of_table, -1)
         rows_of_table = torch.cat([rows_of_table, num_embeddings + audio_row, rows_of_table.new_full((1,), -1)])
-        index = rows_of_table[source]  # -1 is the last
+        index = rows_of_table[source]  # source -1 reads the last element, which is -1
     return index, source, target, before[bounds].clamp_max(size).int()
 
 
 def pack_labels(source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: Tensor | None) -> tuple[Tensor, Tensor]:
-    """``position_ids`` [T] int64, 0 behind the last sequence, and the packed labels [T] int64 ([0] without any).
+    """Return ``position_ids`` [T] int64 and the packed labels [T] int64 ([0] without labels).
 
-    A label is kept for text that is not the first row of its sequence: that one has nothing to be predicted from.
+    Positions are 0 after the last sequence. Labels are kept for text rows, except the first row of each sequence, which
+    no row precedes to predict it from; all others are ``IGNORED_LABEL``.
     """
     packed = torch.arange(source.shape[0], device=source.device)
     begins = cu_seqlens[:-1].long()
@@ -142,14 +145,15 @@ def pack_labels(source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: T
 
 
 def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_table: bool) -> Tensor:
-    """``out[t]`` is the row ``index[t]`` of ``rows`` [V, D] followed by ``audio`` [M, D], 0 for -1.
+    """Copy row ``index[t]`` of ``rows`` [V, D] followed by ``audio`` [M, D] to output row ``t``; -1 gives zeros.
 
-    ``target`` and ``is_table`` are for the gradient alone.
+    Only the gradient uses ``target`` and ``is_table``.
     """
     inside = (index >= -1) & (index < rows.shape[0] + audio.shape[0])
     if not index.is_cuda and not bool(inside.all()):
         raise RuntimeError("index must lie in [-1, the number of rows)")
-    # Two gathers, so that a large table is not copied; a row of zeros stands in for an empty one.
+    # Two gathers avoid the copy of a large table that concatenation would need. An empty tensor cannot be indexed; a
+    # row of zeros replaces it.
     is_text, is_audio = (index >= 0) & (index < rows.shape[0]), inside & (index >= rows.shape[0])
     zero = rows.new_zeros((1, rows.shape[1]))
     text = (rows if rows.shape[0] else zero)[torch.where(is_text, index, 0)]

@@ -1,4 +1,4 @@
-"""Definition of the rules that are no state machine over distances: a loop over the rows of one run, on the host."""
+"""Definition of the scalar rules: a loop over the rows of one run, on the host."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from fastcompress.rules import LabelChange, Lookback, PeakHeight, Rule, TopK
 
 
 def minmax(d: list[float]) -> list[float]:
-    """Scaled to [0, 1]; all alike: 0. NaN stays, and counts for nothing."""
+    """Scale distances to [0, 1]. Equal distances become 0; NaN stays NaN and does not affect the scale."""
     numbers = [v for v in d if not math.isnan(v)]
     low, high = min(numbers, default=0.0), max(numbers, default=0.0)
     return [v if math.isnan(v) else (v - low) / (high - low) if high > low else 0.0 for v in d]
 
 
 def run_starts(rule: Rule, frames: int, d: list[list[float]], labels: list[int]) -> list[int]:
-    """Rows of a run of ``frames`` rows that start a segment, the first among them.
+    """Return the rows of one run that start a segment, including the first row.
 
     Args:
-        rule: one with ``scalar``.
-        frames: at least 1.
-        d: distances to the rows 1, 2, ... behind: ``d[lag - 1][t]`` between ``t`` and ``t + lag``.
-        labels: of the rows.
+        rule: A rule whose ``scalar`` is true.
+        frames: Number of rows of the run, at least 1.
+        d: Distances by lag: ``d[lag - 1][t]`` is the distance between rows ``t`` and ``t + lag``.
+        labels: Labels of the rows.
     """
     if isinstance(rule, TopK):
         keep = rule.num_segments(frames) - 1

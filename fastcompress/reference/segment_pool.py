@@ -1,4 +1,4 @@
-"""Definition of the fused op: distances, selection, mean."""
+"""Definition of the fused op: distances, boundaries and means in sequence."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ def segment_pool(
     row_group: Tensor | None,
     *rule_and_compact: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return values ``[M, D]``, starts and lengths ``[M]`` int64, and ``cu_segments`` ``[B + 1]`` int32."""
     d = adjacent_distance(x if keys is None else keys, cu_seqlens, lengths, 1)
     starts, segment_lengths, cu_segments = select_boundaries(d, cu_seqlens, lengths, row_group, *rule_and_compact)
     values = segment_reduce(x.flatten(0, -2), starts, segment_lengths, "mean")

@@ -1,7 +1,8 @@
 """Definition of the reductions over segments and of their adjoints.
 
-Sums are taken in fp32 (fp64 for fp64), in frame order inside blocks of ``BLOCK`` frames counted from the first frame of
-the segment, the blocks then added in order; then one division and one rounding to the dtype of the input.
+Sums are computed in fp32 (fp64 for fp64 input). Frames are added in order within blocks of ``BLOCK`` frames, counted
+from the first frame of the segment; then the blocks are added in order. One division and one rounding to the dtype of
+the input follow.
 """
 
 from __future__ import annotations
@@ -14,22 +15,25 @@ from torch import Tensor
 from fastcompress.checks import check_segment_values
 from fastcompress.reference.adjacent_distance import accumulate_dtype, canonical_dot
 
+#: Frames per block of a sum. Changing it changes results; see docs/numerics.md.
 BLOCK = 64
 
 
 def positions(starts: Tensor, lengths: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
-    """For each position p in a segment: p, the segments longer than p, and the rows that stand there."""
+    """Yield for each position p in a segment: p, the segments longer than p, and their rows at that position."""
     for p in range(int(lengths.max()) if lengths.numel() else 0):
         active = (lengths > p).nonzero().squeeze(1)
         yield p, active, starts[active] + p
 
 
 def sum_in_order(row: Callable[[int, Tensor, Tensor], Tensor], starts: Tensor, lengths: Tensor, like: Tensor) -> Tensor:
-    """Sums of segments, ``[M, ...]``, 0 for an empty one.
+    """Sum segments in the canonical order, ``[M, ...]``; an empty segment gives 0.
 
     Args:
-        row: of the arguments of :func:`positions` what is added.
-        like: rows ``[0, ...]`` of the result's dtype.
+        row: Function that returns the terms to add for one item of :func:`positions`.
+        starts: First row of each segment, ``[M]`` int64.
+        lengths: Rows of each segment, ``[M]`` int64.
+        like: An empty tensor ``[0, ...]`` with the dtype and row shape of the result.
     """
     total = like.new_zeros(starts.shape[0], *like.shape[1:])
     block = torch.zeros_like(total)
@@ -42,16 +46,18 @@ def sum_in_order(row: Callable[[int, Tensor, Tensor], Tensor], starts: Tensor, l
 
 
 def _ordered_sum(rows: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """``[N, ...]`` -> ``[M, ...]``, in the dtype of ``rows``."""
+    """Sum the rows of each segment, ``[N, ...]`` -> ``[M, ...]`` in the dtype of ``rows``."""
     return sum_in_order(lambda p, active, index: rows[index], starts, lengths, rows[:0])
 
 
 def _picked_rows(starts: Tensor, lengths: Tensor, reduce: str) -> Tensor:
+    """Return the row that ``"first"``, ``"last"`` or ``"middle"`` picks from each segment, ``[M]`` int64."""
     offset = {"first": torch.zeros_like(lengths), "last": lengths - 1, "middle": (lengths - 1) // 2}[reduce]
     return starts + offset
 
 
 def segment_reduce(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> Tensor:
+    """Reduce each segment to one row, ``[N, D]`` -> ``[M, D]``."""
     check_segment_values(starts, lengths, x.shape[0])
     dtype = accumulate_dtype(x.dtype)
     if reduce in ("sum", "mean"):
@@ -71,8 +77,8 @@ def segment_reduce(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> T
 
 
 def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """The gradient goes to the first frame that holds the maximum (the first NaN, if the maximum is NaN)."""
-    grad_x = x.new_zeros(x.shape)  # contiguous, as every result is
+    """Send the gradient to the first frame that equals the maximum (the first NaN, if the maximum is NaN)."""
+    grad_x = x.new_zeros(x.shape)  # contiguous, like the result of every backend
     given = torch.zeros_like(y, dtype=torch.bool)
     for _, active, index in positions(starts, lengths):
         here = ((x[index] == y[active]) | (x[index].isnan() & y[active].isnan())) & ~given[active]
@@ -82,6 +88,7 @@ def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, len
 
 
 def segment_weighted_mean(x: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
+    """Compute the weighted mean of each segment, ``[N, D]`` -> ``[M, D]``; 0 if its weights sum to 0."""
     check_segment_values(starts, lengths, x.shape[0])
     dtype = accumulate_dtype(x.dtype)
     total = _ordered_sum(x.to(dtype) * weights[:, None], starts, lengths)
@@ -92,7 +99,11 @@ def segment_weighted_mean(x: Tensor, weights: Tensor, starts: Tensor, lengths: T
 def segment_weighted_mean_backward(
     grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """``grad_x[t] = w[t] / W * grad[s]``, ``grad_w[t] = grad[s] . (x[t] - y[s]) / W``; 0 for ``W = 0`` and in gaps."""
+    """Compute the gradients of ``x`` and ``weights``; 0 for rows in no segment and if the weights ``W`` sum to 0.
+
+    For a row ``t`` of segment ``s``, ``grad_x[t] = w[t] / W * grad[s]`` and ``grad_w[t] = grad[s] . (x[t] - y[s]) /
+    W``.
+    """
     dtype = accumulate_dtype(x.dtype)
     weight = _ordered_sum(weights, starts, lengths)
     grad_x, grad_weights = x.new_zeros(x.shape), weights.new_zeros(weights.shape)
@@ -106,7 +117,7 @@ def segment_weighted_mean_backward(
 
 
 def segment_expand(y: Tensor, starts: Tensor, lengths: Tensor, num_rows: int, reduce: str) -> Tensor:
-    """Adjoint of ``segment_reduce`` for ``sum``, ``mean``, ``first``, ``last`` and ``middle``."""
+    """Apply the adjoint of ``segment_reduce`` by ``sum``, ``mean``, ``first``, ``last`` or ``middle``."""
     check_segment_values(starts, lengths, num_rows)
     out = y.new_zeros(num_rows, y.shape[1])
     if reduce in ("sum", "mean"):

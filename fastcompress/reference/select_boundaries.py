@@ -1,6 +1,6 @@
 """Definition of the rules: a loop over the frames of each sequence, on the host, one value at a time.
 
-``csrc/rule.h`` is the compiled form of this file; the tests hold the two together.
+``csrc/rule.h`` is the compiled form of this file; tests check that both give the same boundaries.
 """
 
 from __future__ import annotations
@@ -13,20 +13,24 @@ from torch import Tensor
 from fastcompress.checks import check_layout_values, sequence_ranges
 from fastcompress.rules import max_segments
 
-KEEP = 0  # row group of a row that is a segment of its own; negative: dropped; positive: pooled with its neighbours
+#: Row group of a row that is a segment of its own. Negative: the row is dropped; positive: it is pooled by the rule.
+KEEP = 0
 
 
 def is_peak(d: list[float], t: int, order: int) -> bool:
-    """Strict local maximum with the ends clipped: ``scipy.signal.argrelextrema(d, np.greater, order=order)``."""
-    for shift in range(1, min(order, len(d)) + 1):  # further on, both sides are clipped
+    """Return whether ``d[t]`` is a strict local maximum: ``scipy.signal.argrelextrema(d, np.greater, order=order)``."""
+    for shift in range(1, min(order, len(d)) + 1):  # for larger shifts both sides are clipped
         if not (d[t] > d[max(t - shift, 0)] and d[t] > d[min(t + shift, len(d) - 1)]):
             return False
     return True
 
 
 def prominence(d: list[float], t: int) -> float:
-    """``scipy.signal.peak_prominences`` of the peak at ``t``: its height above the higher of the two lowest points that
-    lie between it and the next higher ground on either side; NaN ends a side as higher ground does."""
+    """Return the prominence of the peak at ``t``, as ``scipy.signal.peak_prominences`` does.
+
+    On each side, the base is the lowest value before the next value that is higher than the peak, or NaN. The
+    prominence is the height of the peak above the higher base.
+    """
     bases = []
     for step in (-1, 1):
         base, i = d[t], t
@@ -47,7 +51,18 @@ def split_run(
     min_len: int,
     max_len: int,
 ) -> list[int]:
-    """Starts of the segments of one run of ``frames`` frames with the ``frames - 1`` distances ``d`` between them."""
+    """Return the starts of the segments of one run of ``frames`` frames.
+
+    Args:
+        d: Distances between neighbouring frames, ``frames - 1`` of them.
+        frames: Number of frames, at least 1.
+        rule: Name of the rule.
+        size: Size of ``Uniform`` or order of ``LocalMax``.
+        threshold: Distance that a boundary must exceed.
+        prominence_min: Smallest prominence of a peak; 0 accepts every peak.
+        min_len: Smallest length of a segment in frames.
+        max_len: Largest length of a segment in frames; 0 means no limit.
+    """
 
     def is_candidate(t: int) -> bool:
         if rule == "uniform":
@@ -82,7 +97,7 @@ def select_boundaries(
     keep_tail: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Rows where segments start ``[M]`` int64, their lengths ``[M]`` int64, and ``cu_segments`` ``[B + 1]`` int32."""
+    """Return starts and lengths of segments, ``[M]`` int64, and ``cu_segments`` ``[B + 1]`` int32."""
     check_layout_values(d.shape, cu_seqlens, lengths)
     distances = d.reshape(-1).tolist()
     row_group_list = None if row_group is None else row_group.reshape(-1).tolist()

@@ -1,9 +1,10 @@
-"""Triton kernels: the ops of ``fastcompress.reference.OPS``, for devices for which there are no compiled kernels.
-Those with no row wider than a number, of packing, are left to the reference.
+"""Triton kernels of the ops in ``fastcompress.reference.OPS``, for GPUs that the compiled kernels do not support.
 
-Importing this package imports triton. The ops take and return what those of the reference do, with the same bits, on
-any device that Triton runs on (under ``TRITON_INTERPRET=1`` the CPU). Each takes its tile sizes from the row width and
-the dtype by a fixed rule; nothing is tuned at run time.
+``pack_map`` and ``pack_labels`` have no Triton kernel; they run on the reference.
+
+Importing this package imports triton. The ops take the same arguments as the reference and return the same bits, on any
+device that Triton supports, and on the CPU with ``TRITON_INTERPRET=1``. Tile sizes depend only on the row width and the
+dtype; nothing is tuned at run time.
 """
 
 from importlib import import_module
@@ -16,5 +17,5 @@ _FILES = (
 )  # fmt: skip
 _FUNCTIONS = {name: value for file in _FILES for name, value in vars(import_module(f"{__name__}.{file}")).items()}
 
-#: The ops of ``reference.OPS`` that have a Triton kernel, by name.
+#: Functions of the ops that have a Triton kernel, by name of the op.
 OPS = {name: _FUNCTIONS[name] for name in reference.OPS if name in _FUNCTIONS}

@@ -1,7 +1,8 @@
-"""Cosine distance of rows ``lag`` apart, and its gradient.
+"""Cosine distance of rows that are ``lag`` apart, and its gradient.
 
-Bytes: forward reads x once from memory (the partner's row comes from cache where ``lag`` rows fit there) and writes
-4 N; backward reads x once for the products and once, from cache, for the sum, and writes it once.
+Memory traffic: the forward pass reads x once (the partner rows come from cache if ``lag`` rows fit there) and writes 4
+N bytes. The backward pass reads x once for the dot products and once, from cache, for the sum, and writes the gradient
+once.
 """
 
 from __future__ import annotations
@@ -25,14 +26,17 @@ from fastcompress.triton.common import (
 )
 from fastcompress.triton.dot import EPS, clamped_norm, cosine_distance, row_dot, row_dot_and_square
 
-#: Rows a program: with 32 columns a step, 16 partial sums a thread.
+#: Rows per program: with 32 columns per step, 16 partial sums per thread.
 ROWS = 64
-#: Rows a program of the gradient, which holds five products.
+#: Rows per program of the gradient, which keeps five dot products in registers.
 BACKWARD_ROWS = 32
 
 
 def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
-    """``[N]`` or ``[B, T]`` in fp32 (fp64 for fp64), NaN without a partner. Two launches: sequences, distances."""
+    """Compute distances, ``[N]`` or ``[B, T]`` fp32 (fp64 for fp64 input); NaN without a partner.
+
+    Two launches: sequences, distances.
+    """
     out = torch.empty(x.shape[:-1], dtype=accumulate_dtype(x.dtype), device=x.device)
     rows = as_rows(x)
     sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths)
@@ -48,7 +52,7 @@ def adjacent_distance(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | No
 def adjacent_distance_backward(
     grad: Tensor, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int
 ) -> Tensor:
-    """``grad`` [N] or [B, T] -> the shape and dtype of ``x``. Two launches: sequences, gradient."""
+    """Compute the gradient of ``x`` from ``grad``, ``[N]`` or ``[B, T]``. Two launches: sequences, gradient."""
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     rows = as_rows(x)
     sequences = prepare_sequences(x, x.dim() - 1, cu_seqlens, lengths)
@@ -71,7 +75,7 @@ def adjacent_distance_fwd_kernel(
     pair = alive & (row + lag < end)
     a = X + row * stride
     b = X + (row + lag) * stride
-    # The square of each row again, though its neighbour has it: what lies `lag` rows on may be of another program.
+    # The square of the partner row is computed again: the partner can belong to another program.
     square_a = row_dot(a, pair, a, pair, width, ROWS, ACC)  # [ROWS] fp64
     dot, square_b = row_dot_and_square(a, pair, b, pair, width, ROWS, ACC)
     d = cosine_distance(dot, square_a, square_b).to(ACC)
@@ -80,8 +84,11 @@ def adjacent_distance_fwd_kernel(
 
 @triton.jit
 def pair_factors(A, square_a, B, square_b, pair, grad, width, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """What a pair (a, b) of rows adds to their gradients, [ROWS] fp64: the factor of a in the gradient of a, of b in
-    that of b, of each in that of the other; and whether it adds anything."""
+    """Return the factors with which pairs (a, b) of rows enter their gradients, [ROWS] each.
+
+    These are the factor of a in the gradient of a and of b in that of b (fp64), the factor of each in the gradient of
+    the other (ACC), and whether the pair contributes at all.
+    """
     dot = row_dot(A, pair, B, pair, width, ROWS, ACC)
     norm_a, norm_b = clamped_norm(square_a), clamped_norm(square_b)
     pair = pair & ((square_a != 0) | (square_b != 0))

@@ -1,4 +1,4 @@
-"""What the kernels share: launching, tile sizes, sequences, row groups, the look-back over tiles."""
+"""Shared parts of the kernels: launches, tile sizes, sequences, row groups, and the look-back over tiles."""
 
 from __future__ import annotations
 
@@ -15,18 +15,19 @@ from torch import Tensor
 
 from fastcompress.checks import check_layout_values
 
-#: Words of the state that the programs of a launch share, before a word for each tile.
-ERROR = tl.constexpr(0)  # 1: cu_seqlens or lengths are wrong
-TOTAL = tl.constexpr(1)  # 1 + the number of segments; 0 as long as it is not known
-NEXT_TILE = tl.constexpr(2)  # tiles are numbered in the order in which programs start
+#: Indices of the words of the shared state of a launch. From ``TILES`` on, there is one word per tile.
+ERROR = tl.constexpr(0)  # 1 if cu_seqlens or lengths are invalid
+TOTAL = tl.constexpr(1)  # 1 + the number of segments; 0 until it is known
+NEXT_TILE = tl.constexpr(2)  # counter that numbers tiles in the order in which programs start
 TILES = tl.constexpr(3)
 
-#: What the word of a tile says in its lowest two bits; above them is a number of segments. 0: nothing yet.
-OWN_COUNT = tl.constexpr(1)  # of the tile alone
-COUNT_SO_FAR = tl.constexpr(2)  # of the tile and all before it
+#: Kind of the number of segments in the word of a tile, in its lowest two bits; 0 means that there is no number yet.
+OWN_COUNT = tl.constexpr(1)  # number of this tile
+COUNT_SO_FAR = tl.constexpr(2)  # number of this tile and all earlier tiles
 
-#: Arguments that differ from batch to batch. Triton would compile a kernel for each of 1, multiples of 16 and others, a
-#: second each time, for nothing: wide loads hang on widths and strides alone.
+#: Arguments that differ from batch to batch and must not be specialized. Triton would compile separate kernels for 1,
+#: for multiples of 16 and for other values, about 1 s each, without a benefit: vectorized loads depend on widths and
+#: strides.
 BATCH_SIZES = [
     "num_rows",
     "num_sequences",
@@ -40,16 +41,16 @@ BATCH_SIZES = [
     "num_audio_rows",
 ]
 
-#: Words that the preparing kernel clears a program.
+#: Words of the state that one program of ``prepare_sequences_kernel`` clears.
 CLEARED = tl.constexpr(1024)
 
 
 def compile_options(num_warps: int, registers: int, nvidia: bool) -> dict[str, Any]:
-    """Multiplication and addition are never fused: see docs/numerics.md.
+    """Return the compile options of a kernel. Multiplication and addition are never fused; see docs/numerics.md.
 
-    Of the 65,536 registers of an NVIDIA multiprocessor, 168 a thread let three programs of 4 warps run at once, 128 two
-    of 8; without a bound the assembler aims at four and spills a few (Triton 3.7, sm_80 to sm_120). ``registers``, if
-    not 0, is another bound.
+    On NVIDIA GPUs, registers per thread are limited to 168 with 4 warps, so that three programs fit on a
+    multiprocessor, and to 128 with 8 warps, so that two fit. Without a limit the assembler aims at four programs and
+    spills (Triton 3.7, sm_80 to sm_120). A ``registers`` other than 0 replaces the limit.
     """
     options: dict[str, Any] = {"num_warps": num_warps, "enable_fp_fusion": False}
     return {**options, "maxnreg": registers or (168 if num_warps <= 4 else 128)} if nvidia else options
@@ -64,7 +65,7 @@ def launch(
     registers: int = 0,
     **constants: Any,
 ) -> None:
-    """Runs a kernel on the device of ``like``; ``args`` and ``constants`` are the kernel's own."""
+    """Launch a kernel on the device of ``like``; ``args`` and ``constants`` are passed to the kernel."""
     if 0 in grid:
         return
     with torch.cuda.device_of(like):
@@ -72,23 +73,23 @@ def launch(
 
 
 def accumulate(dtype: torch.dtype) -> Any:
-    """Triton's name of the accumulation dtype: fp64 for fp64, fp32 for every other floating type."""
+    """Return the accumulation dtype of Triton: fp64 for fp64, fp32 for every other floating dtype."""
     return tl.float64 if dtype == torch.float64 else tl.float32
 
 
 def warps(dtype: torch.dtype, tiles: int = 1) -> int:
-    """4 for each tile of 2048 elements, 16 a thread; 8 in fp64, so that as many registers hold it."""
+    """Return the number of warps for tiles of 2048 elements: 4 per tile, or 16 elements per thread; 8 in fp64."""
     return tiles * (8 if dtype == torch.float64 else 4)
 
 
 def column_block(width: int, dtype: torch.dtype, largest: int) -> int:
-    """Columns a step: a power of two, 512 bytes of a row (a warp of 16-byte loads) but no more than the row has."""
+    """Return the columns per step, a power of two: 512 bytes (16 per thread of a warp), or the width if smaller."""
     power: int = triton.next_power_of_2(width)
     return max(16, min(power, 512 // dtype.itemsize, largest))
 
 
 def as_rows(x: Tensor) -> Tensor:
-    """``[..., D]`` -> ``[N, D]`` whose columns are consecutive in memory; a copy only where strides demand it."""
+    """Return ``[..., D]`` as ``[N, D]`` with contiguous columns; copies only if the strides require it."""
     rows = x.flatten(0, -2)
     return rows if rows.stride(1) == 1 or rows.shape[1] <= 1 else rows.contiguous()
 
@@ -102,26 +103,32 @@ def flat(tensor: Tensor | None) -> Tensor | None: ...
 
 
 def flat(tensor: Tensor | None) -> Tensor | None:
-    """``[N]`` consecutive values."""
+    """Return a tensor as ``[N]``, contiguous."""
     return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
 def checks_at_once() -> bool:
-    """Whether values on the device are to be checked before an op runs, which synchronizes."""
+    """Return whether to check values on the device before an op runs, which synchronizes."""
     return os.environ.get("FASTCOMPRESS_CHECK") == "1"
 
 
 def double_bits(value: float) -> int:
-    """The bits of a double as an integer: Triton would pass the number itself in fp32."""
+    """Return the bits of a double as an integer; Triton passes floating-point arguments as fp32."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
     return int(bits)
 
 
 @dataclass
 class Sequences:
-    """First and end row of each sequence ``[B]`` int64 on the device, checked and in order, and the shared state.
+    """Checked sequences of a batch, and the shared state of the launches that use them.
 
-    ``state`` holds ``TILES`` words and one for each tile, int64. ``steps`` are those of a search among B + 1 places.
+    Attributes:
+        begin: First row of each sequence, ``[B]`` int64 on the device, in order.
+        end: End row of each sequence, ``[B]`` int64 on the device, in order.
+        state: ``TILES`` words followed by one word per tile, int64 on the device.
+        count: Number of sequences.
+        rows: Number of rows.
+        explain: Function that raises an error for invalid ``cu_seqlens`` or ``lengths``.
     """
 
     begin: Tensor
@@ -133,28 +140,36 @@ class Sequences:
 
     @property
     def steps(self) -> int:
+        """Number of steps of a binary search among the sequences."""
         return self.count.bit_length()
 
     def read_total(self) -> int:
-        """The number of segments, once they are found: the only read from the device, the error comes with it."""
+        """Read the number of segments and the error flag: the only read from the device. Raise if the flag is set."""
         error: int
         total: int
         error, total = self.state[: TILES.value - 1].tolist()
         if error:
             self.explain()
-            raise RuntimeError("fastcompress: cu_seqlens or lengths were wrong when the kernel read them")
+            raise RuntimeError(
+                "fastcompress: cu_seqlens or lengths were invalid when the kernel read them, and were changed since"
+            )
         return total - 1
 
 
 def prepare_sequences(
     rows: Tensor, dim: int, cu_seqlens: Tensor | None, lengths: Tensor | None, num_tiles: int = 0
 ) -> Sequences:
-    """One launch: checks the batch, writes where its sequences lie, clears the state of ``num_tiles`` tiles.
+    """Check the layout of a batch, write its sequences, and clear the state of ``num_tiles`` tiles, in one launch.
+
+    If the values of ``cu_seqlens`` or ``lengths`` are invalid, the kernel sets the error flag in the state. The first
+    sequence then has all rows and the others are empty, so nothing out of bounds is read.
 
     Args:
-        rows: a tensor whose first dimensions are ``[N]`` (packed, ``dim`` 1) or ``[B, T]`` (padded, ``dim`` 2).
-        cu_seqlens, lengths: int32 or int64. If their values are wrong, the error is noted in the state and the batch
-            is one sequence of all rows, the others empty: nothing out of bounds is ever read.
+        rows: A tensor whose leading dimensions are ``[N]`` (packed) or ``[B, T]`` (padded).
+        dim: Number of leading dimensions, 1 or 2.
+        cu_seqlens: ``[B + 1]`` int32 or int64, or ``None``.
+        lengths: ``[B]`` int32 or int64, or ``None``.
+        num_tiles: Number of tiles of the launch that will use the state.
     """
     shape = rows.shape[:dim]
     padded_length = shape[1] if dim == 2 else 0
@@ -194,7 +209,7 @@ def prepare_sequences_kernel(
     PADDED: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Program 0 checks and writes the sequences, the others clear the words of the tiles."""
+    """Program 0 checks and writes the sequences; the other programs clear the words of the tiles."""
     program = tl.program_id(0)
     if program == 0:
         wrong = tl.full((), 0, tl.int32)
@@ -217,7 +232,7 @@ def prepare_sequences_kernel(
         for first in range(0, num_sequences, BLOCK):
             b = first + tl.arange(0, BLOCK)  # [BLOCK]
             inside = b < num_sequences
-            # What a wrong batch becomes, and what a packed batch without cu_seqlens is.
+            # The first sequence has all rows: for an invalid batch, and for a packed batch without cu_seqlens.
             begin = tl.where(b == 0, 0, num_rows).to(tl.int64)
             end = tl.zeros((BLOCK,), tl.int64) + num_rows
             if PADDED:
@@ -242,7 +257,7 @@ def prepare_sequences_kernel(
 
 @triton.jit
 def upper_bound(VALUES, count, value, steps):
-    """Index of the first of ``count`` values in order that is greater than each ``value`` (int64), else ``count``."""
+    """Return, for each ``value``, the index of the first of ``count`` sorted values that is greater, else ``count``."""
     low = value * 0
     high = low + count
     for _ in range(steps):
@@ -256,8 +271,11 @@ def upper_bound(VALUES, count, value, steps):
 
 @triton.jit
 def place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP: tl.constexpr):
-    """Where rows lie, [ROWS] each: whether a row is in a sequence and not dropped by its group; whether it starts a run
-    or is in none; its sequence's first and end row; its group."""
+    """Locate rows in their sequences and row groups.
+
+    Returns, [ROWS] each: whether a row is in a sequence and not dropped by its row group; whether it starts a run or is
+    in no run; the first and the end row of its sequence; and its row group.
+    """
     b = upper_bound(END, num_sequences, row, steps)
     inside = (row >= 0) & (b < num_sequences)
     begin = tl.load(BEGIN + b, mask=inside, other=0)
@@ -276,19 +294,19 @@ def place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP: 
 
 @triton.jit
 def look_back(STATE, tile, count, WORDS: tl.constexpr):
-    """Segments before ``tile``, whose own ``count`` is published meanwhile (Merrill and Garland, "Single-pass parallel
-    prefix scan with decoupled look-back", 2016). All scalars int64.
+    """Publish the number of segments of a tile and return the number of segments before it. All scalars are int64.
 
-    A word carries both the number and what it counts, and nothing else passes between tiles, so relaxed atomics are
-    enough: an acquire would empty the first-level cache of the rows that are about to be read again. They are atomics
-    and not volatile loads because every thread then gets one answer, also where several hold copies of a value.
+    This is the decoupled look-back of Merrill and Garland ("Single-pass parallel prefix scan with decoupled look-back",
+    2016). A word holds both a number and its kind, and tiles exchange nothing else, so relaxed atomics are sufficient;
+    an acquire would invalidate the L1 cache, from which the rows are about to be read again. Atomics are used instead
+    of volatile loads because all threads then get the same result, even if several threads hold copies of a value.
     """
     before = count * 0
     if tile > 0:
         tl.atomic_xchg(STATE + TILES + tile, (count << 2) | OWN_COUNT, sem="relaxed")
-        i = tl.arange(0, WORDS)  # [WORDS], 0 the nearest tile
+        i = tl.arange(0, WORDS)  # [WORDS], 0 is the nearest tile
         nearest = tile - 1
-        last = tl.full((), WORDS, tl.int32)  # the nearest that knows all before it
+        last = tl.full((), WORDS, tl.int32)  # the nearest tile with COUNT_SO_FAR
         while last == WORDS:
             at = nearest - i
             words = tl.atomic_add(STATE + TILES + at, 0, mask=at >= 0, sem="relaxed")
@@ -296,7 +314,7 @@ def look_back(STATE, tile, count, WORDS: tl.constexpr):
             known = (words & 3) != 0
             so_far = (words & 3) == COUNT_SO_FAR
             found = tl.min(tl.where(so_far, i, WORDS), 0)
-            if tl.max(tl.where(known | (i > found), 0, 1), 0) == 0:  # all that are needed: else ask again
+            if tl.max(tl.where(known | (i > found), 0, 1), 0) == 0:  # all needed words are known; else read again
                 before += tl.sum(tl.where(i <= found, words >> 2, 0), 0)
                 nearest -= WORDS
                 last = found

@@ -5,24 +5,27 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-#: Partial sums of the canonical dot product.
+#: Number of partial sums of the canonical dot product.
 LANES = tl.constexpr(32)
-#: Smallest norm that divides.
+#: Lower limit of a norm that is used as a divisor.
 EPS = tl.constexpr(1e-8)
 
 
 @triton.constexpr_function
 def steps_in_flight(pointer_type):
-    """How often loops are unrolled: with tiles of 2048 elements a program has 8 KB on the way, of each operand.
+    """Return the unroll factor of loops: a program with tiles of 2048 elements then has 8 KB per operand in flight.
 
-    Not a ``triton.jit`` helper, whose result is no constant in Triton 3.6."""
+    This is a ``constexpr_function`` because the result of a ``triton.jit`` function is not a constant in Triton 3.6.
+    """
     return 2 if pointer_type.element_ty.primitive_bitwidth == 16 else 1
 
 
 @triton.jit
 def add_partial_sums(sums, ROWS: tl.constexpr):
-    """``[ROWS, 32]`` -> ``[ROWS]`` fp64: j and j + 16, then + 8, + 4, + 2, + 1. A sum over an axis of two has no order
-    that could differ."""
+    """Add partial sums pairwise, ``[ROWS, 32]`` -> ``[ROWS]`` fp64: j and j + 16, then j + 8, j + 4, j + 2, j + 1.
+
+    Every ``tl.sum`` is over an axis of two elements, so its order cannot differ.
+    """
     sums = sums.to(tl.float64)
     sums = tl.sum(tl.reshape(sums, (ROWS, 2, 16)), 1)  # [ROWS, 16]
     sums = tl.sum(tl.reshape(sums, (ROWS, 2, 8)), 1)  # [ROWS, 8]
@@ -33,7 +36,7 @@ def add_partial_sums(sums, ROWS: tl.constexpr):
 
 @triton.jit
 def row_dot(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """``a . b`` of the rows that start at ``A`` and ``B`` [ROWS]; a row that is masked is zero. [ROWS] fp64."""
+    """Return ``a . b`` of the rows that start at the pointers ``A`` and ``B`` [ROWS], fp64. Masked rows are zero."""
     lane = tl.arange(0, LANES)
     sums = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
     for k in tl.range(0, width, LANES, loop_unroll_factor=steps_in_flight(A.dtype)):
@@ -46,7 +49,7 @@ def row_dot(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def row_dot_and_square(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """``a . b`` and ``b . b``, with one read of each row."""
+    """Return ``a . b`` and ``b . b`` like :func:`row_dot`, with one read of each row."""
     lane = tl.arange(0, LANES)
     dots = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
     squares = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
@@ -61,13 +64,14 @@ def row_dot_and_square(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.
 
 @triton.jit
 def clamped_norm(square):
-    norm = tl.sqrt(square)  # fp64: correctly rounded
+    """Return ``max(sqrt(square), EPS)`` in fp64, where ``tl.sqrt`` rounds correctly."""
+    norm = tl.sqrt(square)
     eps = tl.full((1,), EPS, tl.float64)
     return tl.where(norm < eps, eps, norm)  # NaN stays
 
 
 @triton.jit
 def cosine_distance(dot, square_a, square_b):
-    """fp64, of products in fp64. Two zero rows are alike."""
+    """Return the cosine distance in fp64 from dot products in fp64. The distance of two zero rows is 0."""
     d = 1.0 - dot / (clamped_norm(square_a) * clamped_norm(square_b))
     return tl.where((square_a == 0) & (square_b == 0), 0.0, d)

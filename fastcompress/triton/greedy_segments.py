@@ -1,11 +1,13 @@
-"""Segments of frames that are alike on average; fastcompress/reference/greedy_segments.py is the definition.
+"""Greedy segments; fastcompress/reference/greedy_segments.py is the definition.
 
-First the norms of all rows, at the speed of memory; then a program walks each sequence, frame after frame. A frame is
-two passes over its columns. The first is wide: it adds the frame before to the sum of its segment and writes the
-products with this frame. The second adds them in the order of the canonical dot product, 32 at a time. Sum and
-products, two numbers a column, are in memory of the program's own and stay in the first-level cache. So the time is
-that of a frame's chain, a read of the frame, two round trips to that cache and width / 32 additions that wait for
-each other, times the frames of the longest sequence.
+The first kernel computes the norms of all rows and is bandwidth bound. In the second, one program per sequence
+processes its frames in order. Each frame takes two passes over the columns. The first, in wide steps, adds the previous
+frame to the sum of its segment and writes the products of the sum with this frame. The second adds the products in the
+order of the canonical dot product, 32 at a time. Sum and products, two numbers per column, are in scratch memory of the
+program and stay in the L1 cache.
+
+The second kernel is latency bound. Its time is the number of frames of the longest sequence, times one read of a frame,
+two round trips to the L1 cache and width / 32 dependent additions.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from fastcompress.triton.common import (
 )
 from fastcompress.triton.dot import LANES, add_partial_sums, clamped_norm, row_dot
 
-#: Rows a program of the norms.
+#: Rows per program of the norms.
 ROWS = 64
-#: Columns of a step of the wide pass at most: 16 numbers a thread of each of four operands.
+#: Maximum columns per step of the wide pass: 16 numbers per thread of each of four operands.
 COLUMNS = 2048
 
 
 def greedy_boundaries(
     x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, threshold: float, max_len: int
 ) -> Tensor:
-    """``[N]`` or ``[B, T]`` bool. Three launches: sequences, norms, walk."""
+    """Return the frames that start a segment, ``[N]`` or ``[B, T]`` bool. Three launches: sequences, norms, walk."""
     out = torch.empty(x.shape[:-1], dtype=torch.bool, device=x.device)
     starts = out.view(torch.uint8)
     rows = as_rows(x)
@@ -63,7 +65,7 @@ def greedy_boundaries(
 
 @triton.jit(do_not_specialize=BATCH_SIZES)
 def greedy_norms_kernel(X, stride, width, INVERSE_NORMS, STARTS, num_rows, ACC: tl.constexpr, ROWS: tl.constexpr):
-    """1 / norm of every row, fp64; and no row starts a segment yet."""
+    """Compute 1 / norm of every row in fp64, and clear the starts."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = row < num_rows
     a = X + row * stride
@@ -77,7 +79,7 @@ def greedy_walk_kernel(
     X, stride, width, BEGIN, END, INVERSE_NORMS, TOTALS, PRODUCTS, pitch, STARTS, least_bits: tl.int64,
     max_len: tl.int64, ACC: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """One sequence a program."""
+    """Find the starts of the segments of one sequence per program."""
     b = tl.program_id(0).to(tl.int64)
     begin, end = tl.load(BEGIN + b), tl.load(END + b)
     least = least_bits.to(tl.int64).to(tl.float64, bitcast=True)
@@ -87,7 +89,7 @@ def greedy_walk_kernel(
     if begin < end:
         tl.store(STARTS + begin, 1)
         last_inverse = tl.load(INVERSE_NORMS + begin)
-        start = begin  # of the open segment
+        start = begin  # first row of the open segment
         t = begin + 1
         while t < end:
             inverse = tl.load(INVERSE_NORMS + t)
@@ -101,11 +103,11 @@ def greedy_walk_kernel(
                 total += last * scale
                 tl.store(TOTALS + column, total)
                 tl.store(PRODUCTS + column, total * x)
-            tl.debug_barrier()  # products of other threads follow
+            tl.debug_barrier()  # wait until all threads have written their products
             sums = tl.zeros((LANES,), ACC)  # [LANES]
             for k in tl.range(0, width, LANES, loop_unroll_factor=8):
                 sums += tl.load(PRODUCTS + k + lane)
-            tl.debug_barrier()  # and are written over
+            tl.debug_barrier()  # wait until all threads have read them, before the next frame overwrites them
             dot = tl.sum(add_partial_sums(sums[None, :], 1), 0)
             length = t - start
             joins = (dot * inverse >= least * length.to(tl.float64)) & (length < max_len)

@@ -1,8 +1,8 @@
-"""Integrate-and-fire: weighted sums of runs of rows that share a row where they meet, and their gradients.
+"""Integrate-and-fire: weighted sums of runs of rows that may share their first and last rows, and their gradients.
 
-Bytes: forward reads the rows once, and those that tokens share again, and writes the tokens. Backward reads the rows
-and, for each, the gradients of its tokens. Starts and lengths whose values are wrong are clamped to the rows that
-exist; with FASTCOMPRESS_CHECK=1 they are refused.
+Memory traffic: the forward pass reads the rows once, and shared rows again, and writes the tokens. The backward pass
+reads the rows and, for each row, the gradients of its tokens. Invalid starts and lengths are clamped to the rows that
+exist; with FASTCOMPRESS_CHECK=1 they raise.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from fastcompress.triton.common import (
 from fastcompress.triton.dot import row_dot
 from fastcompress.triton.segment_reduce import divide, load_segments, segment_grid, segment_tile, sum_rows
 
-#: Rows, or tokens, a program of the backward.
+#: Rows, or tokens, per program of the backward pass.
 ROWS = 16
 
 
 def integrate_rows(
     x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
 ) -> Tensor:
-    """``[N, D]`` -> ``[M, D]`` in the dtype of ``x``; one launch."""
+    """Compute weighted sums of rows, ``[N, D]`` -> ``[M, D]`` in the dtype of ``x``. One launch."""
     if checks_at_once():
         check_token_values(starts, lengths, x.shape[0])
     out = torch.empty((starts.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
@@ -51,7 +51,7 @@ def integrate_rows(
 def integrate_rows_backward(
     grad: Tensor, x: Tensor, weights: Tensor, first: Tensor, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of ``x`` [N, D], ``weights`` [N] and ``first`` [M]. Two launches: of rows, of first weights."""
+    """Compute the gradients of ``x`` [N, D], ``weights`` [N] and ``first`` [M]. Two launches: rows, first weights."""
     num_rows, count = x.shape[0], starts.shape[0]
     if checks_at_once():
         check_token_values(starts, lengths, num_rows)
@@ -101,10 +101,10 @@ def integrate_rows_bwd_kernel(
     GRAD, grad_stride, X, stride, width, num_rows, WEIGHTS, FIRST, STARTS, LENGTHS, num_segments, steps, OUT,
     GRAD_WEIGHTS, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each row looks up its tokens: the one in which it lies behind the first row, and those that it opens."""
+    """Each row finds its tokens: the one that contains it after its first row, and those whose first row it is."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     inside = row < num_rows
-    begin = upper_bound(STARTS, num_segments, row - 1, steps)  # the first token that starts here or behind
+    begin = upper_bound(STARTS, num_segments, row - 1, steps)  # first token that starts at this row or later
     end = upper_bound(STARTS, num_segments, row, steps)
     m = begin - 1
     start = tl.load(STARTS + m, mask=m >= 0, other=0)

@@ -1,7 +1,7 @@
-"""The copy that packs. Where each row goes is arithmetic on scalars, which ``fastcompress/reference/pack.py`` does.
+"""The copy of rows that packs a batch. ``fastcompress/reference/pack.py`` computes the indices of the rows.
 
-Bytes: every packed row is read once and written once. A program takes a few rows and all their columns, so that the
-numbers of the rows are loaded once; a number that leaves the rows gives zeros, or an error with FASTCOMPRESS_CHECK=1.
+Memory traffic: every packed row is read once and written once. A program copies all columns of a few rows, so each
+index is loaded once. An index out of range gives zeros, or raises with FASTCOMPRESS_CHECK=1.
 """
 
 from __future__ import annotations
@@ -13,12 +13,15 @@ from torch import Tensor
 
 from fastcompress.triton.common import BATCH_SIZES, as_rows, checks_at_once, column_block, flat, launch
 
-#: Rows a program: with 512 bytes of each a step, 16 bytes a thread of 4 warps and 4 loads in flight.
+#: Rows per program: with 512 bytes of each per step, 16 bytes per thread of 4 warps and 4 loads in flight.
 ROWS = 16
 
 
 def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_table: bool) -> Tensor:
-    """``rows`` [V, D], ``audio`` [M, D] -> ``[T, D]``; one launch. ``target`` and ``is_table`` are for the gradient."""
+    """Copy rows of ``rows`` [V, D] followed by ``audio`` [M, D] to ``[T, D]``. One launch.
+
+    Only the gradient uses ``target`` and ``is_table``.
+    """
     if checks_at_once() and bool(((index < -1) | (index >= rows.shape[0] + audio.shape[0])).any()):
         raise RuntimeError("index must lie in [-1, the number of rows)")
     out = torch.empty((index.shape[0], rows.shape[1]), dtype=rows.dtype, device=rows.device)

@@ -1,8 +1,8 @@
-"""What a rule wants, asked of many rows at once.
+"""Boundaries that a rule selects, for many rows at once, before ``min_len`` and ``max_len`` are applied.
 
-fastcompress/reference/select_boundaries.py is the definition, csrc/rule.h its form in C++.
+fastcompress/reference/select_boundaries.py is the definition; csrc/rule.h is its form in C++.
 
-``step`` is the distance between a row and the row before it; a boundary at a row is a segment that starts there.
+``step`` is the distance between a row and the previous row. A boundary at a row means that a segment starts there.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ def _larger(a, b):
 
 @triton.jit
 def run_begin(row, begin, group, ROW_GROUP, ROWS: tl.constexpr):
-    """First row, not before ``begin``, of the run of ``group`` that goes up to ``row``; scalars."""
+    """Return the first row, at or after ``begin``, of the run of row group ``group`` that contains ``row``. Scalars."""
     i = tl.arange(0, ROWS)
     first = row
     found = row * 0
     while found == 0:
-        at = first - 1 - i  # [ROWS], 0 the nearest
+        at = first - 1 - i  # [ROWS], the nearest row first
         other = tl.load(ROW_GROUP + at, mask=at >= begin, other=0)
         distance = tl.min(tl.where((at < begin) | (other != group), i, ROWS), 0)
         found = (distance < ROWS).to(tl.int64)
@@ -33,11 +33,11 @@ def run_begin(row, begin, group, ROW_GROUP, ROWS: tl.constexpr):
 
 @triton.jit
 def frame_in_run(row, begin, alive, changes, group, ROW_GROUP, HAS_ROW_GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Frames of a row's run before it, [ROWS] int64, for consecutive rows."""
+    """Return the position of each row in its run, [ROWS] int64, for consecutive rows."""
     run = begin
     if HAS_ROW_GROUP:
         w = tl.arange(0, ROWS)
-        # A row before the first change of these rows is in the run of the first row, which may start far before it.
+        # Rows before the first change belong to the run of the first row, which may start long before these rows.
         at_first = w == 0
         first = tl.max(tl.where(at_first, row, -1), 0)
         outer = first
@@ -51,11 +51,13 @@ def frame_in_run(row, begin, alive, changes, group, ROW_GROUP, HAS_ROW_GROUP: tl
 
 @triton.jit
 def is_peak(row, step, wants, begin, end, group, D, ROW_GROUP, order, HAS_ROW_GROUP: tl.constexpr, ROWS: tl.constexpr):
-    """Strict local maximum among the ``order`` distances on either side inside the run, whose first and last distance
-    are none. The neighbours of ``step`` [ROWS] are read from ``D``, or where that is None from the other rows, which
-    must then reach ``order`` rows beyond each that matters.
+    """Return whether each row has a strict local maximum among the ``order`` distances on either side in its run.
+
+    The first and last distance of a run are never maxima. The neighbours of ``step`` [ROWS] are read from ``D``. If
+    that is None, they are taken from the other rows, which must then include ``order`` rows on both sides of each row
+    whose result is used.
     """
-    left = wants  # whether the comparison still goes on on that side
+    left = wants  # whether the run extends further on that side
     right = wants
     w = tl.arange(0, ROWS)
     shift = 1
@@ -80,7 +82,10 @@ def is_peak(row, step, wants, begin, end, group, D, ROW_GROUP, order, HAS_ROW_GR
 
 @triton.jit
 def lowest_base(row, step, peak, limit, group, D, ROW_GROUP, SIDE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr):
-    """Lowest distance between a peak and higher ground, the end of the run or a NaN, on the left (SIDE -1) or right."""
+    """Return the lowest distance on one side (SIDE -1: left, 1: right) before one that is higher than the peak.
+
+    The end of the run or a NaN ends the side too.
+    """
     base = step
     going = peak
     shift = 1
@@ -102,7 +107,7 @@ def lowest_base(row, step, peak, limit, group, D, ROW_GROUP, SIDE: tl.constexpr,
 
 @triton.jit
 def is_whole(row, size, end, group, candidate, ROW_GROUP, HAS_ROW_GROUP: tl.constexpr):
-    """Whether the ``size`` rows from each candidate on are in its run."""
+    """Return whether the ``size`` rows from each candidate on are all in its run."""
     whole = candidate & (row + size <= end)
     if HAS_ROW_GROUP:
         shift = 1
@@ -117,8 +122,11 @@ def judge_rows(
     row, step, alive, changes, begin, end, group, D, ROW_GROUP, size, threshold_bits, RULE: tl.constexpr,
     HAS_ROW_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Whether the rule wants a boundary at rows, and whether a segment may start there, [ROWS] each; without regard to
-    ``min_len``, ``max_len`` and a prominence."""
+    """Return whether the rule selects a boundary at each row, and whether a segment may start there, [ROWS] bool each.
+
+    ``min_len``, ``max_len`` and a prominence are not applied. A boundary at which no segment may start ends the
+    previous segment only.
+    """
     may_start = alive
     if RULE == "uniform":
         wants = alive & (frame_in_run(row, begin, alive, changes, group, ROW_GROUP, HAS_ROW_GROUP, ROWS) % size == 0)

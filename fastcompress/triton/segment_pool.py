@@ -1,4 +1,4 @@
-"""The fused op: distances, boundaries and means in one launch where the rule allows it."""
+"""The fused op: distances, boundaries and means, in one launch if the rule allows it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastcompress.triton.tiles import (
     scored_window,
 )
 
-#: The largest order of the fused local maximum: its rows stay a small part of a tile.
+#: Largest order of a fused local maximum. The halo of ``order`` rows on each side must be a small part of a tile.
 MAX_ORDER = 16
 
 
@@ -27,13 +27,17 @@ def segment_pool(
     rule: str, size: int, threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool,
     compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """``x`` [N, D] or [B, T, D] -> values [M, D], starts and lengths [M] int64, ``cu_segments`` [B + 1] int32.
+    """Pool ``x``, [N, D] or [B, T, D].
 
-    Two launches for the fused set (Uniform, Threshold, LocalMax up to order 16 without prominence, all without
-    ``min_len`` and ``max_len``): a small one that checks the sequences and clears the state, and the one that does the
-    work. Else five: sequences twice, distances, boundaries, means; six with ``min_len`` or ``max_len``. ``compact``
-    reads the count from the device once, and returns the head of buffers of the upper bound, a copy of it where that is
-    less than half; without it nothing is read.
+    Two launches for fused rules (Uniform; Threshold; LocalMax up to order 16 without prominence; all without
+    ``min_len`` and ``max_len``): a small one that checks the sequences and clears the state, and one that does the
+    work. Otherwise five launches: sequences twice, distances, boundaries, means; six with ``min_len`` or ``max_len``.
+
+    ``compact`` reads the number of segments from the device once. Buffers have the size of the upper bound; their head
+    is returned, as a copy if it is less than half. Without ``compact`` nothing is read.
+
+    Returns:
+        Values [M, D], starts and lengths [M] int64, and ``cu_segments`` [B + 1] int32.
     """
     rows = as_rows(x)
     row_group = flat(row_group)

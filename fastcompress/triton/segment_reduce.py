@@ -1,11 +1,11 @@
 """Reductions over segments and their adjoints.
 
-A program takes a few segments side by side, a row of each in a step, so that short segments keep as many loads in
-flight as long ones. Sums: in frame order inside blocks of 64 frames, the blocks added in order; -0 stands for a frame
-that is not there, because adding it changes no value, not even a zero's sign.
+A program processes several segments at once, one row of each per step, so that short segments have as many loads in
+flight as long ones. Frames are added in order within blocks of 64 frames, then the blocks in order. A missing frame is
+added as -0, which changes no value, not even the sign of a zero.
 
-Bytes: every row of a segment is read once, every output written once. Starts and lengths whose values are wrong are
-clamped to the rows that exist; with FASTCOMPRESS_CHECK=1 they are refused.
+Memory traffic: every row of a segment is read once and every output is written once. Invalid starts and lengths are
+clamped to the rows that exist; with FASTCOMPRESS_CHECK=1 they raise.
 """
 
 from __future__ import annotations
@@ -29,40 +29,42 @@ from fastcompress.triton.common import (
 )
 from fastcompress.triton.dot import row_dot, steps_in_flight
 
-#: Frames a block of a sum.
+#: Frames per block of a sum.
 BLOCK = tl.constexpr(64)
-#: Elements of a tile [segments, columns]: 16 a thread (8 in fp64), so that a sum and a block's sum stay in registers.
+#: Elements of a tile [segments, columns]: 16 per thread (8 in fp64), so that both sums of an element stay in registers.
 TILE = 2048
-#: Columns of a row, as of the CUDA ops: programs lie side by side along them, up to 65,535.
+#: Largest width of a row, as in the CUDA ops. The second grid dimension runs over columns and is limited to 65,535.
 MAX_WIDTH = 1 << 21
-#: Rows a program of the adjoint.
+#: Rows per program of the adjoint.
 EXPAND_ROWS = 16
 
 
 def segment_tile(width: int, dtype: torch.dtype) -> dict[str, int]:
-    """Segments and columns a program: rows in pieces of up to 512 bytes, as many segments as make ``TILE`` elements."""
+    """Return the tile of a program: pieces of up to 512 bytes of a row, and segments for ``TILE`` elements in all."""
     columns = column_block(width, dtype, 256)
     return {"SEGMENTS": min(16 if dtype == torch.float64 else 64, TILE // columns), "COLUMNS": columns}
 
 
 def segment_grid(segments: int, width: int, tile: dict[str, int]) -> tuple[int, int]:
+    """Return the grid of a launch over segments and columns."""
     if width > MAX_WIDTH:
         raise RuntimeError(f"rows must not be wider than {MAX_WIDTH}, got {width}")
     return triton.cdiv(segments, tile["SEGMENTS"]), triton.cdiv(width, tile["COLUMNS"])
 
 
 def check_at_once(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
+    """Check the values of segments if ``FASTCOMPRESS_CHECK=1``, which synchronizes."""
     if checks_at_once():
         check_segment_values(starts, lengths, num_rows)
 
 
 def segment_reduce(x: Tensor, starts: Tensor, lengths: Tensor, reduce: str) -> Tensor:
-    """``[N, D]`` -> ``[M, D]`` in the dtype of ``x``; one launch."""
+    """Reduce each segment to one row, ``[N, D]`` -> ``[M, D]`` in the dtype of ``x``. One launch."""
     return _reduce(x, None, starts, lengths, reduce)
 
 
 def segment_weighted_mean(x: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """``weights`` [N] in the accumulation dtype; one launch."""
+    """Compute weighted means; ``weights`` are [N] in the accumulation dtype. One launch."""
     return _reduce(x, flat(weights), starts, lengths, "mean")
 
 
@@ -81,7 +83,7 @@ def _reduce(x: Tensor, weights: Tensor | None, starts: Tensor, lengths: Tensor, 
 
 
 def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, lengths: Tensor) -> Tensor:
-    """``grad`` and ``y`` [M, D], ``x`` [N, D] -> ``[N, D]``. Two launches: zeros, gradient."""
+    """Compute the gradient of ``x`` [N, D] from ``grad`` and the maxima ``y`` [M, D]. Two launches: zeros, gradient."""
     check_at_once(starts, lengths, x.shape[0])
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     rows, grad_rows, y_rows = as_rows(x), as_rows(grad), as_rows(y)
@@ -98,7 +100,7 @@ def segment_max_backward(grad: Tensor, x: Tensor, y: Tensor, starts: Tensor, len
 def segment_weighted_mean_backward(
     grad: Tensor, x: Tensor, y: Tensor, weights: Tensor, starts: Tensor, lengths: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of ``x`` [N, D] and of ``weights`` [N]. Three launches: zeros of each, gradients."""
+    """Compute the gradients of ``x`` [N, D] and ``weights`` [N]. Three launches: zeros of each, gradients."""
     check_at_once(starts, lengths, x.shape[0])
     out = torch.zeros(x.shape, dtype=x.dtype, device=x.device)
     grad_weights = torch.zeros(weights.shape, dtype=weights.dtype, device=x.device)
@@ -113,7 +115,7 @@ def segment_weighted_mean_backward(
 
 
 def segment_expand(y: Tensor, starts: Tensor, lengths: Tensor, num_rows: int, reduce: str) -> Tensor:
-    """``[M, D]`` -> ``[num_rows, D]``, 0 in gaps; one launch."""
+    """Apply the adjoint of ``segment_reduce``, ``[M, D]`` -> ``[num_rows, D]``; 0 in gaps. One launch."""
     check_at_once(starts, lengths, num_rows)
     out = torch.empty((num_rows, y.shape[1]), dtype=y.dtype, device=y.device)
     rows = as_rows(y)
@@ -128,7 +130,7 @@ def segment_expand(y: Tensor, starts: Tensor, lengths: Tensor, num_rows: int, re
 
 @triton.jit
 def divide(a, b, ACC: tl.constexpr):
-    """Correctly rounded; `/` is so in fp64 alone."""
+    """Divide with correct rounding, which `/` guarantees in fp64 only."""
     if ACC == tl.float64:
         return a / b
     else:
@@ -138,13 +140,13 @@ def divide(a, b, ACC: tl.constexpr):
 
 @triton.jit
 def minus_zeros(SHAPE: tl.constexpr, ACC: tl.constexpr):
-    """-0, which as a constant Triton would take for 0."""
+    """Return -0. It is computed because Triton would turn the constant -0.0 into 0."""
     return tl.zeros(SHAPE, ACC) * -1.0
 
 
 @triton.jit
 def load_segments(STARTS, LENGTHS, m, num_segments, num_rows):
-    """Starts and lengths [SEGMENTS] int64, inside the rows that exist whatever is in memory; 0, 0 behind the last."""
+    """Load starts and lengths, [SEGMENTS] int64, clamped to the rows that exist; 0 and 0 after the last segment."""
     start = tl.load(STARTS + m, mask=m < num_segments, other=0)
     length = tl.load(LENGTHS + m, mask=m < num_segments, other=0)
     start = tl.minimum(tl.maximum(start, 0), num_rows)
@@ -157,8 +159,11 @@ def sum_rows(
     X, stride, start, length, column, width, WEIGHTS, head,
     ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Sums of segments, [SEGMENTS, COLUMNS] in ACC; -0 for an empty one. ``head`` [SEGMENTS], unless it is None, are
-    the weights of their first rows."""
+    """Sum segments, [SEGMENTS, COLUMNS] in ACC; an empty segment gives -0.
+
+    ``WEIGHTS`` has a weight per row, or is None. ``head`` [SEGMENTS], if it is not None, replaces the weights of first
+    rows.
+    """
     nothing = minus_zeros((1, 1), ACC)
     inside = column[None, :] < width
     unroll: tl.constexpr = steps_in_flight(X.dtype)
@@ -182,7 +187,7 @@ def sum_rows(
 
 @triton.jit
 def sum_weights(WEIGHTS, start, length, ACC: tl.constexpr, SEGMENTS: tl.constexpr):
-    """Sums of the weights of segments, [SEGMENTS], in the order of `sum_rows`."""
+    """Sum the weights of segments, [SEGMENTS], in the order of ``sum_rows``."""
     nothing = minus_zeros((1,), ACC)
     longest = tl.max(length, 0)
     total = minus_zeros((SEGMENTS,), ACC)  # [SEGMENTS]
@@ -197,7 +202,7 @@ def sum_weights(WEIGHTS, start, length, ACC: tl.constexpr, SEGMENTS: tl.constexp
 
 @triton.jit
 def picked_row(start, length, REDUCE: tl.constexpr):
-    """The row of a segment that is not empty which `first`, `last` and `middle` take."""
+    """Return the row that ``first``, ``last`` or ``middle`` picks from a segment that is not empty."""
     if REDUCE == "first":
         return start
     elif REDUCE == "last":
@@ -245,7 +250,7 @@ def segment_max_bwd_kernel(
     GRAD, grad_stride, Y, y_stride, X, stride, width, num_rows, STARTS, LENGTHS, num_segments, OUT,
     ACC: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Writes the gradient where it goes; all else is zero already."""
+    """Write the gradient to the first row that equals the maximum; the output is zero before the launch."""
     m = tl.program_id(0).to(tl.int64) * SEGMENTS + tl.arange(0, SEGMENTS)  # [SEGMENTS]
     start, length = load_segments(STARTS, LENGTHS, m, num_segments, num_rows)
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)  # [COLUMNS]
@@ -293,9 +298,9 @@ def segment_expand_fwd_kernel(
     Y, stride, width, STARTS, LENGTHS, num_segments, steps, OUT, num_rows,
     REDUCE: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """Each row looks up its segment, so that every element, in a gap too, is written once."""
+    """Each row looks up its segment, so that every element is written once, rows in gaps included."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
-    # The last segment that starts at or before the row: of two that share a start, the first is empty.
+    # Take the last segment that starts at or before the row. If several share a start, all but the last are empty.
     m = upper_bound(STARTS, num_segments, row, steps) - 1
     start = tl.load(STARTS + m, mask=m >= 0, other=0)
     length = tl.load(LENGTHS + m, mask=m >= 0, other=0)

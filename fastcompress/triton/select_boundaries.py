@@ -1,7 +1,7 @@
-"""Boundaries from distances that are given.
+"""Segment boundaries from given distances.
 
-What a rule wants is asked of every row at once. Only ``min_len`` and ``max_len`` look at the last boundary: there one
-program walks each sequence, a jump a segment, over a byte a row.
+The rule is evaluated for all rows in parallel. Only ``min_len`` and ``max_len`` depend on the previous boundary. For
+them, one program per sequence walks from segment to segment over one byte per row.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from fastcompress.triton.tiles import (
     rounded_threshold,
 )
 
-#: A bit of a row's byte beside those of tiles.py: the rule wants a boundary here, a walk decides.
+#: Bit of the byte of a row, in addition to those of tiles.py: the rule selects a boundary here; the walk decides.
 WANTED = tl.constexpr(4)
 
-#: Rows a program, one a thread.
+#: Rows per program, one per thread.
 ROWS = 128
-#: Rows that a walk looks at in one step.
+#: Rows that a walk reads per step.
 WALK_ROWS = 128
 
 
@@ -52,7 +52,10 @@ def mark_boundaries(
     max_len: int,
     keep_tail: bool,
 ) -> Tensor:
-    """``d`` [rows] -> ``[rows]`` uint8 with the bits above. One launch, two with ``min_len`` or ``max_len``."""
+    """Mark where segments stop and start, ``d`` [rows] -> ``[rows]`` uint8 with the bits ``STOPS`` and ``STARTS``.
+
+    One launch; two with ``min_len`` or ``max_len``.
+    """
     flags = torch.empty(d.shape, dtype=torch.uint8, device=d.device)
     walks = rule != "uniform" and (min_len > 1 or max_len > 0)
     wanted = torch.empty_like(flags) if walks else None
@@ -83,10 +86,13 @@ def select_boundaries(
     d: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None, rule: str, size: int,
     threshold: float, prominence: float, min_len: int, max_len: int, keep_tail: bool, compact: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """``d`` [N] or [B, T] -> starts and lengths [M] int64, ``cu_segments`` [B + 1] int32.
+    """Select boundaries from ``d``, [N] or [B, T].
 
     Three launches: sequences, boundaries, offsets; one more with ``min_len`` or ``max_len``. ``compact`` reads the
-    count from the device once; without it nothing is read.
+    number of segments from the device once; without it nothing is read.
+
+    Returns:
+        Starts and lengths [M] int64, and ``cu_segments`` [B + 1] int32.
     """
     tiles = num_tiles(d.numel(), None)
     sequences = prepare_sequences(d, d.dim(), cu_seqlens, lengths, tiles)
@@ -106,8 +112,12 @@ def select_boundaries_fwd_kernel(
     prominence_bits: tl.int64, RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, HAS_PROMINENCE: tl.constexpr,
     KEEP_TAIL: tl.constexpr, ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Bits of every row. With a walk to follow, what the rule wants is written apart and only what stops a segment for
-    another reason is set: the walk adds to bits that it does not read."""
+    """Write the bits of every row.
+
+    If a walk follows (``WANTED_FLAGS``), the boundaries that the rule selects are written there, and ``FLAGS`` gets
+    only the bits that do not depend on the rule. The walk reads ``WANTED_FLAGS`` and adds to ``FLAGS``, which it never
+    reads.
+    """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)  # [ROWS]
     alive, changes, begin, end, group = place_rows(row, BEGIN, END, num_sequences, steps, ROW_GROUP, HAS_ROW_GROUP)
     linked = alive & (changes == 0)
@@ -148,7 +158,7 @@ def select_boundaries_fwd_kernel(
 
 @triton.jit
 def walk_sequences_fwd_kernel(WANTED_FLAGS, FLAGS, BEGIN, END, min_len, max_len, ROWS: tl.constexpr):
-    """One sequence a program: from each start to the next, which ``min_len`` and ``max_len`` make depend on it."""
+    """Find the next start from each start of one sequence per program, applying ``min_len`` and ``max_len``."""
     b = tl.program_id(0)
     end = tl.load(END + b)
     start = tl.load(BEGIN + b)
@@ -166,7 +176,7 @@ def walk_sequences_fwd_kernel(WANTED_FLAGS, FLAGS, BEGIN, END, min_len, max_len,
             if nearest < ROWS:
                 next_start = first + nearest
                 kind_there = tl.max(tl.where(i == nearest, kind, 0), 0)
-                if (kind_there & STOPS) == 0:  # a change, and the end, is marked already
+                if (kind_there & STOPS) == 0:  # changes of run and the end of the sequence are marked already
                     tl.store(FLAGS + next_start, STOPS | STARTS)
             first += ROWS
         start = next_start

@@ -1,13 +1,19 @@
-"""Segments found, placed and averaged in one launch.
+"""Find segments, number them and compute their means in one launch.
 
-A program takes a tile of rows: it scores them (and the rows around them that their boundaries depend on), decides
-which start a segment, learns from the tiles before it how many segments precede its own (``common.look_back``), and
-averages the segments that start in the tile, reading on behind it where the last of them goes on. The same kernel also
-collects boundaries that are known already (``RULE`` "flags"), with or without averages.
+Each program processes one tile of rows:
 
-Bytes: x is read once from memory to be scored, (ROWS / owned rows) times from the second-level cache, and once more,
-from cache, to be averaged; the averages are written once. Arithmetic an element: two products and two sums to score,
-one sum to average. Not run on a GPU yet: the sizes below are from this count, not from measurements.
+1. It computes the distances of its rows, and of the neighbouring rows on which their boundaries depend.
+2. It decides which rows start a segment.
+3. It gets the number of segments before the tile from the earlier tiles (``common.look_back``).
+4. It computes the means of the segments that start in the tile, and reads further rows if the last one continues after
+   the tile.
+
+The same kernel collects boundaries that are known already (``RULE`` "flags"), with or without means.
+
+Memory traffic: for the distances, x is read once from memory, and ROWS / owned rows times from the L2 cache. For the
+means it is read once more, from cache. The means are written once. Arithmetic per element: two products and two sums
+for the distances, one sum for the means. The sizes below follow from these counts; they have not been measured on a
+GPU.
 """
 
 from __future__ import annotations
@@ -38,17 +44,25 @@ from fastcompress.triton.dot import cosine_distance, row_dot_and_square
 from fastcompress.triton.rule import judge_rows
 from fastcompress.triton.segment_reduce import divide, segment_tile, sum_rows
 
-#: Bits of a row's byte: the segment before it ends here; together with that, a segment starts here.
+#: Bits of the byte of a row. STOPS: the previous segment ends before this row. STARTS, only with STOPS: a segment
+#: starts at this row.
 STOPS = tl.constexpr(1)
 STARTS = tl.constexpr(2)
-#: Rows of a tile whose boundaries are read, not computed.
+#: Rows per tile if boundaries are read, not computed.
 FLAG_ROWS = 128
 
 
 @dataclass(frozen=True)
 class Window:
-    """Rows of a tile: ``rows`` in all, of which those in [halo, judged) have a boundary that the tile can judge; the
-    first ``owned`` of these are the tile's. The rest are there so that most segments end in sight."""
+    """Rows that a tile reads.
+
+    Attributes:
+        rows: Number of rows.
+        halo: First row whose boundary the tile can compute.
+        judged: End of the rows whose boundaries the tile can compute.
+        owned: Number of rows, from ``halo`` on, that belong to the tile. The judged rows after them belong to the next
+            tile; they are there because most segments of this tile end in them.
+    """
 
     rows: int
     halo: int
@@ -57,8 +71,10 @@ class Window:
 
 
 def scored_window(rule: str, order: int, dtype: torch.dtype) -> Window:
-    """64 rows are a tile of partial sums (``common.warps``); orders whose halo leaves little of that take two of them,
-    except in fp64, which has no registers to spare."""
+    """Return the window of a rule: 64 rows, or 128 if the halo would be a large part of 64.
+
+    64 rows are one tile of partial sums (``common.warps``). fp64 always takes 64, for lack of registers.
+    """
     if rule == "uniform":
         return flag_window(True)
     reach = order if rule == "local-max" else 0
@@ -68,30 +84,43 @@ def scored_window(rule: str, order: int, dtype: torch.dtype) -> Window:
 
 
 def flag_window(means: bool) -> Window:
+    """Return the window for boundaries that are read; ``means`` adds rows in which most segments end."""
     return Window(FLAG_ROWS, 0, FLAG_ROWS, FLAG_ROWS - 8 if means else FLAG_ROWS)
 
 
 def num_tiles(rows: int, window: Window | None) -> int:
-    """At least one: it writes ``cu_segments``."""
+    """Return the number of tiles, at least one, because a tile writes ``cu_segments``."""
     tiles: int = triton.cdiv(rows, (window or flag_window(False)).owned)
     return max(1, tiles)
 
 
 def bounded_size(size: int, rows: int) -> int:
-    """A size or order that is beyond all rows, and stays so, but with which sums do not overflow."""
+    """Limit a size or order to more than all rows, which has the same effect and cannot overflow in sums."""
     return min(size, rows + 1)
 
 
 @functools.lru_cache(maxsize=1024)
 def rounded_threshold(threshold: float, dtype: torch.dtype) -> int:
-    """Bits of the threshold, rounded to the dtype of the distances, as torch compares. On the CPU whatever the default
-    device is: a tensor elsewhere would wait for it."""
+    """Return the bits of the threshold, rounded to the dtype of the distances.
+
+    The tensor is on the CPU, whatever the default device is: another device would synchronize.
+    """
     return double_bits(torch.tensor(threshold, dtype=dtype, device="cpu").item())
 
 
 @dataclass(frozen=True)
 class Scoring:
-    """A rule of the fused set and what it scores."""
+    """A fused rule and its inputs.
+
+    Attributes:
+        rule: Name of the rule, or ``"flags"`` for boundaries that are known.
+        keys: Rows ``[N, K]`` to compute distances from, or flags ``[N]`` uint8.
+        row_group: Row groups, ``[N]`` int32, or ``None``.
+        size: Size of ``Uniform`` or order of ``LocalMax``.
+        threshold_bits: Bits of the threshold; see :func:`rounded_threshold`.
+        keep_tail: Whether ``Uniform`` keeps a short last segment.
+        window: Rows that a tile reads.
+    """
 
     rule: str
     keys: Tensor
@@ -110,20 +139,25 @@ def collect_segments(
     bound_args: tuple[str, int, int, int, bool],
     compact: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor, Tensor]:
-    """Values (None without ``rows``), starts, lengths and ``cu_segments``; one launch.
+    """Find or read boundaries, collect the segments, and compute their means. One launch.
 
     Args:
-        rows: ``[N, D]``, what is averaged.
-        boundaries: how to find them, or a byte a row (``mark_boundaries``).
-        sequences: prepared for ``tiles`` tiles.
-        bound_args: rule, size, min_len, max_len, and whether there are row groups.
+        rows: Rows to compute means of, ``[N, D]``, or ``None``.
+        boundaries: How to find boundaries, or flags ``[N]`` uint8 (``mark_boundaries``).
+        sequences: Sequences prepared for ``tiles`` tiles.
+        tiles: Number of tiles.
+        bound_args: Rule, size, min_len, max_len, and whether there are row groups.
+        compact: Whether to read the number of segments and return exactly that many.
+
+    Returns:
+        Values [M, D] (``None`` without ``rows``), starts and lengths [M] int64, and ``cu_segments`` [B + 1] int32.
     """
     rule, size, min_len, max_len, has_group = bound_args
     bound = sequences.rows
     if not has_group:
         bound = max_segments(rule, size, min_len, max_len, sequences.rows, sequences.count)
     device = sequences.state.device
-    # Not two halves of one allocation: results that share a storage break compiled graphs.
+    # Two allocations: results that share storage break compiled graphs.
     starts, lengths = (torch.empty(bound, dtype=torch.int64, device=device) for _ in range(2))
     cu_segments = torch.empty(sequences.count + 1, dtype=torch.int32, device=device)
     values = None
@@ -137,12 +171,12 @@ def collect_segments(
     if isinstance(boundaries, Tensor):
         boundaries = Scoring("flags", boundaries, None, 1, 0, True, flag_window(rows is not None))
     keys, window, row_group = boundaries.keys, boundaries.window, boundaries.row_group
-    # The look-back asks for a word a thread, see there.
+    # The look-back reads one word per thread.
     scores = not flags and boundaries.rule != "uniform"
     dtypes = [tensor.dtype for tensor in (keys, rows) if tensor is not None]
     num_warps = max(warps(dtype, max(1, window.rows // 64) if scores else 1) for dtype in dtypes)
     registers = 0
-    if scores:  # with less these spill: fp64, and Threshold in half types on sm_120
+    if scores:  # fp64, and Threshold in half types on sm_120, spill with the default limit
         registers = 168 if torch.float64 in dtypes else 192 if num_warps <= 4 and boundaries.rule == "threshold" else 0
     clearing = 0 if compact else triton.cdiv(bound, window.rows)
     launch(
@@ -163,7 +197,7 @@ def collect_segments(
 
 
 def first_rows(tensor: Tensor, count: int) -> Tensor:
-    """A copy where less than half is kept, so that the memory of the upper bound is not held for long."""
+    """Return the first ``count`` rows; a copy if less than half is kept, which frees the memory of the upper bound."""
     rows = tensor[:count]
     return rows if 2 * count >= tensor.shape[0] else rows.clone()
 
@@ -173,8 +207,10 @@ def judge_window(
     row, KEYS, key_stride, key_width, ROW_GROUP, BEGIN, END, num_sequences, steps, num_rows, size, threshold_bits,
     RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, KEY_ACC: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Whether a segment stops at rows, and whether one starts there, [ROWS] bool each; right for the rows that a window
-    can judge."""
+    """Return whether a segment stops before each row, and whether one starts at it, [ROWS] bool each.
+
+    The result is correct for the judged rows of a window only.
+    """
     if RULE == "flags":
         flags = tl.load(KEYS + row, mask=(row >= 0) & (row < num_rows), other=STOPS).to(tl.int32)
         stops = (flags & STOPS) != 0
@@ -185,7 +221,7 @@ def judge_window(
         if RULE != "uniform":
             w = tl.arange(0, ROWS)
             own = KEYS + row * key_stride
-            # Distance between each row and the one before, whose square is the square of the row before.
+            # Distance between each row and the previous row. The square of the previous row is gathered from that row.
             dot, square = row_dot_and_square(
                 own - key_stride, alive & (changes == 0), own, alive & (group > 0), key_width, ROWS, KEY_ACC
             )
@@ -204,8 +240,10 @@ def judge_window(
 def clear_rest(
     piece, STATE, STARTS, LENGTHS, VALUES, width, bound, num_rows, ROWS: tl.constexpr, COLUMNS: tl.constexpr
 ):
-    """Empty segments behind the last, in the rows of one piece; waits for the number of segments, which only tiles that
-    run already hold up."""
+    """Write the empty segments after the last one, in one piece of the output.
+
+    This waits for the total number of segments. Only tiles that are already running delay it, so it cannot deadlock.
+    """
     total = tl.atomic_add(STATE + TOTAL, 0, sem="relaxed")
     while total == 0:
         total = tl.atomic_add(STATE + TOTAL, 0, sem="relaxed")
@@ -224,8 +262,11 @@ def clear_rest(
 
 @triton.jit
 def write_cu_segments(CU_SEGMENTS, END, num_sequences, steps, row, starts, first, last, tile, num_tiles, before):
-    """``cu_segments`` of the sequences that end in rows (first, last]; of the first tile also those that end at row 0,
-    of the last one all that remain. ``before`` segments precede the tile."""
+    """Write ``cu_segments`` of the sequences that end in rows (first, last].
+
+    The first tile also writes those that end at row 0, and the last tile all that remain. ``before`` is the number of
+    segments before the tile.
+    """
     b = upper_bound(END, num_sequences, first, steps)
     b = tl.where(tile == 0, 0, b)
     stop = upper_bound(END, num_sequences, last, steps)
@@ -247,7 +288,7 @@ def segment_pool_fwd_kernel(
     RULE: tl.constexpr, HAS_ROW_GROUP: tl.constexpr, KEEP_TAIL: tl.constexpr, ACC: tl.constexpr, KEY_ACC: tl.constexpr,
     ROWS: tl.constexpr, WORDS: tl.constexpr, SEGMENTS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    # Numbered in the order in which programs start: none waits for one that has not.
+    # Tiles are numbered in the order in which programs start, so no program waits for one that has not started.
     tile = tl.atomic_add(STATE + NEXT_TILE, 1, sem="relaxed")
     if tile >= num_tiles:
         clear_rest(tile - num_tiles, STATE, STARTS, LENGTHS, VALUES, width, bound, num_rows, ROWS, COLUMNS)
@@ -269,7 +310,7 @@ def segment_pool_fwd_kernel(
         if tile == num_tiles - 1:
             tl.atomic_xchg(STATE + TOTAL, before + count + 1, sem="relaxed")
 
-        # The row at which the segment ends that goes on behind the rows judged here.
+        # If the last segment does not end in the judged rows, read further windows to find its end row.
         next_base = base + judged - halo
         open_end = next_base + halo
         if (count > 0) & (tl.max(tl.where(stops, w, -1), 0) == tl.max(tl.where(starts, w, -1), 0)):
@@ -286,7 +327,8 @@ def segment_pool_fwd_kernel(
         rank = tl.cumsum(starts.to(tl.int32), 0) - 1  # [ROWS]
         for c in range(0, count, SEGMENTS):
             lane = c + tl.arange(0, SEGMENTS)  # [SEGMENTS]
-            used = (lane < count) & (before + lane < bound)  # the bound holds; memory is safe even if it did not
+            # `bound` always holds; the comparison keeps stores inside the buffers even if it did not.
+            used = (lane < count) & (before + lane < bound)
             picked = starts[None, :] & (rank[None, :] == lane[:, None])  # [SEGMENTS, ROWS]
             at = tl.max(tl.where(picked, w[None, :], -1), 1)  # [SEGMENTS]
             behind = stops[None, :] & (w[None, :] > at[:, None])  # [SEGMENTS, ROWS]

@@ -89,7 +89,7 @@ def test_every_op_and_every_reason(capsys: pytest.CaptureFixture[str]):
             [H100],
             "triton is not installed",
             [
-                "reference on cuda: the library has CUDA kernels for 100+PTX, none for NVIDIA H100 (90); "
+                "reference on cuda: the library has CUDA kernels for 100+PTX, not for NVIDIA H100 (90); "
                 "triton is not installed"
             ],
         ),
@@ -124,7 +124,7 @@ def test_a_choice_shows(capsys: pytest.CaptureFixture[str]):
     with fc.backend("reference"):
         found = json.loads(text(capsys, "--json"))
         for by_device in found["ops"].values():
-            assert by_device["cpu"] == {"backend": "reference", "reason": "fastcompress.backend asks for it"}
+            assert by_device["cpu"] == {"backend": "reference", "reason": "fastcompress.backend selects it"}
             assert by_device["cuda"]["backend"] == "reference"
 
 

@@ -195,7 +195,7 @@ def test_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch):
     gpus(monkeypatch, "")
     assert refused("cuda").endswith("the backend 'cuda' cannot be used: the library has no CUDA kernels")
     gpus(monkeypatch, "", compiled=False)
-    assert "there is no compiled library" in refused("cuda")
+    assert "the compiled library is missing" in refused("cuda")
     monkeypatch.undo()
     modules = [name for name in sys.modules if name.startswith("fastcompress.triton")]
     for name in modules:
@@ -203,7 +203,7 @@ def test_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setitem(sys.modules, "triton", None)
     assert "triton is not installed (pip install triton)" in refused("triton")
     monkeypatch.setitem(sys.modules, "triton", types.ModuleType("triton"))
-    assert "the Triton kernels do not load (" in refused("triton")
+    assert "the Triton kernels cannot be loaded (" in refused("triton")
 
 
 def test_autograd_below_another_backend(spies: dict[str, Spy]):
@@ -338,7 +338,7 @@ def test_kernels_that_do_not_fit_are_not_reached_after_a_block(
         with fc.backend(name):
             assert spies[name].took(on_cuda)
         assert spies["triton"].took(on_cuda) and not compiled.calls and not backends.undecided
-    with pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* none for H100 \(90\)"), fc.backend("cuda"):
+    with pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* not for H100 \(90\)"), fc.backend("cuda"):
         pass
     assert spies["triton"].took(on_cuda) and not compiled.calls and not backends._requests
 
@@ -361,7 +361,7 @@ def test_the_first_call_settles_however_it_comes(
 def test_asking_for_cuda_settles_in_the_first_call(compiled: Spy, monkeypatch: pytest.MonkeyPatch):
     gpus(monkeypatch, "100+PTX", H100)
     start_again()
-    with fc.backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* none for H100 \(90\)"):
+    with fc.backend("cuda"), pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* not for H100 \(90\)"):
         on_cuda()
     assert not compiled.calls
 
@@ -373,10 +373,10 @@ OLD, NEW = backends.Device("A100", (8, 0)), backends.Device("B200", (10, 0))
     "archs, devices, known, reason",
     [
         ("", [H100], {}, "the library has no CUDA kernels"),
-        ("80+PTX", [H100], {"compiled": False}, "there is no compiled library"),
-        ("100;120+PTX", [NEW, H100], {}, r"the library has CUDA kernels for 100;120\+PTX, none for H100 \(90\)"),
-        ("90", [H100, OLD], {}, r"none for A100 \(80\)"),
-        ("90", [H100], {"driver": (12, 8)}, r"was built with CUDA 13\.0, but the driver is for CUDA 12\.8"),
+        ("80+PTX", [H100], {"compiled": False}, "the compiled library is missing"),
+        ("100;120+PTX", [NEW, H100], {}, r"the library has CUDA kernels for 100;120\+PTX, not for H100 \(90\)"),
+        ("90", [H100, OLD], {}, r"not for A100 \(80\)"),
+        ("90", [H100], {"driver": (12, 8)}, r"was built with CUDA 13\.0, but the driver supports CUDA 12\.8"),
     ],
 )
 def test_then_triton_then_the_reference(
@@ -412,7 +412,7 @@ def test_asking_for_cuda_on_a_gpu_that_does_not_fit(monkeypatch: pytest.MonkeyPa
     gpus(monkeypatch, "100+PTX", H100)
     with fc.backend("cuda"):
         for _ in range(2):
-            with pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* none for H100 \(90\)"):
+            with pytest.raises(RuntimeError, match=r"'cuda' cannot be used: .* not for H100 \(90\)"):
                 backends.settle()
         assert ", but the library has CUDA kernels for" in backends.choices()["segment_pool"]["cuda"].reason
 

@@ -128,7 +128,9 @@ def nonsense(draw, name: str) -> tuple[str, Call]:
 
 
 #: Of errors that say what is wrong with which argument, or with how arguments go together.
-NAMED = re.compile(r"must|goes? with|excludes?|needs?|unknown rule|has no field|rule '|are of|missing|nothing is left")
+NAMED = re.compile(
+    r"must|goes? with|cannot be combined|needs?|unknown rule|has no field|rule '|missing|nothing is left"
+)
 #: Of errors that torch finds: the type of an argument, a device without values, memory that is not there.
 OF_TORCH = re.compile(
     r"value of type '\S+' for argument|Cannot access storage|meta|memory|Storage size|alloc|API call failed"

@@ -456,7 +456,7 @@ def test_function_transforms_are_refused():
         lambda x: fc.pack(inputs_embeds=x).inputs_embeds.sum(),
         lambda x: fc.pack(torch.tensor([1, 2]), x).inputs_embeds.sum(),
     ):
-        with pytest.raises(NotImplementedError, match="does not run under this transform of torch.func"):
+        with pytest.raises(NotImplementedError, match="does not support this transform of torch.func"):
             torch.func.grad(f)(torch.randn(3, 4))
 
 

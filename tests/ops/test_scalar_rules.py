@@ -392,8 +392,8 @@ def test_text_forms():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: fc.TopK(), "TopK: one of rate and count must be given, got None and None"),
-        (lambda: fc.TopK(2, 3), "TopK: one of rate and count must be given, got 2 and 3"),
+        (lambda: fc.TopK(), "TopK: one of rate and count must be given, got rate=None, count=None"),
+        (lambda: fc.TopK(2, 3), "TopK: one of rate and count must be given, got rate=2, count=3"),
         (lambda: fc.TopK(0.5), "TopK: rate must be at least 1 and finite, got 0.5"),
         (lambda: fc.TopK(math.inf), "TopK: rate must be at least 1 and finite, got inf"),
         (lambda: fc.TopK(count=0), "TopK: count must be at least 1, got 0"),
@@ -412,16 +412,24 @@ def test_refused(make, message: str):
 def test_bad_calls():
     x, d = torch.randn(5, 3), torch.rand(5)
     for call, error, message in (
-        (lambda: fc.segment_pool(x, rule=fc.LabelChange()), ValueError, "labels go with LabelChange, which needs them"),
-        (lambda: fc.segment_pool(x, rule="top-k:2", labels=torch.zeros(5).long()), ValueError, "labels go with"),
+        (lambda: fc.segment_pool(x, rule=fc.LabelChange()), ValueError, "labels must be passed with LabelChange"),
+        (
+            lambda: fc.segment_pool(x, rule="top-k:2", labels=torch.zeros(5).long()),
+            ValueError,
+            "labels must be passed with",
+        ),
         (
             lambda: fc.segment_pool(x, rule="label-change", labels=torch.zeros(4).long()),
             ValueError,
-            "labels must have shape [5], one a row, got [4]",
+            "labels must have shape [5], one per row, got [4]",
         ),
         (lambda: fc.segment_pool(x, rule="label-change", labels=torch.zeros(5)), TypeError, "labels must be integers"),
         (lambda: fc.select_boundaries(None, "label-change", labels=[1, 2]), TypeError, "labels must be a tensor"),
-        (lambda: fc.select_boundaries(d, fc.Lookback(2, 0.5)), ValueError, "d must have shape [..., 2], a lag each"),
+        (
+            lambda: fc.select_boundaries(d, fc.Lookback(2, 0.5)),
+            ValueError,
+            "d must have shape [..., 2], one distance per lag",
+        ),
         (lambda: fc.select_boundaries(None, "top-k:2"), TypeError, "d must be"),
         (lambda: fc.select_boundaries(d, "top-k:2", lengths=torch.tensor([5])), ValueError, "lengths goes with padded"),
         (lambda: fc.select_boundaries(d, "top-k:2", cu_seqlens=torch.tensor([0, 9])), ValueError, "cu_seqlens"),

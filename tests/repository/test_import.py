@@ -86,8 +86,8 @@ def copy(tmp_path: Path) -> Path:
     "library, reason",
     [
         (None, "is missing"),
-        (b"\x7fELF garbage, no library" * 100, "does not load"),
-        (b"", "does not load"),
+        (b"\x7fELF garbage, no library" * 100, "cannot be loaded"),
+        (b"", "cannot be loaded"),
     ],
     ids=["missing", "garbage", "empty"],
 )

@@ -277,7 +277,7 @@ def test_runs_that_cannot_start(data: Path, tmp_path: Path, trained: Path):
         Run(trained, settings(data, steps=9, dev=str(data / "dev.jsonl")), resume=True)
     with pytest.raises(RunError, match="LoRA needs a trained model"):
         Run(tmp_path / "lora", settings(data, lora_rank=4))
-    with pytest.raises(RunError, match="no model here"):
+    with pytest.raises(RunError, match="not a model folder"):
         load_model(tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"audio_filepath": "nowhere.wav", "text": "low"}\n')
     with pytest.raises(RunError, match="no utterance is left that can be used"):

@@ -112,9 +112,7 @@ def test_what_is_saved_of_a_compressor(tmp_path: Path):
     assert model.config.boundary_ratio is None
     tokens = model(**inputs).num_audio_tokens
     model.save_pretrained(tmp_path)
-    with pytest.warns(
-        UserWarning, match="was saved with compressor BipartiteMerge, which the"
-    ):
+    with pytest.warns(UserWarning, match="was saved with compressor BipartiteMerge, which the"):
         again = FastCompressForConditionalGeneration.from_pretrained(tmp_path)
     again.use_compressor(fc.nn.BipartiteMerge(2.0))
     assert again(**inputs).num_audio_tokens == tokens
@@ -147,9 +145,7 @@ def test_what_changes_a_model_behind_its_back(tmp_path: Path):
     with pytest.MonkeyPatch.context() as patch:
         plain = FastCompressForConditionalGeneration.from_pretrained(tmp_path / "base")
         patch.setattr("fastcompress.lalm.loading.load_model", lambda path: (plain, None))
-        with pytest.warns(
-            UserWarning, match="was saved with compressor BipartiteMerge, which the"
-        ):
+        with pytest.warns(UserWarning, match="was saved with compressor BipartiteMerge, which the"):
             _load_adapter(tmp_path / "lora")
 
 

@@ -40,8 +40,8 @@ LOG_MEL_RULES = (
     "local-max:prominence=0.15",
     "threshold:0.4",
 )
-# Distances of encoder frames have another range, which depends on the encoder. AdaTS merges at a cosine of 0.85, that is
-# at a distance of 0.15.
+# Distances of encoder frames have another range, which depends on the encoder. AdaTS merges at a cosine of 0.85, which
+# is a distance of 0.15.
 ENCODER_RULES = ("uniform:2", "uniform:3", "uniform:4", "local-max", "local-max:threshold=0.15", "threshold:0.15")
 
 _NOISE_LEVEL = 0.1  # RMS; log-mel distances do not depend on the level

@@ -1,3 +1,4 @@
+// Reads and checks arguments of ops; see arguments.h.
 #include "arguments.h"
 
 #include <algorithm>
@@ -16,7 +17,7 @@ Rows read_rows(const Tensor& x) {
 const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder) {
   if (!row_group.has_value()) return nullptr;
   STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
-  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have a value for each of ", rows, " rows");
+  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have one value per row, ", rows);
   holder = torch::stable::contiguous(*row_group);
   return static_cast<const int32_t*>(holder.const_data_ptr());
 }
@@ -37,7 +38,7 @@ Rows read_matrix(const char* name, const Tensor& tensor, int64_t rows, int64_t w
 
 Tensor read_weights(const char* name, const Tensor& weights, int64_t count, ScalarType dtype) {
   STD_TORCH_CHECK(weights.dim() == 1 && weights.size(0) == count && weights.scalar_type() == accumulate_type(dtype),
-                  name, " must be ", count, " values in the accumulation dtype");
+                  name, " must have shape [", count, "] and the accumulation dtype of x");
   return torch::stable::contiguous(weights);
 }
 
@@ -50,11 +51,11 @@ Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list
   AtenTensorHandle handle;
   const auto failed = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
                                                device_type, device_index, &handle);
-  if (failed) {  // torch's own reason does not come through its C functions
+  if (failed) {  // torch's C functions do not pass its error message on
     std::string shape;
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "cannot allocate a tensor of shape [", shape,
-                    "]: out of memory, or an error of the device before");
+                    "]: the device is out of memory, or an earlier call on it failed");
   }
   return Tensor(handle);
 }
@@ -69,9 +70,10 @@ Rule make_rule(const std::string& rule, int64_t size, double threshold, double p
   else
     STD_TORCH_CHECK(rule == "uniform", "unknown rule ", rule);
   STD_TORCH_CHECK(size >= 1 && min_len >= 1 && max_len >= 0, "rule: size and min_len must be at least 1");
-  // Else there could be more segments than max_segments says.
+  // Otherwise there could be more segments than max_segments returns.
   STD_TORCH_CHECK(max_len == 0 || min_len <= max_len, "rule: min_len must not exceed max_len");
-  STD_TORCH_CHECK(kind != RuleKind::kUniform || (min_len == 1 && max_len == 0), "rule: uniform has no lengths");
+  STD_TORCH_CHECK(kind != RuleKind::kUniform || (min_len == 1 && max_len == 0),
+                  "rule: uniform takes neither min_len nor max_len");
   return {kind, size, threshold, prominence, min_len, max_len, keep_tail};
 }
 

@@ -1,4 +1,4 @@
-// From canonical dot products to the cosine distance. The definition is fastcompress/reference/adjacent_distance.py.
+// Cosine distance from canonical dot products, defined in fastcompress/reference/adjacent_distance.py.
 #pragma once
 
 #include <cmath>
@@ -7,19 +7,20 @@
 
 namespace fastcompress {
 
-// Partial sums of the canonical dot product: partial sum j takes the elements i = j (mod kLanes) in increasing i,
-// product and sum rounded apart; the sums are then added in fp64, halving.
+// Number of partial sums of the canonical dot product. Partial sum j takes the elements i = j (mod kLanes) in
+// increasing i, with product and sum rounded separately. A binary tree then adds the partial sums in fp64: sum j and
+// sum j + 16, then j + 8, and so on.
 constexpr int kLanes = 32;
 
 constexpr double kDistanceEps = 1e-8;
 
 FASTCOMPRESS_HD inline double clamped_norm(double square) {
   const double norm = sqrt(square);
-  return norm < kDistanceEps ? kDistanceEps : norm;  // NaN stays
+  return norm < kDistanceEps ? kDistanceEps : norm;  // NaN stays NaN
 }
 
 FASTCOMPRESS_HD inline double cosine_distance(double dot, double square_a, double square_b) {
-  if (square_a == 0 && square_b == 0) return 0;  // two zero rows are alike
+  if (square_a == 0 && square_b == 0) return 0;  // two zero rows are equal by definition
   return 1 - dot / (clamped_norm(square_a) * clamped_norm(square_b));
 }
 

@@ -1,5 +1,5 @@
-// Half types as bits, with portable conversions. Free of torch headers and of the standard library's inline functions,
-// so that files compiled for one instruction set can include it.
+// Half-precision types as bits, with portable conversions. This header includes neither torch nor inline functions of
+// the standard library, so that files compiled for one instruction set can include it.
 #pragma once
 
 #include <cstdint>
@@ -46,7 +46,7 @@ FASTCOMPRESS_HD inline float widen(Half value) {
 #endif
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// narrow rounds to nearest, ties to even; NaN stays NaN.
 FASTCOMPRESS_HD inline void narrow(float value, float& out) { out = value; }
 FASTCOMPRESS_HD inline void narrow(double value, double& out) { out = value; }
 FASTCOMPRESS_HD inline void narrow(float value, BFloat16& out) {
@@ -64,10 +64,10 @@ FASTCOMPRESS_HD inline void narrow(float value, Half& out) {
   const uint32_t bits = float_bits(value), sign = bits >> 16 & 0x8000, magnitude = bits & 0x7fffffff;
   if (magnitude >= 0x7f800000) {
     out.bits = uint16_t(sign | (magnitude > 0x7f800000 ? 0x7e00 : 0x7c00));
-  } else if (magnitude >= 0x38800000) {  // 2^-14: a normal half, or too large for one
+  } else if (magnitude >= 0x38800000) {  // at least 2^-14: a normal half, or an overflow
     const uint32_t rounded = magnitude + 0xfff + (magnitude >> 13 & 1);
     out.bits = uint16_t(sign | (rounded >= 0x47800000 ? 0x7c00 : (rounded - (112u << 23)) >> 13));
-  } else {  // adding 0.5 puts the unit of subnormal halves, 2^-24, in the last place
+  } else {  // the sum with 0.5 has the spacing of subnormal halves, 2^-24, so that it rounds correctly
     out.bits = uint16_t(sign | (float_bits(bits_float(magnitude) + 0.5f) - float_bits(0.5f)));
   }
 #endif
@@ -75,7 +75,7 @@ FASTCOMPRESS_HD inline void narrow(float value, Half& out) {
 
 }  // namespace
 
-// The type that distances and sums of T are computed in.
+// The type in which distances and sums of T are computed.
 template <class T>
 struct Accumulate {
   using type = float;

@@ -1,4 +1,4 @@
-// Marks functions that run on the host and on a GPU alike.
+// Marks functions that are compiled for both the host and the GPU.
 #pragma once
 
 #ifdef __CUDACC__

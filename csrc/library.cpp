@@ -1,10 +1,10 @@
-// What implements what. The schemas are in fastcompress/dispatch/schemas.py.
+// Registers the implementations of all ops with torch. The schemas are in fastcompress/dispatch/schemas.py.
 #include "cpu/ops.h"
 #ifdef FASTCOMPRESS_CUDA
 #include "cuda/ops.h"
 #endif
 
-// What a build with CUDA kernels defines (setup.py).
+// setup.py defines these for builds with CUDA kernels.
 #ifndef FASTCOMPRESS_CUDA
 #define FASTCOMPRESS_CUDA_ARCHS ""
 #define FASTCOMPRESS_CUDA_VERSION ""

@@ -1,5 +1,5 @@
-// The ops of a device, with the signatures of fastcompress/dispatch/schemas.py: what implements them, and how they are
-// registered.
+// Declares and registers the ops that each device implements. The signatures are those of
+// fastcompress/dispatch/schemas.py.
 #pragma once
 
 #include <optional>
@@ -11,8 +11,8 @@ namespace fastcompress {
 
 using OptionalTensor = std::optional<Tensor>;
 
-// Raises unless all tensors of a call are on one device. Torch chooses the implementation by one of them, and kernels
-// would read the memory of another device.
+// Raises unless all tensors of a call are on one device. Torch selects the implementation by one of the tensors, so a
+// kernel could otherwise read memory of another device.
 class OneDevice {
  public:
   void add(const Tensor& tensor) {
@@ -33,7 +33,7 @@ class OneDevice {
   int32_t type_ = -1, index_ = -1;
 };
 
-// An op behind that check: `OnOneDevice<&op>::call`.
+// `OnOneDevice<&op>::call` checks the devices and calls the op.
 template <auto op>
 struct OnOneDevice;
 template <class Result, class... Args, Result (*op)(Args...)>
@@ -82,7 +82,7 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
 #define FASTCOMPRESS_REGISTER_OP(m, device, op)                                                                       \
   m.impl(#op, TORCH_BOX(&fastcompress::OnOneDevice<&fastcompress::device::op>::call))
 
-// `device`: the namespace that declares them.
+// `device` is the namespace that declares the ops.
 #define FASTCOMPRESS_REGISTER_OPS(m, device)                                                                          \
   FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance);                                                             \
   FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance_backward);                                                    \

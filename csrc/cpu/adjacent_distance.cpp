@@ -1,3 +1,7 @@
+// Cosine distances between rows `lag` apart, and their gradient.
+//
+// Forward: rows of equal index modulo `lag` are scored like consecutive rows. Backward: the first pass computes the
+// squared norm of each row, the second the factors of each pair, and the third adds up to three scaled rows per row.
 #include <algorithm>
 #include <limits>
 
@@ -17,7 +21,7 @@ void for_each_part(const Sequences& sequences, int64_t first, int64_t last, cons
   }
 }
 
-// There is no pair further apart than all rows, and sums with the lag must not overflow.
+// A lag of at least the number of rows leaves no pair, so it is clipped to keep sums with it from overflowing.
 int64_t bounded_lag(int64_t lag, const Rows& rows) { return std::min(lag, std::max<int64_t>(1, rows.count)); }
 
 }  // namespace
@@ -37,7 +41,7 @@ Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
     parallel(rows.count, rows.width * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
       std::fill(d + first, d + last, std::numeric_limits<S>::quiet_NaN());
       for_each_part(sequences, first, last, [&](int64_t b, int64_t begin, int64_t end) {
-        // Rows of each phase are a sequence of their own, `lag` rows apart.
+        // Rows t, t + lag, t + 2 lag, ... are scored as one sequence.
         const int64_t pairs_end = std::min(end, sequences.end[b] - lag);
         for (int64_t t = begin; t < std::min(begin + lag, pairs_end); ++t) {
           const int64_t pairs = (pairs_end - t + lag - 1) / lag;
@@ -68,7 +72,8 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
     T* out_data = static_cast<T*>(out.mutable_data_ptr());
     const int64_t width = rows.width;
     std::vector<double> squares(rows.count);
-    // Per pair (t, t + lag): the factor of the other row, and of each row itself.
+    // For each pair (t, t + lag), the gradient of either row is a sum of both: `cross` is the factor of the other row,
+    // `own_first` and `own_second` are the factors of the row itself.
     std::vector<double> cross(rows.count), own_first(rows.count), own_second(rows.count);
     std::vector<uint8_t> is_pair(rows.count, 0);
     auto row = [&](int64_t t) { return data + t * rows.stride; };

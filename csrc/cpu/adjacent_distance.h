@@ -1,4 +1,4 @@
-// Distances of consecutive rows.
+// Cosine distances between consecutive rows, used by adjacent_distance and segment_pool.
 #pragma once
 
 #include <algorithm>
@@ -8,7 +8,7 @@
 
 namespace fastcompress {
 
-// d[i] = distance of rows i and i + 1, for i < rows - 1. x[i] starts at x + i * stride, d[i] is d[i * d_stride].
+// Writes the distance between rows i and i + 1 to d[i * d_stride], for i < rows - 1. Row i starts at x + i * stride.
 template <class T>
 void score(const T* x, int64_t stride, int64_t rows, int64_t width, accumulate_t<T>* d, int64_t d_stride) {
   constexpr int64_t kPairs = 64;

@@ -1,13 +1,15 @@
-// Segments of frames that are alike on average: one frame after the other, all of a sequence by one thread.
+// Greedy segmentation: a frame joins the current segment while its mean cosine to the segment's frames is high enough.
+// One thread processes all frames of a sequence, one after another.
 //
-// Model, for frames of D elements of E bytes: D E bytes a frame from memory, and as many again from the first-level
-// cache, when it is added to the sum of its segment, which stays there, 4 D bytes read and 4 D written. 3 D
-// multiplications and as many additions: scale and add, the product with the sum, the square. With AVX-512, one of each
-// a cycle, that is 240 cycles for D = 1280, 70 ns at 3.5 GHz, and about 40 more to widen a half type twice; memory at
-// 25 GB/s takes 205 ns in fp32, 102 in bf16. On top comes what nothing else of the sequence can be done in, from the
-// last partial sum to the first of the next frame: two trees side by side, a root, a quotient, a comparison, about 100
-// cycles. So fp32 waits for memory, half types for arithmetic. Taking the square one frame ahead, which hides the root
-// and the quotient, was slower by 7 to 20 %: a third row to load and to widen (AMD EPYC 9004).
+// Model, for frames of D elements of E bytes. Bytes per frame: D E from memory; D E again from the first-level cache,
+// when the frame is added to the sum of its segment; and 4 D read and 4 D written for that sum, which stays in the
+// cache. Operations per frame: 3 D multiplications and 3 D additions (scale and add to the sum, product with the sum,
+// square). With AVX-512, at one of each per cycle, D = 1280 takes 240 cycles, which is 70 ns at 3.5 GHz, and about 40
+// cycles more to widen a half type twice. Memory at 25 GB/s takes 205 ns in fp32 and 102 ns in bf16. In addition, about
+// 100 cycles per frame cannot overlap with anything else of the sequence: two reduction trees in parallel, a square
+// root, a division and a comparison, from the last partial sum of a frame to the first of the next. So fp32 is
+// bandwidth bound and half types are bound by arithmetic. Computing the square one frame ahead hides the root and the
+// division but was 7 to 20 % slower, because a third row must be loaded and widened (AMD EPYC 9004).
 #include <algorithm>
 #include <atomic>
 #include <cstdlib>
@@ -23,7 +25,7 @@ struct Free {
   void operator()(void* p) const { std::free(p); }
 };
 
-// Where the segments of a sequence of at least one row start: 1, else 0.
+// Writes 1 for rows that start a segment and 0 for others, for a sequence of at least one row.
 template <class T>
 void split(const T* x, int64_t stride, int64_t rows, int64_t width, const Linkage& linkage, accumulate_t<T>* total,
            uint8_t* starts) {
@@ -59,7 +61,7 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
     const int64_t num_sequences = sequences.count();
     const size_t bytes = std::max<size_t>(64, size_t(padded_width(rows.width)) * sizeof(S));
     std::atomic<bool> out_of_memory{false};
-    // A thread takes the sequences that begin in its part of the rows, so that long and short ones are shared out.
+    // A thread takes the sequences that begin in its part of the rows, which balances long and short sequences.
     parallel(rows.count, rows.width * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
       const auto& begin = sequences.begin;
       int64_t b = std::lower_bound(begin.begin(), begin.end(), first) - begin.begin();

@@ -1,4 +1,5 @@
-// Integrate-and-fire: weighted sums of runs of rows that share a row where they meet, and their gradients.
+// Integrate-and-fire: each token is a weighted sum of consecutive rows, and neighbouring tokens share the row in which
+// the first one fires. Also computes the gradients.
 //
 // Model, for x [N, D] of E-byte elements and M tokens: forward reads N D E bytes, and the shared rows again from cache,
 // and writes M D E. Backward reads N D E and, for each row, its tokens' gradients, M D E that stay in cache, and writes
@@ -10,18 +11,18 @@
 namespace fastcompress::cpu {
 namespace {
 
-constexpr int64_t kRowsAhead = 16;  // as in segment_reduce.cpp
-constexpr int64_t kShared = 1;      // rows that a token may share with the one before
+constexpr int64_t kRowsAhead = 16;  // prefetch distance, as in segment_reduce.cpp
+constexpr int64_t kShared = 1;      // rows that a token may share with the previous token
 
-// Row t of the gradient of x: weight * grad[covering], if that is not negative, and first[m] * grad[m] for m from
-// `begin` to `end`, from left to right.
+// Computes one row of the gradient of x: weight * grad[covering], unless `covering` is negative, plus
+// first[m] * grad[m] for m in [begin, end), added from left to right.
 template <class T, class S = accumulate_t<T>>
 void combine_tokens(const Rows& grad, int64_t covering, S weight, const S* first, int64_t begin, int64_t end, T* out) {
   const T* data = grad.data<T>();
   const int64_t stride = grad.stride, width = grad.width, heads = end - begin;
   if (covering < 0 && heads == 0) {
     std::memset(static_cast<void*>(out), 0, size_t(width) * sizeof(T));
-  } else if (heads <= 2) {  // but for frames in which several tokens fire
+  } else if (heads <= 2) {  // the common case; more only if several tokens fire in one frame
     const T* row[3] = {covering < 0 ? nullptr : data + covering * stride, nullptr, nullptr};
     S factor[3] = {weight, 0, 0};
     for (int64_t i = 0; i < heads; ++i) {
@@ -93,7 +94,7 @@ std::tuple<Tensor, Tensor, Tensor> integrate_rows_backward(Tensor grad, Tensor x
     S* grad_weight = static_cast<S*>(grad_weights.mutable_data_ptr());
     S* grad_first_weight = static_cast<S*>(grad_first.mutable_data_ptr());
     parallel(rows.count, 3 * width * int64_t(sizeof(T)), [&](int64_t begin, int64_t end) {
-      // The first token that starts at the row or behind it.
+      // The first token that starts at this row or after it.
       int64_t next = std::lower_bound(list.starts, list.starts + list.count, begin) - list.starts;
       for (int64_t t = begin; t < end; ++t) {
         const T* row = rows.data<T>() + t * rows.stride;

@@ -1,3 +1,4 @@
+// Declares the CPU implementations of the ops.
 #pragma once
 
 #include "../ops.h"

@@ -1,4 +1,7 @@
-// Packing rows of text and of audio, one sample after another: where each row goes, and the copy.
+// Packs rows of text and audio, one sample after another. pack_map computes where each row goes, pack_labels computes
+// positions and labels, and pack_rows copies the rows.
+//
+// Model, for T packed rows of D elements of E bytes: pack_rows reads and writes T D E bytes.
 #include <algorithm>
 
 #include "../pack.h"
@@ -9,7 +12,7 @@ namespace {
 
 int64_t* int64_data(Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
-// Rows of `rows` and then of `audio`, by number; null for -1.
+// Addresses the rows of `rows`, followed by those of `audio`, by one index; -1 gives null.
 struct TwoTables {
   const char* rows;
   const char* audio;
@@ -61,7 +64,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
         to[row] = int64_t(sources.size());
         sources.push_back(row);
       } else if (row == sequences.begin[b] || row_group_data[row] != row_group_data[row - 1]) {
-        STD_TORCH_CHECK(audio < num_audios, "there are only ", num_audios, " audios");
+        STD_TORCH_CHECK(audio < num_audios, "row_group has more audios than audio_cu_seqlens, ", num_audios);
         for (int64_t k = audio_begin[audio]; k < audio_begin[audio + 1]; ++k) {
           to[num_rows + k] = int64_t(sources.size());
           sources.push_back(num_rows + k);
@@ -71,7 +74,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
     }
     counts.push_back(int64_t(sources.size()));
   }
-  STD_TORCH_CHECK(audio == num_audios, "there are ", num_audios, " audios and only ", audio, " places for them");
+  STD_TORCH_CHECK(audio == num_audios, "audio_cu_seqlens has ", num_audios, " audios, but row_group has only ", audio);
 
   const int64_t count = int64_t(sources.size()), kept = compact ? count : bound;
   Tensor index = int64_tensor(sources.data(), count, kept, -1);
@@ -112,7 +115,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
   return {position, packed};
 }
 
-// `target` and `is_table` are for the gradient alone.
+// `target` and `is_table` are used only by the gradient, in Python.
 Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table) {
   STD_TORCH_CHECK(rows.dim() == 2 && audio.dim() == 2, "rows and audio must have two dimensions");
   const Rows text_rows = read_rows(rows);
@@ -140,7 +143,7 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
           ++t;
           continue;
         }
-        int64_t end = t + 1;  // rows that also follow each other in memory are one copy
+        int64_t end = t + 1;  // rows that are also consecutive in memory are copied at once
         while (end < last && tables.row(from[end]) == row + (end - t) * row_bytes) ++end;
         std::memcpy(to, row, size_t((end - t) * row_bytes));
         t = end;

@@ -1,4 +1,4 @@
-// Which instruction set runs.
+// Selects the row kernels of the best instruction set that this machine supports, once per process.
 #include "row_kernels.h"
 
 #include <cstdio>
@@ -23,7 +23,7 @@ const Isa& chosen() {
         {"avx512", &row_kernels_avx512,
          __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
              __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")},
-        {"avx2", &row_kernels_avx2, bool(__builtin_cpu_supports("avx2"))},  // and F16C, which came before
+        {"avx2", &row_kernels_avx2, bool(__builtin_cpu_supports("avx2"))},  // implies F16C, which is older
 #endif
         {"portable", &row_kernels_portable, true},
     };
@@ -35,7 +35,8 @@ const Isa& chosen() {
       if (wanted != nullptr && std::strcmp(wanted, isa.name) == 0) return isa;
     }
     if (wanted != nullptr && *wanted != '\0')
-      std::fprintf(stderr, "fastcompress: FASTCOMPRESS_CPU_ISA=%s is not known or not on this machine; using %s\n",
+      std::fprintf(stderr,
+                   "fastcompress: FASTCOMPRESS_CPU_ISA=%s is unknown or not supported by this machine; using %s\n",
                    wanted, best->name);
     return *best;
   }();

@@ -1,3 +1,4 @@
+// The row kernels for AVX2.
 #include "simd_avx2.h"
 
 #include "row_kernels_impl.h"

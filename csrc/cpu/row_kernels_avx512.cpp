@@ -1,3 +1,4 @@
+// The row kernels for AVX-512.
 #include "simd_avx512.h"
 
 #include "row_kernels_impl.h"

@@ -1,5 +1,6 @@
-// The row kernels in terms of Simd<T>, included once for each instruction set after its simd_*.h. No function of the
-// standard library may be instantiated here: the linker could choose this file's copy for every machine.
+// The row kernels in terms of Simd<T>. Each row_kernels_<isa>.cpp includes this file after its simd_<isa>.h. Do not
+// instantiate functions of the standard library here: the linker could keep the copy compiled for AVX-512 and run it on
+// every machine.
 #pragma once
 
 #include "row_kernels.h"
@@ -17,8 +18,8 @@ struct Impl {
   static constexpr int kHalves = X::kHalves;
   static constexpr int64_t kUnit = 32;  // elements of kHalves calls of load2
 
-  // The last elements of a row, when its width is no multiple of kUnit, are worked on in a copy that zeros fill up:
-  // adding 0 * 0 leaves every partial sum as it is.
+  // A copy of the last elements of a row, padded with zeros to kUnit, for widths that are not a multiple of kUnit.
+  // Adding 0 * 0 does not change a partial sum.
   struct Tail {
     T v[kUnit];
     FASTCOMPRESS_INLINE void read(const T* p, int64_t count) {
@@ -65,16 +66,22 @@ struct Impl {
     }
   }
 
-  // How many rows ahead the second-level cache is asked for while rows are scored. Without it rows of 1280 arrived at
-  // 15 (fp32) and 11 GB/s (bf16), with it at 21 and 27, where reading alone reaches 25 and 29; 4 rows are too few, into
-  // the first level is no better than nothing, 8 to 32 are alike (AMD EPYC 9004, one thread).
+  // Prefetch distance in rows, into the second-level cache, while rows are scored. Measured on rows of 1280 elements,
+  // AMD EPYC 9004, one thread:
+  //
+  //     GB/s               fp32   bf16
+  //     without prefetch     15     11
+  //     with prefetch        21     27
+  //     reading alone        25     29
+  //
+  // 4 rows are too few, and 8 to 32 are equally fast. Prefetching into the first-level cache gains nothing.
   static constexpr int64_t kRowsAhead = 8;
   static FASTCOMPRESS_INLINE void prefetch_unit(const T* p) {  // never faults, wherever p points
     for (size_t byte = 0; byte < kUnit * sizeof(T); byte += 64)
       __builtin_prefetch(reinterpret_cast<const char*>(p) + byte, 0, 2);
   }
 
-  // R rows behind row -1 at once, so that each row is loaded once.
+  // Scores R rows at once, each with the row before it, so that each row is loaded once.
   template <int R>
   static FASTCOMPRESS_INLINE void add_rows(const T* row, int64_t stride, Sums (&dots)[R], Sums (&squares)[R]) {
 #pragma GCC unroll 8
@@ -142,8 +149,8 @@ struct Impl {
     }
   }
 
-  // kUnits calls of load2 side by side, over rows 0 .. count - 1, of which there is at least one; elements `ahead` of
-  // them are asked for. `head` is the weight of row 0.
+  // Reduces kUnits pairs of vectors over the rows 0 .. count - 1, count >= 1, in blocks of kBlock rows. Elements
+  // `ahead` after the current ones are prefetched. `head` points to the weight of row 0.
   template <int kUnits, Mode kMode, class Row>
   static FASTCOMPRESS_INLINE void reduce_columns(Row row, const S* head, const S* weights, int64_t count, int64_t ahead,
                                                  V (&total)[kUnits][2]) {

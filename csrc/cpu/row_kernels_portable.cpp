@@ -1,3 +1,4 @@
+// The row kernels for any machine.
 #include "simd_portable.h"
 
 #include "row_kernels_impl.h"

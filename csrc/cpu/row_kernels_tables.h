@@ -1,4 +1,4 @@
-// The tables of one instruction set, by name.
+// Declares one set of row kernel tables per instruction set, and the macro that defines one.
 #pragma once
 
 #include "row_kernels.h"

@@ -1,13 +1,14 @@
-// The fused op: one pass over x in chunks that stay in the second-level cache between scoring and averaging.
+// Fused segment pooling: one pass over x, in chunks that stay in the second-level cache between scoring and averaging.
 //
-// A chunk is taken by one thread. It computes the distances of its rows, waits for the chunk before it to hand over the
-// walk (rule.h), decides rows as far as its distances allow, hands the walk on, and averages the segments that ended
-// meanwhile, straight into their place. Scores and averages of different chunks overlap; the walk alone runs in order,
-// over scalars. Every distance and every sum is computed in one order, whatever the chunks and threads.
+// One thread processes a chunk. It computes the distances of the chunk's rows, waits until the previous chunk passes on
+// the walk (rule.h), decides rows as far as the known distances allow, passes the walk on, and averages the segments
+// that it closed directly into the output. Scoring and averaging of different chunks overlap; only the walk, over
+// scalars, runs in order. Every distance and every sum has one order of operations, for any chunks and threads.
 //
 // Model, for x [N, D] of E-byte elements and M segments: x is read from memory once (row c - 1 of a chunk at c and the
 // head of a segment that crosses chunks again, from cache), M * D * E bytes are written, 4 N + 16 M bytes are scratch.
-// Arithmetic: 2 multiplications and 2 additions an element to score, 1 addition to average, D / L divisions a segment.
+// Arithmetic: 2 multiplications and 2 additions per element to score, 1 addition to average, and D / L divisions of
+// vectors of L lanes per segment.
 #include <algorithm>
 #include <atomic>
 #include <memory>
@@ -19,20 +20,22 @@
 namespace fastcompress::cpu {
 namespace {
 
-// Rows of x a chunk. 256 KiB of 1 MiB second-level cache; 128 to 384 KiB differ by less than the noise (AMD EPYC 9004).
+// Bytes of x per chunk, a quarter of the 1 MiB second-level cache; 128 to 384 KiB differ by less than the noise (AMD
+// EPYC 9004).
 constexpr int64_t kChunkBytes = 256 << 10;
 
-// While a chunk is averaged, memory works on the rows this many chunks ahead, a chunk of the same thread: 1.25 took 4.5
-// ms where 1 took 4.9 and nothing 5.1 (11,333 x 1280 in fp32, one thread, same machine); bf16 shows no difference.
+// Prefetch distance while a chunk is averaged, in chunks of the same thread. On 11,333 x 1280 in fp32, one thread, same
+// machine: 4.5 ms with 1.25, 4.9 ms with 1, 5.1 ms without prefetch. bf16 shows no difference.
 constexpr double kChunksAhead = 1.25;
 
-// Where the walk stands between two chunks.
+// State of the walk between two chunks.
 struct Progress {
   int64_t sequence = 0;
   Walk walk;
   int64_t segments = 0;
 };
 
+// Handover of the walk to one chunk; aligned to a cache line so that waiting threads do not share one.
 struct alignas(64) Turn {
   std::atomic<bool> ready{false};
   Progress progress;
@@ -69,7 +72,7 @@ class Pool {
     if (threads_ <= 1) {
       work();
     } else {
-      // Chunks are taken in order, so the one that a thread waits for is always in the hands of a running thread.
+      // Threads take chunks in order, so the chunk that a thread waits for is always held by a running thread.
       on_threads(threads_, 1, [this](int64_t, int64_t) { work(); });
     }
     return turns_[num_chunks_].progress.segments;
@@ -93,7 +96,7 @@ class Pool {
     }
   }
 
-  // Distances between the rows [begin, end), and between the last row before them and the first.
+  // Computes the distances between the rows [begin, end), and between row begin - 1 and row begin.
   void score_rows(int64_t begin, int64_t end) {
     int64_t b = std::upper_bound(sequences_.end.begin(), sequences_.end.end(), begin) - sequences_.end.begin();
     for (; b < sequences_.count() && sequences_.begin[b] < end; ++b) {
@@ -153,7 +156,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   Rows key_rows = rows;
   if (keys.has_value()) {
     key_rows = read_rows(*keys);
-    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have as many rows as x");
+    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have the number of rows of x, ", rows.count, ", got ",
+                    key_rows.count);
     STD_TORCH_CHECK(keys->scalar_type() == x.scalar_type(), "keys must have the dtype of x");
   }
   const int64_t bound = max_segments(rule, row_group.has_value(), sequences.rows, sequences.count());

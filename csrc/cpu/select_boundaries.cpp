@@ -1,3 +1,4 @@
+// Segments from distances: one walk (rule.h) per sequence, on one thread, since it reads 4 or 8 bytes per row.
 #include "ops.h"
 
 namespace fastcompress::cpu {

@@ -1,4 +1,5 @@
-// Vectors as arrays that the compiler may vectorize: fp64 on every instruction set, and every type on the portable one.
+// Vectors as arrays that the compiler can vectorize: for fp64 on every instruction set, and for all types on the
+// portable one.
 #pragma once
 
 #include "row_kernels.h"
@@ -6,12 +7,12 @@
 namespace fastcompress {
 namespace {
 
-// How 32 consecutive elements of T become fp32 (fp64) vectors: kHalves calls of load2, two vectors each. Which element
-// lands in which lane is the type's own affair; store2 and tree know it.
+// Simd<T> loads 32 consecutive elements of T as fp32 vectors (fp64 for double): kHalves calls of load2, two vectors per
+// call. The order of elements in the lanes depends on T and the instruction set; only load2, store2 and tree use it.
 template <class T>
 struct Simd;
 
-// A register of FASTCOMPRESS_VECTOR_BYTES, set by the file of the instruction set.
+// A vector of FASTCOMPRESS_VECTOR_BYTES, which simd_<isa>.h sets.
 template <class S>
 struct Register;
 template <>
@@ -23,7 +24,8 @@ struct Register<double> {
   typedef double type __attribute__((vector_size(FASTCOMPRESS_VECTOR_BYTES)));
 };
 
-// `row` where it is greater than `best`, or NaN where `best` is not: the first maximum stays, NaN wins.
+// Returns `row` where it is greater than `best`, or where it is NaN and `best` is not. So the first of equal maxima is
+// kept, and NaN wins.
 template <class V>
 inline V later_max_generic(V best, V row) {
   return ((row > best) | ((row != row) & (best == best))) ? row : best;
@@ -38,7 +40,7 @@ struct ArraySimd {
   static constexpr int kRows = 1;
   static constexpr int kStrip = kHalves;
 
-  static V set1(S value) { return value - V{}; }  // x - 0 keeps every bit, -0 too
+  static V set1(S value) { return value - V{}; }  // x - 0 is x in every bit, also for -0
   static V later_max(V best, V row) { return later_max_generic(best, row); }
 
   static V load(const T* p) {
@@ -55,7 +57,7 @@ struct ArraySimd {
     else
       for (int i = 0; i < kWidth; ++i) narrow(v[i], p[i]);
   }
-  // Half h holds elements kWidth * h and on, and those 16 further.
+  // Half h has the kWidth elements from kWidth * h on in `a`, and those 16 after them in `b`.
   static void load2(const T* p, int h, V& a, V& b) {
     a = load(p + kWidth * h);
     b = load(p + 16 + kWidth * h);

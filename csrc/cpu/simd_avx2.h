@@ -1,4 +1,4 @@
-// Vectors of 8 floats, four to 32 elements.
+// Simd<T> for AVX2: vectors of 8 floats, four for 32 elements.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 namespace fastcompress {
 namespace {
 
-// bf16 in the upper half of each lane, rounded to nearest even; NaN stays a quiet NaN.
+// Rounds to bf16, to nearest even, in the upper half of each lane; NaN becomes a quiet NaN.
 inline __m256i round_bf16(__m256 a) {
   const __m256i bits = _mm256_castps_si256(a);
   const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
@@ -30,14 +30,14 @@ struct Avx2Simd {
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm256_set1_ps(value); }
-  // simd_array.h: later_max_generic
+  // See later_max_generic in simd_array.h.
   static V later_max(V best, V row) {
     const __m256 replace = _mm256_and_ps(_mm256_cmp_ps(row, best, _CMP_NLE_UQ), _mm256_cmp_ps(best, best, _CMP_ORD_Q));
     return _mm256_blendv_ps(best, row, replace);
   }
-  // Half h holds elements 8h..8h + 7 and 16 + 8h..16 + 8h + 7.
+  // Half h has the elements 8h .. 8h + 7 and 16 + 8h .. 16 + 8h + 7.
   static double tree(const V (&sums)[2][2]) {
-    __m256d eight[2];  // elements 0..7 in two registers, after adding j + 16 and j + 8
+    __m256d eight[2];  // sums 0..7 in two registers, after adding sums j + 16 and j + 8 to sum j
     eight[0] =
         _mm256_add_pd(_mm256_add_pd(low(sums[0][0]), low(sums[0][1])), _mm256_add_pd(low(sums[1][0]), low(sums[1][1])));
     eight[1] = _mm256_add_pd(_mm256_add_pd(high(sums[0][0]), high(sums[0][1])),
@@ -72,7 +72,8 @@ struct Simd<Half> : Avx2Simd {
   }
 };
 
-// Two elements share a 32-bit lane, so even and odd elements make the two vectors; half h holds elements 16h..16h + 15.
+// A 32-bit lane holds two elements, so one vector takes the even and the other the odd elements; half h has the
+// elements 16h .. 16h + 15.
 template <>
 struct Simd<BFloat16> : Avx2Simd {
   static void load2(const BFloat16* p, int h, V& even, V& odd) {

@@ -1,4 +1,4 @@
-// Vectors of 16 floats in one register.
+// Simd<T> for AVX-512: vectors of 16 floats, two for 32 elements.
 #pragma once
 
 #include <immintrin.h>
@@ -9,7 +9,7 @@
 namespace fastcompress {
 namespace {
 
-// bf16 in the upper half of each lane, rounded to nearest even; NaN stays a quiet NaN.
+// Rounds to bf16, to nearest even, in the upper half of each lane; NaN becomes a quiet NaN.
 inline __m512i round_bf16(__m512 a) {
   const __m512i bits = _mm512_castps_si512(a);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
@@ -17,7 +17,7 @@ inline __m512i round_bf16(__m512 a) {
   return _mm512_mask_mov_epi32(rounded, _mm512_cmp_ps_mask(a, a, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc00000));
 }
 
-// Lanes in fours, in doubles, added as in the canonical tree: element j and j + 4, then + 2, then + 1.
+// Adds 8 sums as in the canonical tree: sum j + 4 to sum j, then j + 2, then j + 1.
 inline double tree8(__m512d sums) {
   const __m256d four = _mm256_add_pd(_mm512_castpd512_pd256(sums), _mm512_extractf64x4_pd(sums, 1));
   const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
@@ -34,12 +34,12 @@ struct Avx512Simd {
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm512_set1_ps(value); }
-  // simd_array.h: later_max_generic
+  // See later_max_generic in simd_array.h.
   static V later_max(V best, V row) {
     const __mmask16 replace = _mm512_cmp_ps_mask(row, best, _CMP_NLE_UQ) & _mm512_cmp_ps_mask(best, best, _CMP_ORD_Q);
     return _mm512_mask_mov_ps(best, replace, row);
   }
-  // Elements 0..15 and 16..31.
+  // The two vectors have the elements 0 .. 15 and 16 .. 31.
   static double tree(const V (&sums)[1][2]) {
     const __m512d first = _mm512_add_pd(low(sums[0][0]), low(sums[0][1]));
     const __m512d second = _mm512_add_pd(high(sums[0][0]), high(sums[0][1]));
@@ -49,9 +49,8 @@ struct Avx512Simd {
 
 template <>
 struct Simd<float> : Avx512Simd {
-  // Fewer streams from memory than of the half types, which compute more a byte: the fused op on 11,333 x 1280
-  // took 1.07 to 1.2 times the floor of the benchmark with 1 or 2 rows, 1.39 to 1.45 with 4 (AMD EPYC 9004, one
-  // thread).
+  // fp32 reads fewer rows at once than the half types, which compute more per byte. The fused op on 11,333 x 1280 took
+  // 1.07 to 1.2 times the bandwidth bound with 1 or 2 rows, and 1.39 to 1.45 times with 4 (AMD EPYC 9004, one thread).
   static constexpr int kRows = 2;
 
   static void load2(const float* p, int, V& a, V& b) {
@@ -77,7 +76,8 @@ struct Simd<Half> : Avx512Simd {
   }
 };
 
-// Two elements share a 32-bit lane, so even and odd elements make the two vectors: a shift and a mask, no shuffle.
+// A 32-bit lane holds two elements, so one vector takes the even and the other the odd elements: this needs a shift and
+// a mask, and no shuffle.
 template <>
 struct Simd<BFloat16> : Avx512Simd {
   static void load2(const BFloat16* p, int, V& even, V& odd) {

@@ -1,4 +1,4 @@
-// Every type as arrays.
+// Simd<T> for any machine: all types as arrays of 16 bytes.
 #pragma once
 
 #define FASTCOMPRESS_VECTOR_BYTES 16

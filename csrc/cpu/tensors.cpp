@@ -1,3 +1,4 @@
+// Sequences, segments and output memory of the CPU ops; see tensors.h.
 #include "tensors.h"
 
 #include <sys/mman.h>
@@ -6,7 +7,7 @@
 #include <cstdlib>
 #include <limits>
 
-// In torch from 2.11 on, while the library loads from 2.10 on.
+// Exists since torch 2.11; a weak reference lets the library load with torch 2.10.
 extern "C" __attribute__((weak)) AOTITorchError torch_from_blob(
     void* data, int64_t ndim, const int64_t* sizes, const int64_t* strides, int64_t storage_offset, int32_t dtype,
     int32_t device_type, int32_t device_index, AtenTensorHandle* ret, int32_t layout, const uint8_t* opaque_metadata,
@@ -37,12 +38,13 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
                          const std::optional<Tensor>& lengths) {
   Sequences s;
   if (rows_dim == 2) {
-    STD_TORCH_CHECK(!cu_seqlens.has_value(), "cu_seqlens goes with packed input");
+    STD_TORCH_CHECK(!cu_seqlens.has_value(), "cu_seqlens is for packed input; use lengths");
     const int64_t batch = like.size(0), padded = like.size(1);
     s.rows = batch * padded;
     std::vector<int64_t> sizes =
         lengths.has_value() ? read_integers("lengths", *lengths) : std::vector<int64_t>(batch, padded);
-    STD_TORCH_CHECK(int64_t(sizes.size()) == batch, "lengths must have one value a sequence");
+    STD_TORCH_CHECK(int64_t(sizes.size()) == batch, "lengths must have one value per sequence, ", batch, ", got ",
+                    sizes.size());
     s.begin.resize(batch);
     s.end.resize(batch);
     for (int64_t b = 0; b < batch; ++b) {
@@ -52,7 +54,7 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
     }
     return s;
   }
-  STD_TORCH_CHECK(!lengths.has_value(), "lengths goes with padded input");
+  STD_TORCH_CHECK(!lengths.has_value(), "lengths is for padded input; use cu_seqlens");
   s.rows = like.size(0);
   if (!cu_seqlens.has_value()) {
     s.begin = {0};
@@ -81,8 +83,8 @@ CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64
     const int64_t start = s.list.starts[m], length = s.list.lengths[m];
     STD_TORCH_CHECK(length >= shared && start >= earliest && start <= rows && length <= rows - start,
                     shared == 0 ? "segments must be in order, without overlap"
-                                : "tokens must have rows, in order, share no more than a first row",
-                    " and inside ", rows, " rows");
+                                : "tokens must be in order, have at least one row each, share only their first row",
+                    " and lie inside ", rows, " rows");
     earliest = start + length - shared;
   }
   return s;
@@ -90,14 +92,14 @@ CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64
 
 namespace {
 constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
-// From here on a fresh buffer is worth a system call: writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 in
-// huge ones, 7.1 when they need not be split at the start (AMD EPYC 9004, Linux 6.18, transparent huge pages on
-// `madvise`).
+// Buffers of at least this size ask for huge pages. Writing 58 MB of fresh memory took 25.2 ms in small pages, 7.8 ms
+// in huge pages, and 7.1 ms if the first huge page need not be split (AMD EPYC 9004, Linux 6.18, transparent huge pages
+// on `madvise`).
 constexpr size_t kHugeBytes = size_t(4) << 20;
-// glibc maps larger requests anew each time. Smaller ones it comes to serve from warm memory, once it has seen a block
-// of their size freed: a block cut to size, or aligned by leaving much out, would hide that size from it.
+// glibc maps larger blocks anew for each request. It serves smaller ones from warm memory once a block of the same size
+// has been freed, so those are neither shrunk nor aligned to huge pages, which would change their size.
 constexpr size_t kLargestRecycled = size_t(32) << 20;
-// What no machine has: sizes up to here can be added to and rounded up.
+// More bytes than any machine has; smaller sizes can be rounded up without overflow.
 constexpr size_t kLargest = size_t(1) << 62;
 }  // namespace
 
@@ -116,7 +118,7 @@ OutputRows::OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t
   if (bytes_ >= kHugeBytes) {
     const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
     const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes_) & ~(kPage - 1);
-    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // advice: failure does not matter
+    madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);  // only a hint, so failure is ignored
   }
 #endif
 }
@@ -157,7 +159,7 @@ Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, 
 
 Tensor int32_tensor(const std::vector<int64_t>& values) {
   STD_TORCH_CHECK(values.empty() || values.back() <= std::numeric_limits<int32_t>::max(),
-                  "offsets are int32, which cannot count ", values.empty() ? 0 : values.back());
+                  "offsets must fit in int32, got ", values.empty() ? 0 : values.back());
   Tensor out = empty_cpu({int64_t(values.size())}, ScalarType::Int);
   std::copy(values.begin(), values.end(), static_cast<int32_t*>(out.mutable_data_ptr()));
   return out;

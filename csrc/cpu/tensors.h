@@ -1,4 +1,4 @@
-// What the CPU ops share: sequences of a batch, lists of segments, output memory, threads.
+// Shared by the CPU ops: sequences of a batch, lists of segments, output memory and threads.
 #pragma once
 
 #include <cstdlib>
@@ -15,18 +15,18 @@
 
 namespace fastcompress {
 
-// First row and end row of each sequence, checked: inside `rows`, in order.
+// First row and end of each sequence; checked to be in order and inside `rows`.
 struct Sequences {
   std::vector<int64_t> begin, end;
-  int64_t rows;  // of the tensor, padding included
+  int64_t rows;  // rows of the tensor, including padding
 
   int64_t count() const { return int64_t(begin.size()); }
 };
-// `rows_dim` is how many dimensions of `like` are rows: 1 for packed input, 2 for padded.
+// `rows_dim` is the number of leading dimensions of `like` that index rows: 1 for packed input, 2 for padded input.
 Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::optional<Tensor>& cu_seqlens,
                          const std::optional<Tensor>& lengths);
 
-// Segments, checked.
+// Segments that read_segments has checked.
 struct CheckedSegments {
   Tensor starts, lengths;  // contiguous int64
   SegmentList list;
@@ -35,16 +35,18 @@ struct CheckedSegments {
     return {list.starts + begin, list.lengths + begin, end - begin};
   }
 };
-// In order, inside `rows`; each may share `shared` rows, 0 or 1, with the one before, and has at least as many.
+// Checks that segments are in order and inside `rows`. Each may share `shared` rows, 0 or 1, with the previous one, and
+// must have at least that many.
 CheckedSegments read_segments(const Tensor& starts, const Tensor& lengths, int64_t rows, int64_t shared = 0);
 
-// Rows of output whose number becomes known while they are written: pages that were not written cost nothing. Those
-// that were cost more than the arithmetic here, so large buffers ask for huge ones.
+// Memory for output rows whose number is known only after they are written. The buffer has room for the upper bound;
+// pages that are never written take no memory. Page faults of written pages cost more than the arithmetic of the ops,
+// so large buffers ask for huge pages.
 class OutputRows {
  public:
   OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size);
   void* data() const { return memory_.get(); }
-  // The first `rows` rows as a tensor of exactly that size.
+  // Returns the first `rows` rows as a tensor whose memory has exactly that size.
   Tensor finish(int64_t rows);
 
  private:
@@ -59,17 +61,17 @@ class OutputRows {
 
 Tensor empty_cpu(std::initializer_list<int64_t> sizes, ScalarType dtype);
 Tensor int64_tensor(const int64_t* values, int64_t count, int64_t padded_count, int64_t padding);
-// Of offsets, which do not decrease.
+// Converts offsets, which do not decrease, to int32; raises if they do not fit.
 Tensor int32_tensor(const std::vector<int64_t>& values);
 
-// Work for one thread, about 50 us of reading: with less, a second one brings little, and costs milliseconds when other
-// processes hold the cores.
+// Least work per thread in bytes, about 50 us of reading. With less, a second thread gains little, and it costs
+// milliseconds if other processes occupy the cores.
 constexpr int64_t kThreadBytes = 1 << 20;
 
-// Calls f(begin, end) for parts of [0, count) of at least `grain`, on torch's threads. f must not throw.
+// Calls f(begin, end) on torch's threads for parts of [0, count) of at least `grain`. f must not throw.
 template <class F>
 void on_threads(int64_t count, int64_t grain, const F& f) {
-#ifdef FASTCOMPRESS_STD_THREADS  // of builds for ThreadSanitizer, which does not see what OpenMP's threads wait for
+#ifdef FASTCOMPRESS_STD_THREADS  // for ThreadSanitizer, which does not see the synchronisation of OpenMP
   const int64_t most = torch::stable::get_num_threads(), parts = std::max<int64_t>(1, std::min(most, count / grain));
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < parts; ++i)
@@ -80,7 +82,7 @@ void on_threads(int64_t count, int64_t grain, const F& f) {
 #endif
 }
 
-// The same, for parts each of about `cost` bytes times its length.
+// Calls f(begin, end) like on_threads, with a grain of kThreadBytes; `cost` is the number of bytes per item.
 template <class F>
 void parallel(int64_t count, int64_t cost, const F& f) {
   const int64_t grain = std::max<int64_t>(1, kThreadBytes / std::max<int64_t>(1, cost));

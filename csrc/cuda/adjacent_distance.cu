@@ -1,3 +1,4 @@
+// Launches the kernels of adjacent_distance.cuh.
 #include "adjacent_distance.cuh"
 #include "dispatch.h"
 #include "launch.h"

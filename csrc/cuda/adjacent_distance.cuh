@@ -1,8 +1,8 @@
-// Distances between rows `lag` apart, and their gradient. A group of lanes (rows.cuh) takes a row.
+// Cosine distances between rows `lag` apart, and their gradient. One group of lanes (rows.cuh) processes one row.
 //
 // Model, for x [N, D] of E-byte elements: forward reads N D E bytes from device memory, the partner of each row from a
-// cache (it is the row of a neighbouring group when lag is small), and writes 4 N; backward reads the same, the row and
-// its two partners, and writes N D E.
+// cache (for a small lag it is the row of a neighbouring group), and writes 4 N. Backward reads N D E bytes likewise, a
+// row and its two partners per group, and writes N D E.
 #pragma once
 
 #include "params.h"
@@ -11,7 +11,7 @@
 
 namespace fastcompress::cuda {
 
-// Whether rows t and t + lag are frames of one sequence.
+// Returns whether rows t and t + lag are frames of the same sequence.
 __device__ inline bool is_pair(const Sequences& sequences, int64_t t, int64_t lag) {
   if (t < 0) return false;
   const int64_t b = upper_bound(sequences.end, sequences.count, t);
@@ -24,7 +24,7 @@ __global__ void __launch_bounds__(kThreads) adjacent_distance_fwd_kernel(Distanc
   const GroupLane<T> at(int(threadIdx.x));
   const int64_t t = int64_t(blockIdx.x) * (kThreads / kGroupLanes<T>)+at.group;
   const bool inside = t < p.x.count, pair = inside && is_pair(p.sequences, t, p.lag);
-  // Lanes without a pair take part in the exchanges of their warp, on row 0.
+  // Lanes without a pair use row 0, because all lanes of a warp must take part in its shuffles.
   const T* a = static_cast<const T*>(p.x.data) + (pair ? t * p.x.stride : 0);
   const T* b = pair ? a + p.lag * p.x.stride : a;
   double dot, square_a;
@@ -33,7 +33,8 @@ __global__ void __launch_bounds__(kThreads) adjacent_distance_fwd_kernel(Distanc
   if (inside && at.lane == 0) static_cast<S*>(p.out)[t] = pair ? S(cosine_distance(dot, square_a, square_b)) : S(NAN);
 }
 
-// What a pair gives to the gradients of its two rows.
+// Factors in the gradients of the two rows of a pair: `cross` for the other row, `own_first` and `own_second` for the
+// first and the second row itself.
 struct PairSlopes {
   bool pair = false;
   double cross = 0, own_first = 0, own_second = 0;

@@ -1,4 +1,5 @@
-// What the kernels use of CUDA beyond its plain language. Under g++ the emulator of the tests stands in for a GPU.
+// CUDA features beyond the language that the kernels use: launches, memory ordering and asynchronous copies. Compiled
+// by g++, the same names call the emulator of the tests instead of a GPU.
 #pragma once
 
 #include <cstdint>
@@ -22,7 +23,8 @@ __device__ __forceinline__ void store_release(uint64_t* p, uint64_t value) {
   asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
 }
 
-// 16 bytes from global to shared memory, past the first-level cache; there after wait_for_copies and a barrier.
+// Starts a copy of 16 bytes from global to shared memory that bypasses the first-level cache. All threads of the block
+// can read them after wait_for_copies and a barrier.
 __device__ __forceinline__ void copy_async(void* shared, const void* global) {
   const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");

@@ -1,4 +1,4 @@
-// From a type and an alignment that are known at run time to a kernel.
+// Selects the instance of a kernel by a dtype and an alignment that are known at run time.
 #pragma once
 
 #include "../dtype.h"
@@ -7,7 +7,7 @@
 
 namespace fastcompress::cuda {
 
-// Calls f with a value of the type.
+// Calls f with a value of the C++ type of `dtype`.
 template <class F>
 Error with_type(DType dtype, const F& f) {
   switch (dtype) {
@@ -23,7 +23,7 @@ Error with_type(DType dtype, const F& f) {
   return -1;
 }
 
-// Whether every row can be read and written 16 bytes at a time. The data may be null.
+// Returns whether all rows can be read and written 16 bytes at a time. The data may be null.
 inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
   return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
          rows.width * element_size % 16 == 0;
@@ -33,7 +33,7 @@ inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
 }
 
 #ifdef __CUDACC__
-// An error that its function returned. CUDA keeps it as the last one, too, and the next launch would be blamed for it.
+// Returns an error of a CUDA function, and clears CUDA's copy of it: otherwise the next launch would report it.
 inline Error told(cudaError_t error) {
   cudaGetLastError();
   return int(error);

@@ -1,4 +1,5 @@
-// What the kernels over given segments share: which segment and columns a thread takes, and rows of a matrix.
+// Shared by the kernels over given segments: checked segments, the segment and columns of each thread, rows of a
+// matrix.
 #pragma once
 
 #include "params.h"
@@ -11,16 +12,16 @@ struct Segment {
   int64_t start, length;
 };
 
-// Blocks that should fit in a multiprocessor at once: without a say the compiler spills a register to fit in more.
+// Resident blocks per multiprocessor to compile for: without this bound the compiler spills a register to fit more.
 constexpr int kResidentBlocks = 6;
 
-// Where segment m says that it ends; whatever it says, without overflow.
+// Returns the end of segment m, without signed overflow for any input.
 __device__ inline int64_t segment_end(const SegmentsIn& segments, int64_t m) {
   return int64_t(uint64_t(segments.starts[m]) + uint64_t(segments.lengths[m]));
 }
 
-// Segment m; empty, and the error noted, if it is out of order or leaves the rows. It may share `shared` rows with the
-// one before, and then has as many.
+// Returns segment m. If it is out of order or outside of the rows, returns an empty segment and sets the error flag. A
+// segment may share `shared` rows with the previous one, and must have at least that many.
 __device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m, int64_t shared = 0) {
   const int64_t start = segments.starts[m], length = segments.lengths[m];
   const int64_t earliest = m == 0 ? 0 : int64_t(uint64_t(segment_end(segments, m - 1)) - uint64_t(shared));
@@ -30,7 +31,7 @@ __device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m, in
   return {0, 0};
 }
 
-// What a thread works on.
+// The segment and the vector of 16 bytes within its rows that a thread processes: one warp per segment.
 struct SegmentThread {
   int64_t m, vector;
   __device__ SegmentThread()
@@ -44,7 +45,7 @@ struct SegmentThread {
 
 inline unsigned blocks_of(int64_t segments) { return unsigned((segments + kSegmentsPerBlock - 1) / kSegmentsPerBlock); }
 
-// A warp for each segment and 32 vectors of its columns.
+// A grid with one warp for each segment and each 32 vectors of its columns.
 template <class T>
 dim3 segments_grid(int64_t segments, int64_t width) {
   constexpr int64_t kColumns = 32 * kVector<T>;

@@ -1,3 +1,4 @@
+// Launches the kernels of greedy_segments.cuh.
 #include "dispatch.h"
 #include "greedy_segments.cuh"
 #include "launch.h"
@@ -8,7 +9,7 @@ namespace {
 template <class Kernel>
 Error launch_walk(const Kernel& kernel, const GreedyParams& p, int64_t shared_bytes, Stream stream) {
 #ifdef __CUDACC__
-  if (shared_bytes > 48 << 10) {  // which must be asked for, as in segment_pool.cu
+  if (shared_bytes > 48 << 10) {  // more than the default limit of a kernel, as in segment_pool.cu
     const cudaError_t error =
         cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, current_device().shared_per_block);
     if (error != cudaSuccess) return told(error);

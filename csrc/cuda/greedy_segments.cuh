@@ -1,16 +1,19 @@
-// Segments of frames that are alike on average. First the norms of all rows, each by a group of lanes (rows.cuh), which
-// also makes no row start a segment; then a block walks each sequence, frame after frame.
+// Greedy segmentation: a frame joins the current segment while its mean cosine to the segment's frames is high enough.
+// The first kernel computes the norm of each row, with one group of lanes (rows.cuh) per row, and clears the output.
+// The second walks each sequence frame by frame, with one block per sequence.
 //
-// Model, for frames of D elements of E bytes: the norms read x once at the speed of memory; the walk reads it again,
-// mostly from the second-level cache, and is bound by its chain. The order of the canonical dot product leaves a frame
-// 32 partial sums and D / 32 additions that wait for each other, 160 cycles for D = 1280. All that can be done side by
-// side comes before: the block adds the frame before to the sum of the segment and multiplies it with this frame, 16
-// bytes of a row a thread, some 80 instructions for each that it has (one or two for D = 1280), and leaves the products
-// in shared memory; then every warp, so that none has to tell the others, reads and adds them, a partial sum a lane.
-// The tree takes five exchanges and additions in fp64, about 200 cycles; a product and a comparison remain. With two
-// barriers and the round trips to shared memory about 700 cycles a frame on paper, 0.4 us at 1.75 GHz; 1,200 for D =
-// 4096. Sequences walk side by side, so that the longest one decides. Norms taken in the walk would add a second chain,
-// a root and a quotient. The next frame is copied meanwhile; it has a frame's time.
+// Model, for frames of D elements of E bytes. The norms read x once, bandwidth bound. The walk reads x again, mostly
+// from the second-level cache, and is bound by its chain of dependent operations. Per frame:
+//   1. All threads add the previous frame to the sum of the segment, multiply the sum with this frame, and store the
+//      products in shared memory: about 80 instructions for each 16 bytes of a row, of which a thread has one or two
+//      for D = 1280.
+//   2. Each warp reads all products and adds them, one partial sum per lane, so that the result need not be broadcast.
+//      The canonical dot product has 32 partial sums, which leaves D / 32 dependent additions: 160 cycles for D = 1280.
+//   3. The tree takes five shuffles and additions in fp64, about 200 cycles; one product and one comparison follow.
+// With two barriers and the round trips to shared memory this is about 700 cycles per frame on paper, 0.4 us at 1.75
+// GHz, and 1,200 cycles for D = 4096. Sequences run in parallel, so the longest one determines the time. The next frame
+// is copied to shared memory meanwhile. Computing the norms in the walk would add a second chain, a square root and a
+// division.
 #pragma once
 
 #include "params.h"
@@ -23,7 +26,7 @@ __global__ void __launch_bounds__(kThreads) greedy_norms_kernel(GreedyParams p) 
   const GroupLane<T> at(int(threadIdx.x));
   const int64_t t = int64_t(blockIdx.x) * (kThreads / kGroupLanes<T>)+at.group;
   const bool inside = t < p.x.count;
-  // Lanes without a row take part in the exchanges of their warp, on row 0.
+  // Lanes without a row use row 0, because all lanes of a warp must take part in its shuffles.
   const T* row = static_cast<const T*>(p.x.data) + (inside ? t * p.x.stride : 0);
   const double square = group_dot<T, kAligned>(row, row, p.x.width, at.column());
   if (!inside || at.lane != 0) return;
@@ -31,14 +34,14 @@ __global__ void __launch_bounds__(kThreads) greedy_norms_kernel(GreedyParams p) 
   p.starts[t] = 0;
 }
 
-// As many numbers of the accumulation type as a vector has elements.
+// kVector numbers of the accumulation type.
 template <class T>
 struct alignas(16) Numbers {
   accumulate_t<T> v[kVector<T>];
 };
 
-// scale * last is added to the sum of the segment, if `keep`, or begins it; and the products of the sum with `row`. By
-// all threads, each for its columns.
+// Adds scale * last to the sum of the segment if `keep`, else starts the sum with it; then stores the products of the
+// sum with `row`. All threads of the block call this, each for its columns.
 template <class T, bool kAligned>
 __device__ __forceinline__ void extend(accumulate_t<T>* total, accumulate_t<T>* products, bool keep,
                                        accumulate_t<T> scale, const T* last, const T* row, int64_t width, int thread) {
@@ -58,10 +61,10 @@ __device__ __forceinline__ void extend(accumulate_t<T>* total, accumulate_t<T>* 
   }
 }
 
-// The sum of the products, in the order of the canonical dot product, on all lanes of a warp.
+// Returns the sum of the products, in the order of the canonical dot product, on all lanes of a warp.
 template <class S>
 __device__ __forceinline__ double add_products(const S* products, int pitch, int lane) {
-  constexpr int kSteps = 8;  // whose products are read while those before are added
+  constexpr int kSteps = 8;  // products per lane that are loaded while the previous ones are added
   S partial = 0, ahead[kSteps];
   auto read = [&](int first) {
 #pragma unroll
@@ -86,7 +89,8 @@ __device__ __forceinline__ double add_products(const S* products, int pitch, int
   return dot;
 }
 
-// A block a sequence. kStaged: the sum of the segment, the products and three rows are in shared memory.
+// One block per sequence. With kStaged the sum of the segment, the products and three rows (previous, current, next)
+// are in shared memory; otherwise the sum and the products are in global scratch memory.
 template <class T, bool kStaged>
 __global__ void __launch_bounds__(kThreads) greedy_walk_kernel(GreedyParams p) {
   using S = accumulate_t<T>;

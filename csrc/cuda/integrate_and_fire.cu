@@ -1,3 +1,4 @@
+// Launches the kernels of integrate_and_fire.cuh.
 #include "dispatch.h"
 #include "integrate_and_fire.cuh"
 #include "launch.h"
@@ -15,7 +16,7 @@ Error launch_integrate_rows_fwd(DType dtype, const IntegrateParams& p, Stream st
   });
 }
 
-// Weights have gradients, 0, where rows have no column.
+// Runs also for width 0, to write the gradients of the weights, which are then 0.
 Error launch_integrate_rows_bwd(DType dtype, const IntegrateParams& p, Stream stream) {
   const int64_t items = p.tokens.rows + p.tokens.count;
   if (items == 0) return 0;

@@ -1,5 +1,6 @@
-// Integrate-and-fire: weighted sums of runs of rows that share a row where they meet, and their gradients; without
-// atomics, each output element written by one thread, in one order.
+// Integrate-and-fire: each token is a weighted sum of consecutive rows, and neighbouring tokens share the row in which
+// the first one fires. Also computes the gradients. There are no atomics: one thread writes each output element, with
+// one order of operations.
 //
 // Model, for x [N, D] of E-byte elements and M tokens: forward reads N D E bytes, and the shared rows again from the
 // second-level cache, and writes M D E. Backward reads N D E and, for each row, its tokens' gradients, M D E of memory,
@@ -10,7 +11,7 @@
 
 namespace fastcompress::cuda {
 
-// Rows that a token may share with the one before, and has at least.
+// Rows that a token may share with the previous token, and the least number of rows of a token.
 constexpr int64_t kShared = 1;
 
 template <class T, bool kAligned>
@@ -43,7 +44,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_
   store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
 }
 
-// The first token that starts at `row` or behind it, whatever the starts are.
+// Returns the first token that starts at `row` or after it; terminates for any starts.
 __device__ inline int64_t first_token(const SegmentsIn& tokens, int64_t row) {
   int64_t low = 0, high = tokens.count;
   while (low < high) {
@@ -56,8 +57,9 @@ __device__ inline int64_t first_token(const SegmentsIn& tokens, int64_t row) {
   return low;
 }
 
-// A group of lanes a row, and behind the rows one a token, for the gradient of its first weight:
-// grad_x[t] = weights[t] grad[the token that t lies in, but not first] + sum of first[m] grad[m] of those that t opens.
+// One group of lanes per row, followed by one per token for the gradient of the token's first weight. With c the token
+// that contains row t but does not start there:
+// grad_x[t] = weights[t] * grad[c] + sum of first[m] * grad[m] over the tokens m that start at t.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_kernel(IntegrateParams p) {
   using S = accumulate_t<T>;
@@ -66,7 +68,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_
   const int64_t item = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * kGroups + at.group;
   const int64_t rows = p.tokens.rows, width = p.x.width, column = at.column();
   const bool is_row = item < rows, is_token = !is_row && item < rows + p.tokens.count;
-  // The row and the token whose product is a weight's gradient; lanes that want none take the first of each.
+  // The gradient of a weight is the dot product of row t and grad[m]. Groups without one use the first row and token.
   int64_t t = is_row ? item : 0, m = 0, next = 0;
   bool wanted = false;
   if (is_row) {
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_
     m = item - rows;
   }
   double slope = 0;
-  if (rows > 0 && p.tokens.count > 0)  // the same for all lanes
+  if (rows > 0 && p.tokens.count > 0)  // uniform over the warp, as the shuffles require
     slope = group_dot<T, kAligned>(row_of<T>(p.grad, m), row_of<T>(p.x, t), width, column);
   if (is_token && at.lane == 0) static_cast<S*>(p.grad_first)[m] = wanted ? S(slope) : S(0);
   if (!is_row) return;

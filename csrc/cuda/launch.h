@@ -1,4 +1,4 @@
-// The launchers of the kernels: each puts one kernel on the stream, of the current device, and returns at once.
+// Launchers of the kernels. Each enqueues its kernels on a stream of the current device and returns immediately.
 #pragma once
 
 #include "params.h"
@@ -11,12 +11,12 @@ Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scr
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);
 
-// Two launches: norms, and a walk along each sequence with so many bytes of shared memory; 0 where the rows do not fit
-// there, or cannot be copied 16 bytes at a time.
+// Two launches: the norms of all rows, and the walk along each sequence. greedy_shared_bytes returns the shared memory
+// of the walk in bytes, or 0 if the rows do not fit there or cannot be copied 16 bytes at a time.
 int64_t greedy_shared_bytes(const Device& device, DType dtype, const RowsIn& x);
 Error launch_greedy_boundaries(DType dtype, const GreedyParams& p, int64_t shared_bytes, Stream stream);
 
-// Two launches, three for a rule that needs a walk. `is_double`: the type of the distances.
+// Two launches, or three for a rule that needs a walk. `is_double`: distances are fp64, else fp32.
 Error launch_select(bool is_double, const SelectParams& p, Stream stream);
 inline int64_t select_tiles(int64_t rows) { return rows == 0 ? 1 : (rows + kThreads - 1) / kThreads; }
 
@@ -29,23 +29,23 @@ Error launch_segment_weighted_mean_bwd(DType dtype, const ReduceParams& p, Strea
 Error launch_integrate_rows_fwd(DType dtype, const IntegrateParams& p, Stream stream);
 Error launch_integrate_rows_bwd(DType dtype, const IntegrateParams& p, Stream stream);
 
-// After launch_prepare with select_tiles(p.rows) tiles.
+// Needs launch_prepare with select_tiles(p.rows) tiles before it.
 Error launch_pack_map(const PackMapParams& p, Stream stream);
 Error launch_pack_labels(const PackLabelsParams& p, Stream stream);
 Error launch_pack_rows(DType dtype, const PackRowsParams& p, Stream stream);
 
-// How the fused op cuts its rows.
+// Tiles and shared memory of the fused op.
 struct PoolPlan {
   int tile_rows;
   int64_t num_tiles;
-  bool staged;       // rows pass through shared memory
+  bool staged;       // rows are copied to shared memory
   int pitch;         // bytes between staged rows
-  int shared_bytes;  // of the staged rows
-  int shared_limit;  // of any plan on this device
+  int shared_bytes;  // size of the staged rows
+  int shared_limit;  // largest shared_bytes of any plan on this device
 };
-// Whether one launch does the rule; what it leaves out runs as distances, selection and reduction.
+// Returns whether segment_pool runs the rule in one launch; other rules run as distances, selection and reduction.
 inline bool is_fused(const Rule& rule) {
-  constexpr int64_t kMaxOrder = 16;  // the halo of higher orders would outgrow the tile
+  constexpr int64_t kMaxOrder = 16;  // for higher orders the halo would be larger than the tile
   return !needs_walk(rule) && rule.lookahead() <= kMaxOrder;
 }
 PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const RowsIn& keys, const Rule& rule);

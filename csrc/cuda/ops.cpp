@@ -1,5 +1,5 @@
-// From tensors to kernels. Host code: it allocates, launches on the current stream, and reads from the device only
-// where the caller wants an exact size or a check.
+// Host code of the CUDA ops that take sequences: checks tensors, allocates outputs, and launches kernels on the current
+// stream. It reads from the device, and so waits, only if the caller wants an exact size or FASTCOMPRESS_CHECK=1.
 #include "ops.h"
 
 #include <algorithm>
@@ -12,13 +12,14 @@ namespace {
 
 // ---- sequences ----
 
-// A batch as it was given; `holder` keeps a contiguous copy of its integers alive.
+// Returns the batch as the caller passed it; `holder` keeps a contiguous copy of its integers alive.
 BatchIn read_batch(const Tensor& like, int64_t rows_dim, const OptionalTensor& cu_seqlens,
                    const OptionalTensor& lengths, Tensor& holder) {
   BatchIn batch{nullptr, false, 1, 0, like.size(0), rows_dim == 2};
   const OptionalTensor& values = batch.padded ? lengths : cu_seqlens;
-  STD_TORCH_CHECK(!(batch.padded ? cu_seqlens : lengths).has_value(),
-                  batch.padded ? "cu_seqlens goes with packed input" : "lengths goes with padded input");
+  STD_TORCH_CHECK(
+      !(batch.padded ? cu_seqlens : lengths).has_value(),
+      batch.padded ? "cu_seqlens is for packed input; use lengths" : "lengths is for padded input; use cu_seqlens");
   if (batch.padded) {
     batch.count = like.size(0);
     batch.padded_length = like.size(1);
@@ -29,7 +30,8 @@ BatchIn read_batch(const Tensor& like, int64_t rows_dim, const OptionalTensor& c
   STD_TORCH_CHECK(values->dim() == 1, name, " must have one dimension");
   const ScalarType type = values->scalar_type();
   STD_TORCH_CHECK(type == ScalarType::Int || type == ScalarType::Long, name, " must be int32 or int64");
-  STD_TORCH_CHECK(!batch.padded || values->size(0) == batch.count, "lengths must have one value a sequence");
+  STD_TORCH_CHECK(!batch.padded || values->size(0) == batch.count, "lengths must have one value per sequence, ",
+                  batch.count, ", got ", values->size(0));
   STD_TORCH_CHECK(batch.padded || values->size(0) >= 1, "cu_seqlens must start at 0");
   if (!batch.padded) batch.count = values->size(0) - 1;
   holder = torch::stable::contiguous(*values);
@@ -38,7 +40,7 @@ BatchIn read_batch(const Tensor& like, int64_t rows_dim, const OptionalTensor& c
   return batch;
 }
 
-// What an op that looks at sequences shares between its kernels: one allocation of State, sequences, tiles.
+// Device memory that the kernels of one op share, in one allocation: State, sequences and tiles.
 class Workspace {
  public:
   Workspace(const Tensor& like, int64_t rows_dim, const OptionalTensor& cu_seqlens, const OptionalTensor& lengths)
@@ -48,7 +50,7 @@ class Workspace {
   const Sequences& sequences() const { return sequences_; }
   const Scratch& scratch() const { return scratch_; }
 
-  // Allocates, and launches the kernel that clears and checks.
+  // Allocates the memory, and launches the kernel that clears it and checks the batch.
   void prepare(int64_t num_tiles, Stream stream) {
     constexpr int64_t kStateWords = sizeof(State) / sizeof(int64_t);
     memory_ = empty_like(like_, {kStateWords + 2 * batch_.count + num_tiles}, ScalarType::Long);
@@ -59,14 +61,15 @@ class Workspace {
     check(launch_prepare(batch_, sequences_, scratch_, stream), "prepare");
   }
 
-  // The number of segments, or of packed rows; raises if the input was wrong.
+  // Waits for the stream and returns the number of segments, or of packed rows. Raises if the input was invalid.
   int64_t read_count(Stream stream) const {
     State state;
     check(read_back(&state, scratch_.state, sizeof state, stream), "reading the number of segments or rows");
     STD_TORCH_CHECK((state.error & kInvalidSequences) == 0, "cu_seqlens or lengths do not fit the input");
     STD_TORCH_CHECK((state.error & kInvalidIds) == 0, "ids are out of range");
-    STD_TORCH_CHECK((state.error & kInvalidAudios) == 0, "audios do not fit the places for them");
-    STD_TORCH_CHECK(state.error == 0, "there are more segments than the rule allows");
+    STD_TORCH_CHECK((state.error & kInvalidAudios) == 0,
+                    "audio_cu_seqlens does not match the audios in row_group or the audio rows");
+    STD_TORCH_CHECK(state.error == 0, "the number of segments exceeds the upper bound of the rule");
     return int64_t(state.total) - 1;
   }
 
@@ -95,7 +98,8 @@ Found allocate_segments(const Tensor& like, int64_t num_sequences, int64_t bound
   return found;
 }
 
-// The first `count` rows. A view as long as it shows at least half of its memory; what hides more is copied and freed.
+// Returns the first `count` rows: a view if they are at least half of the memory, else a copy, so that the rest is
+// freed.
 Tensor first_rows(const Tensor& tensor, int64_t count) {
   if (count == tensor.size(0)) return tensor;
   Tensor rows = tensor;
@@ -103,7 +107,7 @@ Tensor first_rows(const Tensor& tensor, int64_t count) {
   return 2 * count >= tensor.size(0) ? rows : torch::stable::clone(rows);
 }
 
-// Segments of distances whose sequences are in a prepared workspace; not yet cut to their number.
+// Finds the segments of distances; the outputs still have the size of the upper bound. `workspace` must be prepared.
 Found select(const Tensor& d, const Workspace& workspace, const int32_t* row_group, bool has_row_group,
              const Rule& rule, bool compact, Stream stream) {
   const BatchIn& batch = workspace.batch();
@@ -216,7 +220,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   Rows key_rows = rows;
   if (keys.has_value()) {
     key_rows = read_rows(*keys);
-    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have as many rows as x");
+    STD_TORCH_CHECK(key_rows.count == rows.count, "keys must have the number of rows of x, ", rows.count, ", got ",
+                    key_rows.count);
     STD_TORCH_CHECK(keys->scalar_type() == x.scalar_type(), "keys must have the dtype of x");
   }
   const DType dtype = dtype_of("x", x);
@@ -264,7 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   const BatchIn& batch = workspace.batch();
   const int64_t num_audios = audio_cu_seqlens.numel() - 1, bound = pack_bound(batch.rows, num_audios, num_audio_rows);
   STD_TORCH_CHECK(num_audios >= 0, "audio_cu_seqlens must start at 0");
-  STD_TORCH_CHECK(batch.rows + num_audio_rows < int64_t(1) << 31, "there are more rows than int32 counts");
+  STD_TORCH_CHECK(batch.rows + num_audio_rows < int64_t(1) << 31, "the number of rows must be less than 2^31, got ",
+                  batch.rows + num_audio_rows);
   Tensor group_holder, id_holder;
   const int32_t* row_group_data = read_row_group(row_group, batch.rows, group_holder);
   if (ids.has_value()) id_holder = read_int64("ids", *ids, batch.rows);
@@ -321,7 +327,7 @@ std::tuple<Tensor, Tensor> pack_labels(Tensor source, Tensor cu_seqlens, Tensor 
   return {position_ids, packed_labels};
 }
 
-// `target` and `is_table` are for the gradient alone.
+// `target` and `is_table` are used only by the gradient, in Python.
 Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is_table) {
   STD_TORCH_CHECK(rows.dim() == 2 && audio.dim() == 2, "rows and audio must have two dimensions");
   const Scope scope(rows);

@@ -1,3 +1,4 @@
+// Launches the kernels of pack.cuh.
 #include "dispatch.h"
 #include "launch.h"
 #include "pack.cuh"

@@ -1,8 +1,9 @@
-// Packing rows of text and of audio, one sample after another: where each row goes, positions and labels, the copy.
+// Packs rows of text and audio, one sample after another. Three kernels compute where each row goes, compute positions
+// and labels, and copy the rows.
 //
-// Model, for T packed rows of D elements of E bytes: the copy reads and writes T D E bytes; what comes before it moves
-// some 50 bytes a row. One look-back tells each tile of the input how many texts and how many audios precede it, which
-// says where both go: a row of text follows all texts before it and the rows of all audios before it.
+// Model, for T packed rows of D elements of E bytes: the copy reads and writes T D E bytes; the other kernels move some
+// 50 bytes per row. One look-back gives each tile of the input the numbers of text rows and audios before it. These
+// determine all target rows: a row of text follows all text rows and the rows of all audios before it.
 #pragma once
 
 #include "../pack.h"
@@ -11,7 +12,7 @@
 
 namespace fastcompress::cuda {
 
-// Texts and audios in one number, for the look-back.
+// The numbers of text rows and audios in one integer, for the look-back.
 struct PackCount {
   static constexpr int kBits = 31;
   static __device__ int64_t of(int texts, int audios) { return int64_t(audios) << kBits | texts; }
@@ -19,7 +20,7 @@ struct PackCount {
   static __device__ int64_t audios(int64_t count) { return count >> kBits; }
 };
 
-// Whether the offsets of the audios are wrong. By all threads of a block.
+// Returns whether the offsets of the audios are invalid. All threads of a block must call this.
 __device__ inline bool wrong_audios(const PackMapParams& p, int thread) {
   bool wrong = false;
   for (int64_t a = thread; a < p.num_audios; a += kThreads) wrong |= p.audio_begin[a] > p.audio_begin[a + 1];
@@ -28,7 +29,7 @@ __device__ inline bool wrong_audios(const PackMapParams& p, int thread) {
   return __syncthreads_or(wrong) != 0;
 }
 
-// Writes packed row t; false if it does not fit, which only wrong input makes happen.
+// Writes packed row t. Returns false if t is out of bounds, which happens only for invalid input.
 __device__ inline bool put_row(const PackMapParams& p, int64_t t, int64_t source, int64_t index) {
   if (t < 0 || t >= p.bound) return false;
   p.source[t] = source;
@@ -36,7 +37,7 @@ __device__ inline bool put_row(const PackMapParams& p, int64_t t, int64_t source
   return true;
 }
 
-// A thread a row of the input, a block a tile of kThreads rows.
+// One thread per row of the input, one block per tile of kThreads rows.
 static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams p) {
   __shared__ RowBits texts_shared, audios_shared;
   __shared__ int64_t tile_shared, before_shared;
@@ -61,7 +62,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   __syncthreads();
   const int64_t texts_before = PackCount::texts(before_shared), audios_before = PackCount::audios(before_shared);
 
-  // Offsets that are wrong become no audio at all: what they say could leave rows unwritten.
+  // With invalid offsets all audios are dropped: using the offsets could leave rows unwritten.
   const bool wrong = wrong_audios(p, thread);
   const int64_t num_audios = wrong ? 0 : p.num_audios;
   auto audio_begin = [&](int64_t a) { return wrong ? 0 : p.audio_begin[a < num_audios ? a : num_audios]; };
@@ -83,7 +84,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
     }
     p.target[row] = t;
   }
-  // The audios that start in the tile, one after another, a thread a row.
+  // Write the audios that start in the tile one after another, with one thread per row.
   for (int i = audios.first(0, kThreads), a = 0; i < kThreads; i = audios.first(i + 1, kThreads), ++a) {
     const int64_t audio = audios_before + a;
     if (audio >= num_audios) break;
@@ -91,7 +92,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
     for (int64_t k = audio_begin(audio) + thread; k < audio_begin(audio + 1); k += kThreads)
       p.target[p.rows + k] = put_row(p, first + k, p.rows + k, p.num_embeddings + k) ? first + k : -1;
   }
-  // cu_seqlens of the sequences that end in rows (begin, end], as write_cu_segments has it.
+  // Write cu_seqlens of the sequences that end in rows (begin, end], as in write_cu_segments.
   auto packed_before = [&](int64_t stop) {
     const int rows = int((stop < end ? stop : end) - begin);
     const int64_t t = texts_before + texts.count(0, rows) + audio_begin(audios_before + audios.count(0, rows));
@@ -116,11 +117,11 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   if (error != 0) atomicOr(&p.scratch.state->error, int32_t(error));
 }
 
-// A thread a packed row.
+// One thread per packed row.
 static __global__ void __launch_bounds__(kThreads) pack_labels_kernel(PackLabelsParams p) {
   const int64_t t = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (t >= p.count) return;
-  int64_t low = 0, high = p.num_sequences;  // the first sequence that ends behind t
+  int64_t low = 0, high = p.num_sequences;  // find the first sequence that ends after t
   while (low < high) {
     const int64_t middle = (low + high) / 2;
     if (p.cu_seqlens[middle + 1] > t)
@@ -135,10 +136,10 @@ static __global__ void __launch_bounds__(kThreads) pack_labels_kernel(PackLabels
   p.packed_labels[t] = inside ? packed_label(p.source[t], position == 0, p.row_group, p.rows, p.labels) : kIgnoredLabel;
 }
 
-// Units of a row that a lane has in flight.
+// Units of a row that a lane loads before it stores them.
 constexpr int kPackUnroll = 4;
 
-// A warp a row, a lane a Unit of it: 16 bytes where rows are aligned to that, an element where they are not.
+// One warp per row, one Unit per lane: 16 bytes if all rows are aligned to 16 bytes, else one element.
 template <class Unit>
 __global__ void __launch_bounds__(kThreads) pack_rows_kernel(PackRowsParams p) {
   const int64_t t = int64_t(blockIdx.x) * kWarps + threadIdx.x / 32;

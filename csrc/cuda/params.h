@@ -1,4 +1,4 @@
-// What the launchers take: raw pointers and sizes, free of torch.
+// Parameters of the launchers and kernels: raw pointers and sizes, without torch.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace fastcompress::cuda {
 
-// Threads of a block of every kernel, and its segments where a warp takes one.
+// Threads per block of every kernel, and segments per block where a warp processes one segment.
 constexpr int kThreads = 128;
 constexpr int kWarps = kThreads / 32;
 constexpr int kSegmentsPerBlock = kWarps;
@@ -21,14 +21,14 @@ using Stream = void*;
 enum class DType : int32_t { kFloat, kDouble, kBFloat16, kHalf };
 inline int64_t size_of(DType dtype) { return dtype == DType::kDouble ? 8 : dtype == DType::kFloat ? 4 : 2; }
 
-// Rows of x.reshape(-1, D); `stride` counts elements.
+// Rows of x.reshape(-1, D); `stride` is in elements.
 struct RowsIn {
   const void* data;
   int64_t count, width, stride;
 };
 
-// A batch as the caller gave it. `values` is cu_seqlens [count + 1] with packed input, lengths [count] with padded
-// input (then padded_length is positive or there is no row), or null.
+// A batch as the caller passed it, unchecked. `values` is cu_seqlens [count + 1] of packed input, lengths [count] of
+// padded input (then padded_length is positive or there is no row), or null.
 struct BatchIn {
   const void* values;
   bool is_int64;
@@ -36,19 +36,21 @@ struct BatchIn {
   bool padded;
 };
 
-// First and end row of each sequence, checked and in order, on the device.
+// First row and end of each sequence, checked and in order, on the device.
 struct Sequences {
   int64_t* begin;
   int64_t* end;
   int64_t count;
 };
 
-// What blocks tell each other and the host, cleared before each call.
+// State that blocks share with each other and the host; cleared before each call.
 struct State {
-  int32_t error;       // what was wrong with the input, an Invalid
-  uint32_t next_tile;  // tiles are numbered in the order in which blocks start, so that none waits for one that has not
-  uint32_t next_clear;  // of the pieces of the rows behind the last segment
-  uint64_t total;       // 1 + the number of segments, 0 as long as it is not known
+  int32_t error;  // errors of the input, bits of Invalid
+  // The next tile to process. Blocks take tiles in the order in which they start, so no block waits for a tile whose
+  // block has not started.
+  uint32_t next_tile;
+  uint32_t next_clear;  // the next piece of the rows after the last segment to clear
+  uint64_t total;       // 1 + the number of segments; 0 while it is unknown
 };
 
 enum Invalid : int32_t {
@@ -56,26 +58,26 @@ enum Invalid : int32_t {
   kInvalidSegments = 2,
   kTooManySegments = 4,
   kInvalidIds = 8,
-  kInvalidAudios = 16,  // offsets that do not fit, or more or fewer audios than places for them
+  kInvalidAudios = 16,  // offsets of audios are invalid, or do not match the audios in row_group
 };
 
-// Segments that an op finds, and where they go.
+// Output of an op that finds segments.
 struct SegmentsOut {
   int64_t* starts;
   int64_t* lengths;
   int32_t* cu_segments;
   int64_t bound;    // rows of starts, lengths and values
-  bool clear_rest;  // write empty segments behind the last
+  bool clear_rest;  // write empty segments after the last one
 };
 
 // Scratch memory of an op that finds segments.
 struct Scratch {
   State* state;
-  uint64_t* tiles;  // what each tile has published for the look-back
+  uint64_t* tiles;  // one word per tile for the look-back (tile.cuh)
   int64_t num_tiles;
 };
 
-// Segments that are given; checked on the device against `rows`.
+// Segments that the caller passed; kernels check them against `rows`.
 struct SegmentsIn {
   const int64_t* starts;
   const int64_t* lengths;
@@ -95,40 +97,41 @@ struct GreedyParams {
   RowsIn x;
   Sequences sequences;
   Linkage linkage;
-  double* inverse_norms;  // scratch, a value a row
-  void* scratch;          // two rows of padded_width a sequence, in the accumulation type; null: in shared memory
-  uint8_t* starts;        // a byte a row
+  double* inverse_norms;  // scratch, one value per row
+  void* scratch;    // two rows of padded_width per sequence, in the accumulation type; null: they are in shared memory
+  uint8_t* starts;  // output, one byte per row: 1 where a segment starts
 };
 
 struct SelectParams {
-  const void* d;  // fp32 or fp64, a value a row
+  const void* d;  // distances, fp32 or fp64, one per row
   int64_t rows;
   Sequences sequences;
   const int32_t* row_group;  // may be null
   Rule rule;
-  uint8_t* flags;  // scratch, a byte a row
+  uint8_t* flags;  // scratch, one byte per row
   SegmentsOut out;
   Scratch scratch;
 };
 
 struct ReduceParams {
-  RowsIn x;  // of expand: the rows of the segments
+  RowsIn x;  // for expand: one row per segment
   SegmentsIn segments;
   Reduce reduce;
-  const void* weights;  // a value a row, or null
-  RowsIn y;             // of the backward of max and of weights: what the forward gave
-  RowsIn grad;          // likewise: the gradient of y
+  const void* weights;  // one per row, or null
+  RowsIn y;             // output of the forward, for the gradients of max and weighted mean
+  RowsIn grad;          // gradient of y, for the same
   void* out;
   void* grad_weights;
 };
 
-// Tokens that share the row in which one fires and the next is opened (fastcompress/reference/integrate_and_fire.py).
+// Tokens of integrate-and-fire. A token that fires shares that row with the next token
+// (fastcompress/reference/integrate_and_fire.py).
 struct IntegrateParams {
-  RowsIn x, grad;  // the gradient of the tokens: backward
+  RowsIn x, grad;  // grad: gradient of the tokens, for the backward
   SegmentsIn tokens;
-  const void* weights;   // a value a row
-  const void* first;     // a value a token: the weight of its first row
-  const void* divisors;  // a value a token, or null; forward
+  const void* weights;   // one per row
+  const void* first;     // one per token: the weight of its first row
+  const void* divisors;  // one per token, or null; for the forward
   void* out;             // tokens, or the gradient of x
   void* grad_weights;
   void* grad_first;
@@ -183,20 +186,20 @@ struct PackRowsParams {
   int32_t* error;  // may be null
 };
 
-// ---- what host and device both ask of a rule ----
+// ---- properties of a rule, for host and device ----
 
 FASTCOMPRESS_HD inline bool needs_walk(const Rule& rule) {
   return rule.kind != RuleKind::kUniform && (rule.min_len > 1 || rule.max_len > 0);
 }
 
-// Rows before and behind a row that its boundary depends on.
-FASTCOMPRESS_HD inline int64_t rows_behind(const Rule& rule) { return rule.lookahead(); }
+// Number of rows after and before a row on which its boundary depends.
+FASTCOMPRESS_HD inline int64_t rows_after(const Rule& rule) { return rule.lookahead(); }
 FASTCOMPRESS_HD inline int64_t rows_before(const Rule& rule) {
   return rule.needs_distance() ? 1 + rule.lookahead() : 0;
 }
 
-// Rows behind the halo that are loaded along, so that most segments end before rows have to be fetched one window at a
-// time.
+// Rows after the halo that are loaded as well. With them most segments end inside the loaded rows, and find_stop does
+// not have to read another window.
 constexpr int kExtraRows = 2;
 
 }  // namespace fastcompress::cuda

@@ -1,4 +1,4 @@
-// What comes before an op that finds segments: clearing what its tiles share, and checking the batch.
+// The first launch of an op that finds segments: clears the state that its tiles share, and checks the batch.
 #pragma once
 
 #include "device.h"
@@ -11,8 +11,9 @@ __device__ inline int64_t read_index(const BatchIn& batch, int64_t i) {
   return batch.is_int64 ? static_cast<const int64_t*>(batch.values)[i] : static_cast<const int32_t*>(batch.values)[i];
 }
 
-// Clears the state and the tiles' words, and checks the batch: block 0 writes the sequences, the others clear. A batch
-// that is wrong becomes one sequence of all rows, the others empty, and the error is noted.
+// Block 0 checks the batch and writes the sequences and the state; the other blocks clear the words of the tiles. An
+// invalid batch sets the error flag and is replaced by one sequence of all rows followed by empty ones, so that later
+// kernels stay inside their memory.
 static __global__ void __launch_bounds__(kThreads) prepare_kernel(BatchIn batch, Sequences sequences, Scratch scratch) {
   const int thread = int(threadIdx.x);
   if (blockIdx.x > 0) {

@@ -1,9 +1,9 @@
-// Rows of a matrix as vectors of 16 bytes, and the canonical dot product of two of them by a group of lanes.
+// Rows of a matrix as vectors of 16 bytes, and the canonical dot product of two rows by a group of lanes.
 //
-// Partial sum j of the canonical product takes the elements i = j (mod 32) in increasing i (cosine.h), so a group of
-// 32 / kVector lanes owns a row: lane l keeps the kVector partial sums from l * kVector on and reads 16 bytes in each
-// step of 32 elements. A warp works on 8 rows of a half type, 4 of fp32, 2 of fp64 at once, with whole sectors of 32
-// bytes.
+// Partial sum j of the canonical dot product takes the elements i = j (mod 32) in increasing i (cosine.h). A group of
+// 32 / kVector lanes therefore processes one row: lane l keeps the kVector partial sums from l * kVector on and reads
+// 16 bytes in each step of 32 elements. A warp processes 8 rows of a half type, 4 of fp32 or 2 of fp64 at once, and
+// reads whole sectors of 32 bytes.
 #pragma once
 
 #include <cstring>
@@ -25,8 +25,8 @@ struct alignas(16) Vector {
   T v[kVector<T>];
 };
 
-// Elements column .. column + kVector - 1 of a row of `width`; zeros behind its end. kAligned: rows start at multiples
-// of 16 bytes and the width is a multiple of kVector.
+// Loads the elements column .. column + kVector - 1 of a row of `width` elements, with zeros after its end. kAligned:
+// rows start at multiples of 16 bytes and the width is a multiple of kVector.
 template <class T, bool kAligned>
 __device__ __forceinline__ Vector<T> load_vector(const T* row, int64_t column, int64_t width) {
   Vector<T> out;
@@ -59,8 +59,8 @@ __device__ __forceinline__ void store_vector(T* row, int64_t column, int64_t wid
   }
 }
 
-// sum + a * b. The product of two fp16 numbers is exact in fp32, so there one instruction rounds no other way; that of
-// two bf16 numbers may leave fp32's range. The build keeps the compiler from fusing.
+// Returns sum + a * b. The product of two fp16 numbers is exact in fp32, so the fused instruction gives the same
+// result; the product of two bf16 numbers can leave the range of fp32. The build disables fusing by the compiler.
 template <class T>
 __device__ __forceinline__ accumulate_t<T> multiply_add(accumulate_t<T> a, accumulate_t<T> b, accumulate_t<T> sum) {
   if constexpr (std::is_same_v<T, Half>)
@@ -69,7 +69,7 @@ __device__ __forceinline__ accumulate_t<T> multiply_add(accumulate_t<T> a, accum
     return sum + a * b;
 }
 
-// The partial sums of one lane to the dot product, on all lanes of the group.
+// Adds the partial sums of a group's lanes and returns the dot product on all of its lanes.
 template <class T>
 __device__ __forceinline__ double add_partial_sums(const accumulate_t<T> (&sums)[kVector<T>]) {
   double wide[kVector<T>];
@@ -86,7 +86,7 @@ __device__ __forceinline__ double add_partial_sums(const accumulate_t<T> (&sums)
   return wide[0];
 }
 
-// Which row of a warp's a lane works on, and where in it.
+// The group that a thread belongs to, which processes one row, and the thread's lane in it.
 template <class T>
 struct GroupLane {
   int group, lane;
@@ -94,7 +94,7 @@ struct GroupLane {
   __device__ int64_t column() const { return int64_t(lane) * kVector<T>; }
 };
 
-// a . b, by all lanes of a warp, each group for its rows.
+// Returns a . b. All lanes of a warp must call this, each group with its own rows.
 template <class T, bool kAligned>
 __device__ double group_dot(const T* a, const T* b, int64_t width, int64_t column) {
   accumulate_t<T> sums[kVector<T>] = {};
@@ -106,7 +106,7 @@ __device__ double group_dot(const T* a, const T* b, int64_t width, int64_t colum
   return add_partial_sums<T>(sums);
 }
 
-// a . b and a . a
+// Computes a . b and a . a, like group_dot.
 template <class T, bool kAligned>
 __device__ void group_dot_and_square(const T* a, const T* b, int64_t width, int64_t column, double& dot,
                                      double& square) {

@@ -1,10 +1,11 @@
+// Devices, streams and copies for the CUDA ops; see runtime.h.
 #include "runtime.h"
 
 #include <cuda_runtime_api.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 
-// In the CUDA builds of torch alone. A weak reference lets the library load without it.
+// Exists only in CUDA builds of torch; a weak reference lets the library load in others.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace fastcompress::cuda {
@@ -12,7 +13,7 @@ namespace fastcompress::cuda {
 Device current_device() {
   int index = 0;
   Device device{1, 48 << 10, 48 << 10};
-  if (cudaGetDevice(&index) != cudaSuccess) return device;  // the launch will say what is wrong
+  if (cudaGetDevice(&index) != cudaSuccess) return device;  // the launch will report the error
   cudaDeviceGetAttribute(&device.processors, cudaDevAttrMultiProcessorCount, index);
   cudaDeviceGetAttribute(&device.shared_per_processor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, index);
   cudaDeviceGetAttribute(&device.shared_per_block, cudaDevAttrMaxSharedMemoryPerBlockOptin, index);
@@ -24,7 +25,7 @@ std::shared_ptr<void> enter_device(int32_t device) {
 }
 
 Stream current_stream(int32_t device) {
-  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "this torch has no CUDA");
+  STD_TORCH_CHECK(aoti_torch_get_current_cuda_stream != nullptr, "the installed torch has no CUDA support");
   void* stream = nullptr;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device, &stream));
   return stream;
@@ -34,7 +35,7 @@ Error read_back(void* host, const void* device, size_t bytes, Stream stream) {
   const auto cuda_stream = static_cast<cudaStream_t>(stream);
   cudaError_t error = cudaMemcpyAsync(host, device, bytes, cudaMemcpyDeviceToHost, cuda_stream);
   if (error == cudaSuccess) error = cudaStreamSynchronize(cuda_stream);
-  if (error != cudaSuccess) cudaGetLastError();  // or the next launch would be blamed for it
+  if (error != cudaSuccess) cudaGetLastError();  // clears the error, which the next launch would report otherwise
   return int(error);
 }
 

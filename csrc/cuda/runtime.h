@@ -1,4 +1,5 @@
-// What the ops ask of CUDA on the host. runtime.cpp answers for a GPU; the tests answer for the emulator.
+// CUDA runtime functions that the host code of the ops calls. runtime.cpp implements them for a GPU, and the tests
+// implement them for the emulator.
 #pragma once
 
 #include <cstddef>
@@ -9,19 +10,19 @@
 
 namespace fastcompress::cuda {
 
-// What the plan of a launch depends on.
+// Properties of a device on which the plan of a launch depends.
 struct Device {
-  int processors;            // streaming multiprocessors
-  int shared_per_processor;  // bytes
-  int shared_per_block;      // bytes, at most
+  int processors;            // number of streaming multiprocessors
+  int shared_per_processor;  // shared memory per multiprocessor, bytes
+  int shared_per_block;      // largest shared memory of a block, bytes
 };
 Device current_device();
 
-// Makes a device the current one until the guard that it returns is gone.
+// Makes a device the current one until the returned guard is destroyed.
 std::shared_ptr<void> enter_device(int32_t device);
-// Torch's current stream of a device.
+// Returns torch's current stream of a device.
 Stream current_stream(int32_t device);
-// Waits for the stream, then copies from the device.
+// Copies from the device to the host after all work on the stream, and waits for the copy.
 Error read_back(void* host, const void* device, size_t bytes, Stream stream);
 const char* error_text(Error error);
 

@@ -1,11 +1,11 @@
-// Ops over segments that are given: reductions, their adjoints, integrate-and-fire. Host code, as ops.cpp.
+// Host code of the CUDA ops over given segments: reductions, their gradients, integrate-and-fire.
 #include "ops.h"
 #include "tensors.h"
 
 namespace fastcompress::cuda {
 namespace {
 
-// Segments that were given, and a flag that says whether they were wrong where that is to be checked.
+// Segments that the caller passed, and a flag that kernels set if they are invalid (only with FASTCOMPRESS_CHECK=1).
 class GivenSegments {
  public:
   GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) : error_(starts) {
@@ -20,7 +20,7 @@ class GivenSegments {
   }
 
   void finish(Stream stream, const char* what = "segments must be in order, without overlap") const {
-    STD_TORCH_CHECK(!error_.read(stream), what, " and inside ", in.rows, " rows");
+    STD_TORCH_CHECK(!error_.read(stream), what, " and lie inside ", in.rows, " rows");
   }
 
   SegmentsIn in;
@@ -62,10 +62,10 @@ Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor len
 Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows, std::string reduce_name) {
   STD_TORCH_CHECK(num_rows >= 0, "num_rows must not be negative, got ", num_rows);
   const Reduce reduce = read_reduce(reduce_name);
-  STD_TORCH_CHECK(reduce != Reduce::kMax, "max has no adjoint");
+  STD_TORCH_CHECK(reduce != Reduce::kMax, "segment_expand does not support reduce 'max'");
   const Scope scope(y);
   const GivenSegments segments(starts, lengths, num_rows);
-  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have a row a segment");
+  STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have one row per segment");
   const Rows rows = read_rows(y);
   Tensor out = empty_like(y, {num_rows, rows.width}, y.scalar_type());
   const ReduceParams p{rows_in(rows), segments.in, reduce, nullptr, {}, {}, out.mutable_data_ptr(), nullptr};
@@ -113,8 +113,8 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   return {grad_x, grad_weights};
 }
 
-// What tokens must be.
-constexpr const char* kTokens = "tokens must have rows, in order, share no more than a first row";
+// Error message for invalid tokens.
+constexpr const char* kTokens = "tokens must be in order, have at least one row each, share only their first row";
 
 Tensor integrate_rows(Tensor x, Tensor weights, Tensor first, OptionalTensor divisors, Tensor starts, Tensor lengths) {
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");

@@ -1,3 +1,4 @@
+// Plans and launches the kernel of segment_pool.cuh.
 #include <algorithm>
 
 #include "dispatch.h"
@@ -11,8 +12,8 @@ template <class Kernel>
 Error launch(const Kernel& kernel, const PoolParams& p, const PoolPlan& plan, Stream stream) {
 #ifdef __CUDACC__
   if (plan.staged) {
-    // More than 48 KiB must be asked for, and all of the memory that the first-level cache shares with it. The same in
-    // each call: the limit is the kernel's, and another thread may be about to launch it.
+    // Raise the limit of the kernel above the default 48 KiB, and prefer shared memory to the first-level cache. The
+    // value is the same in each call, because the limit belongs to the kernel and another thread may be launching it.
     cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, plan.shared_limit);
     if (error == cudaSuccess)
       error =
@@ -25,25 +26,26 @@ Error launch(const Kernel& kernel, const PoolParams& p, const PoolPlan& plan, St
 }
 
 int64_t halo_rows(const Rule& rule) {
-  return rows_before(rule) + rows_behind(rule) + (rule.needs_distance() ? kExtraRows : 0);
+  return rows_before(rule) + rows_after(rule) + (rule.needs_distance() ? kExtraRows : 0);
 }
 
 }  // namespace
 
 PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const RowsIn& keys, const Rule& rule) {
-  // Below so many rows a tile scores more halo than tile.
+  // A tile with fewer rows would score more rows of its halo than of its own.
   constexpr int64_t kMinRows = 8;
-  // Blocks that should fit in a multiprocessor at once, so that the copies of one overlap the arithmetic of others.
+  // Numbers of resident blocks per multiprocessor to try, in order: with several, the copies of one block overlap the
+  // arithmetic of the others.
   constexpr int kBlocksWanted[] = {3, 2, 1};
   const int64_t size = size_of(dtype), halo = halo_rows(rule);
   const int64_t fixed = dtype == DType::kDouble ? sizeof(PoolShared<double>) : sizeof(PoolShared<float>);
-  constexpr int64_t kReserved = 1024;  // shared memory that the system keeps, a block
+  constexpr int64_t kReserved = 1024;  // shared memory per block that CUDA reserves
   PoolPlan plan{int(kThreads - halo), 1, false, 0, 0, int(device.shared_per_block - fixed)};
-  // Rows that are read once gain nothing from shared memory: those of Uniform, or with keys of their own.
+  // Staging pays off only if rows are read twice, which they are not for Uniform or with separate keys.
   const bool own_keys = keys.data != x.data || keys.width != x.width || keys.stride != x.stride;
   const bool read_twice = rule.needs_distance() && !own_keys;
   if (read_twice && x.width > 0 && is_aligned(x, size) && x.width * size <= device.shared_per_block) {
-    // A pitch of 64 mod 128 bytes: two rows of a half type, which share a phase of a warp's read, lie in different
+    // With a pitch of 64 mod 128 bytes, the two rows of a half type that a warp reads in one phase are in different
     // banks.
     int64_t pitch = x.width * size;
     while (pitch % 128 != 64) pitch += 16;
@@ -58,7 +60,7 @@ PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const Row
       break;
     }
   }
-  // A short batch is spread over all multiprocessors.
+  // Use smaller tiles for a short batch, so that all multiprocessors get one.
   const int64_t share = std::max(kMinRows, (x.count + device.processors - 1) / device.processors);
   plan.tile_rows = int(std::min<int64_t>(plan.tile_rows, share));
   if (plan.staged) plan.shared_bytes = int((plan.tile_rows + halo) * plan.pitch);

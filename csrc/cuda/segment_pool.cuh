@@ -1,12 +1,16 @@
-// The fused op in one launch (after prepare.cuh's): distances, boundaries, output offsets and means.
+// Fused segment pooling in one launch (after that of prepare.cuh): distances, boundaries, output offsets and means.
 //
-// A block takes a tile of rows, with a halo of 1 + order rows before it and order rows behind it, which the boundaries
-// in the tile depend on. Groups of lanes score the pairs of rows, a thread decides each row (rule.h), a look-back over
-// the tiles gives the place of the first segment, and the block averages every segment that starts in its tile, reading
-// on past the tile when the last one does. Where rows are aligned and enough of them fit, they are staged in shared
-// memory by asynchronous copies, so that each row comes from device memory once; otherwise scoring and averaging both
-// read global memory, the second time from a cache. Long segments are finished by their own block alone: slow, but
-// right.
+// One block processes a tile of rows, with the halo on which its boundaries depend: 1 + order rows before the tile and
+// order rows after it. The block
+//   1. copies the rows to shared memory asynchronously, if they are aligned and enough of them fit, so that each row is
+//      read from device memory once; otherwise scoring and averaging both read global memory, the second time from a
+//      cache;
+//   2. computes the distances of neighbouring rows, with one group of lanes per pair;
+//   3. decides the rows, with one thread per row that evaluates the rule (rule.h); warp ballots collect the results
+//      into bitmasks;
+//   4. gets the number of segments before the tile by a look-back over the tiles (tile.cuh);
+//   5. averages every segment that starts in the tile. If the last one continues after the tile, the block searches for
+//      its end and reads its rows from global memory. This is slow for long segments.
 //
 // Model, for x [N, D] of E-byte elements, a tile of R rows and M segments: (1 + H / R) N D E bytes are read, most of
 // the H = 1 + 2 order (+ kExtraRows) halo rows from the second-level cache, and M D E written. Each element costs 2
@@ -22,7 +26,7 @@
 
 namespace fastcompress::cuda {
 
-// Rows of the empty tail that a block clears at a time.
+// Rows of the empty tail of the output that a block clears at once.
 constexpr int kClearRows = 16;
 
 template <class S>
@@ -31,14 +35,14 @@ struct PoolShared {
   S d[kThreads];
   int32_t row_group[kThreads];
   RowBits changes, stops, starts;
-  // Of the segments that start in the tile: first row, counted from the window's, and length.
+  // The segments that start in the tile: first row, relative to the window, and length.
   int32_t rows[kThreads];
   int64_t lengths[kThreads];
   int64_t tile, before;
   uint32_t piece;
 };
 
-// Rows [first, last), at most kThreads, of which [from, until) are decided.
+// Rows [first, last) that a block loads, at most kThreads; the rows [from, until) can be decided with them.
 struct Window {
   int64_t first, last, from, until;
 };
@@ -48,17 +52,17 @@ __device__ inline Window make_window(const Rule& rule, int64_t rows, int64_t fro
   window.from = from;
   window.first = from > rows_before(rule) ? from - rows_before(rule) : 0;
   window.last = length < rows - window.first ? window.first + length : rows;
-  window.until = window.last == rows ? rows : window.last - rows_behind(rule);
+  window.until = window.last == rows ? rows : window.last - rows_after(rule);
   return window;
 }
 
-// Distances between neighbouring rows of the window; row(i) is the i-th.
+// Computes the distances between neighbouring rows of the window; row(i) returns a pointer to its i-th row.
 template <class T, bool kAligned, class Row>
 __device__ void score_window(const Row& row, int rows, int64_t width, int thread, PoolShared<accumulate_t<T>>& shared) {
   const GroupLane<T> at(thread);
-  const int warp_group = (thread - thread % 32) / kGroupLanes<T>;  // first row of the warp
+  const int warp_group = (thread - thread % 32) / kGroupLanes<T>;  // group of the warp's first lane
   for (int base = 0; base + warp_group < rows; base += kThreads / kGroupLanes<T>) {
-    // All lanes of a warp stay together; those without a row repeat the last one.
+    // All lanes of a warp must take part in its shuffles; those without a row repeat the last one.
     const int i = base + at.group, a = i < rows ? i : rows - 1, b = a + 1 < rows ? a + 1 : a;
     double dot, square;
     group_dot_and_square<T, kAligned>(row(a), row(b), width, at.column(), dot, square);
@@ -73,12 +77,13 @@ __device__ void score_window(const Row& row, int rows, int64_t width, int thread
         accumulate_t<T>(cosine_distance(shared.dots[thread], shared.squares[thread], shared.squares[thread + 1]));
 }
 
-// Start of the run that row `first` lies in, by all threads; a row group is given.
+// Returns the start of the run of row `first`, searching backwards by kThreads rows at a time. All threads of the block
+// call this; p.row_group is not null.
 template <class S>
 __device__ int64_t find_run(const PoolParams& p, int64_t first, int thread, PoolShared<S>& shared) {
   const RowPlace place = place_row(p.sequences, p.row_group, first);
   if (place.changes) return first;
-  for (int64_t high = first;; high -= kThreads) {  // rows [high, first] are of one run
+  for (int64_t high = first;; high -= kThreads) {  // rows [high, first] are in one run
     const int64_t row = high - 1 - thread;
     const bool starts = row <= place.begin || p.row_group[row - 1] != place.group;
     shared.changes.vote(thread, starts);
@@ -89,12 +94,12 @@ __device__ int64_t find_run(const PoolParams& p, int64_t first, int thread, Pool
   }
 }
 
-// Decides the rows [from, until) of a window whose distances are known: shared.stops and shared.starts, bit i for its
-// i-th row.
+// Decides the rows [from, until) of a window whose distances are known. Bit i of shared.stops and shared.starts is set
+// if the i-th row of the window stops or starts a segment.
 template <class S>
 __device__ void decide_window(const PoolParams& p, const Window& window, int thread, PoolShared<S>& shared) {
   const bool uniform = !p.rule.needs_distance();
-  // How far back a run reaches matters to Uniform alone; other rules look no further than the window.
+  // Only Uniform needs the real start of the run; other rules read no row before the window.
   int64_t run = window.first;
   if (uniform && p.row_group != nullptr && window.first < window.last) run = find_run(p, window.first, thread, shared);
   const int64_t row = window.first + thread;
@@ -121,7 +126,8 @@ __device__ void decide_window(const PoolParams& p, const Window& window, int thr
   __syncthreads();
 }
 
-// The first row from `from` on that stops a segment, by all threads, a window of rows from global memory at a time.
+// Returns the first row from `from` on that stops a segment, reading one window of rows after another from global
+// memory. All threads of the block call this.
 template <class T, bool kAligned>
 __device__ int64_t find_stop(const PoolParams& p, int64_t from, int thread, PoolShared<accumulate_t<T>>& shared) {
   const T* keys = static_cast<const T*>(p.keys.data);
@@ -140,8 +146,8 @@ __device__ int64_t find_stop(const PoolParams& p, int64_t from, int thread, Pool
   return p.x.count;
 }
 
-// Rows behind the last segment become empty segments. Blocks that are still there once the number of segments is known
-// share the work; the block of the last tile always is.
+// Writes empty segments to the output rows after the last segment. All blocks that still run once the number of
+// segments is known share the work; the block of the last tile always does.
 template <class T, bool kAligned>
 __device__ void clear_rest(const PoolParams& p, int thread, PoolShared<accumulate_t<T>>& shared) {
   const int vectors = int((p.x.width + kVector<T> - 1) / kVector<T>);
@@ -151,7 +157,7 @@ __device__ void clear_rest(const PoolParams& p, int thread, PoolShared<accumulat
     __syncthreads();
     if (thread == 0) {
       const uint64_t total = load_acquire(&p.scratch.state->total);
-      shared.before = total == 0 ? p.out.bound : int64_t(total - 1);  // not known: nothing to do
+      shared.before = total == 0 ? p.out.bound : int64_t(total - 1);  // 0: not known yet, leave the work to others
       shared.piece = total == 0 ? 0 : atomicAdd(&p.scratch.state->next_clear, 1u);
     }
     __syncthreads();
@@ -185,10 +191,10 @@ __global__ void __launch_bounds__(kThreads, 4) segment_pool_fwd_kernel(PoolParam
   const int64_t end = p.tile_rows < rows - begin ? begin + p.tile_rows : rows;
   const Window window =
       make_window(p.rule, rows, begin,
-                  p.tile_rows + rows_before(p.rule) + rows_behind(p.rule) + (p.rule.needs_distance() ? kExtraRows : 0));
+                  p.tile_rows + rows_before(p.rule) + rows_after(p.rule) + (p.rule.needs_distance() ? kExtraRows : 0));
   const int window_rows = int(window.last - window.first);
 
-  // Where row i of the window is read from.
+  // Pointers to row i of the window.
   auto staged_row = [&](int64_t i) { return reinterpret_cast<const T*>(staged + i * p.pitch); };
   auto global_row = [&](int64_t i) { return x + (window.first + i) * p.x.stride; };
   if constexpr (kStaged) {
@@ -215,7 +221,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_pool_fwd_kernel(PoolParam
   const int count = starts.count(first_bit, last_bit);
   if (thread == 0) publish_count(p.scratch, tile, count);
 
-  // The segments of the tile. All but the last end where the next one starts, or before.
+  // Find the ends of the tile's segments. Only the last one can end after the decided rows.
   const bool is_start = first_bit <= thread && thread < last_bit && starts.at(thread);
   const int stop = is_start ? shared.stops.first(thread + 1, until) : 0;
   const int last_start = starts.last(last_bit);
@@ -240,7 +246,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_pool_fwd_kernel(PoolParam
     store_release(&p.scratch.state->total, uint64_t(total) + 1);
   }
   write_cu_segments(p.out, p.sequences, starts, first_bit, begin, end, is_last, before, thread);
-  // The bound holds for every batch that passed the check; nothing else may write behind the output.
+  // The bound holds for every valid batch; for an invalid one, nothing may be written after the end of the output.
   const int64_t room = p.out.bound - before;
   const int written = int(count < room ? count : room < 0 ? 0 : room);
   if (written < count && thread == 0) atomicOr(&p.scratch.state->error, int32_t(kTooManySegments));

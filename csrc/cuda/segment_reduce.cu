@@ -1,3 +1,4 @@
+// Launches the kernels of segment_reduce.cuh.
 #include "dispatch.h"
 #include "launch.h"
 #include "segment_reduce.cuh"
@@ -13,7 +14,8 @@ bool all_aligned(DType dtype, const ReduceParams& p) {
 
 }  // namespace
 
-// Defines launch_<op>: <op>_kernel on the warps of `warps` segments, unless the output has no element.
+// Defines launch_<op>, which launches <op>_kernel with one warp per segment and 32 vectors for `warps` segments, unless
+// the output is empty.
 #define FASTCOMPRESS_DEFINE_LAUNCHER(op, warps, outputs)                                   \
   Error launch_##op(DType dtype, const ReduceParams& p, Stream stream) {                   \
     if ((outputs) == 0 || p.x.width == 0) return 0;                                        \
@@ -27,11 +29,11 @@ bool all_aligned(DType dtype, const ReduceParams& p) {
 
 FASTCOMPRESS_DEFINE_LAUNCHER(segment_reduce_fwd, p.segments.count, p.segments.count)
 FASTCOMPRESS_DEFINE_LAUNCHER(segment_weighted_mean_fwd, p.segments.count, p.segments.count)
-// The adjoints have a warp more than segments: for the rows behind the last.
+// These have warps for one more segment, which clear the rows after the last one.
 FASTCOMPRESS_DEFINE_LAUNCHER(segment_expand_fwd, p.segments.count + 1, p.segments.rows)
 FASTCOMPRESS_DEFINE_LAUNCHER(segment_max_bwd, p.segments.count + 1, p.segments.rows)
 
-// A warp takes all columns of its segment.
+// One warp processes all columns of its segment.
 Error launch_segment_weighted_mean_bwd(DType dtype, const ReduceParams& p, Stream stream) {
   if (p.segments.rows == 0) return 0;
   return with_type(dtype, [&](auto zero) {

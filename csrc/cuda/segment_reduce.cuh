@@ -1,8 +1,9 @@
-// Reductions over given segments and their adjoints. A warp takes a segment and 32 vectors of its columns, so that
-// every access is of whole rows; each output element is written by one thread, in one order, without atomics.
+// Reductions over given segments, and their gradients. One warp processes a segment and 32 vectors of its columns, so
+// that it reads contiguous parts of rows. There are no atomics: one thread writes each output element, with one order
+// of operations.
 //
 // Model, for x [N, D] of E-byte elements and M segments: reduce reads N D E bytes and writes M D E; expand reads M D E
-// and writes N D E, with D divisions a segment for a mean. Picking one row reads M D E alone.
+// and writes N D E, with D divisions per segment for a mean. first, last and middle read only M D E.
 #pragma once
 
 #include "given.cuh"
@@ -10,7 +11,8 @@
 
 namespace fastcompress::cuda {
 
-// `row` where it is greater than `best`, or NaN where `best` is not: the first maximum stays, NaN wins.
+// Returns `row` if it is greater than `best`, or if it is NaN and `best` is not. So the first of equal maxima is kept,
+// and NaN wins.
 template <class S>
 struct LaterMax {
   __device__ S operator()(S best, S row) const { return row > best || (row != row && best == best) ? row : best; }
@@ -74,14 +76,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_me
   store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
 }
 
-// Rows [begin, end) of the output become 0 at one column.
+// Writes 0 to rows [begin, end) of the output at one vector of columns.
 template <class T, bool kAligned>
 __device__ __forceinline__ void clear_rows(T* out, int64_t begin, int64_t end, int64_t column, int64_t width) {
   for (int64_t row = begin; row < end; ++row)
     store_vector<T, kAligned>(out + row * width, column, width, zero_vector<T>());
 }
 
-// The rows before segment m that lie in none become 0; m may be the number of segments.
+// The rows between segment m - 1 and segment m, which are in no segment; m may be the number of segments.
 struct Gap {
   int64_t begin, end;
 
@@ -127,7 +129,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_expand_fwd_
     store_vector<T, kAligned>(out + (segment.start + i) * width, column, width, vector);
 }
 
-// The gradient goes to the first frame that holds the maximum, or the first NaN if that is it.
+// The gradient goes to the first frame that equals the maximum, or to the first NaN if the maximum is NaN.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_max_bwd_kernel(ReduceParams p) {
   const SegmentThread at;
@@ -140,7 +142,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_max_bwd_ker
   if (segment.length == 0) return;
   const Vector<T> best = load_vector<T, kAligned>(row_of<T>(p.y, at.m), column, width);
   const Vector<T> grad = load_vector<T, kAligned>(row_of<T>(p.grad, at.m), column, width);
-  unsigned given = 0;  // a bit an element
+  unsigned given = 0;  // one bit per element: its gradient has been written
   for (int64_t i = 0; i < segment.length; ++i) {
     const Vector<T> row = load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width);
     Vector<T> result = zero_vector<T>();
@@ -157,7 +159,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_max_bwd_ker
   }
 }
 
-// A warp a segment: grad_x[t] = w[t] / W * grad, grad_weights[t] = (grad . x[t] - grad . y) / W.
+// One warp per segment. With W the sum of the segment's weights:
+// grad_x[t] = w[t] / W * grad, grad_weights[t] = (grad . x[t] - grad . y) / W.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_mean_bwd_kernel(ReduceParams p) {
   using S = accumulate_t<T>;

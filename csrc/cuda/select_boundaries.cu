@@ -1,3 +1,4 @@
+// Launches the kernels of prepare.cuh and select_boundaries.cuh.
 #include <algorithm>
 
 #include "dispatch.h"

@@ -1,6 +1,9 @@
-// Segments from distances, over scalars alone: first a byte a row that says whether a segment starts or stops there,
-// then the compaction of these bytes. Rules without min_len and max_len judge every row by itself; with them a thread
-// walks each sequence (rule.h).
+// Segments from distances. The first kernel writes one byte of flags per row: whether a segment starts or stops there.
+// Rules with min_len or max_len need a second kernel, in which one thread walks each sequence (rule.h); other rules
+// decide every row independently. The last kernel compacts the flags into segments.
+//
+// Model, for N rows and M segments: the distances are read once, 4 N bytes (8 N for fp64), the flags are written and
+// read, 2 N bytes, and 16 M bytes are written.
 #pragma once
 
 #include "params.h"
@@ -10,7 +13,7 @@ namespace fastcompress::cuda {
 
 constexpr uint8_t kStops = 1, kStarts = 2;
 
-// A thread a row.
+// One thread per row.
 template <class S>
 __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -24,7 +27,7 @@ __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) 
   if (!stops) {
     int64_t run = place.begin;
     if (p.row_group != nullptr) {
-      // Uniform windows and prominences count from the start of the run; a peak looks back no further than its order.
+      // Uniform and prominences need the start of the run; a peak depends only on `order` distances before it.
       const bool all = p.rule.kind == RuleKind::kUniform || p.rule.prominence > 0;
       const int64_t reach = all ? row : p.rule.kind == RuleKind::kLocalMax ? p.rule.size : 0;
       const int64_t first = reach < row - 2 - place.begin ? row - 2 - reach : place.begin;
@@ -36,7 +39,7 @@ __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) 
   p.flags[row] = uint8_t((stops ? kStops : 0) | (starts ? kStarts : 0));
 }
 
-// A thread a sequence; after select_flags_kernel, which marked the rows that are in no segment.
+// One thread per sequence. select_flags_kernel has marked the rows that are in no segment.
 template <class S>
 __global__ void __launch_bounds__(kThreads) select_walk_kernel(SelectParams p) {
   const int64_t b = int64_t(blockIdx.x) * kThreads + threadIdx.x;
@@ -47,7 +50,7 @@ __global__ void __launch_bounds__(kThreads) select_walk_kernel(SelectParams p) {
                       [&](int64_t start, int64_t) { p.flags[start] = kStops | kStarts; });
 }
 
-// A thread a row, a block a tile of kThreads rows.
+// One thread per row, one block per tile of kThreads rows.
 static __global__ void __launch_bounds__(kThreads) select_compact_kernel(SelectParams p) {
   __shared__ RowBits starts_shared;
   __shared__ int64_t tile_shared, before_shared;

@@ -1,4 +1,4 @@
-// The sum of a segment in its one order: blocks of kBlock frames, the blocks added in order (reduce.h).
+// The sum of a segment in its defined order: blocks of kBlock frames, the blocks added in order (segment_reduce.h).
 #pragma once
 
 #include "../segment_reduce.h"
@@ -6,7 +6,8 @@
 
 namespace fastcompress::cuda {
 
-// The sum of `count` >= 1 rows at one column; `load(i)` gives the vector of row i, `join(a, b)` adds b to a.
+// Computes the sum of `count` >= 1 rows at one vector of columns. `load(i, row)` loads row i; `join(a, b)` returns the
+// sum, or maximum, of a and b.
 template <class T, class Load, class Join>
 __device__ __forceinline__ void ordered_sum(int64_t count, const Load& load, const Join& join,
                                             accumulate_t<T> (&total)[kVector<T>]) {

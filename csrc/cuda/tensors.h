@@ -1,4 +1,4 @@
-// What the CUDA ops share on the host: allocation, launching, errors.
+// Shared by the host code of the CUDA ops: allocation, dtypes, streams and errors.
 #pragma once
 
 #include <cstdlib>
@@ -9,20 +9,20 @@
 
 namespace fastcompress::cuda {
 
-// Columns of a grid are counted in 16 bits.
+// Widest rows: the y dimension of a grid, which indexes blocks of columns, is limited to 16 bits.
 constexpr int64_t kMaxWidth = int64_t(1) << 21;
 
 inline void check(Error error, const char* what) {
   STD_TORCH_CHECK(error == 0, "fastcompress: ", what, ": ", error_text(error));
 }
 
-// FASTCOMPRESS_CHECK=1: every call waits and raises what its kernel found wrong.
+// With FASTCOMPRESS_CHECK=1 every call waits for its kernel and raises if the kernel found invalid input.
 inline bool checks_at_once() {
   const char* value = std::getenv("FASTCOMPRESS_CHECK");
   return value != nullptr && std::strcmp(value, "1") == 0;
 }
 
-// The device of a tensor as the current one, and its current stream.
+// Makes the device of a tensor the current one while it exists, and holds the current stream of that device.
 struct Scope {
   explicit Scope(const Tensor& like)
       : guard(enter_device(like.get_device_index())), stream(current_stream(like.get_device_index())) {}
@@ -56,7 +56,7 @@ inline RowsIn rows_in(const Rows& rows) {
   return {rows.tensor.const_data_ptr(), rows.count, rows.width, rows.stride};
 }
 
-// A flag that a kernel sets when an index is wrong, where that is to be checked.
+// A flag that a kernel sets if an index is invalid; null unless FASTCOMPRESS_CHECK=1.
 class ErrorFlag {
  public:
   explicit ErrorFlag(const Tensor& like) {
@@ -65,7 +65,7 @@ class ErrorFlag {
     data = static_cast<int32_t*>(flag_.mutable_data_ptr());
   }
 
-  // Whether it was set.
+  // Waits for the stream and returns whether the flag was set.
   bool read(Stream stream) const {
     if (data == nullptr) return false;
     int32_t error;

@@ -1,6 +1,7 @@
-// What the kernels that find segments share. A block takes a tile of consecutive rows and a thread a row; whether a row
-// starts or stops a segment is a bit in four words of shared memory; a decoupled look-back over the tiles (Merrill and
-// Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016) tells each how many segments precede it.
+// Shared by the kernels that find segments. One block processes a tile of consecutive rows, with one thread per row.
+// Bitmasks in shared memory hold one bit per row: whether it starts or stops a segment. A decoupled look-back over the
+// tiles (Merrill and Garland, "Single-pass parallel prefix scan with decoupled look-back", 2016) gives each tile the
+// number of segments before it.
 #pragma once
 
 #include "device.h"
@@ -8,16 +9,16 @@
 
 namespace fastcompress::cuda {
 
-// A bit a row, of up to kThreads rows.
+// A bitmask of up to kThreads rows.
 struct RowBits {
   unsigned words[kWarps];
 
-  // All threads of the block take part; a barrier must follow.
+  // Sets one bit per thread by warp ballots. All threads of the block must call this, and a barrier must follow.
   __device__ void vote(int thread, bool bit) {
     const unsigned word = __ballot_sync(~0u, bit);
     if (thread % 32 == 0) words[thread / 32] = word;
   }
-  // Bits [from, to) of a word.
+  // Returns a word with only the bits in [from, to) kept; `word_first` is the index of its first bit.
   static __device__ unsigned masked(unsigned word, int word_first, int from, int to) {
     const int low = from - word_first, high = to - word_first;
     if (high <= 0 || low >= 32) return 0;
@@ -31,14 +32,14 @@ struct RowBits {
     for (int w = 0; w < kWarps; ++w) total += __popc(masked(words[w], 32 * w, from, to));
     return total;
   }
-  // The first bit that is set in [from, to), or `to`.
+  // Returns the first set bit in [from, to), or `to`.
   __device__ int first(int from, int to) const {
 #pragma unroll
     for (int w = 0; w < kWarps; ++w)
       if (const unsigned word = masked(words[w], 32 * w, from, to)) return 32 * w + __ffs(int(word)) - 1;
     return to;
   }
-  // The last bit that is set in [0, to), or -1.
+  // Returns the last set bit in [0, to), or -1.
   __device__ int last(int to) const {
 #pragma unroll
     for (int w = kWarps - 1; w >= 0; --w)
@@ -48,7 +49,7 @@ struct RowBits {
   __device__ bool at(int i) const { return words[i / 32] >> i % 32 & 1; }
 };
 
-// The first index in [0, count) whose value is greater than `value`, or count; the values do not decrease.
+// Returns the first index in [0, count) whose value is greater than `value`, or count; `values` is in ascending order.
 __device__ inline int64_t upper_bound(const int64_t* values, int64_t count, int64_t value) {
   int64_t low = 0, high = count;
   while (low < high) {
@@ -61,12 +62,12 @@ __device__ inline int64_t upper_bound(const int64_t* values, int64_t count, int6
   return low;
 }
 
-// Where a row lies.
+// The sequence and the group of a row.
 struct RowPlace {
-  bool alive = false;    // in a sequence, and not dropped by its group
-  bool changes = false;  // starts a run, or is in none
+  bool alive = false;    // the row is in a sequence and not dropped by its group
+  bool changes = false;  // the row starts a run or is in no run, so it always stops the previous segment
   int32_t group = kKeepRow + 1;
-  int64_t begin = 0, end = 0;  // of its sequence
+  int64_t begin = 0, end = 0;  // first row and end of its sequence
 };
 
 __device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* row_group, int64_t row) {
@@ -84,7 +85,7 @@ __device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* 
   return place;
 }
 
-// Whether the segment of a Uniform rule that starts at `row` has all its frames.
+// Returns whether the segment of a Uniform rule that starts at `row` has rule.size frames.
 __device__ inline bool is_whole(const Rule& rule, const RowPlace& place, const int32_t* row_group, int64_t row) {
   if (rule.size > place.end - row) return false;
   for (int64_t r = row + 1; row_group != nullptr && r < row + rule.size; ++r)
@@ -92,7 +93,7 @@ __device__ inline bool is_whole(const Rule& rule, const RowPlace& place, const i
   return true;
 }
 
-// Whether a row on which the rule stops a segment starts one.
+// Returns whether a row that stops a segment also starts one: dropped rows and short tails of Uniform do not.
 __device__ inline bool starts_segment(const Rule& rule, const RowPlace& place, const int32_t* row_group, int64_t row) {
   if (!place.alive) return false;
   const bool drops_short = rule.kind == RuleKind::kUniform && !rule.keep_tail && place.group != kKeepRow;
@@ -101,25 +102,27 @@ __device__ inline bool starts_segment(const Rule& rule, const RowPlace& place, c
 
 // ---- look-back ----
 
-// A published word: a count, and what it counts.
+// A published word has a count in the upper 62 bits and one of these states in the lower 2: the count is that of the
+// tile alone, or includes all tiles before it. The word 0 means that nothing is published.
 constexpr uint64_t kOwnCount = 1, kCountSoFar = 2;
 
-// Tells the other tiles how many segments start in this one. By one thread, as early as it is known.
+// Publishes the number of segments that start in this tile. One thread calls this as early as possible.
 __device__ inline void publish_count(const Scratch& scratch, int64_t tile, int64_t count) {
   store_release(scratch.tiles + tile, uint64_t(count) << 2 | (tile == 0 ? kCountSoFar : kOwnCount));
 }
 
-// Segments before `tile`, which has published its own `count`. By the lanes of one warp.
+// Returns the number of segments before `tile`, which has published its own `count`, and publishes the total so far.
+// All lanes of one warp call this.
 __device__ inline int64_t look_back(const Scratch& scratch, int64_t tile, int64_t count, int lane) {
   if (tile == 0) return 0;
   int64_t before = 0;
-  for (int64_t nearest = tile - 1;; nearest -= 32) {  // 32 tiles at a time, lane 0 the nearest
-    uint64_t word = kCountSoFar;                      // before the first tile: nothing
+  for (int64_t nearest = tile - 1;; nearest -= 32) {  // 32 tiles at a time; lane 0 reads the nearest
+    uint64_t word = kCountSoFar;                      // lanes before the first tile: a count of 0
     if (nearest >= lane) {
       while ((word = load_acquire(scratch.tiles + (nearest - lane))) == 0) __nanosleep(40);
     }
     const unsigned so_far = __ballot_sync(~0u, (word & 3) == kCountSoFar);
-    const int last = so_far == 0 ? 31 : __ffs(int(so_far)) - 1;  // the nearest that knows all before it
+    const int last = so_far == 0 ? 31 : __ffs(int(so_far)) - 1;  // the nearest tile with a total so far
     int64_t sum = lane <= last ? int64_t(word >> 2) : 0;
 #pragma unroll
     for (int with = 16; with > 0; with /= 2) sum += __shfl_xor_sync(~0u, sum, with);
@@ -130,9 +133,9 @@ __device__ inline int64_t look_back(const Scratch& scratch, int64_t tile, int64_
   return before;
 }
 
-// cu_segments of the sequences that end in rows (first, last], by all threads; `before` segments precede the tile,
-// whose starts are bits `first_bit` and on. The first tile also writes those that end at row 0, the last one those that
-// remain.
+// Writes cu_segments of the sequences that end in rows (first, last]. All threads of the block call this. `before` is
+// the number of segments before the tile; the starts of its rows are the bits from `first_bit` on. The first tile also
+// writes the sequences that end at row 0, and the last tile all remaining ones.
 __device__ inline void write_cu_segments(const SegmentsOut& out, const Sequences& sequences, const RowBits& starts,
                                          int first_bit, int64_t first, int64_t last, bool is_last, int64_t before,
                                          int thread) {

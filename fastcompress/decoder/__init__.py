@@ -1,4 +1,4 @@
-"""What a decoder of transformers needs to run packed rows; importing it registers the attention ``"fastcompress"``."""
+"""Run transformers decoders on packed rows. Importing this package registers the attention ``"fastcompress"``."""
 
 from fastcompress.decoder.attention import NAME, attention_forward, check_decoder, packed_attention, prepare
 

@@ -1,8 +1,8 @@
-"""Attention over packed sequences in the decoders of transformers, registered as ``"fastcompress"``.
+"""Packed attention for the decoders of transformers, registered as ``"fastcompress"``.
 
-Importing this module registers the implementation, so ``attn_implementation="fastcompress"`` works from then on;
-:func:`prepare` sets it on a model and says at once if the model cannot run packed. A decoder then takes
-:meth:`fastcompress.PackedInputs.model_inputs`: each sequence attends to itself alone, and no mask of T x T is built.
+Importing this module registers the implementation, so that ``attn_implementation="fastcompress"`` works.
+:func:`prepare` sets it on a model and raises if the model cannot run packed. The decoder then accepts
+:meth:`fastcompress.PackedInputs.model_inputs`: each sequence attends only to itself, and no mask of T x T is built.
 Without ``cu_seq_lens_q`` (padded batches, decoding) the implementation is stock SDPA.
 """
 
@@ -23,35 +23,35 @@ __all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "pr
 
 NAME = "fastcompress"
 
-#: Kinds of decoder layers whose rows meet only in attention of the whole sequence, or of a window of it.
+#: Layer types that can run packed: their rows interact only by attention over the sequence or a window of it.
 LAYER_TYPES = frozenset({"full_attention", "sliding_attention", "attention"})
-#: Settings of models alone whose layers mix rows by a recurrence or a convolution, through which packing would leak.
+#: Settings that only models with recurrent or convolutional layers have; these layers would mix packed sequences.
 RECURRENT_SETTINGS = (
     "mamba_d_state", "mamba_state_dim", "mamba_d_conv", "ssm_cfg", "ssm_state_size", "state_size", "conv_L_cache",
     "conv_kernel", "linear_conv_kernel_dim", "lru_width", "hybrid_override_pattern", "attn_layer_period",
 )  # fmt: skip
-#: What a layer can pass that changes its scores, and that is not computed here.
+#: Arguments of a layer that change its attention scores and are not supported here.
 UNKNOWN_ARGUMENTS = ("s_aux", "sinks", "position_bias", "attention_bias", "block_table", "indices", "block_indices")
-#: Kinds of rotary embeddings whose frequencies for the whole batch depend on its longest sample.
+#: Types of rotary embeddings that choose the frequencies of the whole batch by its longest sample.
 BATCH_WIDE_ROPE = ("dynamic", "longrope")
 
 
 def check_decoder(config: Any) -> None:
-    """Raises if packing would leak through a decoder's layers, or if their attention is none of ours.
+    """Check by its configuration that a decoder can run packed.
 
     Args:
-        config: of the decoder, such as ``model.config.get_text_config(decoder=True)``.
+        config: Configuration of the decoder, such as ``model.config.get_text_config(decoder=True)``.
 
     Raises:
-        NotImplementedError: with the reason.
+        NotImplementedError: The decoder cannot run packed. The message has the reason.
     """
     kind = getattr(config, "model_type", type(config).__name__)
     types = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or ()
     for layer in types:
         if layer not in LAYER_TYPES:
             raise NotImplementedError(
-                f"{kind} cannot run packed: it has {layer!r} layers, which would mix sequences; only "
-                f"{', '.join(sorted(LAYER_TYPES))} can be cut between them"
+                f"{kind} cannot run packed: its {layer!r} layers would mix sequences; supported layer types: "
+                f"{', '.join(sorted(LAYER_TYPES))}"
             )
     for setting in RECURRENT_SETTINGS:
         if getattr(config, setting, None) is not None:
@@ -60,20 +60,25 @@ def check_decoder(config: Any) -> None:
                 "whose state would pass from one sequence to the next"
             )
     if getattr(config, "keep_window_size", None) is not None:
-        raise NotImplementedError(f"{kind} cannot run packed: its layers choose what a row sees (keep_window_size)")
+        raise NotImplementedError(
+            f"{kind} cannot run packed: its layers select the keys of each row (keep_window_size in its configuration)"
+        )
 
 
 def prepare(decoder: Any) -> Any:
-    """Gives a decoder of transformers the attention of this module, and returns it.
+    """Set packed attention on a decoder of transformers.
 
-    The implementation refuses by itself what it meets in an attention layer; this refuses before anything runs, also
-    models that have no such layer.
+    The attention itself raises for unsupported layers when it runs; this function raises before, and also for models
+    without attention layers.
 
     Args:
-        decoder: a ``PreTrainedModel``, also one with an audio encoder beside its decoder.
+        decoder: ``PreTrainedModel``, which may also have an audio encoder; changed in place.
+
+    Returns:
+        ``decoder``.
 
     Raises:
-        NotImplementedError: packing would leak through its layers, with the reason.
+        NotImplementedError: The decoder cannot run packed. The message has the reason.
     """
     config = decoder.config.get_text_config(decoder=True)
     check_decoder(config)
@@ -81,7 +86,7 @@ def prepare(decoder: Any) -> Any:
     layers = layers if isinstance(layers, PreTrainedModel) else decoder.base_model
     reason = ""
     if not getattr(layers, "_supports_attention_backend", False):
-        reason = "its layers do not take their attention from AttentionInterface, or are not marked as doing so"
+        reason = "its layers do not use AttentionInterface (_supports_attention_backend is not set)"
     elif any(getattr(module, "is_causal", True) is False for module in layers.modules()):
         reason = "its attention is not causal"
     if reason:
@@ -91,7 +96,7 @@ def prepare(decoder: Any) -> Any:
 
 
 def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> int | None:
-    """The window of a layer, which some decoders say in their masks alone."""
+    """Return the sliding window of a layer; decoders that put it only into their masks have it in their config."""
     if given is not None or config is None or getattr(config, "sliding_window", None) is None:
         return given
     types = getattr(config, "layer_types", None)
@@ -101,14 +106,14 @@ def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> in
         return None
     raise NotImplementedError(
         f"{config.model_type} cannot run packed: its configuration has a sliding_window of {config.sliding_window}, "
-        f"but {type(module).__name__} does not say whether its layer has one"
+        f"but {type(module).__name__} does not specify whether its layer uses one"
     )
 
 
 def _check_rope(config: Any, longest: int) -> None:
-    """Refuses frequencies that one sample would choose for all the others."""
+    """Raise if the longest packed sample would change the rotary frequencies of the others."""
     parameters = getattr(config, "rope_parameters", None) or {}
-    nested = [p for p in parameters.values() if isinstance(p, dict)]  # one a kind of layer
+    nested = [p for p in parameters.values() if isinstance(p, dict)]  # one entry per layer type
     for rope in nested or [parameters]:
         kind = rope.get("rope_type")
         if kind not in BATCH_WIDE_ROPE:
@@ -116,9 +121,9 @@ def _check_rope(config: Any, longest: int) -> None:
         limit = config.max_position_embeddings if kind == "dynamic" else rope["original_max_position_embeddings"]
         if longest > limit:
             raise NotImplementedError(
-                f"{config.model_type} cannot run samples of {longest} rows packed: from {limit} rows on the {kind!r} "
-                "rotary embedding of the longest sample would be that of all the others. If none is so long, "
-                "pack(..., exact_max_seqlen=True) says so"
+                f"{config.model_type} cannot run samples of {longest} rows packed: beyond {limit} rows its {kind!r} "
+                "rotary embedding depends on the longest sample of the batch. If no sample is that long, use "
+                "pack(..., exact_max_seqlen=True)"
             )
 
 
@@ -143,34 +148,43 @@ def attention_forward(
     max_length_k: int | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """What transformers calls in each layer: ``[B, H, L, D]`` -> ``[B, L, H, D]`` and no weights.
+    """Compute the attention of one layer; transformers calls this function.
 
-    With ``cu_seq_lens_q`` it is :func:`packed_attention` of ``B`` = 1 packed row, else stock SDPA. ``cu_seq_lens_k``
-    must be ``cu_seq_lens_q``, whose values are compared where reading them costs nothing.
+    With ``cu_seq_lens_q`` this is :func:`packed_attention`, and ``B`` must be 1; else it is stock SDPA.
 
     Args:
-        module: the layer's attention, whose configuration is checked and whose mode decides about dropout.
-        query, key, value: ``[B, H, L, D]``; ``key`` and ``value`` may have fewer heads.
-        attention_mask: of stock SDPA; ``None`` with packed rows.
-        dropout: share of weights that are dropped.
-        scaling: of the products; ``None``: ``D ** -0.5``.
-        is_causal, sliding_window, softcap: as transformers gives them.
-        cu_seq_lens_q, cu_seq_lens_k: ``[samples + 1]`` int32, where packed samples begin.
-        max_length_q, max_length_k: rows of the longest sample.
-        kwargs: what else transformers passes; what changes the result is refused.
+        module: Attention module of the layer, whose configuration is checked.
+        query: ``[B, H, L, D]``, fp32, fp16, bf16 or fp64.
+        key: ``[B, Hkv, L, D]``; ``H`` is a multiple of ``Hkv``.
+        value: ``[B, Hkv, L, D]``.
+        attention_mask: Mask for stock SDPA; ``None`` or empty with packed rows.
+        dropout: Probability that an attention weight becomes 0.
+        scaling: Factor of the scores; ``None``: ``D ** -0.5``.
+        is_causal: Whether a row attends only to itself and the rows before it; ``None``: ``module.is_causal``.
+        sliding_window: Number of rows that a row attends to; ``None``: all.
+        softcap: Bound of the scores, as in :func:`packed_attention`.
+        cu_seq_lens_q: Offsets of the packed samples, ``[samples + 1]`` int32; ``None``: not packed.
+        cu_seq_lens_k: Must equal ``cu_seq_lens_q``. The values are compared on the CPU, and on a GPU only with
+            ``FASTCOMPRESS_CHECK=1``.
+        max_length_q: Upper bound of the rows of a sample; ``None``: ``L``.
+        max_length_k: Ignored.
+        kwargs: Further arguments of the layer; unsupported ones that change the result are refused.
+
+    Returns:
+        Outputs ``[B, L, H, D]``, and ``None`` in place of attention weights.
 
     Raises:
-        ValueError: packed rows with a mask, with a cache of earlier rows, or in several batch rows.
-        NotImplementedError: a decoder, or an argument of its attention, that packing does not know.
+        ValueError: Packed rows have a mask, a cache of earlier rows, or several batch rows.
+        NotImplementedError: The decoder, or an argument of the layer, is not supported.
     """
     config = getattr(module, "config", None)
     if cu_seq_lens_q is None:
         if attention_mask is not None and attention_mask.numel() == 0 and query.numel() > 0:
             raise NotImplementedError(
-                f"{getattr(config, 'model_type', type(module).__name__)} cannot run packed: it got the empty mask of "
-                "PackedInputs.model_inputs(), but hands no cu_seq_lens_q on to its attention"
+                f"{getattr(config, 'model_type', type(module).__name__)} cannot run packed: it does not pass "
+                "cu_seq_lens_q of PackedInputs.model_inputs() to its attention"
             )
-        if softcap is not None:  # which stock SDPA refuses
+        if softcap is not None:  # stock SDPA does not support it
             causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             causal = causal and attention_mask is None and 1 < query.shape[2] == key.shape[2]
             scale = query.shape[3] ** -0.5 if scaling is None else scaling
@@ -185,25 +199,25 @@ def attention_forward(
         _check_rope(config, longest)
     for name in UNKNOWN_ARGUMENTS:
         if kwargs.get(name) is not None:
-            raise NotImplementedError(f"packed attention does not know {name}, which {type(module).__name__} passes")
+            raise NotImplementedError(f"packed attention does not support {name}, which {type(module).__name__} passes")
     if kwargs.get("output_attentions") or getattr(config, "output_attentions", False):
-        raise NotImplementedError("packed attention has no weights to return: output_attentions must be False")
+        raise NotImplementedError("output_attentions must be False: packed attention does not return weights")
     if getattr(config, "output_router_logits", False) or kwargs.get("output_router_logits"):
         raise NotImplementedError(
-            "the auxiliary loss of the router weighs rows by a mask of [B, L], which packed rows do not have: "
-            "output_router_logits must be False"
+            "output_router_logits must be False: the router's auxiliary loss needs a mask [B, L], which packed rows do "
+            "not have"
         )
     if query.shape[0] != 1:
-        raise ValueError(f"packed rows must be one batch row, [1, T, ...], got a batch of {query.shape[0]}")
+        raise ValueError(f"packed rows must have batch size 1, [1, T, ...], got {query.shape[0]}")
     if attention_mask is not None and attention_mask.numel() > 0:
         raise ValueError(
-            f"packed rows take no attention mask, got one of shape {list(attention_mask.shape)}; "
-            "PackedInputs.model_inputs() has an empty one, which keeps transformers from building its own"
+            f"packed rows take no attention mask, got shape {list(attention_mask.shape)}; pass the empty mask of "
+            "PackedInputs.model_inputs(), which stops transformers from building its own"
         )
     if key.shape[2] != query.shape[2]:
         raise ValueError(
-            f"packed rows cannot follow rows in a cache, got {query.shape[2]} queries and {key.shape[2]} keys; "
-            "pass use_cache=False, and to generate give PackedInputs.unpack() instead"
+            f"packed rows cannot follow rows of a cache, got {query.shape[2]} queries and {key.shape[2]} keys; "
+            "pass use_cache=False, and generate from PackedInputs.unpack() instead"
         )
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         q, k = cu_seq_lens_q, cu_seq_lens_k

@@ -1,4 +1,4 @@
-"""Arguments of transformers' ``generate``, whose prompt is packed rows, and so not as long as the ids asked with."""
+"""Helpers for transformers' ``generate`` with a compressed prompt, whose rows are fewer than the ids of the caller."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def unwrap(model: Any) -> Any:
 
 
 def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
-    """Of an argument of ``generate``: as it is passed, or in the configuration passed, or in the model's."""
+    """Return an argument of ``generate``: from the call, its ``generation_config``, or the model's, in this order."""
     for source in (arguments, vars(arguments.get("generation_config") or object), vars(model.generation_config)):
         if source.get(name) is not None:
             return source[name]
@@ -24,14 +24,26 @@ def setting(model: Any, arguments: Mapping[str, Any], name: str) -> Any:
 
 
 def new_token_limits(model: Any, arguments: Mapping[str, Any], asked: int) -> dict[str, Any]:
-    """``max_length`` and ``min_length``, which count the ids of the prompt, as numbers of new tokens."""
+    """Translate ``max_length`` and ``min_length``, which count the ids of the prompt, to numbers of new tokens.
+
+    Args:
+        model: Model that generates.
+        arguments: Arguments of ``generate``.
+        asked: Number of ids of the prompt.
+
+    Returns:
+        Arguments that override those of the call.
+
+    Raises:
+        ValueError: ``max_length`` is not more than the ids of the prompt.
+    """
     found: dict[str, Any] = {}
     for total, new in (("max_length", "max_new_tokens"), ("min_length", "min_new_tokens")):
         value = setting(model, arguments, total)
         if not value or setting(model, arguments, new) is not None:
             continue
         if total == "max_length" and value <= asked:
-            raise ValueError(f"max_length must be more than the {asked} ids of the prompt, got {value}")
+            raise ValueError(f"max_length must be > {asked}, the number of ids of the prompt, got {value}")
         found[new] = max(0, value - asked)
         if total in arguments:
             found[total] = None
@@ -47,9 +59,9 @@ def prepend_prompt(output: Any, input_ids: Tensor, skip: int = 0) -> Any:
     """Put the ids of the prompt before those that ``generate`` returned.
 
     Args:
-        output: ``[R, S]`` int64, or the output of ``return_dict_in_generate`` with such ``sequences``; ``R`` is a
-            multiple of the batch size.
-        input_ids: ``[B, L]`` int64, the ids the caller gave.
+        output: Ids ``[R, S]`` int64, or the output of ``return_dict_in_generate`` with such ``sequences``; ``R`` is a
+            multiple of ``B``.
+        input_ids: Ids of the prompt as the caller passed them, ``[B, L]`` int64.
         skip: Leading columns of ``output`` that stand for the compressed prompt.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Causal attention over packed sequences, each to itself alone.
+"""Attention over packed sequences, in which each sequence attends only to itself.
 
-On a GPU half types go through ``torch.nn.attention.varlen``; everything else is SDPA sequence by sequence. No mask of
-T x T is built.
+On a GPU, fp16 and bf16 run by ``torch.nn.attention.varlen``. Everything else runs by SDPA, one sequence after another.
+No mask of T x T is built.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastcompress.checks import check_float, check_offsets, check_same_device
 
-#: Queries of a block, where a window or a soft cap keeps a sequence from being one call: its scores and its mask, of
-#: the block alone, then take megabytes for any length.
+#: Queries per block. A sequence with a window or a soft cap runs block by block, so that the scores and masks take
+#: memory in proportion to its length.
 BLOCK = 256
 
+#: Host copies of ``cu_seqlens`` tensors on a GPU, with the tensor's version at the time of the copy.
 _host_offsets = WeakTensorKeyDictionary()
 
 
@@ -39,28 +40,28 @@ def packed_attention(
     softcap: float | None = None,
     dropout: float = 0.0,
 ) -> Tensor:
-    """Attention of each sequence to itself. Under autocast it runs in autocast's dtype, as SDPA does.
+    """Compute the attention of each packed sequence to itself. Under autocast it runs in autocast's dtype, as SDPA.
 
     Args:
         query: ``[T, Hq, D]``; fp32, fp16, bf16 or fp64.
-        key: ``[T, Hkv, D]`` in the dtype of ``query``; ``Hq`` is a multiple of ``Hkv``, whose heads are shared by
-            neighbouring queries'.
-        value: ``[T, Hkv, Dv]`` likewise.
-        cu_seqlens: ``[B + 1]`` int32 or int64, rows before each sequence; ends at ``T``. Where a GPU's kernel takes
-            them their values are not read, so not checked, unless ``FASTCOMPRESS_CHECK=1``.
-        max_seqlen: at least the rows of the longest sequence; ``None``: ``T``. A close bound saves a GPU empty blocks.
-        scale: of the scores; ``None``: ``1 / sqrt(D)``.
-        causal: whether a row sees only those before it and itself.
-        window: with ``causal``, how many rows a row sees, itself among them.
-        softcap: scores become ``softcap * tanh(score / softcap)``.
-        dropout: probability that a weight becomes 0.
+        key: ``[T, Hkv, D]`` in the dtype of ``query``; ``Hq`` is a multiple of ``Hkv``, and ``Hq / Hkv`` neighbouring
+            query heads share a head of ``key`` and ``value``.
+        value: ``[T, Hkv, Dv]`` in the dtype of ``query``.
+        cu_seqlens: Offsets of the sequences, ``[B + 1]`` int32 or int64, from 0 to ``T``. The GPU kernel does not
+            check the values unless ``FASTCOMPRESS_CHECK=1``.
+        max_seqlen: Upper bound of the rows of a sequence; ``None``: ``T``. A tight bound saves empty blocks on a GPU.
+        scale: Factor of the scores; ``None``: ``1 / sqrt(D)``.
+        causal: Whether a row attends only to itself and the rows before it.
+        window: Number of rows that a row attends to, including itself; needs ``causal``. ``None``: all.
+        softcap: Bound of the scores, which become ``softcap * tanh(score / softcap)``; ``None``: no bound.
+        dropout: Probability that an attention weight becomes 0.
 
     Returns:
-        ``[T, Hq, Dv]``, differentiable.
+        Outputs ``[T, Hq, Dv]``, differentiable.
 
     Raises:
-        TypeError: a tensor of another type.
-        ValueError: a shape, device or value that does not fit, named in the message.
+        TypeError: A tensor is not floating point, or the dtypes differ.
+        ValueError: A shape, device or value does not fit; the message names the argument.
     """
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         check_float(name, tensor)
@@ -76,17 +77,17 @@ def packed_attention(
             raise TypeError(f"query and {name} must have one dtype, got {query.dtype} and {tensor.dtype}")
     if query.shape[1] % max(key.shape[1], 1):
         heads = f"{query.shape[1]} and {key.shape[1]}"
-        raise ValueError(f"the heads of query must be a multiple of those of key, got {heads}")
+        raise ValueError(f"the number of heads of query must be a multiple of that of key, got {heads}")
     if key.shape[1] != value.shape[1] or key.shape[2] != query.shape[2]:
         raise ValueError(
-            "key must have as many heads as value and the width of query, got query, key and value of shapes "
+            "key must have the number of heads of value and the width of query, got query, key and value of shapes "
             f"{list(query.shape)}, {list(key.shape)} and {list(value.shape)}"
         )
     check_same_device("cu_seqlens", cu_seqlens, query)
     if cu_seqlens.dtype not in (torch.int32, torch.int64) or cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
         raise ValueError(f"cu_seqlens must be [B + 1] int32 or int64, got {list(cu_seqlens.shape)} {cu_seqlens.dtype}")
     if window is not None and (window < 1 or not causal):
-        raise ValueError(f"window must be at least 1 and goes with causal attention, got {window}, causal={causal}")
+        raise ValueError(f"window must be at least 1 and needs causal=True, got {window} and causal={causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
     if query.is_cuda and softcap is None and dropout == 0 and _has_kernel(query, value):
@@ -112,7 +113,7 @@ def packed_attention(
 
 
 def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """The tensors as SDPA would take them. Rotary embeddings leave queries and keys in fp32 beside values in bf16."""
+    """Cast tensors as autocast does for SDPA: rotary embeddings leave queries and keys in fp32, values are in bf16."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return iter(tensors)
@@ -121,7 +122,7 @@ def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
 
 
 def _has_kernel(query: Tensor, value: Tensor) -> bool:
-    """Whether the GPU's kernel takes tensors like these (flash attention's conditions)."""
+    """Return whether the varlen kernel supports these dtypes and widths on this GPU (flash attention's conditions)."""
     width = query.shape[2]
     return (
         query.dtype in (torch.float16, torch.bfloat16)
@@ -133,8 +134,8 @@ def _has_kernel(query: Tensor, value: Tensor) -> bool:
 
 
 def _read_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> list[int]:
-    """Offsets on the host. Those of a GPU are read once for all the layers of a model."""
-    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():  # which have no version
+    """Check offsets and return them as a list. A GPU tensor is read once for all layers of a model."""
+    if not cu_seqlens.is_cuda or cu_seqlens.is_inference():  # inference tensors have no version counter
         offsets = cu_seqlens.tolist()
     else:
         known = _host_offsets.get(cu_seqlens)
@@ -144,7 +145,7 @@ def _read_offsets(cu_seqlens: Tensor, rows: int, max_seqlen: int | None) -> list
     check_offsets("cu_seqlens", offsets, rows, "the number of rows")
     longest = max((b - a for a, b in zip(offsets[:-1], offsets[1:], strict=True)), default=0)
     if max_seqlen is not None and longest > max_seqlen:
-        raise ValueError(f"max_seqlen must be at least the rows of the longest sequence, {longest}, got {max_seqlen}")
+        raise ValueError(f"max_seqlen must be at least {longest}, the rows of the longest sequence, got {max_seqlen}")
     return offsets
 
 
@@ -159,8 +160,10 @@ def attend(
     dropout: float,
     mask: Tensor | None = None,
 ) -> Tensor:
-    """Sequences of one length, ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``; ``mask`` ``[B, 1 or H, Q, K]`` goes without
-    ``causal``."""
+    """Compute attention of sequences of equal length: ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``.
+
+    ``mask`` ``[B, 1 or H, Q, K]`` must not be combined with ``causal``; it is bool or is added to the scores.
+    """
     rows, columns = query.shape[2], key.shape[2]
     if softcap is None and mask is None and (window is None or window >= rows):
         gqa = query.shape[1] != key.shape[1]
@@ -185,7 +188,7 @@ def attend(
 def _attend_block(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scale: float, softcap: float | None, dropout: float
 ) -> Tensor:
-    """``[B, H, Q, D]`` and ``[B, H, K, D]`` -> ``[B, H, Q, D]``; ``mask`` says what is seen, or is added to scores."""
+    """Compute the attention of one block of queries: ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``."""
     groups = query.shape[1] // key.shape[1]
     if softcap is None:
         return F.scaled_dot_product_attention(
@@ -194,7 +197,7 @@ def _attend_block(
     key, value = (t.repeat_interleave(groups, 1) if groups > 1 else t for t in (key, value))
     scores = softcap * torch.tanh(query @ key.transpose(2, 3) * scale / softcap)
     if mask is not None:
-        # The least number and not -inf: padding that sees nothing must not become NaN.
+        # The lowest finite number instead of -inf: a padding row that attends to nothing must not become NaN.
         lowest = torch.finfo(scores.dtype).min
         scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
@@ -202,7 +205,7 @@ def _attend_block(
 
 
 class _Varlen:
-    """``torch.nn.attention.varlen.varlen_attn``, whose arguments are others in torch 2.10, 2.11 and from 2.12 on."""
+    """Call ``varlen_attn`` of torch, whose arguments differ between torch 2.10, 2.11 and 2.12."""
 
     def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function

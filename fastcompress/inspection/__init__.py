@@ -1,1 +1,1 @@
-"""``fastcompress inspect``: what rules do to an audio file, as a table and as a picture."""
+"""Implementation of ``fastcompress inspect``: compare compression rules on an audio file, as a table and a picture."""

@@ -1,6 +1,6 @@
-"""The picture of an inspection: spectrogram, distances, and the segments of every rule, aligned in time.
+"""Draw an inspection: spectrogram, distances, and the segments of every rule, aligned in time.
 
-Needs ``matplotlib`` (``pip install 'fastcompress[audio]'``).
+The module needs ``matplotlib`` (``pip install 'fastcompress[audio]'``).
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from matplotlib.figure import Figure
 from fastcompress.audio import FRAME_RATE, mel_centres
 from fastcompress.inspection.table import Inspection, RuleResult
 
-DEFAULT_SECONDS = 10.0  # a 100 Hz frame is then a pixel wide
+DEFAULT_SECONDS = 10.0  # at this length a 100 Hz frame is about one pixel wide
 
-# Inches; 100 pixels each.
+# All lengths are in inches of 100 pixels.
 _DPI = 100
 _WIDTH = 16.0
 _LEFT, _RIGHT = 2.85, 2.95  # rule names; counts
 _TITLE, _SPECTROGRAM, _DISTANCE, _GAP, _AXIS = 0.95, 2.5, 1.6, 0.16, 0.6
 _COUNT_HEADER, _ROW, _ROW_GAP, _NAME_LINE = 0.42, 0.36, 0.1, 0.19
-_NAME_CHARACTERS = 25  # of a rule on one line
+_NAME_CHARACTERS = 25  # longest line of a rule's name
 
-# Pairs differ in lightness, which every kind of colour vision sees; the hues are Okabe and Ito's.
-_BLUE, _LIGHT_BLUE = "#0072B2", "#A9D6F0"  # rules that read distances
-_GREY, _LIGHT_GREY = "#6E6E6E", "#D0D0D0"  # rules that do not
+# The colours of a pair differ in lightness, which is visible with any colour vision; the hues are Okabe and Ito's.
+_BLUE, _LIGHT_BLUE = "#0072B2", "#A9D6F0"  # rules that use distances
+_GREY, _LIGHT_GREY = "#6E6E6E", "#D0D0D0"  # rules that do not use distances
 _VERMILION = "#D55E00"
 _TEXT, _FAINT_TEXT = "#1A1A1A", "#595959"
 _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 17, 12, 11
@@ -39,23 +39,24 @@ _TITLE_SIZE, _LABEL_SIZE, _TICK_SIZE = 17, 12, 11
 def draw(
     inspection: Inspection, path: str | os.PathLike[str], start: float = 0.0, seconds: float = DEFAULT_SECONDS
 ) -> None:
-    """Writes a PNG, 1600 pixels wide, of the part of the audio from `start` on.
+    """Write a PNG, 1600 pixels wide, that shows a part of the audio.
 
-    Counts and ratios at the right are of the whole audio, as in the table.
+    The counts and ratios at the right are those of the whole audio, as in the table.
 
     Args:
-        inspection: from :func:`fastcompress.inspection.table.inspect_audio`.
-        path: the picture; an existing file is replaced.
-        start, seconds: the part that is shown; it ends where the audio does.
+        inspection: Result of :func:`fastcompress.inspection.table.inspect_audio`.
+        path: File to write; an existing file is replaced.
+        start: Start of the part that is shown, in seconds.
+        seconds: Length of the part that is shown, cut at the end of the audio.
 
     Raises:
-        ValueError: `start` outside the audio, or `seconds` not positive.
-        OSError: the file cannot be written.
+        ValueError: ``start`` is outside the audio, or ``seconds`` is not positive.
+        OSError: The file cannot be written.
     """
     if not 0 <= start < inspection.seconds:
-        raise ValueError(f"the picture starts at {start:g} s, but the audio is from 0 to {inspection.seconds:.2f} s")
+        raise ValueError(f"start must be from 0 to {inspection.seconds:.2f} s, the end of the audio, got {start:g} s")
     if not seconds > 0:
-        raise ValueError(f"the picture must show more than 0 seconds, got {seconds:g}")
+        raise ValueError(f"seconds must be more than 0, got {seconds:g}")
     stop = min(start + seconds, inspection.seconds)
     shown = [result for result in inspection.results if not result.on_noise]
     noise = {str(result.rule): result for result in inspection.results if result.on_noise}
@@ -100,21 +101,21 @@ def _add_axes(figure: Figure, top: float, height: float) -> Axes:
 
 
 def _write(figure: Figure, x: float, y: float, text: str, **style: Any) -> None:
-    """Text at inches from the left and from the top; a `$` in a file name is no formula."""
+    """Write text at ``x`` inches from the left and ``y`` from the top, literally: file names can contain ``$``."""
     width, total = figure.get_size_inches()
     figure.text(x / width, 1 - y / total, text, parse_math=False, **style)
 
 
 def _write_title(figure: Figure, inspection: Inspection, start: float, stop: float) -> None:
-    name = os.path.basename(inspection.path).encode("utf-8", "backslashreplace").decode("utf-8")  # may be no text
+    name = os.path.basename(inspection.path).encode("utf-8", "backslashreplace").decode("utf-8")  # may have surrogates
     if len(name) > 90:
         name = f"{name[:60]} … {name[-25:]}"
     facts = (
         f"{inspection.seconds:.2f} s,  {inspection.source},  {len(inspection.frames)} frames at "
-        f"{inspection.frame_rate:.4g} a second"
+        f"{inspection.frame_rate:.4g} per second"
     )
     if start > 0 or stop < inspection.seconds:
-        facts += f".  Shown: {start:g} to {stop:g} s; counts are of the whole audio"
+        facts += f".  Shown: {start:g} to {stop:g} s; the counts cover the whole audio"
     facts = ".  ".join([facts, *(note.rstrip(".") for note in inspection.notes)])
     _write(figure, _LEFT, 0.42, name, fontsize=_TITLE_SIZE, fontweight="bold", color=_TEXT)
     _write(figure, _LEFT, 0.76, facts, fontsize=_LABEL_SIZE, color=_FAINT_TEXT)
@@ -141,7 +142,7 @@ def _draw_spectrogram(axes: Axes, inspection: Inspection, start: float, stop: fl
         cmap="magma",
         interpolation="nearest",
         vmin=low,
-        vmax=max(high, low + 1e-3),  # silence has one value
+        vmax=max(high, low + 1e-3),  # in silence all values are equal
         extent=(first / FRAME_RATE, last / FRAME_RATE, 0, part.shape[0]),
     )
     axes.set_xlim(start, stop)
@@ -156,7 +157,7 @@ def _draw_spectrogram(axes: Axes, inspection: Inspection, start: float, stop: fl
 def _draw_distance(axes: Axes, inspection: Inspection, start: float, stop: float) -> None:
     rate = inspection.frame_rate
     first, last = _frame_range(rate, start, stop, len(inspection.distance))
-    # d[t] lies between the frames t and t + 1, that is where frame t + 1 begins.
+    # d[t] is the distance between the frames t and t + 1; draw it where frame t + 1 begins.
     seconds = (np.arange(first, last) + 1) / rate
     axes.plot(seconds, inspection.distance[first:last].numpy(), color=_BLUE, linewidth=1.1)
     peaks = inspection.peaks[(inspection.peaks > first) & (inspection.peaks <= last)]
@@ -171,7 +172,7 @@ def _draw_distance(axes: Axes, inspection: Inspection, start: float, stop: float
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(axis="y", color=_LIGHT_GREY, linewidth=0.6)
     axes.set_axisbelow(True)
-    # Beside the axes, where no curve can run through it.
+    # Put the legend outside of the axes, where it cannot cover the curve.
     axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False, fontsize=_LABEL_SIZE, handletextpad=0.2)
 
 
@@ -180,7 +181,7 @@ def _draw_segments(axes: Axes, result: RuleResult, frame_rate: float, start: flo
     visible = np.flatnonzero((spans[:, 1] > start) & (spans[:, 0] < stop))
     corners = [[(a, 0), (a, 1), (b, 1), (b, 0)] for a, b in spans[visible]]
     pair = (_BLUE, _LIGHT_BLUE) if result.rule.needs_distance else (_GREY, _LIGHT_GREY)
-    # Colour by the segment's own number: a part of the audio looks the same whatever else is shown.
+    # Colour by the segment's index in the whole audio, so that colours do not depend on the part that is shown.
     axes.add_collection(PolyCollection(corners, facecolors=[pair[i % 2] for i in visible], linewidths=0))
     axes.set_xlim(start, stop)
     axes.set_ylim(0, 1)
@@ -189,13 +190,13 @@ def _draw_segments(axes: Axes, result: RuleResult, frame_rate: float, start: flo
 
 
 def _frame_range(frame_rate: float, start: float, stop: float, count: int) -> tuple[int, int]:
-    """Frames that touch [start, stop] seconds, at least one."""
+    """Return the range of frames that overlap [start, stop] seconds, at least one frame."""
     first = min(int(start * frame_rate), count - 1)
     return first, max(first + 1, min(int(np.ceil(stop * frame_rate)), count))
 
 
 def _wrapped(rule: str) -> str:
-    """The rule's text in lines of about `_NAME_CHARACTERS`, broken behind a comma or the colon."""
+    """Break the text of a rule into lines of about `_NAME_CHARACTERS`, after commas or the colon."""
     lines = [""]
     for part in rule.replace(":", ":\n").replace(",", ",\n").split("\n"):
         if lines[-1] and len(lines[-1]) + len(part) > _NAME_CHARACTERS:

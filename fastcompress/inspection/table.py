@@ -1,8 +1,8 @@
-"""What each compression rule makes of an audio file: tokens, ratio, time, and where the segments lie.
+"""Measure compression rules on an audio file: tokens, ratio, time and segments.
 
-:func:`inspect_audio` does the work of ``fastcompress inspect``. The frames that are compressed come from a
-:class:`LogMel` or an :class:`Encoder`. Every rule also runs on white noise of the same length: local maxima compress
-even noise about threefold, so a ratio says something about the audio only next to that of noise.
+:func:`inspect_audio` implements ``fastcompress inspect``. The frames come from a :class:`LogMel` or an
+:class:`Encoder`. Every rule also runs on white noise of the same length as a baseline, because local maxima compress
+even noise about 3x.
 """
 
 from __future__ import annotations
@@ -23,10 +23,15 @@ from torch import Tensor
 from fastcompress import LocalMax, Rule, Segments, adjacent_distance, segment_pool
 from fastcompress.audio import FRAME_RATE, SAMPLE_RATE, AudioError, Progress, load_audio, log_mel
 
-# 0.15 and 0.4 were chosen on log-mel of 20 synthesised sentences (5 English voices, 140 to 200 words a minute) whose
-# phone onsets are known. A prominence of 0.15 gives about a token a phone (12.9 a second for 12.3 phones); 80 % of its
-# boundaries lie within 25 ms of an onset and 84 % of the onsets have one (plain local-max: 48 % and 94 %). A threshold
-# of 0.4 gives as many tokens, for comparison, and reaches 69 % and 70 %: all frames of a transition exceed it.
+# The values 0.15 and 0.4 were tuned on log-mel frames of 20 synthesised sentences with known phone onsets (5 English
+# voices, 140 to 200 words per minute). Matches are within 25 ms:
+#
+#     rule                       tokens/s   boundaries near an onset   onsets near a boundary
+#     local-max                                      48 %                      94 %
+#     local-max:prominence=0.15    12.9              80 %                      84 %
+#     threshold:0.4                as many           69 %                      70 %
+#
+# The sentences have 12.3 phones per second. The threshold is worse because all frames of a transition exceed it.
 LOG_MEL_RULES = (
     "uniform:2",
     "uniform:3",
@@ -35,41 +40,41 @@ LOG_MEL_RULES = (
     "local-max:prominence=0.15",
     "threshold:0.4",
 )
-# Distances of encoder output lie elsewhere and depend on the encoder. 0.15 is AdaTS's (merge at a cosine of 0.85).
+# Distances of encoder frames have another range, which depends on the encoder. AdaTS merges at a cosine of 0.85, which
+# is a distance of 0.15.
 ENCODER_RULES = ("uniform:2", "uniform:3", "uniform:4", "local-max", "local-max:threshold=0.15", "threshold:0.15")
 
-_NOISE_LEVEL = 0.1  # RMS; log-mel distances do not depend on it
+_NOISE_LEVEL = 0.1  # RMS; log-mel distances do not depend on the level
 _NOISE_SEED = 0
 _TIMED_CALLS = 5
 _TIMED_SECONDS = 1.0  # no further timed call once a rule has used this much
 
 StageProgress = Callable[[str, float, float], None]
-"""Called with (what is being done, seconds of audio done, seconds of audio in all)."""
+"""Function called with the name of the stage, the seconds of audio processed and the seconds of audio in total."""
 
 
 class EncoderError(ValueError):
-    """An encoder that cannot be loaded or run; the message is one line and names the path and the cause."""
+    """Report that an encoder cannot be loaded or run; the message is one line with the path and the cause."""
 
 
 class FrameSource(Protocol):
-    """Turns samples into the frames that the rules compress."""
+    """Compute the frames that the rules compress."""
 
     name: str
     sample_rate: int
     default_rules: tuple[str, ...]
 
     def frames(self, samples: np.ndarray, progress: Progress | None = None) -> tuple[Tensor, float]:
-        """Frames ``[T, D]`` fp32 of samples ``[S]`` at `sample_rate`, and how many of them make a second."""
+        """Return the frames ``[T, D]`` fp32 of samples ``[S]`` at ``sample_rate``, and their rate per second."""
 
 
 class LogMel:
-    """Whisper's log-mel spectrogram with the mean of each band over the audio removed, 100 frames of 80 a second.
+    """Compute Whisper's log-mel spectrogram, 100 frames per second of 80 bands, and subtract each band's mean.
 
-    The mean has to go because the cosine compares directions from an origin, and that of ``(log10(power) + 4) / 4`` is
-    arbitrary: the same speech 20 dB louder has 0.5 added to every value, which moves the boundaries. With the mean
-    removed, the distances depend neither on the level nor on the microphone's frequency response, and a prominence of
-    0.15 finds 84 % of the phone onsets instead of 73 % (how measured: at `LOG_MEL_RULES`). Dividing by the standard
-    deviation of each band as well made no difference.
+    Cosine distance depends on the origin, which is arbitrary for ``(log10(power) + 4) / 4``: speech that is 20 dB
+    louder has 0.5 added to every value, which moves boundaries. Without the mean, distances depend neither on the level
+    nor on the microphone's frequency response, and a prominence of 0.15 finds 84 % of the phone onsets instead of 73 %
+    (measured as at ``LOG_MEL_RULES``). Dividing by each band's standard deviation as well made no difference.
     """
 
     name = "log-mel"
@@ -77,22 +82,27 @@ class LogMel:
     default_rules: tuple[str, ...] = LOG_MEL_RULES
 
     def frames(self, samples: np.ndarray, progress: Progress | None = None) -> tuple[Tensor, float]:
-        """Frames ``[S // 160, 80]`` fp32, and 100.0. Raises ValueError for less than 25 ms."""
+        """Return frames ``[S // 160, 80]`` fp32 and their rate, 100 per second.
+
+        Raises:
+            ValueError: The samples are shorter than 25 ms.
+        """
         values = log_mel(samples, progress=progress)
         return values.sub_(values.mean(0)), FRAME_RATE
 
 
 class Encoder:
-    """Frames of a transformers audio encoder in a local folder (configuration, weights, feature extractor).
+    """Compute frames with a transformers audio encoder from a local folder.
 
-    The encoders are those of the reference model (:mod:`fastcompress.lalm.encoders`). Audio is encoded in pieces: the
-    encoder's own window, or at most 30 s where it has none. The frames of padding after the last piece are dropped.
+    The folder has the configuration, the weights and the feature extractor of an encoder that
+    :mod:`fastcompress.lalm.encoders` supports. Audio is encoded in pieces of the encoder's window, or of at most 30 s
+    if it has none. The frames of padding after the last piece are dropped.
 
     Args:
         path: Folder that ``save_pretrained`` wrote, or a hub snapshot. Nothing is downloaded.
 
     Raises:
-        EncoderError: The folder is missing, or holds no known audio encoder and its feature extractor.
+        EncoderError: The folder does not exist, or has no supported encoder with its feature extractor.
         ModuleNotFoundError: transformers is not installed.
     """
 
@@ -105,15 +115,15 @@ class Encoder:
 
         self.path: str = os.fspath(path)
         if not os.path.isdir(self.path):
-            raise EncoderError(f"{self.path}: no such folder; --encoder takes a local folder with a transformers model")
+            raise EncoderError(f"{self.path}: no such folder; --encoder needs a local folder with a transformers model")
         try:
             self._extractor = AutoFeatureExtractor.from_pretrained(self.path, local_files_only=True)
             model: Any = load_encoder(self.path)
             self._model = model.float().eval()
-        except Exception as error:  # transformers, safetensors and json have a dozen types for a bad folder
-            raise EncoderError(f"{self.path}: not a transformers audio model ({_first_line(error)})") from error
+        except Exception as error:  # for a bad folder, transformers, safetensors and json raise errors of many types
+            raise EncoderError(f"{self.path}: cannot load a transformers encoder ({_first_line(error)})") from error
         self.sample_rate: int = self._extractor.sampling_rate
-        #: Samples of the encoder's fixed window; ``None``: it takes any length.
+        #: Length of the encoder's window in samples; ``None``: the encoder takes any length.
         self.window: int | None = getattr(self._extractor, "n_samples", None)
         self.name: str = f"{self._model.config.model_type} encoder {Path(self.path).resolve().name}"
 
@@ -122,13 +132,13 @@ class Encoder:
         """Return the last hidden states ``[T, D]`` fp32 and their rate in frames per second.
 
         Raises:
-            EncoderError: There are no samples, or the encoder refuses them.
+            EncoderError: There are no samples, or the encoder cannot encode them.
         """
         count = len(samples)
-        if count == 0:  # of a file that is shorter than a sample at this rate
-            raise EncoderError("there is no audio: 0 samples")
+        if count == 0:  # resampling can leave no sample of a very short file
+            raise EncoderError("the audio is empty: 0 samples")
         size = self.window
-        if size is None:  # equal pieces: a short last one could be too short for the encoder
+        if size is None:  # pieces of equal length, because a short last piece could be too short for the encoder
             size = math.ceil(count / math.ceil(count / (30 * self.sample_rate)))
         pieces = []
         encoded_seconds = 0.0
@@ -151,7 +161,7 @@ class Encoder:
         try:
             inputs = self._extractor(piece, sampling_rate=self.sample_rate, return_tensors="pt")
             features = inputs[self._extractor.model_input_names[0]]
-            if self._model.config.model_type in MASKED:  # their extractors give [1, T, bins]
+            if self._model.config.model_type in MASKED:  # extractors of these return [1, T, bins]
                 features = features.transpose(1, 2)
             frames, lengths = encode(self._model, features, None)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
@@ -162,7 +172,17 @@ class Encoder:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """One row of the table: a rule on one input. `milliseconds` is `segment_pool` itself, the median of a few calls."""
+    """Hold one row of the table: the result of a rule on the audio or on white noise.
+
+    Attributes:
+        rule: The rule.
+        on_noise: Whether the input is white noise.
+        frames: Number of frames.
+        tokens: Number of tokens.
+        seconds: Duration of the input.
+        milliseconds: Time of :func:`fastcompress.segment_pool`, the median of a few calls.
+        segments: The segments.
+    """
 
     rule: Rule
     on_noise: bool
@@ -174,29 +194,30 @@ class RuleResult:
 
     @property
     def ratio(self) -> float:
-        """Frames a token."""
+        """Frames per token."""
         return self.frames / self.tokens if self.tokens else math.inf
 
     @property
     def tokens_per_second(self) -> float:
+        """Tokens per second of audio."""
         return self.tokens / self.seconds
 
 
 @dataclass(frozen=True)
 class Inspection:
-    """All that is known of one audio file.
+    """Hold the inspection of one audio file.
 
     Attributes:
-        path: the file.
-        seconds: its duration.
-        source: name of the frames' source.
-        frames: ``[T, D]`` fp32, what was compressed.
-        frame_rate: frames a second.
-        distance: ``[T]`` fp32, :func:`fastcompress.adjacent_distance` of the frames.
-        peaks: ``[P]`` int64, rows that start a segment under ``LocalMax()``, the first row not among them.
-        spectrogram: ``[S // 160, 80]`` fp32 log-mel at 100 frames a second, for the picture.
-        results: two for each rule, audio and white noise; one without noise.
-        notes: what the reader should know of this audio, a sentence each.
+        path: Path of the file.
+        seconds: Duration of the audio.
+        source: Name of the source of the frames.
+        frames: Frames that were compressed, ``[T, D]`` fp32.
+        frame_rate: Frames per second.
+        distance: :func:`fastcompress.adjacent_distance` of the frames, ``[T]`` fp32.
+        peaks: Frames that start a segment under ``LocalMax()``, except frame 0, ``[P]`` int64.
+        spectrogram: Log-mel spectrogram for the picture, ``[S // 160, 80]`` fp32, 100 frames per second.
+        results: Results of each rule on the audio and, unless disabled, on white noise.
+        notes: Remarks about the audio, one sentence each.
     """
 
     path: str
@@ -218,18 +239,21 @@ def inspect_audio(
     noise: bool = True,
     progress: StageProgress | None = None,
 ) -> Inspection:
-    """Runs rules over one audio file, and over white noise of the same length.
+    """Run rules on an audio file and on white noise of the same length.
 
     Args:
-        path: an audio file.
-        rules: default: ``source.default_rules``.
-        source: where the frames come from; default :class:`LogMel`.
-        noise: whether to run each rule on noise too.
-        progress: called as reading and encoding go on.
+        path: Audio file.
+        rules: Rules to run; ``None``: ``source.default_rules``.
+        source: Source of the frames; ``None``: :class:`LogMel`.
+        noise: Whether to run each rule on white noise, too.
+        progress: Function that is called during reading and encoding.
+
+    Returns:
+        The inspection.
 
     Raises:
-        AudioError: the file cannot be read, or is shorter than a frame.
-        EncoderError: the encoder cannot encode it.
+        AudioError: The file cannot be read, or is shorter than one frame.
+        EncoderError: The encoder cannot encode the audio.
     """
     path = os.fspath(path)
     source = source or LogMel()
@@ -242,10 +266,10 @@ def inspect_audio(
     seconds = len(samples) / source.sample_rate
     notes = []
     if not samples.any():
-        notes.append("silent: every sample is 0, so all frames are alike and distances show no boundary.")
+        notes.append("silent: every sample is 0, so all frames are equal and rules on distances find no boundary.")
     try:
         frames, frame_rate = source.frames(samples, stage("encoding"))
-        # The picture shows log-mel whatever was compressed. The encoder's samples serve if they are at 16 kHz.
+        # The picture always shows log-mel, which needs samples at 16 kHz.
         if source.sample_rate != SAMPLE_RATE:
             samples = load_audio(path, SAMPLE_RATE)
         spectrogram = log_mel(samples)
@@ -274,14 +298,14 @@ def inspect_audio(
 
 
 def white_noise(count: int) -> np.ndarray:
-    """Gaussian white noise, float32 ``[count]``, the same on every call."""
+    """Return Gaussian white noise, ``[count]`` fp32, the same on every call."""
     samples = np.random.default_rng(_NOISE_SEED).standard_normal(count, dtype=np.float32)
-    samples *= _NOISE_LEVEL  # in place: an hour is 230 MB
+    samples *= _NOISE_LEVEL  # in place, because an hour takes 230 MB
     return samples
 
 
 def _run(rule: Rule, frames: Tensor, seconds: float, on_noise: bool) -> RuleResult:
-    pooled = segment_pool(frames, rule=rule)  # also the warm-up of the timed calls
+    pooled = segment_pool(frames, rule=rule)  # also warms up for the timed calls
     times: list[float] = []
     while not times or (len(times) < _TIMED_CALLS and sum(times) < _TIMED_SECONDS):
         begin = time.perf_counter()
@@ -306,7 +330,7 @@ NOISE_LABEL = "  on white noise"
 
 
 def format_table(inspection: Inspection) -> str:
-    """The inspection as plain text: a heading, one aligned row a result, notes. No trailing newline."""
+    """Return the inspection as text: a heading, a table with one row per result, and notes. No trailing newline."""
     from tabulate import tabulate
 
     header = ("rule", "frames", "tokens", "ratio", "tokens/s", "ms")
@@ -328,16 +352,16 @@ def format_table(inspection: Inspection) -> str:
 
 
 def heading(inspection: Inspection) -> str:
-    """One line: file, duration, what the frames are."""
+    """Return one line with the file, its duration and the kind of frames."""
     count, width = inspection.frames.shape
     return (
         f"{inspection.path}: {inspection.seconds:.2f} s, {inspection.source}, "
-        f"{count} frames of {width} at {inspection.frame_rate:.4g} a second"
+        f"{count} frames of width {width} at {inspection.frame_rate:.4g} per second"
     )
 
 
 def to_dict(inspection: Inspection) -> dict[str, Any]:
-    """The inspection as plain data for JSON: the table, and for the audio's own rows the segments in seconds."""
+    """Return the inspection as plain data for JSON; rows on the audio also have their segments in seconds."""
     rows = []
     for result in inspection.results:
         row: dict[str, Any] = {

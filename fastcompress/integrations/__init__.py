@@ -1,1 +1,1 @@
-"""fastcompress inside other people's models."""
+"""Integrations of fastcompress with models of other libraries."""

@@ -1,8 +1,8 @@
-"""A reference audio LLM on fastcompress: speech encoder, compression, projector, any causal decoder of transformers.
+"""The reference audio LLM: a speech encoder, compression, a projector and any causal decoder of transformers.
 
-:func:`FastCompressForConditionalGeneration.from_parts` puts one together from pretrained parts; ``fastcompress train``,
-``evaluate`` and ``transcribe`` run it from the command line. Importing this package registers the classes with the Auto
-classes of transformers.
+:meth:`FastCompressForConditionalGeneration.from_parts` builds the model from a pretrained encoder and decoder.
+``fastcompress train``, ``evaluate`` and ``transcribe`` run it from the command line. Importing this package registers
+the classes with the Auto classes of transformers.
 """
 
 from fastcompress.lalm.configuration import FastCompressConfig

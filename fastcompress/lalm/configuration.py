@@ -10,44 +10,50 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from fastcompress.rules import LabelChange, Rule
 
-#: How audio that is shorter than a window of its encoder is padded.
+#: Values of ``audio_padding``.
 PADDINGS = ("window", "longest")
-#: Between what a rule takes distances.
+#: Values of ``keys``.
 KEYS = ("frames", "ctc")
-#: How boundaries are learned.
+#: Values of ``boundary_kind``.
 BOUNDARIES = ("h-net", "cif")
 
 
 class FastCompressConfig(PreTrainedConfig):
-    """Configuration of :class:`FastCompressForConditionalGeneration`.
+    """Configure :class:`FastCompressForConditionalGeneration`.
 
     Args:
-        audio_config: of the speech encoder, a configuration of transformers or its dict; ``None``: Whisper's.
-        text_config: of the decoder likewise; ``None``: Qwen2's.
-        rule: text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame of the encoder is kept.
-            ``label-change`` takes the most likely unit of the CTC head.
-        boundary_ratio: frames a token that boundaries which are learned aim at, in place of a rule; ``None``: nothing
-            is learned.
-        boundary_kind: how: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
-            :class:`fastcompress.nn.IntegrateAndFire`.
-        boundary_weight: of their loss.
-        compressor: name of a module that compresses in place of a rule
-            (:meth:`FastCompressForConditionalGeneration.use_compressor`): whoever loads the model has to give it again.
-        reduce: what a segment becomes, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
-        keys: between what the rule takes distances: ``"frames"`` of the encoder, or ``"ctc"``, the CTC head's
-            probabilities of them.
-        audio_token_id: the id that stands for an audio in ``input_ids``, one for each.
-        projector_hidden_size: width of the hidden layer between encoder and decoder; ``None``: one linear layer.
-        train_encoder: whether the encoder is trained; else it is frozen and never in training mode.
-        normalize_features: whether the mean of each audio's features is removed and what is left doubled: level and
-            recording then matter less. Not for encoders that were trained without.
-        audio_padding: ``"window"``: to the window of the encoder, as Whisper was trained; ``"longest"``: to the longest
-            of the batch, padding masked, for encoders that were trained here on short audio.
-        ctc_tokens: units, such as phones, of an auxiliary CTC loss on the encoder, 1 to their number beside the blank
-            0; ``None``: no such loss.
-        ctc_weight: of that loss.
-        part_dtypes: names of the dtypes of the model's parts that are not in ``dtype``, such as ``{"language_model":
-            "bfloat16"}``; ``save_pretrained`` sets it.
+        audio_config: Configuration of the speech encoder, as a transformers object or a dict; ``None``: Whisper's
+            default.
+        text_config: Configuration of the decoder, likewise; ``None``: Qwen2's default.
+        rule: Text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame is kept. The labels of
+            ``label-change`` are the most likely units of the CTC head.
+        reduce: Reduction of a segment, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
+        keys: Vectors whose distances the rule uses: ``"frames"``, the encoder's, or ``"ctc"``, the CTC head's
+            probabilities.
+        audio_token_id: Id of the audio token; ``input_ids`` have one per audio.
+        projector_hidden_size: Width of the projector's hidden layer; ``None``: the projector is one linear layer.
+        train_encoder: Whether the encoder is trained. A frozen encoder always stays in evaluation mode.
+        normalize_features: Whether to subtract the mean of each audio's features and double the rest, which reduces
+            the effect of level and recording. Only for encoders trained with it.
+        audio_padding: ``"window"``: pad to the encoder's window, as Whisper was trained. ``"longest"``: pad to the
+            longest audio of the batch and mask the padding, for encoders trained on short audio.
+        ctc_tokens: Units, such as phones, of an auxiliary CTC loss on the encoder. Unit ``i`` of the list has label
+            ``i + 1``; 0 is the blank. ``None``: no CTC loss.
+        ctc_weight: Weight of the CTC loss.
+        boundary_ratio: Target ratio of learned boundaries, in frames per token; replaces ``rule``. ``None``: no
+            boundaries are learned.
+        boundary_kind: ``"h-net"`` (:class:`fastcompress.nn.LearnedBoundary`) or ``"cif"``
+            (:class:`fastcompress.nn.IntegrateAndFire`).
+        boundary_weight: Weight of the loss of learned boundaries.
+        compressor: Class name of a custom module that replaces the rule
+            (:meth:`FastCompressForConditionalGeneration.use_compressor`). The module itself is not saved and must be
+            set again after loading.
+        part_dtypes: Dtype names of the submodules whose dtype differs from ``dtype``, such as ``{"language_model":
+            "bfloat16"}``. ``save_pretrained`` sets it.
+
+    Raises:
+        TypeError: ``audio_config`` or ``text_config`` is neither a configuration nor a dict.
+        ValueError: A setting has an unknown value, or two settings exclude each other.
     """
 
     model_type = "fastcompress"
@@ -87,13 +93,13 @@ class FastCompressConfig(PreTrainedConfig):
             if value not in known:
                 raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
         if ctc_tokens is not None and not ctc_tokens:
-            raise ValueError("ctc_tokens must hold at least one unit, got none")
+            raise ValueError("ctc_tokens must hold at least one unit, got an empty list")
         if keys == "ctc" and not ctc_tokens:
-            raise ValueError("keys 'ctc' need ctc_tokens")
+            raise ValueError("keys='ctc' needs ctc_tokens, got None")
         if boundary_ratio is not None and rule is not None:
-            raise ValueError(f"boundary_ratio excludes a rule, got {boundary_ratio} and {rule!r}")
+            raise ValueError(f"set boundary_ratio or rule, not both, got {boundary_ratio} and {rule!r}")
         if rule is not None and isinstance(Rule.from_string(rule), LabelChange) and not ctc_tokens:
-            raise ValueError(f"rule {rule!r} needs ctc_tokens")
+            raise ValueError(f"rule {rule!r} needs ctc_tokens, got None")
         self.boundary_ratio = boundary_ratio
         self.boundary_kind = boundary_kind
         self.boundary_weight = boundary_weight
@@ -110,7 +116,8 @@ class FastCompressConfig(PreTrainedConfig):
         self.ctc_weight = ctc_weight
         self.part_dtypes = part_dtypes
         kwargs.setdefault("tie_word_embeddings", getattr(self.text_config, "tie_word_embeddings", False))
-        for name in ("attn_implementation", "experts_implementation"):  # or those of models at hand would be cleared
+        # Without an entry per submodule, transformers would reset these settings of models passed to from_parts.
+        for name in ("attn_implementation", "experts_implementation"):
             if kwargs.get(name) is None:
                 kwargs[name] = {part: {} for part in self.sub_configs}
         super().__init__(**kwargs)
@@ -122,20 +129,20 @@ def _as_config(name: str, config: PreTrainedConfig | dict[str, Any] | None, defa
     if isinstance(config, PreTrainedConfig):
         return config
     if not isinstance(config, dict):
-        raise TypeError(f"{name} must be a configuration of transformers or a dict, got {type(config).__name__}")
+        raise TypeError(f"{name} must be a transformers configuration or a dict, got {type(config).__name__}")
     values = dict(config)
     kind = values.pop("model_type", default)
     if kind not in CONFIG_MAPPING:
-        raise ValueError(f"{name} has model_type {kind!r}, which this transformers does not know")
+        raise ValueError(f"{name} has model_type {kind!r}, which the installed transformers does not know")
     return CONFIG_MAPPING[kind](**values)
 
 
 def warn_of_missing_compressor(config: FastCompressConfig) -> None:
-    """Of a model that was saved with a compressor of somebody's own."""
+    """Warn if the model was saved with a custom compressor, which the checkpoint does not contain."""
     if config.compressor is not None:
         warnings.warn(
-            f"this model was compressed by {config.compressor}, which is not saved with it: without use_compressor "
-            "every frame is kept",
+            f"this model was saved with compressor {config.compressor}, which the checkpoint does not contain; every "
+            "frame is kept until use_compressor sets it again",
             stacklevel=4,
         )
 

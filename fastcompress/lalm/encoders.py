@@ -1,7 +1,8 @@
-"""Speech encoders of transformers: audio in, frames out, whatever the encoder's own habits.
+"""One interface to the speech encoders of transformers: :func:`encode` returns the frames of each audio.
 
-Three families: Whisper's, which take log-mel features in windows of one length; those that take samples; those that
-take features and a mask. Audio longer than a window is cut into windows, each encoded alone; nothing is dropped.
+There are three families. Whisper's encoders take log-mel features in windows of a fixed length, others take samples,
+and others take features with a mask. Audio longer than a window is cut into windows that are encoded separately;
+nothing is dropped.
 """
 
 from __future__ import annotations
@@ -18,36 +19,36 @@ WAVEFORM = frozenset({"data2vec-audio", "hubert", "sew", "unispeech", "unispeech
 #: Features ``[A, T, bins]`` and a mask.
 MASKED = frozenset({"parakeet_encoder", "wav2vec2-bert"})
 
-#: Whisper's features are cut off at 8 below the loudest, in units of a quarter: what silence is.
+#: Silence in Whisper's features, below the loudest: they are clipped at 8 below it in log10 of power, and divided by 4.
 _SILENCE = 2.0
 
 
 def check_encoder(config: Any) -> None:
-    """Raises if an encoder is none that is known here.
+    """Check that an encoder is supported.
 
     Raises:
-        NotImplementedError: with those that are.
+        NotImplementedError: The encoder is not supported. The message lists those that are.
     """
     known = WHISPER | WAVEFORM | MASKED
     if config.model_type not in known:
         raise NotImplementedError(
-            f"audio_config has model_type {config.model_type!r}; encoders that are known: {', '.join(sorted(known))}"
+            f"audio_config has model_type {config.model_type!r}; supported encoders: {', '.join(sorted(known))}"
         )
 
 
 def build_encoder(config: Any) -> nn.Module:
-    """An encoder with random weights."""
+    """Build an encoder with random weights from a transformers configuration."""
     from transformers import AutoModel
     from transformers.models.whisper.modeling_whisper import WhisperEncoder
 
     check_encoder(config)
-    if config.model_type == "whisper":  # AutoModel would build its decoder, too
+    if config.model_type == "whisper":  # AutoModel would also build Whisper's decoder
         return WhisperEncoder(config)
     return AutoModel.from_config(config)
 
 
 def load_encoder(path: str) -> nn.Module:
-    """A pretrained encoder, without what else was trained with it."""
+    """Load a pretrained encoder; Whisper's decoder is left out."""
     from transformers import AutoConfig, AutoModel
 
     config = AutoConfig.from_pretrained(path)
@@ -57,33 +58,35 @@ def load_encoder(path: str) -> nn.Module:
 
 
 def window_length(config: Any) -> int | None:
-    """Log-mel frames that an encoder takes at once; ``None``: as much as there is."""
+    """Return the length of the encoder's window in log-mel frames; ``None``: the encoder takes any length."""
     return 2 * config.max_source_positions if config.model_type in WHISPER else None
 
 
 def encode(
     encoder: Any, features: Tensor, mask: Tensor | None, padding: str = "window", normalize: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Frames of each audio.
+    """Encode a batch of audios into frames.
 
     Args:
-        encoder: of :func:`build_encoder`.
-        features: ``[A, bins, T]`` or ``[A, S]``, floating.
-        mask: ``[A, T]`` or ``[A, S]``, 0 behind the end of each audio; ``None``: all of one length.
-        padding, normalize: ``audio_padding`` and ``normalize_features`` of :class:`FastCompressConfig`.
+        encoder: Encoder returned by :func:`build_encoder` or :func:`load_encoder`.
+        features: Log-mel features ``[A, bins, T]`` or samples ``[A, S]``, floating point.
+        mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio; ``None``: all audios fill the whole length.
+        padding: ``audio_padding`` of :class:`FastCompressConfig`.
+        normalize: ``normalize_features`` of :class:`FastCompressConfig`.
 
     Returns:
-        frames ``[A, F, D]`` and how many each audio has, ``[A]`` int64.
+        Frames ``[A, F, D]`` in the encoder's dtype, and the number of frames of each audio, ``[A]`` int64.
 
     Raises:
-        ValueError: features of another shape, or an audio without a frame.
-        NotImplementedError: padding ``"longest"`` with attention that does not take such masks.
+        ValueError: ``features`` or ``mask`` has a wrong shape, an audio is shorter than one frame (checked on the CPU
+            only), or ``normalize`` is set for an encoder without windows.
+        NotImplementedError: ``padding`` is ``"longest"`` and the encoder's attention is neither sdpa nor eager.
     """
     kind = encoder.config.model_type
     wanted = 2 if kind in WAVEFORM else 3
     if features.dim() != wanted:
-        shape = "[A, S], samples" if wanted == 2 else "[A, bins, T], log-mel features"
-        raise ValueError(f"{kind} takes input features of shape {shape}, got {list(features.shape)}")
+        shape = "[A, S] (samples)" if wanted == 2 else "[A, bins, T] (log-mel features)"
+        raise ValueError(f"input_features of {kind} must have shape {shape}, got {list(features.shape)}")
     features = features.to(encoder.dtype)
     if mask is None:
         mask = torch.ones(features.shape[0], features.shape[-1], dtype=torch.int64, device=features.device)
@@ -93,11 +96,11 @@ def encode(
         )
     lengths = mask.sum(1).long()
     if lengths.device.type == "cpu" and bool((lengths < 1).any()):
-        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} has no frame: its mask is 0 everywhere")
+        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is empty: its feature_attention_mask is all 0")
     if kind in WHISPER:
         return _encode_windows(encoder, features, lengths, padding, normalize), (lengths - 1) // 2 + 1
     if normalize:
-        raise ValueError(f"normalize_features is for log-mel features in windows, not for those of {kind}")
+        raise ValueError(f"normalize_features must be False for {kind}: only Whisper's log-mel features are normalized")
     if kind in WAVEFORM:
         frames = encoder(features, attention_mask=mask).last_hidden_state
         return frames, _checked(encoder._get_feat_extract_output_lengths(lengths), frames)
@@ -109,18 +112,19 @@ def encode(
 
 def _checked(lengths: Tensor, frames: Tensor) -> Tensor:
     if lengths.device.type == "cpu" and bool((lengths < 1).any()):
-        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is shorter than one frame of the encoder")
+        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is too short: the encoder returned no frame for it")
     return lengths.clamp(max=frames.shape[1])
 
 
 def _encode_windows(encoder: Any, features: Tensor, lengths: Tensor, padding: str, normalize: bool) -> Tensor:
-    """Whisper's encoder, of any length of audio: ``[A, bins, T]`` -> ``[A, F, D]``."""
+    """Run Whisper's encoder on audio of any length: ``[A, bins, T]`` -> ``[A, F, D]``."""
     audios, bins, longest = features.shape
     window = window_length(encoder.config)
     assert window is not None
     count = -(-longest // window)
     width = window
-    if padding == "longest" and count == 1:  # two more, so that the last frame sees silence in any batch
+    if padding == "longest" and count == 1:
+        # Two extra columns: the convolutions see silence after the end of the longest audio, as after any other.
         width = min(window, longest + 2 + longest % 2)
     inside = (torch.arange(count * width, device=features.device) < lengths[:, None])[:, None]
     features = nn.functional.pad(features, (0, count * width - longest))
@@ -134,23 +138,22 @@ def _encode_windows(encoder: Any, features: Tensor, lengths: Tensor, padding: st
         return _run(encoder, features, lengths, padding)
     windows = features.view(audios, bins, count, width).transpose(1, 2).reshape(audios * count, bins, width)
     left = (lengths[:, None] - torch.arange(count, device=lengths.device) * width).clamp(0, width).view(-1)
-    used = left.nonzero()[:, 0]  # those that are silence alone are not computed
+    used = left.nonzero()[:, 0]  # windows of padding are not computed
     frames = _run(encoder, windows[used], left[used], padding)
     every = frames.new_zeros(audios * count, *frames.shape[1:]).index_copy(0, used, frames)
     return every.view(audios, count * frames.shape[1], frames.shape[2])
 
 
 def _run(encoder: Any, features: Tensor, lengths: Tensor, padding: str) -> Tensor:
-    """One window each, ``[W, bins, T]`` -> ``[W, T / 2, D]``."""
+    """Encode single windows: ``[W, bins, T]`` -> ``[W, T / 2, D]``."""
     if padding == "window":
         return encoder(features).last_hidden_state
     implementation = encoder.config._attn_implementation
     if implementation not in ("sdpa", "eager"):
         raise NotImplementedError(
-            f"audio_padding 'longest' masks what is heard, for which attention must be sdpa or eager, got "
-            f"{implementation}"
+            f"audio_padding='longest' needs the encoder's attn_implementation to be sdpa or eager, got {implementation}"
         )
-    # The encoder's own forward insists on whole windows, whose padding it attends to; its parts do not.
+    # WhisperEncoder.forward accepts whole windows only and attends to their padding, so its layers are called here.
     hidden = nn.functional.gelu(encoder.conv1(features))
     hidden = nn.functional.gelu(encoder.conv2(hidden)).transpose(1, 2)
     rows = hidden.shape[1]
@@ -158,7 +161,7 @@ def _run(encoder: Any, features: Tensor, lengths: Tensor, padding: str) -> Tenso
     hidden = nn.functional.dropout(hidden, encoder.dropout, encoder.training)
     seen = torch.arange(rows, device=hidden.device) < ((lengths + 1) // 2)[:, None]
     mask = seen[:, None, None].expand(-1, 1, rows, -1)
-    if implementation == "eager":  # which adds its mask to the scores
+    if implementation == "eager":  # eager attention adds its mask to the scores
         mask = torch.zeros_like(mask, dtype=hidden.dtype).masked_fill(~mask, torch.finfo(hidden.dtype).min)
     for layer in encoder.layers:
         hidden = layer(hidden, mask)

@@ -1,4 +1,4 @@
-"""Models that a run, or ``save_pretrained``, has left in a folder."""
+"""Load the reference audio LLM from a folder that a training run or ``save_pretrained`` wrote."""
 
 from __future__ import annotations
 
@@ -21,17 +21,26 @@ BASE_FILE = "base.json"
 
 
 class RunError(ValueError):
-    """A run that cannot start or go on as asked; the message is one line."""
+    """Report that a run cannot start or resume with its settings; the message is one line."""
 
 
 def load_parts(audio_model: str, text_model: str) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:
+    """Build a model and its processor from a pretrained encoder and decoder.
+
+    Args:
+        audio_model: Folder or name of the encoder.
+        text_model: Folder or name of the decoder.
+
+    Returns:
+        The model, with a new projector, and its processor.
+    """
     from transformers import AutoFeatureExtractor, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(text_model)
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     processor = FastCompressProcessor(AutoFeatureExtractor.from_pretrained(audio_model), tokenizer)
-    torch.manual_seed(0)  # of the projector: LoRA that was trained must find it again before its own is loaded
+    torch.manual_seed(0)  # the projector must have the same initial weights whenever an adapter is loaded on it
     model = FastCompressForConditionalGeneration.from_parts(
         audio_model, text_model, audio_token_id=processor.audio_token_id
     )
@@ -39,10 +48,16 @@ def load_parts(audio_model: str, text_model: str) -> tuple[FastCompressForCondit
 
 
 def set_compression(model: Any, rule: str | None, reduce: str | None = None, keys: str | None = None) -> None:
-    """Changes what is given of the compression of a model, with LoRA or without; the rule ``"none"`` keeps every frame.
+    """Change the compression settings of a model, which may be wrapped by peft.
+
+    Args:
+        model: Reference model, changed in place.
+        rule: Text form of the rule; ``"none"``: every frame is kept; ``None``: unchanged.
+        reduce: ``reduce`` of :class:`FastCompressConfig`; ``None``: unchanged.
+        keys: ``keys`` of :class:`FastCompressConfig`; ``None``: unchanged.
 
     Raises:
-        RunError: a value that is none.
+        RunError: A value is not valid.
     """
     config = unwrap(model).config
     try:
@@ -54,7 +69,7 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
     except ValueError as error:
         raise RunError(str(error)) from error
     config.reduce, config.keys = checked.reduce, checked.keys
-    for module in model.modules():  # with LoRA there is a copy, which is the one that runs
+    for module in model.modules():  # peft runs a copy of the compressor, so every instance must change
         if isinstance(module, LearnedBoundary):
             module.reduce = config.reduce
 
@@ -62,21 +77,24 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
 def load_model(
     path: str | Path, rule: str | None = None, device: torch.device | str = "cpu"
 ) -> tuple[Any, FastCompressProcessor]:
-    """A model that a run, or ``save_pretrained``, has left, and its processor.
+    """Load a model and its processor.
 
     Args:
-        path: of the folder: of a model, of LoRA, or of a run, whose ``final/`` is meant.
-        rule: in place of the model's; ``"none"``: every frame.
-        device: where to. On the CPU fp16 becomes fp32, which is faster there.
+        path: Folder of a model, of a LoRA adapter, or of a run, whose ``final/`` is loaded.
+        rule: Rule that replaces the model's; ``"none"``: every frame is kept; ``None``: the model's.
+        device: Device of the model. On the CPU, fp16 submodules become fp32, which is faster there.
+
+    Returns:
+        The model in evaluation mode, and its processor.
 
     Raises:
-        RunError: the folder holds no such model.
+        RunError: The folder has no such model, or it cannot be loaded.
     """
     path = Path(path)
     if (path / "final").is_dir():
         path = path / "final"
     if not (path / "config.json").is_file():
-        raise RunError(f"{path}: no model here (no config.json)")
+        raise RunError(f"{path}: not a model folder, it has no config.json")
     try:
         processor = FastCompressProcessor.from_pretrained(path)
         if (path / "adapter_config.json").is_file():
@@ -87,7 +105,7 @@ def load_model(
     except RunError:
         raise
     except Exception as error:
-        raise RunError(f"{path}: cannot be loaded ({type(error).__name__}: {one_line(error)})") from error
+        raise RunError(f"{path}: cannot load the model ({type(error).__name__}: {one_line(error)})") from error
     set_compression(model, rule)
     device = torch.device(device)
     for name, dtype in part_dtypes(unwrap(model)).items():

@@ -1,4 +1,4 @@
-"""LoRA on the decoder of the reference audio LLM; what connects it to the encoder is trained in full."""
+"""LoRA on the decoder of the reference audio LLM. The projector and a learned compressor are trained in full."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from torch import nn
 
 
 def lora_targets(decoder: Any) -> str:
-    """A pattern of the linear layers, attention and MLP, of a decoder that its model calls ``language_model``, and of
-    none of the encoder's of the same names."""
+    """Return a regular expression that matches the linear layers of the decoder's attention and MLP.
+
+    The pattern requires ``language_model`` in the name: the encoder has layers of the same names.
+    """
     head = decoder.get_output_embeddings()
     names = {
         name.rpartition(".")[2]
@@ -22,16 +24,21 @@ def lora_targets(decoder: Any) -> str:
 
 
 def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0.0, **kwargs: Any) -> Any:
-    """Freezes a :class:`FastCompressForConditionalGeneration` but for LoRA on its decoder, its projector and, if
-    ``train_encoder`` says so, its encoder. What is trained is in fp32, what is frozen stays in its dtype.
+    """Add LoRA (Hu et al., 2021) to the decoder and freeze its other weights.
+
+    The projector, the compressor and, if ``config.train_encoder`` is set, the encoder with its CTC head are trained in
+    full. Trained weights are cast to fp32; frozen weights keep their dtype.
 
     Args:
-        model: which is changed.
-        rank, alpha, dropout: of LoRA (Hu et al., 2021).
-        kwargs: more of ``peft.LoraConfig``.
+        model: :class:`FastCompressForConditionalGeneration`, changed in place.
+        rank: Rank of the adapter.
+        alpha: Scale of the adapter, which is multiplied by ``alpha / rank``.
+        dropout: Dropout probability of the adapter's input.
+        kwargs: Further arguments of ``peft.LoraConfig``.
 
     Returns:
-        a ``PeftModel``: ``save_pretrained`` writes LoRA and projector, ``PeftModel.from_pretrained`` loads them.
+        A ``PeftModel``. Its ``save_pretrained`` writes the adapter and the weights trained in full, and
+        ``PeftModel.from_pretrained`` loads them.
     """
     from peft import LoraConfig, get_peft_model
 
@@ -44,14 +51,14 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     frozen = [name for name, p in model.audio_tower.named_parameters() if not p.requires_grad]
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft says int, and divides it by the rank
+        lora_alpha=alpha,  # type: ignore[arg-type]  # annotated as int, but only divided by the rank
         lora_dropout=dropout,
         target_modules=lora_targets(model.language_model),
         modules_to_save=saved,
         **kwargs,
     )
     wrapped = get_peft_model(model, config)
-    if model.config.train_encoder:  # of which peft trains a copy, all of it
+    if model.config.train_encoder:  # peft trains every parameter of its copy, fixed position tables included
         for copy in model.audio_tower.modules_to_save.values():
             for name in frozen:
                 copy.get_parameter(name).requires_grad_(False)
@@ -59,7 +66,15 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
 
 
 def load_lora(model: Any, path: str | Path) -> Any:
-    """What ``save_pretrained`` wrote of :func:`add_lora`, on a model like that which was given to it."""
+    """Load an adapter of :func:`add_lora` from a folder.
+
+    Args:
+        model: Model with the same parts as the one that was passed to :func:`add_lora`.
+        path: Folder that ``save_pretrained`` wrote.
+
+    Returns:
+        A ``PeftModel`` with the adapter and the weights trained in full.
+    """
     from peft import PeftConfig, PeftModel
 
     for name in PeftConfig.from_pretrained(str(path)).modules_to_save or ():

@@ -1,4 +1,4 @@
-"""The reference audio LLM: encoder, compression, projector, packing, decoder."""
+"""The reference audio LLM: encoder, compression, projector, packing and decoder."""
 
 from __future__ import annotations
 
@@ -26,19 +26,18 @@ from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
 @dataclass
 class FastCompressOutput(ModelOutput):
-    """What the model returns.
+    """Hold the results of :meth:`FastCompressForConditionalGeneration.forward`.
 
     Attributes:
-        loss: ``lm_loss`` and, weighted, ``ctc_loss`` and ``compressor_loss``; these two, given ``num_items_in_batch``,
-            times this batch's share of it.
-        logits: ``[1, T, V]`` of the packed rows; with labels ``[1, K, V]``, of those rows alone that a label is
-            predicted from.
-        lm_loss: cross-entropy of the labels.
-        ctc_loss: of the encoder's frames.
-        compressor_loss: of a compression that is learned.
-        packed: the decoder's input.
-        num_audio_tokens: rows of audio in it, after the compression; 0-dim int64, like
-        num_frames: those before.
+        loss: Sum of ``lm_loss`` and the weighted ``ctc_loss`` and ``compressor_loss``. With ``num_items_in_batch``,
+            these two are also multiplied by this batch's share of the step's labels.
+        logits: ``[1, T, V]`` of the packed rows; with labels ``[1, K, V]`` of the ``K`` rows that predict a label.
+        lm_loss: Cross-entropy of the labels.
+        ctc_loss: CTC loss of the encoder's frames, before weighting.
+        compressor_loss: Loss of a learned compressor, before weighting.
+        packed: Input of the decoder.
+        num_audio_tokens: Number of audio tokens in ``packed``, 0-dim int64.
+        num_frames: Number of frames before compression, 0-dim int64.
     """
 
     loss: Tensor | None = None
@@ -52,15 +51,16 @@ class FastCompressOutput(ModelOutput):
 
 
 class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
-    """A speech encoder, a compression rule, a projector and a causal decoder.
+    """Compress the frames of a speech encoder and feed them, projected, to a causal decoder (arXiv 2511.20973).
 
-    Decoders that cannot run packed (:func:`fastcompress.decoder.prepare`) run padded.
+    A decoder that cannot run packed (:func:`fastcompress.decoder.prepare`) runs padded, after a warning. Without
+    ``audio_tower`` or ``language_model``, these are built from ``config`` with random weights.
     """
 
     config_class: type[FastCompressConfig] = FastCompressConfig
     base_model_prefix = ""
     main_input_name = "input_ids"
-    input_modalities: Any = ("audio", "text")  # not the str or list of the base class: as transformers' own models
+    input_modalities: Any = ("audio", "text")  # Any: transformers' models use a tuple, its base class says str or list
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = False
@@ -86,7 +86,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.compressor: nn.Module | None = None
         self.rule = config.rule
         self.post_init()  # type: ignore[no-untyped-call]  # of transformers
-        if config.boundary_ratio is not None:  # after transformers has initialised linear layers in its way
+        if config.boundary_ratio is not None:  # after post_init, which would overwrite its initial weights
             self.learn_boundaries(config.boundary_ratio, config.boundary_kind)
         else:
             warn_of_missing_compressor(config)
@@ -106,13 +106,16 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rule: Rule | str | None = None,
         **kwargs: Any,
     ) -> FastCompressForConditionalGeneration:
-        """From a pretrained encoder and decoder, each in its dtype, with a new projector, in fp32 to be trained.
+        """Build a model from a pretrained encoder and decoder, with a new projector.
+
+        Encoder and decoder keep their dtypes; the projector is in fp32.
 
         Args:
-            audio_model, text_model: local folders, names, or models.
-            audio_token_id: of the processor's audio token. It is never looked up: no row of the table is needed for it.
-            rule: of the compression.
-            kwargs: more of :class:`FastCompressConfig`.
+            audio_model: Encoder, or its folder or name.
+            text_model: Decoder, or its folder or name.
+            audio_token_id: Id of the processor's audio token. The decoder's embedding table needs no row for it.
+            rule: Compression rule or its text form; ``None``: every frame is kept.
+            kwargs: Further arguments of :class:`FastCompressConfig`.
         """
         encoder: Any = load_encoder(audio_model) if isinstance(audio_model, str) else audio_model
         decoder: Any = AutoModelForCausalLM.from_pretrained(text_model) if isinstance(text_model, str) else text_model
@@ -127,7 +130,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def from_pretrained(cls, *args: Any, **kwargs: Any) -> Any:
-        """As of transformers; without a ``dtype``, or with ``"auto"``, each part in that in which it was saved."""
+        """Load a model as transformers does; by default each submodule keeps the dtype in which it was saved."""
         if kwargs.get("dtype", kwargs.get("torch_dtype", "auto")) != "auto":
             if isinstance(kwargs.get("config"), FastCompressConfig):
                 kwargs["config"] = copy.deepcopy(kwargs["config"])
@@ -137,19 +140,19 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return super().from_pretrained(*args, **kwargs)
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
-        """As of transformers."""
+        """Save the model as transformers does, and the dtype of each submodule in its configuration."""
         others = {name: dtype for name, dtype in part_dtypes(self).items() if dtype != self.dtype}
         self.config.part_dtypes = {name: str(dtype).removeprefix("torch.") for name, dtype in others.items()} or None
         super().save_pretrained(*args, **kwargs)
 
     @property
     def generation_config(self) -> Any:
-        """The decoder's, which writes; this model's is saved and loaded."""
+        """Generation settings of the decoder, which are saved and loaded with this model."""
         return self.language_model.generation_config
 
     @generation_config.setter
     def generation_config(self, value: Any) -> None:
-        if "language_model" in self._modules:  # transformers sets one before
+        if "language_model" in self._modules:  # transformers also sets one before the decoder exists
             self.language_model.generation_config = value
 
     def _prepare_decoder(self) -> bool:
@@ -162,38 +165,39 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def rule(self) -> str | None:
-        """Text form of the compression rule; ``None``: every frame is kept, or there is a compressor. Setting it sets
-        ``config``, and setting ``None`` takes the compressor away."""
+        """Text form of the rule; ``None``: every frame is kept, or a compressor is set. Setting ``None`` removes it."""
         return self.config.rule
 
     @rule.setter
     def rule(self, rule: Rule | str | None) -> None:
         compressor = getattr(self, "compressor", None)
         if rule is not None and compressor is not None:
-            raise ValueError(f"this model is compressed by {self.compression}: it takes no rule, got {rule}")
+            raise ValueError(f"cannot set rule {rule}: this model has a compressor, {self.compression}; set None first")
         self._rule = Uniform(1) if rule is None else as_rule(rule)
         if isinstance(self._rule, LabelChange) and self.ctc_head is None:
-            raise ValueError(f"rule {rule} needs ctc_tokens in the configuration, which is None")
+            raise ValueError(f"rule {rule} needs ctc_tokens, which is None in the configuration")
         self.config.rule = None if rule is None else str(self._rule)
         if rule is not None:
-            self.config.compressor = None  # of a model that was loaded without it
+            self.config.compressor = None  # the checkpoint may name one that was not set again
         elif compressor is not None:
             self.compressor = self.config.boundary_ratio = self.config.compressor = None
 
     @property
     def compression(self) -> str:
-        """What compresses: the rule, the name of the compressor's class, or ``"none"``."""
+        """Text form of the rule, class name of the compressor, or ``"none"``."""
         if self.compressor is None:
             return self.rule or "none"
-        return type(getattr(self.compressor, "original_module", self.compressor)).__name__  # peft wraps it
+        return type(getattr(self.compressor, "original_module", self.compressor)).__name__  # peft may wrap it
 
     def learn_boundaries(self, ratio: float, kind: str = "h-net") -> None:
-        """From now on boundaries are learned, in place of a rule.
+        """Replace the rule by learned boundaries.
 
         Args:
-            ratio: frames a token that are aimed at.
-            kind: ``"h-net"``, :class:`fastcompress.nn.LearnedBoundary`, or ``"cif"``,
-                :class:`fastcompress.nn.IntegrateAndFire`.
+            ratio: Target ratio, in frames per token.
+            kind: ``boundary_kind`` of :class:`FastCompressConfig`, ``"h-net"`` or ``"cif"``.
+
+        Raises:
+            ValueError: ``kind`` is unknown, or ``ratio`` is out of range.
         """
         if kind not in BOUNDARIES:
             raise ValueError(f"kind must be one of {', '.join(BOUNDARIES)}, got {kind!r}")
@@ -205,13 +209,14 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.config.boundary_ratio, self.config.boundary_kind, self.config.compressor = ratio, kind, None
 
     def use_compressor(self, compressor: nn.Module) -> None:
-        """From now on this module compresses, in place of a rule.
+        """Replace the rule by a module.
+
+        The module's weights and class name are saved with the model, its code is not: set it again after loading.
 
         Args:
-            compressor: is called with frames ``[A, F, D]`` and ``lengths=``, and returns ``values`` and ``cu_seqlens``,
-                as those of :mod:`fastcompress.nn` do. If it leaves a ``loss``, that is added, times its
-                ``loss_weight``. What it learns is saved with the model, and its name, but not what it is: whoever loads
-                the model must give it again, and is told so.
+            compressor: Module that is called with frames ``[A, F, D]`` and ``lengths=`` and returns an object with
+                ``values`` and ``cu_seqlens``, like the modules of :mod:`fastcompress.nn`. If it has a ``loss`` after
+                the call, that is added to the model's, times its ``loss_weight`` (default 1).
         """
         self.rule = None
         self.compressor = compressor.to(self.projector_dtype).to(self.device)
@@ -219,22 +224,22 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     @property
     def projector_dtype(self) -> torch.dtype:
-        """Of what is trained between the pretrained parts, which may differ."""
+        """Dtype of the projector, which may differ from those of encoder and decoder."""
         return next(self.projector.parameters()).dtype
 
     @property
     def compressor_weight(self) -> float:
-        """Of the loss that the compressor leaves."""
+        """Weight of the compressor's loss."""
         return getattr(self.compressor, "loss_weight", 1.0)
 
     def train_encoder(self, mode: bool = True) -> None:
-        """Whether the encoder, and its CTC head, are trained; else they are frozen and never in training mode."""
+        """Train the encoder and its CTC head, or freeze them and keep the encoder in evaluation mode."""
         self.config.train_encoder = mode
         self.audio_tower.requires_grad_(mode)
         if self.ctc_head is not None:
             self.ctc_head.requires_grad_(mode)
         if hasattr(self.audio_tower, "embed_positions") and self.audio_tower.config.model_type == "whisper":
-            self.audio_tower.embed_positions.requires_grad_(False)  # sinusoids
+            self.audio_tower.embed_positions.requires_grad_(False)  # Whisper's positions are fixed sinusoids
         self.train(self.training)
 
     def train(self, mode: bool = True) -> FastCompressForConditionalGeneration:
@@ -256,31 +261,31 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return self.language_model.get_decoder()
 
     def encode(self, features: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Frames of each audio before the compression.
+        """Encode audio into frames, before compression.
 
         Args:
-            features: ``[A, bins, T]`` or ``[A, S]`` of the processor.
-            mask: ``[A, T]`` or ``[A, S]``, 0 behind the end of each audio.
+            features: The processor's ``input_features``, ``[A, bins, T]`` or ``[A, S]``.
+            mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio; ``None``: no padding.
 
         Returns:
-            ``[A, F, D]`` and how many frames each has, ``[A]`` int64.
+            Frames ``[A, F, D]`` and the number of frames of each audio, ``[A]`` int64.
         """
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.config.train_encoder):
             config = self.config
             return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
 
     def compress(self, frames: Tensor, lengths: Tensor) -> Any:
-        """Compresses frames by the configuration's rule, or by what :meth:`use_compressor` was given.
+        """Pool frames into tokens by the rule, or by the module of :meth:`use_compressor`.
 
         Args:
-            frames: ``[A, F, D]``, of :meth:`encode`.
-            lengths: ``[A]`` int64, frames of each audio.
+            frames: Frames ``[A, F, D]`` of :meth:`encode`.
+            lengths: Number of frames of each audio, ``[A]`` int64.
 
         Returns:
-            :class:`fastcompress.Pooled`, or what else the compressor gives; not yet projected.
+            The tokens before projection, a :class:`fastcompress.Pooled` or the compressor's own type.
 
         Raises:
-            ValueError: keys of a CTC head that the configuration does not have.
+            ValueError: ``keys`` is ``"ctc"`` and the model has no CTC head.
         """
         if self.compressor is not None:
             return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
@@ -291,7 +296,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         keys = None
         if self.config.keys == "ctc":
             if self.ctc_head is None:
-                raise ValueError("keys 'ctc' need ctc_tokens in the configuration, which is None")
+                raise ValueError("keys='ctc' needs ctc_tokens, which is None in the configuration")
             with torch.no_grad():
                 keys = self._ctc_logits(frames).softmax(-1)
         return fc.segment_pool(frames, lengths=lengths, rule=self._rule, keys=keys, reduce=self.config.reduce)
@@ -305,22 +310,26 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels: Tensor | None = None,
         pooled: Any = None,
     ) -> fc.PackedInputs:
-        """The decoder's input: text looked up, frames compressed, projected and put in place.
+        """Build the decoder's input: embed the text, compress and project the frames, and pack both.
 
         Args:
-            input_ids: ``[B, L]`` int64, one ``audio_token_id`` for each audio.
-            attention_mask: ``[B, L]``, 0 for padding on either side.
-            frames, frame_lengths: of :meth:`encode`, both; ``None``: no audio in the batch.
-            labels: ``[B, L]``, -100 where nothing is predicted.
-            pooled: of :meth:`compress`, in place of frames.
+            input_ids: ``[B, L]`` int64, with one ``audio_token_id`` per audio.
+            attention_mask: ``[B, L]``, 0 for padding on either side; ``None``: no padding.
+            frames: Frames ``[A, F, D]`` of :meth:`encode`; ``None``: the batch has no audio.
+            frame_lengths: Number of frames of each audio, ``[A]`` int64; required with ``frames``.
+            labels: ``[B, L]`` int64, -100 where nothing is predicted.
+            pooled: Result of :meth:`compress`, in place of ``frames``.
+
+        Raises:
+            ValueError: Arguments exclude each other, or :func:`fastcompress.pack` refuses them.
         """
         audio = offsets = None
         if frames is not None and pooled is not None:
-            raise ValueError("pooled excludes frames: it is what compress makes of them")
+            raise ValueError("pass frames or pooled, not both")
         if frames is not None and frame_lengths is not None:
             pooled = self.compress(frames, frame_lengths)
         elif frames is not None or frame_lengths is not None:
-            raise ValueError("frames and frame_lengths go together: encode returns both")
+            raise ValueError("frames and frame_lengths must be passed together, as encode returns them")
         if pooled is not None:
             audio, offsets = self.projector(pooled.values.to(self.projector_dtype)), pooled.cu_seqlens
         table = self.get_input_embeddings()
@@ -333,9 +342,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         }
         if type(table) is nn.Embedding:
             return fc.pack(input_ids, table.weight, None if audio is None else audio.to(table.weight.dtype), **rest)
-        # A table that scales what it looks up, or that is wrapped.
+        # A subclass of Embedding may scale its rows and a wrapper may change them, so the table itself must be called.
         embeds = table(input_ids.masked_fill(input_ids == self.config.audio_token_id, 0))
-        if audio is None:  # no audio given: `pack` takes merged embeddings for it, so say that there are none
+        if audio is None:  # without `audio`, `pack` would read inputs_embeds as already merged with audio
             audio, rest["audio_cu_seqlens"] = embeds.new_empty(0, embeds.shape[-1]), input_ids.new_zeros(1)
         return fc.pack(input_ids, inputs_embeds=embeds, audio=audio.to(embeds.dtype), **rest)
 
@@ -352,25 +361,26 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> FastCompressOutput:
-        """One pass over a batch.
+        """Run the model on a batch.
 
         Args:
-            input_ids: ``[B, L]`` int64, one ``audio_token_id`` for each audio.
-            attention_mask: ``[B, L]``, 0 for padding on either side.
-            input_features: ``[A, bins, T]`` or ``[A, S]``, audios in the order of their places; ``None``: none.
-            feature_attention_mask: ``[A, T]`` or ``[A, S]``.
+            input_ids: ``[B, L]`` int64, with one ``audio_token_id`` per audio.
+            attention_mask: ``[B, L]``, 0 for padding on either side; ``None``: no padding.
+            input_features: ``[A, bins, T]`` or ``[A, S]``, audios in the order of their tokens; ``None``: no audio.
+            feature_attention_mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio.
             labels: ``[B, L]`` int64, -100 where nothing is predicted.
-            ctc_labels: ``[A, U]`` int64 from 1 on, -100 behind the last.
-            frames, frame_lengths: of :meth:`encode`, in place of features.
-            num_items_in_batch: what the sum of the labels' losses is divided by; ``None``: their number.
-            kwargs: of the decoder.
+            ctc_labels: Units of each audio, ``[A, U]`` int64, at least 1; -100 after the last unit.
+            frames: Frames ``[A, F, D]`` of :meth:`encode`, in place of ``input_features``.
+            frame_lengths: Number of frames of each audio, ``[A]`` int64; required with ``frames``.
+            num_items_in_batch: Divisor of the summed label losses; ``None``: the number of labels.
+            kwargs: Further arguments of the decoder.
 
         Raises:
-            ValueError: frames and features at once, or what :meth:`pack` refuses.
+            ValueError: Arguments exclude each other, ``ctc_labels`` do not fit, or :meth:`pack` refuses the input.
         """
         if input_features is not None:
             if frames is not None:
-                raise ValueError("frames excludes input_features: they are what the encoder makes of them")
+                raise ValueError("pass input_features or frames, not both")
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, labels)
         ctc_loss = None
@@ -393,13 +403,10 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return FastCompressOutput(loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count)
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
-        """What the decoder does before it writes.
-
-        Args:
-            packed: of :meth:`pack`.
+        """Run the decoder over prompts from :meth:`pack`, as ``generate`` does before the first new token.
 
         Returns:
-            Logits ``[1, B, V]`` of the last row of each sample.
+            Logits ``[1, B, V]`` of the last row of each prompt.
         """
         last = packed.cu_seqlens[1:].long() - 1
         if not self._runs_packed:
@@ -409,7 +416,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _decode(
         self, packed: fc.PackedInputs, num_items: Tensor | int | None, kwargs: dict[str, Any]
     ) -> tuple[Tensor, Tensor | None]:
-        """Logits ``[1, T, V]``, or with labels ``[1, K, V]`` and the loss."""
+        """Return logits ``[1, T, V]`` and ``None``; with labels, logits ``[1, K, V]`` and the loss."""
         labels = packed.labels
         if self._runs_packed:
             inputs = packed.model_inputs() | kwargs
@@ -418,7 +425,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 return self.language_model(**inputs).logits, None
             rows = label_rows(labels)
             logits = self.language_model(**inputs, logits_to_keep=rows).logits
-            if logits.shape[1] != len(rows):  # a decoder that does not know tensors there
+            if logits.shape[1] != len(rows):  # this decoder ignores a tensor in logits_to_keep
                 logits = logits[:, rows]
         else:
             embeds, mask = packed.unpack()
@@ -431,24 +438,24 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return logits, next_token_loss(logits[0], labels, rows, num_items)
 
     def _ctc_logits(self, frames: Tensor) -> Tensor:
-        """``[A, F, D]`` -> ``[A, F, units]``."""
+        """Return CTC logits ``[A, F, units + 1]`` of frames ``[A, F, D]``."""
         assert self.ctc_head is not None
         return self.ctc_head(frames.to(self.ctc_head.weight.dtype))
 
     def _ctc_loss(self, frames: Tensor | None, lengths: Tensor | None, labels: Tensor) -> Tensor:
-        """Mean of the audios' losses, each a unit."""
+        """Return the CTC loss: each audio's loss divided by its number of units, averaged over the audios."""
         if self.ctc_head is None:
-            raise ValueError("ctc_labels need ctc_tokens in the configuration, which is None")
+            raise ValueError("ctc_labels need ctc_tokens, which is None in the configuration")
         if frames is None or lengths is None or labels.shape[0] != frames.shape[0]:
             audios = 0 if frames is None else frames.shape[0]
-            raise ValueError(f"ctc_labels must have a row for each of the {audios} audios, got {list(labels.shape)}")
+            raise ValueError(f"ctc_labels must have one row per audio, {audios}, got shape {list(labels.shape)}")
         log_probs = self._ctc_logits(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
         counts = (labels != IGNORED_LABEL).sum(1)
         return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
-        """0, in whose graph is what this batch did not use: processes that average gradients wait for all of them."""
-        # The encoder in any case: it may drop layers, and hold a vector for frames that it masked, if it did.
+        """Return 0 with a gradient path to the parameters that this batch did not use (see :func:`zero_of`)."""
+        # Always include the encoder: layer drop and its mask vector leave some of its parameters unused.
         unused = [self.audio_tower] + ([] if has_audio else [self.projector, *filter(None, [self.compressor])])
         if self.ctc_head is not None and not has_ctc:
             unused.append(self.ctc_head)
@@ -466,23 +473,23 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         pooled: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Writes on from a prompt.
+        """Continue each prompt.
+
+        The first six arguments are those of :meth:`forward`.
 
         Args:
-            input_ids, attention_mask, input_features, feature_attention_mask, frames, frame_lengths: as in
-                :meth:`forward`, padding on either side.
-            pooled: of :meth:`compress`, in place of frames.
-            kwargs: of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...; ``max_length``
-                and ``min_length`` are of what is returned.
+            pooled: Result of :meth:`compress`, in place of ``frames``.
+            kwargs: Arguments of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...;
+                ``max_length`` and ``min_length`` count the ids that are returned.
 
         Returns:
-            ``[B, L + N]`` int64, the prompt first, as ``input_ids`` has it; or, with ``return_dict_in_generate``, the
-            decoder's output with such ``sequences``.
+            ``[B, L + N]`` int64, ``input_ids`` followed by the new tokens; with ``return_dict_in_generate``, the
+            decoder's output with these ``sequences``.
         """
         if input_features is not None:
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, pooled=pooled)
-        embeds, mask = packed.unpack(side="left")  # what is written next must follow the last row
+        embeds, mask = packed.unpack(side="left")  # new tokens must follow the last row of every prompt
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         return prepend_prompt(out, input_ids)

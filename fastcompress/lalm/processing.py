@@ -1,4 +1,4 @@
-"""Text and audio to what the reference audio LLM takes."""
+"""The processor of the reference audio LLM: text and audio become model inputs."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 from fastcompress.audio import load_audio
 from fastcompress.lalm.configuration import FastCompressConfig
 
-#: What a tokenizer hands to any chat template.
+#: Keyword arguments that every tokenizer's ``apply_chat_template`` accepts, whether the template uses them or not.
 _OF_TEMPLATES = {"add_generation_prompt", "continue_final_message", "documents"}
 
 
 class FastCompressProcessor(ProcessorMixin):
-    """A feature extractor and a tokenizer with a token that stands for an audio.
+    """Turn text and audio into inputs of the reference model.
 
-    Unlike Whisper's own extractor it neither cuts audio at 30 s nor pads it to that.
+    The processor joins a feature extractor and a tokenizer with an audio token. Unlike Whisper's own extractor it
+    neither cuts audio at 30 s nor pads it to 30 s.
 
     Args:
-        feature_extractor: of the encoder.
-        tokenizer: of the decoder; ``audio_token`` is added if it lacks it. The decoder's table needs no row for it.
-        chat_template: of conversations whose contents are lists; ``None``: the tokenizer's, with text.
-        audio_token: what stands for an audio in text.
+        feature_extractor: Feature extractor of the encoder.
+        tokenizer: Tokenizer of the decoder. ``audio_token`` is added if it is missing; the decoder's embedding table
+            needs no row for it.
+        chat_template: Chat template; ``None``: the tokenizer's.
+        audio_token: Text of the audio token.
     """
 
     def __init__(
@@ -49,12 +51,12 @@ class FastCompressProcessor(ProcessorMixin):
 
     @property
     def sampling_rate(self) -> int:
-        """Hz, of the audio that it takes."""
+        """Sampling rate of the audio, in Hz."""
         return self.feature_extractor.sampling_rate
 
     @property
     def shortest(self) -> int:
-        """Samples of a frame: the least audio that it takes."""
+        """Length of the shortest audio that can be processed, one feature frame, in samples."""
         return getattr(self.feature_extractor, "n_fft", 400)
 
     def __call__(
@@ -65,21 +67,22 @@ class FastCompressProcessor(ProcessorMixin):
         return_tensors: str = "pt",
         **kwargs: Any,
     ) -> BatchFeature:
-        """Inputs of the model.
+        """Build the inputs of the model.
 
         Args:
-            text: one or several, with an ``audio_token`` for each audio.
-            audio: in the order of the tokens: samples ``[S]``, one or a list.
-            sampling_rate: of the samples, Hz; ``None``: the extractor's.
-            return_tensors: ``"pt"``.
-            kwargs: of the tokenizer.
+            text: One text or several, with one ``audio_token`` per audio.
+            audio: Samples ``[S]`` of one audio, or a list of them in the order of the audio tokens.
+            sampling_rate: Sampling rate of the samples in Hz; ``None``: the feature extractor's.
+            return_tensors: Only ``"pt"``.
+            kwargs: Further arguments of the tokenizer.
 
         Returns:
-            ``input_ids`` and ``attention_mask`` ``[B, L]``; with audio ``input_features`` and
-            ``feature_attention_mask``.
+            ``input_ids`` and ``attention_mask`` ``[B, L]`` int64; with audio also ``input_features`` ``[A, bins, T]``
+            or ``[A, S]`` fp32 and ``feature_attention_mask`` ``[A, T]`` or ``[A, S]`` int64.
 
         Raises:
-            ValueError: the audios are more or fewer than their tokens, have another sampling rate or no full frame.
+            ValueError: The numbers of audios and audio tokens differ, the sampling rate is not the extractor's, or an
+                audio is shorter than one feature frame.
         """
         if return_tensors != "pt":
             raise ValueError(f"return_tensors must be 'pt', got {return_tensors!r}")
@@ -88,7 +91,9 @@ class FastCompressProcessor(ProcessorMixin):
         counts = [t.count(self.audio_token) for t in texts]
         if sum(counts) != len(audios):
             where = ", ".join(f"text {i}: {count}" for i, count in enumerate(counts))
-            raise ValueError(f"text has {sum(counts)} {self.audio_token} ({where}), but audio has {len(audios)}")
+            raise ValueError(
+                f"text must have one {self.audio_token} per audio, got {sum(counts)} ({where}) for {len(audios)} audios"
+            )
         encoded = self.tokenizer(texts, **({"padding": True, "return_tensors": "pt"} | kwargs))
         data = {name: encoded[name] for name in ("input_ids", "attention_mask")}
         if audios:
@@ -97,33 +102,49 @@ class FastCompressProcessor(ProcessorMixin):
         return BatchFeature(data)
 
     def features(self, samples: np.ndarray | Tensor, sampling_rate: int) -> Tensor:
-        """What the encoder takes for one audio: float32 ``[bins, T]`` or ``[S]``.
+        """Compute the encoder's input for one audio.
+
+        Args:
+            samples: Samples ``[S]``, full scale at 1.
+            sampling_rate: Sampling rate of the samples in Hz.
+
+        Returns:
+            Features ``[bins, T]`` or samples ``[S]``, fp32.
 
         Raises:
-            ValueError: another sampling rate, not ``[S]``, or shorter than a frame.
+            ValueError: The sampling rate is not the extractor's, or the samples are not ``[S]`` or shorter than one
+                feature frame.
         """
         samples = np.asarray(samples, dtype=np.float32)
         if sampling_rate != self.sampling_rate:
             raise ValueError(f"sampling_rate must be {self.sampling_rate} Hz, got {sampling_rate}")
         if samples.ndim != 1 or samples.shape[0] < self.shortest:
             raise ValueError(
-                f"audio must be [S] of at least {self.shortest} samples, one frame, got shape {list(samples.shape)}"
+                f"audio must be [S] with at least {self.shortest} samples (one frame), got shape {list(samples.shape)}"
             )
         if self._takes_samples:
             return self.feature_extractor(samples, sampling_rate=sampling_rate, return_tensors="pt").input_values[0]
-        # `padding` and `truncation` are of the 30 s that Whisper was trained on.
+        # By default Whisper's extractor cuts and pads to 30 s.
         found = self.feature_extractor(
             samples, sampling_rate=sampling_rate, truncation=False, padding="longest", return_tensors="pt"
         )
         features = found.input_features[0]
-        return features if "Whisper" in type(self.feature_extractor).__name__ else features.T  # others: [T, bins]
+        return features if "Whisper" in type(self.feature_extractor).__name__ else features.T  # others return [T, bins]
 
     @property
     def _takes_samples(self) -> bool:
         return "input_values" in self.feature_extractor.model_input_names
 
     def pad_features(self, features: Sequence[Tensor]) -> dict[str, Tensor]:
-        """Of several audios: ``input_features`` and ``feature_attention_mask``, 0 behind the end of each."""
+        """Pad the features of several audios on the right.
+
+        Args:
+            features: ``[bins, T]`` or ``[S]`` of each audio, from :meth:`features`.
+
+        Returns:
+            ``input_features`` ``[A, bins, T]`` or ``[A, S]``, and ``feature_attention_mask`` ``[A, T]`` or ``[A, S]``
+            int64, 0 after the end of each audio.
+        """
         longest = max(f.shape[-1] for f in features)
         pad = torch.nn.functional.pad
         lengths = torch.tensor([f.shape[-1] for f in features])
@@ -133,9 +154,13 @@ class FastCompressProcessor(ProcessorMixin):
         }
 
     def prompt_ids(self, prompt: str, has_audio: bool) -> list[int]:
-        """Ids of a request up to where the answer begins: an audio, if there is one, and the words of the prompt.
+        """Return the token ids of a request, up to the point where the answer begins.
 
-        With the chat template where there is one; else audio, prompt, and the token that begins a text.
+        Without a chat template the ids are those of the audio token, the prompt and the beginning-of-text token.
+
+        Args:
+            prompt: Text of the request, after the audio.
+            has_audio: Whether the request has an audio.
         """
         content = f"{self.audio_token if has_audio else ''}{prompt}"
         if self.tokenizer.chat_template is not None:
@@ -145,7 +170,7 @@ class FastCompressProcessor(ProcessorMixin):
         begin = self.tokenizer.bos_token_id
         return self.tokenizer(content, add_special_tokens=False).input_ids + ([] if begin is None else [begin])
 
-    def apply_chat_template(  # type: ignore[override]  # fewer arguments
+    def apply_chat_template(  # type: ignore[override]  # the base class has more arguments
         self,
         conversation: Any,
         chat_template: str | None = None,
@@ -155,14 +180,22 @@ class FastCompressProcessor(ProcessorMixin):
         tools: Any = None,
         **kwargs: Any,
     ) -> Any:
-        """Text of one conversation or several; with ``tokenize``, and ``return_dict``, what the model takes.
+        """Render one conversation or several as text, or as inputs of the model.
 
-        A content may be a list of ``{"type": "text", "text": ...}`` and ``{"type": "audio", "audio": samples or
-        path}``. ``kwargs`` are of the tokenizer's method, and variables of the template.
+        Args:
+            conversation: List of messages, or list of such lists. A message's ``content`` is text or a list of
+                ``{"type": "text", "text": ...}`` and ``{"type": "audio", "audio": samples or path}``.
+            chat_template: Template or its name; ``None``: the processor's, then the tokenizer's.
+            tokenize: Whether to return inputs of the model; else the text is returned.
+            return_dict: With ``tokenize``, whether to return everything that :meth:`__call__` returns; else only
+                ``input_ids``.
+            return_tensors: Only ``"pt"``.
+            tools: Tools, as the tokenizer's method takes them.
+            kwargs: Arguments of the tokenizer's method and variables of the template.
 
         Raises:
-            TypeError: an argument that is neither.
-            ValueError: a content of another type, or what :meth:`__call__` refuses.
+            TypeError: The template does not use an argument.
+            ValueError: A content has an unknown type, or :meth:`__call__` refuses the input.
         """
         template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
         for name in sorted(kwargs.keys() - _OF_TEMPLATES):
@@ -192,7 +225,7 @@ class FastCompressProcessor(ProcessorMixin):
             elif part["type"] == "text":
                 parts.append(part["text"])
             else:
-                raise ValueError(f"a content must be audio or text, got {part['type']!r}")
+                raise ValueError(f"the type of a message's content must be 'audio' or 'text', got {part['type']!r}")
         return "".join(parts)
 
 

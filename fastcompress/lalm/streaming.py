@@ -1,13 +1,13 @@
-"""Text of audio that is still coming, by a model whose encoder and decoder were trained on whole utterances.
+"""Streaming transcription with a model whose encoder and decoder were trained on whole utterances.
 
-Every ``hop`` seconds the utterance so far is encoded again, since an encoder that attends to all of its input is not
-causal. Frames are final once ``look_ahead`` seconds of audio have come after them; they go through
-:class:`fastcompress.StreamingSegmentPool`, and the decoder writes on from the text that is final. More of it is final
-where two consecutive hypotheses agree: LocalAgreement-2 (Liu et al., Interspeech 2020; Machacek et al., 2023). It is
-never taken back.
+Every ``hop`` seconds the current utterance is encoded again from its start, because the encoder attends to all of its
+input. A frame is final once ``look_ahead`` seconds of audio follow it. Final frames go through
+:class:`fastcompress.StreamingSegmentPool`, and the decoder continues from the final text. Text becomes final where two
+consecutive hypotheses agree (LocalAgreement-2; Liu et al., Interspeech 2020; Machacek et al., 2023) and is never
+changed afterwards.
 
-The encoder takes ``window`` seconds at once. A longer stream is cut into utterances, each transcribed alone, at the
-quietest place of the window's last part, of which no text is written before it is known on which side of the cut it is.
+The encoder takes ``window`` seconds of audio. A longer stream is cut into utterances that are transcribed separately.
+Each cut is at the quietest point of the last part of the window; no text is decoded from that part before the cut.
 """
 
 from __future__ import annotations
@@ -26,26 +26,27 @@ from fastcompress.lalm.encoders import window_length
 from fastcompress.segments import Pooled, row_segments
 from fastcompress.streaming import StreamingSegmentPool
 
-#: Seconds of the end of a window, at most a quarter of it, in which an utterance is cut.
+#: Length in seconds of the last part of a window, in which an utterance may be cut; at most a quarter of the window.
 CUT_SECONDS = 1.0
-#: Seconds: the window of encoders that take audio of any length.
+#: Default window in seconds for encoders that take audio of any length.
 LONGEST_SECONDS = 30.0
-#: Seconds over which a level is taken.
+#: Seconds over which the level is measured to find the quietest point.
 LEVEL_SECONDS = 0.1
-#: Seconds: the earliest setting that costs almost no words in noise (``experiments/streaming.py``, docs/speech.md).
+#: Defaults in seconds: the lowest latency that costs almost no words in noise (``experiments/streaming.py``,
+#: docs/speech.md).
 LOOK_AHEAD, HOP = 0.5, 0.5
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Of a stream, in seconds of audio; what computing takes is not in it.
+    """Hold the latency of a stream, in seconds of audio; computing time is not included.
 
     Attributes:
-        seconds: of the stream.
-        first: after how many the first text was final; ``None``: there is none.
-        lagging: average lagging (Ma et al., 2019): how far the words of an utterance are behind speech that has its
-            words at even distances, up to the first that came at its end; the mean of the utterances, ``None`` without
-            text.
+        seconds: Length of the stream.
+        first: Time at which the first text became final; ``None``: no text.
+        lagging: Average lagging (Ma et al., 2019), averaged over the utterances: the mean delay of an utterance's
+            words after the time they would have if they were evenly spaced, up to the first word that became final at
+            its end. ``None``: no text.
     """
 
     seconds: float
@@ -54,25 +55,27 @@ class Latency:
 
 
 class StreamingTranscriber:
-    """Transcribes one stream of audio.
+    """Transcribe one stream of audio.
 
-    The text does not depend on how the samples are divided among the calls. With a ``look_ahead`` as long as the audio,
-    in one window, it is that of the whole audio, token for token; else each hop may fix what more audio would change.
+    The text does not depend on how the samples are divided among the calls. If ``look_ahead`` is as long as the audio
+    and the audio fits in one window, the text equals that of the whole audio, token for token. Otherwise text may
+    become final that later audio would have changed.
 
     Args:
-        model: a ``FastCompressForConditionalGeneration``, with or without LoRA. Its rule must be one that
-            ``StreamingSegmentPool`` takes, or none.
-        processor: its processor.
-        window: seconds that are encoded at once, and of an utterance at most; ``None``: the encoder's window, or 30.
-        look_ahead: seconds of audio after a frame until it is final.
-        hop: seconds between two hypotheses.
-        prompt: what to ask of the model.
-        max_new_tokens: of an utterance.
-        generation: more for ``generate``; greedy search if nothing else is said.
+        model: ``FastCompressForConditionalGeneration``, with or without LoRA, whose rule is ``None`` or supported by
+            :class:`fastcompress.StreamingSegmentPool`.
+        processor: Processor of the model.
+        window: Longest audio that is encoded at once, and so the longest utterance, in seconds; ``None``: the
+            encoder's window, or 30.
+        look_ahead: Seconds of audio after a frame until it is final.
+        hop: Seconds of audio between two hypotheses.
+        prompt: Text of the request.
+        max_new_tokens: Largest number of tokens per utterance.
+        generation: Further arguments of ``generate``; the default is greedy search.
 
     Raises:
-        NotImplementedError: the model's compression looks at all of a sequence.
-        ValueError: an argument out of range.
+        NotImplementedError: The model's compression cannot be streamed.
+        ValueError: An argument is out of range.
     """
 
     def __init__(
@@ -93,10 +96,10 @@ class StreamingTranscriber:
         self._base = unwrap(model)
         _check_compression(self._base)
         self._rule = self._base.rule or "uniform:1"
-        StreamingSegmentPool(self._rule)  # or it says that it cannot
+        StreamingSegmentPool(self._rule)  # raises for a rule that cannot be streamed
         for name, seconds in (("window", window), ("look_ahead", look_ahead), ("hop", hop)):
             if seconds is not None and not 0 <= seconds < math.inf:
-                raise ValueError(f"{name} must be a number of seconds, got {seconds}")
+                raise ValueError(f"{name} must be finite and at least 0 seconds, got {seconds}")
         if max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got {max_new_tokens}")
         length = window_length(self._base.config.audio_config)
@@ -104,64 +107,64 @@ class StreamingTranscriber:
         self._window = round(window * self.rate) if window is not None else most or round(LONGEST_SECONDS * self.rate)
         self._look_ahead, self._hop = round(look_ahead * self.rate), round(hop * self.rate)
         if self._hop < processor.shortest:
-            raise ValueError(f"hop must be at least a frame, {processor.shortest / self.rate:g} s, got {hop:g}")
+            raise ValueError(f"hop must be at least {processor.shortest / self.rate:g} s (one frame), got {hop:g}")
         if self._window < 2 * self._hop:
-            raise ValueError(f"window must be at least two hops of {hop:g} s, got {self._window / self.rate:g}")
+            raise ValueError(f"window must be at least {2 * hop:g} s (two hops), got {self._window / self.rate:g}")
         if most is not None and self._window > most:
-            raise ValueError(f"window must be at most the encoder's, {most / self.rate:g} s, got {window:g}")
+            raise ValueError(f"window must be at most {most / self.rate:g} s, the encoder's window, got {window:g}")
         self._uncut = self._window - min(round(CUT_SECONDS * self.rate), self._window // 4)
         self._prompt = processor.prompt_ids(prompt, has_audio=True)
         self._max_new_tokens, self._generation = max_new_tokens, {"do_sample": False} | generation
         ends = self._base.language_model.generation_config.eos_token_id
         self._ends = {processor.tokenizer.eos_token_id, processor.tokenizer.pad_token_id}
         self._ends |= set(ends if isinstance(ends, list) else [ends])
-        self._buffer = np.empty(self._window, np.float32)  # the utterance
+        self._buffer = np.empty(self._window, np.float32)  # samples of the current utterance
         self._over = False
-        self._heard = 0  # samples of the stream
-        self._past = ""  # text of the utterances that are over
+        self._heard = 0  # number of samples of the stream so far
+        self._past = ""  # text of the completed utterances
         self._first: int | None = None
         self._laggings: list[float] = []
         self._begin(np.empty(0, np.float32))
 
     def _begin(self, samples: np.ndarray) -> None:
-        """An utterance, of which this much is there."""
+        """Start an utterance with samples ``[S]``."""
         self._filled = len(samples)
         self._buffer[: self._filled] = samples
         self._origin = self._heard - self._filled
         self._pool = StreamingSegmentPool(self._rule)
-        self._frames = 0  # that are final
+        self._frames = 0  # number of final frames
         self._tokens: list[Tensor] = []
-        self._final: list[int] = []  # ids of text
+        self._final: list[int] = []  # ids of the final text
         self._hypothesis: list[int] | None = None
         self._written = ""
-        self._delays: list[int] = []  # samples of the utterance, or after it, until each word was final
+        self._delays: list[int] = []  # per word, samples from the start of the utterance until the word was final
 
     @property
     def text(self) -> str:
-        """All that is final."""
+        """Final text of the stream so far."""
         return " ".join(filter(None, (self._past, self._written)))
 
     @torch.inference_mode()
     def feed(self, samples: np.ndarray | Tensor) -> str:
-        """Takes the next samples.
+        """Process the next samples.
 
         Args:
-            samples: ``[S]`` floating, at the processor's sampling rate, full scale at 1.
+            samples: ``[S]``, floating point, at the processor's sampling rate, full scale at 1.
 
         Returns:
-            the text that became final; with what was before it, it makes up :attr:`text`.
+            The text that became final, which is appended to :attr:`text`.
 
         Raises:
-            TypeError: samples that are not floating.
-            ValueError: samples of another shape or not finite, or the stream has ended.
+            TypeError: The samples are not floating point.
+            ValueError: The samples are not ``[S]`` or not finite, or :meth:`finish` was called.
         """
         if self._over:
-            raise ValueError("the stream has ended: another one takes another transcriber")
+            raise ValueError("the stream has ended; create a new StreamingTranscriber for another stream")
         if isinstance(samples, Tensor):
             samples = samples.detach().cpu().to(torch.float32 if samples.is_floating_point() else samples.dtype).numpy()
         if not isinstance(samples, np.ndarray) or samples.dtype.kind != "f":
             got = getattr(samples, "dtype", type(samples).__name__)
-            raise TypeError(f"samples must be floating, full scale at 1, got {got}")
+            raise TypeError(f"samples must be floating point with full scale at 1, got {got}")
         samples = samples.astype(np.float32)
         if samples.ndim != 1 or not np.isfinite(samples).all():
             raise ValueError(f"samples must be [S] and finite, got shape {list(samples.shape)}")
@@ -180,10 +183,13 @@ class StreamingTranscriber:
 
     @torch.inference_mode()
     def finish(self) -> str:
-        """Ends the stream: the rest of its text.
+        """End the stream.
+
+        Returns:
+            The rest of the text.
 
         Raises:
-            ValueError: all of the stream is shorter than a frame.
+            ValueError: The stream is shorter than one frame.
         """
         before = self.text
         if not self._over and (self._filled >= self.processor.shortest or not self._origin):
@@ -192,14 +198,14 @@ class StreamingTranscriber:
         return self.text[len(before) :]
 
     def _cut(self) -> None:
-        """Ends the utterance at its quietest place, and begins the next one there."""
+        """End the utterance at its quietest point and start the next one there."""
         place = self._uncut + quietest(self._buffer[self._uncut :], round(LEVEL_SECONDS * self.rate))
         rest = self._buffer[place:].copy()
         self._end(place)
         self._begin(rest)
 
     def _step(self) -> None:
-        """A hypothesis from the frames that are final by now."""
+        """Decode a hypothesis from the final frames; text on which it agrees with the previous one becomes final."""
         count = self._filled
         if count <= self._look_ahead:
             return
@@ -207,7 +213,7 @@ class StreamingTranscriber:
         final = len(frames) * (count - self._look_ahead) // count
         tokens = self._pool(frames[self._frames : final]).values
         self._frames = max(self._frames, final)
-        if not len(tokens):  # the same hypothesis again would agree with itself
+        if not len(tokens):  # without new tokens the same hypothesis would agree with itself
             return
         self._tokens.append(tokens)
         hypothesis = self._decode()
@@ -217,7 +223,7 @@ class StreamingTranscriber:
         self._hypothesis = hypothesis
 
     def _end(self, count: int) -> None:
-        """All of the utterance, of so many samples, is final."""
+        """Make the text of the whole utterance final; ``count`` is its length in samples."""
         self._tokens.append(self._pool(self._encode(count)[self._frames :]).values)
         self._tokens.append(self._pool.flush().values)
         self._final = self._decode()
@@ -227,13 +233,13 @@ class StreamingTranscriber:
         self._past, self._written = self.text, ""
 
     def _encode(self, count: int) -> Tensor:
-        """Frames ``[F, D]`` of the first samples of the utterance."""
+        """Return the frames ``[F, D]`` of the first ``count`` samples of the utterance."""
         features = self.processor.pad_features([self.processor.features(self._buffer[:count], self.rate)])
         frames, lengths = self._base.encode(*(t.to(self._base.device) for t in features.values()))
         return frames[0, : int(lengths)]
 
     def _decode(self) -> list[int]:
-        """Ids of the text of all tokens, what is final first."""
+        """Decode all audio tokens, and return the ids of the final text followed by the new ones."""
         left = self._max_new_tokens - len(self._final)
         if left < 1:
             return self._final
@@ -249,10 +255,11 @@ class StreamingTranscriber:
         return self._final + found[:end]
 
     def _write(self, over: bool) -> None:
+        """Append the text of the final ids; ``over`` is true at the end of the utterance."""
         text = self.processor.tokenizer.decode(self._final, skip_special_tokens=True).strip()
         if not over:
-            text = text.rstrip("\ufffd")  # a character of which bytes are missing
-            if not text.startswith(self._written):  # a tokenizer that joins tokens otherwise when more follow
+            text = text.rstrip("\ufffd")  # the last character may lack bytes that the next token brings
+            if not text.startswith(self._written):  # some tokenizers render a token differently when others follow
                 return
         new = text[len(os.path.commonprefix([text, self._written])) :]
         if not new:
@@ -260,50 +267,50 @@ class StreamingTranscriber:
         if self._first is None:
             self._first = self._heard
         if self._delays and not new[0].isspace():
-            self._delays.pop()  # its last word goes on
+            self._delays.pop()  # the new text continues the last word, whose delay is set below
         self._written += new
         self._delays += [self._heard - self._origin] * (len(self._written.split()) - len(self._delays))
 
     def latency(self) -> Latency:
-        """Of what was streamed so far."""
+        """Return the latency of the stream so far."""
         first = None if self._first is None else self._first / self.rate
         lagging = sum(self._laggings) / len(self._laggings) if self._laggings else None
         return Latency(self._heard / self.rate, first, lagging)
 
 
 def average_lagging(delays: list[int], length: int) -> float:
-    """Average lagging (Ma et al., 2019) of the words of an utterance of this length, in the unit of both.
+    """Return the average lagging (Ma et al., 2019) of an utterance's words, in the unit of the arguments.
 
     Args:
-        delays: until each word was written, not decreasing, at least one.
-        length: of the utterance.
+        delays: Time at which each word became final, in ascending order; at least one.
+        length: Length of the utterance.
     """
     last = next((i for i, delay in enumerate(delays) if delay >= length), len(delays) - 1)
     return sum(delay - i * length / len(delays) for i, delay in enumerate(delays[: last + 1])) / (last + 1)
 
 
 def quietest(samples: np.ndarray, width: int) -> int:
-    """The middle of the ``width`` consecutive samples, of ``[S]``, that have the least energy; of several the first."""
+    """Return the middle of the first run of ``width`` samples, out of ``[S]``, that has the least energy."""
     energy = np.concatenate([[0.0], np.cumsum(samples.astype(np.float64) ** 2)])
     width = min(width, len(samples))
     return int((energy[width:] - energy[: len(energy) - width]).argmin()) + width // 2
 
 
 def _check_compression(model: Any) -> None:
-    """Raises where pooling frame by frame would be another compression than the model's."""
+    """Raise if streaming would compress differently from the model."""
     if model.compressor is not None:
         name = type(model.compressor).__name__
-        raise NotImplementedError(f"{name}, which compresses in place of a rule, cannot be streamed")
+        raise NotImplementedError(f"compressor {name} cannot be streamed; streaming needs a rule")
     if model.rule is None:
         return
     if model.config.keys != "frames":
-        raise NotImplementedError(f"rule {model.rule} streams with keys 'frames' only, not {model.config.keys!r}")
+        raise NotImplementedError(f"keys must be 'frames' to stream rule {model.rule}, got {model.config.keys!r}")
     if model.config.reduce != "mean":
-        raise NotImplementedError(f"rule {model.rule} streams with reduce 'mean' only, not {model.config.reduce!r}")
+        raise NotImplementedError(f"reduce must be 'mean' to stream rule {model.rule}, got {model.config.reduce!r}")
 
 
 def _agreed(a: list[int], b: list[int], audio: int) -> list[int]:
-    """The longest common prefix of ids, up to one that would stand for an audio, which a prompt cannot repeat."""
+    """Return the longest common prefix of two lists of ids, cut before an audio token: a prompt may have one only."""
     count = 0
     while count < min(len(a), len(b)) and a[count] == b[count] != audio:
         count += 1

@@ -141,11 +141,11 @@ def test_training_that_cannot_start(run: Path, data: Path, tmp_path: Path, capsy
 
 def test_models_that_are_none(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     manifest = str(data / "test.jsonl")
-    assert "no model here" in fails(["evaluate", str(tmp_path), manifest], capsys)
+    assert "not a model folder" in fails(["evaluate", str(tmp_path), manifest], capsys)
     broken = tmp_path / "broken"
     shutil.copytree(run / "final", broken)
     (broken / "model.safetensors").write_bytes(b"nothing")
-    assert "cannot be loaded" in fails(["evaluate", str(broken), manifest], capsys)
+    assert "cannot load the model" in fails(["evaluate", str(broken), manifest], capsys)
     assert "--rule: unknown rule" in fails(["evaluate", str(run), manifest, "--rule", "x"], capsys)
     assert "must be a whole number from 1 on" in fails(["evaluate", str(run), manifest, "--num-beams", "0"], capsys)
     assert main(["evaluate", str(run), str(nothing(tmp_path))]) == 2

@@ -376,7 +376,7 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
         monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
         with pytest.raises(ValueError, match="starts must|lengths must|tokens must"):
             integrate_rows(x, weights, first, None, starts, lengths)
-        with pytest.raises(RuntimeError, match="tokens must have rows, in order, share no more than a first row"):
+        with pytest.raises(RuntimeError, match="tokens must be in order, have at least one row each, share only"):
             torch.ops.fastcompress.integrate_rows_backward(x[: len(starts)], x, weights, first, starts, lengths)
 
 

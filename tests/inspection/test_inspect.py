@@ -52,7 +52,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
 def test_the_table_counts_what_segment_pool_gives(capsys):
     code, out, err = run(capsys, SPEECH)
     assert code == 0 and err == ""
-    assert out.splitlines()[0] == f"{SPEECH}: 4.42 s, log-mel, 441 frames of 80 at 100 a second"
+    assert out.splitlines()[0] == f"{SPEECH}: 4.42 s, log-mel, 441 frames of width 80 at 100 per second"
     rows = table_rows(out)
     frames, noise_frames = speech_frames(), LogMel().frames(white_noise(SAMPLES))[0]
     expected = []
@@ -107,7 +107,7 @@ def test_a_silent_file_gives_a_result_and_a_note(tmp_path, capsys):
     soundfile.write(tmp_path / "silent.wav", np.zeros(32_000), 16_000)
     code, out, _ = run(capsys, tmp_path / "silent.wav", "--no-noise", "--png", tmp_path / "silent.png")
     assert code == 0
-    assert "note: silent: every sample is 0, so all frames are alike and distances show no boundary." in out
+    assert "note: silent: every sample is 0, so all frames are equal and rules on distances find no boundary." in out
     tokens = {row[0]: row[2] for row in table_rows(out)}
     assert tokens["uniform:2"] == "100"
     assert tokens["local-max"] == tokens["local-max:prominence=0.15"] == tokens["threshold:0.4"] == "1"
@@ -207,7 +207,7 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
         ([SPEECH, "--json", SPEECH / "a.json"], "a.json: not a directory"),
         ([SPEECH, "--png", SPEECH / "a.png"], "a.png: not a directory"),
         ([SPEECH, "--encoder", "nowhere"], "nowhere: no such folder"),
-        ([SPEECH, "--start", "5", "--png", "x.png"], "the picture starts at 5 s, but the audio is from 0 to 4.42 s"),
+        ([SPEECH, "--start", "5", "--png", "x.png"], "start must be from 0 to 4.42 s, the end of the audio, got 5 s"),
     ],
 )
 def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, arguments, message):
@@ -317,7 +317,7 @@ def test_a_whisper_encoder_is_run_in_its_windows(whisper, capsys, tmp_path):
     code, out, err = run(capsys, SPEECH, "--encoder", whisper, "--png", tmp_path / "a.png", "--no-noise")
     assert code == 0 and err == ""
     # 3 s are 150 frames; 1.42 s of the second window are 71 of its 150, the rest is padding.
-    assert out.splitlines()[0].endswith("4.42 s, whisper encoder tiny-whisper, 221 frames of 32 at 50 a second")
+    assert out.splitlines()[0].endswith("4.42 s, whisper encoder tiny-whisper, 221 frames of width 32 at 50 per second")
     assert (tmp_path / "a.png").stat().st_size > 30_000
 
     samples = soundfile.read(SPEECH, dtype="float32")[0]
@@ -358,7 +358,7 @@ def test_a_waveform_encoder_is_run_in_pieces(tmp_path):
         encoder.frames(white_noise(200))
     for window in (None, 480_000):  # 0 samples are what is left at 16 kHz of one at 44.1
         encoder.window = window
-        with pytest.raises(EncoderError, match="there is no audio: 0 samples"):
+        with pytest.raises(EncoderError, match="the audio is empty: 0 samples"):
             encoder.frames(white_noise(0))
 
 
@@ -373,4 +373,7 @@ def test_a_folder_without_a_usable_encoder_is_one_line(whisper, capsys, tmp_path
         (tmp_path / "preprocessor_config.json").unlink()
     code, out, err = run(capsys, SPEECH, "--encoder", tmp_path)
     assert code == 2 and out == ""
-    assert err.startswith(f"fastcompress: error: {tmp_path}: not a transformers audio model (") and err.count("\n") == 1
+    assert (
+        err.startswith(f"fastcompress: error: {tmp_path}: cannot load a transformers encoder (")
+        and err.count("\n") == 1
+    )

@@ -70,16 +70,16 @@ def test_rules_and_models_without_a_budget():
     for name, family in FAMILIES.items():
         model = make(name)
         if family.budget is None:
-            with pytest.raises(NotImplementedError, match=f"{name} has no budget mode: (it computes|time markers)"):
+            with pytest.raises(NotImplementedError, match=f"{name} has no budget mode: it (computes|puts)"):
                 apply_to(model, "uniform:3", "budget")
         else:
-            with pytest.raises(NotImplementedError, match="needs a rule whose tokens are a function of the length"):
+            with pytest.raises(NotImplementedError, match="depends only on the length"):
                 apply_to(model, "local-max", "budget")
-            with pytest.raises(NotImplementedError, match="needs a rule whose tokens are a function of the length"):
+            with pytest.raises(NotImplementedError, match="depends only on the length"):
                 apply_to(model, torch.nn.Identity(), "budget")
         assert not hasattr(model, "audio_compressor")
     model = make("audioflamingo3")
-    with pytest.raises(ValueError, match="model must be compressed in budget mode, got a AudioFlamingo3For"):
+    with pytest.raises(ValueError, match="model must be compressed in budget mode, got AudioFlamingo3For"):
         BudgetProcessor(Nothing(), model)
     apply_to(model, "uniform:3")
     with pytest.raises(ValueError, match="model must be compressed in budget mode"):
@@ -182,5 +182,5 @@ def test_batches_that_qwen2_audio_would_expand():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     apply_to(model, "uniform:100", "budget")
-    with pytest.raises(NotImplementedError, match="needs an audio of two tokens or more in each batch, got .1, 1, 1"):
+    with pytest.raises(NotImplementedError, match="2 or more tokens per batch, got token counts .1, 1, 1"):
         model(**BudgetProcessor(Nothing(), model).shorten(inputs))

@@ -313,19 +313,19 @@ def test_generation_that_cannot_work_is_refused():
     for more, text in (
         ({"prompt_lookup_num_tokens": 3}, "prompt_lookup_num_tokens cannot be used with a compressed prompt"),
         ({"assistant_model": model}, "assistant_model cannot be used"),
-        ({"prefill_chunk_size": 4}, "cannot be read in chunks"),
+        ({"prefill_chunk_size": 4}, "prefill_chunk_size and a paged cache cannot be used"),
         ({"cache_implementation": "paged"}, "paged cache"),
-        ({"use_cache": False}, "use_cache=False would compute the prompt again"),
+        ({"use_cache": False}, "use_cache=False cannot be used with a compressed prompt"),
         ({"max_length": 5}, None),
     ):
-        error, text = (NotImplementedError, text) if text else (ValueError, "max_length must be more than the 21 ids")
+        error, text = (NotImplementedError, text) if text else (ValueError, "max_length must be > 21, the number")
         with pytest.raises(error, match=re.escape(text)):
             model.generate(**inputs, **more)
     with torch.no_grad():
         out = model(**inputs, use_cache=True)
     cache = getattr(out, "cache", None) or out.past_key_values
     name = "cache" if "cache" in inspect.signature(model.forward).parameters else "past_key_values"
-    with pytest.raises(NotImplementedError, match="cannot go on from a cache"):
+    with pytest.raises(NotImplementedError, match="cannot continue from a cache"):
         model.generate(**inputs, **{name: cache})
 
 

@@ -67,17 +67,17 @@ class Combination:
         o = self.options
         rule, units = o["rule"] or "", o["ctc_tokens"]
         if o["keys"] == "ctc" and not units:
-            return "keys 'ctc' need ctc_tokens"
+            return "keys='ctc' needs ctc_tokens"
         if o["boundary_ratio"] is not None and rule:
-            return "boundary_ratio excludes a rule"
+            return "set boundary_ratio or rule, not both"
         if rule.startswith("label-change") and not units:
             return "needs ctc_tokens"
         if not self.audios:
             return None
         if o["normalize_features"] and self.encoder not in WHISPER:
-            return "normalize_features is for log-mel features in windows"
+            return "normalize_features must be False"
         if self.encoder in WAVEFORM and int(self.batch["feature_attention_mask"].sum(1).min()) < SHORTEST:
-            return "shorter than one frame"
+            return "the encoder returned no frame"
         return None
 
 

@@ -25,7 +25,7 @@ def test_lengths_count_the_ids_of_the_prompt(rule: str | None):
     assert torch.equal(model.generate(**full, max_length=500, max_new_tokens=3, **greedy), wanted)
     model.language_model.generation_config.max_length = asked + 3
     assert torch.equal(model.generate(**full, **greedy), wanted)
-    with pytest.raises(ValueError, match=f"max_length must be more than the {asked} ids of the prompt, got {asked}"):
+    with pytest.raises(ValueError, match=f"max_length must be > {asked}, the number of ids of the prompt, got {asked}"):
         model.generate(**full, max_length=asked, **greedy)
 
 

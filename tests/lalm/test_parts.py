@@ -103,7 +103,7 @@ def test_short_padding_with_another_attention(kind: str):
         found.append(alone)
     torch.testing.assert_close(*found, rtol=1e-4, atol=1e-4)
     audio.config._attn_implementation = "flex_attention"
-    with pytest.raises(NotImplementedError, match="audio_padding 'longest' .* must be sdpa or eager, got flex"):
+    with pytest.raises(NotImplementedError, match="audio_padding='longest' needs .* sdpa or eager, got flex"):
         encode(audio, features, mask, "longest")
 
 

@@ -63,12 +63,15 @@ def test_samples_for_encoders_of_samples():
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ((["what", f"{A} is {A}"], [noise(1.0)]), "text has 2 <|audio|> (text 0: 0, text 1: 2), but audio has 1"),
-        ((["what"], [noise(1.0)]), "text has 0 <|audio|> (text 0: 0), but audio has 1"),
-        ((A, None), "text has 1 <|audio|> (text 0: 1), but audio has 0"),
+        (
+            (["what", f"{A} is {A}"], [noise(1.0)]),
+            "text must have one <|audio|> per audio, got 2 (text 0: 0, text 1: 2) for 1 audios",
+        ),
+        ((["what"], [noise(1.0)]), "text must have one <|audio|> per audio, got 0 (text 0: 0) for 1 audios"),
+        ((A, None), "text must have one <|audio|> per audio, got 1 (text 0: 1) for 0 audios"),
         ((A, noise(1.0), 8000), "sampling_rate must be 16000 Hz, got 8000"),
-        ((A, noise(0.01)), "audio must be [S] of at least 400 samples, one frame, got shape [160]"),
-        ((A, noise(1.0)[None]), "audio must be [S] of at least 400 samples, one frame, got shape [1, 16000]"),
+        ((A, noise(0.01)), "audio must be [S] with at least 400 samples (one frame), got shape [160]"),
+        ((A, noise(1.0)[None]), "audio must be [S] with at least 400 samples (one frame), got shape [1, 16000]"),
     ],
 )
 def test_inputs_that_do_not_fit(arguments: tuple[Any, ...], message: str):
@@ -94,7 +97,7 @@ def test_conversations(tmp_path: Path):
         p.tokenizer("[user] what").input_ids
     ]
     wrong = [{"role": "user", "content": [{"type": "image"}]}]
-    with pytest.raises(ValueError, match="a content must be audio or text, got 'image'"):
+    with pytest.raises(ValueError, match="the type of a message's content must be 'audio' or 'text', got 'image'"):
         p.apply_chat_template(wrong)
 
 

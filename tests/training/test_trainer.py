@@ -285,7 +285,7 @@ def test_runs_that_cannot_start(data: Path, tmp_path: Path, trained: Path):
         Run(settings(data, trained, max_steps=9, dev=str(data / "dev.jsonl")), resume=True)
     with pytest.raises(SettingsError, match="`lora_rank` needs a trained model"):
         Run(settings(data, tmp_path / "lora", lora_rank=4))
-    with pytest.raises(RunError, match="no model here"):
+    with pytest.raises(RunError, match="not a model folder"):
         load_model(tmp_path)
     (tmp_path / "empty.jsonl").write_text('{"audio_filepath": "nowhere.wav", "text": "low"}\n')
     with pytest.raises(RunError, match="has no usable utterance"):

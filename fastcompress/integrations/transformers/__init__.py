@@ -1,7 +1,7 @@
-"""Compression of the audio in stock audio LLMs of transformers.
+"""Compress the audio in stock audio LLMs of transformers.
 
-``apply_to(model, "uniform:3")``, and ``model`` takes what its stock processor gives as it always did; ``revert(model)``
-makes it stock again.
+After ``apply_to(model, "uniform:3")`` the model is used as before, with its stock processor; ``revert(model)`` restores
+the stock model.
 """
 
 from __future__ import annotations
@@ -53,36 +53,40 @@ def apply_to(
     *,
     before_projector: bool = False,
 ) -> Any:
-    """Makes a stock audio LLM compress its audio, in place.
+    """Compress the audio of a stock audio LLM, in place.
 
-    In **dynamic** mode the number of tokens may depend on what is heard. Processor, chat template, ``forward`` with
-    labels, ``generate``, ``Trainer`` and peft stay what they are; what the decoder sees becomes shorter. ``forward``
-    returns logits ``[B, S, V]`` of the ``S`` rows of the longest compressed sample, padded on the side of the input, or
-    on the left; with labels ``[1, K, V]``, of those rows alone that a label is predicted from, and the mean loss (or
-    the sum divided by ``num_items_in_batch``). ``output.compressed`` is the decoder's input
-    (:class:`fastcompress.PackedInputs`). ``generate`` returns the prompt as it was given, and what was written.
+    In **dynamic** mode the number of tokens may depend on the audio. Processor, chat template, ``forward`` with labels,
+    ``generate``, ``Trainer`` and peft work as before, and the decoder's input becomes shorter. ``forward`` returns
+    logits ``[B, S, V]`` of the ``S`` rows of the longest compressed sample, padded on the side of the input (on the
+    left if that has no padding). With labels it returns logits ``[1, K, V]`` of the ``K`` rows that predict a label,
+    and the mean loss (or the sum divided by ``num_items_in_batch``). ``output.compressed`` is the decoder's input
+    (:class:`fastcompress.PackedInputs`). ``generate`` returns the ids of the prompt and the new ones.
 
-    In **budget** mode the number is a function of the length alone, and the prompt has as many placeholders
-    (:class:`BudgetProcessor`): everything else of the model, and of engines that count placeholders, stays stock.
+    In **budget** mode the number of tokens depends only on the length of the audio, and :class:`BudgetProcessor` writes
+    that number of placeholders into the prompt. The rest of the model stays stock, and engines that count placeholders
+    can serve it.
 
     Args:
-        model: such as ``Qwen2AudioForConditionalGeneration``, with peft around it or not.
-        compressor: a rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
-            ``[A + 1]`` and returns ``values`` and ``cu_seqlens``, as those of :mod:`fastcompress.nn` do. It becomes
-            ``model.audio_compressor``: what it learns is saved with the model, and can be one of ``modules_to_save`` of
-            peft. It is cast to the model's dtype. If it leaves a ``loss`` of its own, as
-            :class:`fastcompress.nn.LearnedBoundary` does, that is added, times its ``loss_weight``.
+        model: Audio LLM with a head, such as ``Qwen2AudioForConditionalGeneration``, which may be wrapped by peft.
+        compressor: Rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
+            ``[A + 1]`` int32 and returns an object with ``values`` and ``cu_seqlens``, like the modules of
+            :mod:`fastcompress.nn`. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
+            the model, and can be among peft's ``modules_to_save``. If it has a ``loss`` after the call, as
+            :class:`fastcompress.nn.LearnedBoundary` has, that is added to the model's, times its ``loss_weight``.
         mode: ``"dynamic"`` or ``"budget"``.
-        pack: run the decoder without padding, each sample attending to itself alone, where nothing is generated
-            (``forward`` with labels, or without a cache). ``None``: in dynamic mode.
-        before_projector: pool the encoder's frames, and project only what is left; else what the projector gives.
+        pack: Whether the decoder runs on packed rows, without padding, in ``forward`` with labels or without a cache.
+            ``None``: in dynamic mode. ``generate`` is always padded.
+        before_projector: Whether to pool the encoder's frames, so that only tokens are projected; else the projector's
+            output is pooled.
 
     Returns:
         ``model``.
 
     Raises:
-        NotImplementedError: a model, or a combination with it, that cannot work, with the reason.
-        TypeError, ValueError: an argument of the wrong kind; a model that is compressed already.
+        NotImplementedError: The model, or its combination with an argument, is not supported. The message has the
+            reason.
+        TypeError: An argument has a wrong type.
+        ValueError: An argument has a wrong value, or the model is already compressed.
     """
     base = unwrap(model)
     check_version()
@@ -91,12 +95,12 @@ def apply_to(
     if mode not in MODES:
         raise ValueError(f"mode must be 'dynamic' or 'budget', got {mode!r}")
     if hasattr(base, "fastcompress_settings"):
-        raise ValueError(f"this {kind} is compressed already, by {base.audio_compressor}: revert it first")
+        raise ValueError(f"this {kind} is already compressed by {base.audio_compressor}; call revert first")
     if mode == "budget" and pack:
-        raise ValueError("pack is of the dynamic mode: in budget mode forward stays stock")
+        raise ValueError("pack must be None or False in budget mode, whose forward stays stock, got True")
     module = _compressor(compressor)
     if before_projector and (mode == "budget" or family.why_not_before):
-        why = family.why_not_before or "in budget mode what the projector gives is pooled"
+        why = family.why_not_before or "budget mode pools the projector's output"
         raise NotImplementedError(f"{kind} cannot be compressed before its projector: {why}")
     settings = Settings(family, mode, mode == "dynamic" if pack is None else pack, before_projector)
     if mode == "budget":
@@ -111,14 +115,21 @@ def apply_to(
 
 
 def revert(model: Any) -> Any:
-    """Makes a compressed model what it was, in place, and returns it.
+    """Restore the stock model, in place.
+
+    Args:
+        model: Model that :func:`apply_to` changed.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ValueError: it is not compressed.
+        ValueError: The model is not compressed.
+        RuntimeError: Something else replaced a method after :func:`apply_to`.
     """
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):
-        raise ValueError(f"this {type(base).__name__} is not compressed")
+        raise ValueError(f"this {type(base).__name__} is not compressed, so there is nothing to revert")
     settings: Settings = base.fastcompress_settings
     dynamic.uninstall(base)
     budget.uninstall(base)
@@ -130,10 +141,17 @@ def revert(model: Any) -> Any:
 
 
 def load_compressor(model: Any, folder: str | Path) -> Any:
-    """Loads what ``model.audio_compressor`` learned from a folder of ``model.save_pretrained``; returns the model.
+    """Load the weights of ``model.audio_compressor`` from a folder that ``model.save_pretrained`` wrote.
+
+    Args:
+        model: Model that :func:`apply_to` changed.
+        folder: Folder with ``*.safetensors`` files.
+
+    Returns:
+        ``model``.
 
     Raises:
-        ValueError: there is nothing of it in the folder, or something else.
+        ValueError: The names or shapes of the weights in the folder differ from those of ``audio_compressor``.
     """
     from safetensors import safe_open
 
@@ -146,13 +164,13 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
     wanted = base.audio_compressor.state_dict()
     if found.keys() != wanted.keys():
         raise ValueError(
-            f"folder {folder} has {', '.join(sorted(found)) or 'nothing'} of audio_compressor, which needs "
-            f"{', '.join(sorted(wanted)) or 'nothing'}"
+            f"{folder} must have these weights of audio_compressor: {', '.join(sorted(wanted)) or 'none'}; got "
+            f"{', '.join(sorted(found)) or 'none'}"
         )
     for name, tensor in found.items():
         if tensor.shape != wanted[name].shape:
             raise ValueError(
-                f"{prefix}{name} of {folder} has shape {list(tensor.shape)}, the model's {list(wanted[name].shape)}"
+                f"{prefix}{name} must have shape {list(wanted[name].shape)}, got {list(tensor.shape)} in {folder}"
             )
     base.audio_compressor.load_state_dict(found)
     return model
@@ -162,17 +180,19 @@ def _compressor(compressor: Any) -> nn.Module:
     if not isinstance(compressor, nn.Module):
         compressor = SegmentPool(as_rule(compressor))
     if type(compressor) is SegmentPool and isinstance(compressor.rule, LabelChange):
-        raise NotImplementedError("label-change needs labels, which a stock model does not have: give a module")
+        raise NotImplementedError(
+            "label-change needs labels, which a stock model does not have; pass a module that computes them"
+        )
     if isinstance(compressor, SegmentPool) and not compressor.compact:
-        raise ValueError("compressor must have compact=True: a decoder has no use for rows of an upper bound")
+        raise ValueError("compressor must have compact=True, got False: a decoder takes no empty segments")
     return compressor
 
 
 def _prepare(decoder: Any) -> str | None:
-    """Gives a decoder attention that keeps samples apart; returns what it had, if that was changed."""
+    """Set packed attention on a decoder and return the name of its former attention."""
     before: str | None = decoder.config._attn_implementation
     try:
         fastcompress.decoder.prepare(decoder)
     except NotImplementedError as error:
-        raise NotImplementedError(f"{error}; pack=False compresses it without packing") from error
+        raise NotImplementedError(f"{error}; pass pack=False to compress without packing") from error
     return before

@@ -1,8 +1,8 @@
-"""Compression to a number of tokens that the length of the audio decides.
+"""Budget mode: the number of tokens depends only on the length of the audio.
 
-The prompt then has a placeholder for each token from the start, and what is stock stays stock: ``forward``,
-``generate``, caches, and engines that count placeholders before they run the encoder. Two things change: what the model
-merges is pooled, and the processor writes fewer placeholders.
+The prompt therefore has one placeholder per token from the start. ``forward``, ``generate`` and caches stay stock, and
+engines that count placeholders before they run the encoder work. Two things change: the audio is pooled before the
+model merges it into the prompt, and the processor writes fewer placeholders.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import TopK, Uniform
 
-#: Rows of each audio, between the encoder of Qwen2-Audio, which is asked for them, and its projector.
+#: Number of rows of each audio, which the patched encoder of Qwen2-Audio passes to its patched projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
 
 
 def check(kind: str, family: Family, compressor: nn.Module) -> None:
-    """Raises if a family or a compressor has no budget mode.
+    """Check that a family and a compressor support budget mode.
 
     Raises:
-        NotImplementedError: with the reason.
+        NotImplementedError: They do not. The message has the reason.
     """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
     if not (type(compressor) is SegmentPool and isinstance(compressor.rule, (Uniform, TopK))):
         raise NotImplementedError(
-            "budget mode needs a rule whose tokens are a function of the length, uniform:N or top-k, got "
-            f"{compressor}: the dynamic mode takes any"
+            "budget mode needs a rule whose number of tokens depends only on the length, uniform:N or top-k, got "
+            f"{compressor}; use mode='dynamic' for other rules"
         )
 
 
 def install(model: Any) -> None:
-    """Replaces the methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
+    """Replace methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
     family: Family = model.fastcompress_settings.family
-    pool: SegmentPool = model.audio_compressor  # has no state: a copy of the model may share it
+    pool: SegmentPool = model.audio_compressor  # has no state, so copies of the model may share it
     core = model.model
     if family.budget == "features":
         patches.replace(core, "get_audio_features", _features(family, pool))
@@ -55,7 +55,7 @@ def install(model: Any) -> None:
 
 
 def uninstall(model: Any) -> None:
-    """Puts them back."""
+    """Restore the methods."""
     core = model.model
     parts = (core, getattr(core, "audio_tower", None), getattr(core, "multi_modal_projector", None))
     patches.restore(*(part for part in parts if part is not None))
@@ -92,10 +92,10 @@ def _lengths(pool: SegmentPool) -> Callable[..., Any]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
         _LENGTHS.set(rows)
         counts = rule.num_segments(rows)
-        if not bool((counts > 1).any()):  # it would take such a batch for one whose placeholders it is to expand
+        if not bool((counts > 1).any()):  # with one placeholder per audio, the model would expand the placeholders
             raise NotImplementedError(
-                "Qwen2-Audio in budget mode needs an audio of two tokens or more in each batch, got "
-                f"{counts.tolist()}: the dynamic mode takes any"
+                "Qwen2-Audio in budget mode needs at least one audio of 2 or more tokens per batch, got token counts "
+                f"{counts.tolist()}; use mode='dynamic'"
             )
         return frames, counts
 
@@ -113,27 +113,33 @@ def _projector(pool: SegmentPool) -> Callable[..., Any]:
 
 
 class BudgetProcessor:
-    """A stock processor whose prompts have as many placeholders as a model in budget mode has tokens.
+    """Wrap a stock processor so that its prompts have one placeholder per token of a model in budget mode.
 
-    All else is the stock processor's, which ``save_pretrained`` writes, too.
+    Everything else is delegated to the stock processor; ``save_pretrained`` saves that.
 
     Args:
-        processor: of the model.
-        model: compressed in budget mode.
+        processor: Stock processor of the model.
+        model: Model compressed in budget mode.
+
+    Raises:
+        ValueError: The model is not compressed in budget mode.
     """
 
     def __init__(self, processor: Any, model: Any) -> None:
         model = unwrap(model)
         settings = getattr(model, "fastcompress_settings", None)
         if settings is None or settings.mode != "budget":
-            raise ValueError(f"model must be compressed in budget mode, got a {type(model).__name__} that is not")
+            raise ValueError(
+                f"model must be compressed in budget mode, got {type(model).__name__}; call "
+                "apply_to(model, rule, mode='budget') first"
+            )
         self.processor = processor
         self._rule: Uniform | TopK = model.audio_compressor.rule
         self._window = None if settings.family.window is None else settings.family.window(model.config)
         self._token = model.config.audio_token_id
 
     def __getattr__(self, name: str) -> Any:
-        if name == "processor":  # while it is copied
+        if name == "processor":  # copy looks attributes up before `processor` is set
             raise AttributeError(name)
         return getattr(self.processor, name)
 
@@ -141,30 +147,33 @@ class BudgetProcessor:
         return self.shorten(self.processor(*args, **kwargs))
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """As the processor's own, shortened by :meth:`shorten` where it returns tensors and not text."""
+        """Call the processor's method; if it returns inputs and not text, drop placeholders (:meth:`shorten`)."""
         out = self.processor.apply_chat_template(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 
     def apply_transcription_request(self, *args: Any, **kwargs: Any) -> Any:
-        """As the processor's own, where it has one, shortened likewise."""
+        """Call the processor's method, which only some have, and drop placeholders (:meth:`shorten`)."""
         out = self.processor.apply_transcription_request(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 
     def count(self, length: int) -> int:
-        """Placeholders of an audio that had ``length``."""
+        """Return the number of placeholders of an audio that has ``length`` placeholders in the stock prompt."""
         if self._window is None:
             return self._rule.num_segments(length)
         windows, rest = divmod(length, self._window)
         return windows * self._rule.num_segments(self._window) + (self._rule.num_segments(rest) if rest else 0)
 
     def shorten(self, inputs: Any) -> Any:
-        """Drops placeholders from what the stock processor returned, in place, and pads anew on the same side.
+        """Drop surplus placeholders from the stock processor's output, in place, and pad again on the same side.
 
         Args:
-            inputs: ``input_ids`` ``[B, L]``, and whatever else has that shape.
+            inputs: Output of the stock processor: ``input_ids`` ``[B, L]``. All tensors of that shape are shortened.
+
+        Returns:
+            ``inputs``.
 
         Raises:
-            TypeError: ``input_ids`` is no tensor: give ``return_tensors="pt"``.
+            TypeError: ``input_ids`` is not a tensor.
         """
         ids = inputs["input_ids"]
         if not isinstance(ids, Tensor):
@@ -185,7 +194,7 @@ class BudgetProcessor:
         return inputs
 
     def _kept(self, ids: Tensor, real: Tensor) -> Tensor:
-        """Places of a row that stay."""
+        """Return the columns of one row that are kept, as indices ``[K]`` int64."""
         places = real.nonzero()[:, 0]
         audio = (ids[places] == self._token).int()
         edges = torch.nn.functional.pad(audio, (1, 1)).diff()

@@ -1,8 +1,8 @@
-"""Compression whose result decides how many tokens there are: audio shrinks between the merge and the decoder.
+"""Dynamic mode: the number of tokens may depend on the audio, which is compressed between the merge and the decoder.
 
-The stock model merges as ever, into a prompt with a placeholder for each row of audio. What it then gives to its
-decoder is taken here, compressed, packed or padded anew, and only that reaches the decoder. Labels, and the loss, are
-kept from the stock model, which would see the long ones.
+The stock model merges audio into a prompt with one placeholder per row of audio, as always. The patched decoder
+compresses the merged embeddings and runs on the shorter rows, packed or padded. The stock model gets no labels, since
+its rows no longer match them; the loss is computed here.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ from fastcompress.nn import SegmentPool
 from fastcompress.ops.row_groups import row_groups
 from fastcompress.segments import Pooled
 
-#: Names of a cache of earlier rows; the second since transformers 5.24.
+#: Names of the argument that holds the cache of earlier rows; ``cache`` exists since transformers 5.24.
 CACHES = ("past_key_values", "cache")
-#: Settings of assisted decoding.
+#: Settings of ``generate`` that turn assisted decoding on.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
 
 @dataclass
 class Settings:
-    """How a model is compressed.
+    """Hold the compression settings of a model.
 
     Attributes:
-        family: of the model.
+        family: Family of the model.
         mode: ``"dynamic"`` or ``"budget"``.
-        pack: run without padding where nothing is generated.
-        before_projector: pool what the projector is given.
-        attention: implementation that the decoder had before, if it was changed.
+        pack: Whether ``forward`` runs the decoder on packed rows.
+        before_projector: Whether frames are pooled before the projector.
+        attention: Name of the decoder's attention before :func:`apply_to` changed it; ``None``: not changed.
     """
 
     family: Family
@@ -60,22 +60,23 @@ class Settings:
         return dataclasses.replace(self)
 
     def __reduce__(self) -> Any:
-        # Methods of an object are pickled by their names, and would come back as the stock ones without a word.
-        raise pickle.PicklingError("a compressed model cannot be pickled: revert it first, or use save_pretrained")
+        # Bound methods are pickled by name, so a loaded model would silently have the stock methods.
+        raise pickle.PicklingError("a compressed model cannot be pickled; call revert first, or use save_pretrained")
 
 
 @dataclass
 class Call:
-    """One pass of a model.
+    """Pass data between the patched methods during one forward pass.
 
     Attributes:
-        model, settings: what is compressed, and how.
-        arguments: of ``forward``.
-        packed: whether the decoder is to run packed.
-        side: of the padding, if not.
-        capture: leave the decoder out.
-        kept: of the rows of audio, those that tokens were put into, before the projector; a bool each.
-        inputs: what the decoder got.
+        model: The compressed model.
+        settings: Its settings.
+        arguments: Arguments of ``forward``.
+        packed: Whether the decoder runs on packed rows.
+        side: Side of the padding if it does not.
+        capture: Whether to stop before the decoder, to get its input only.
+        kept: True for the rows of audio that hold a token after pooling before the projector, ``[N]`` bool.
+        inputs: Input of the decoder, set by the patched decoder.
     """
 
     model: Any
@@ -101,12 +102,13 @@ def _running(call: Call) -> Iterator[None]:
 
 
 def install(model: Any) -> None:
-    """Replaces the methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
+    """Replace methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
     patches.replace(model, "forward", _forward)
     patches.replace(model, "generate", _generate)
     patches.replace(model.model.language_model, "forward", _decode)
     if "inputs_embeds" not in inspect.signature(model.prepare_inputs_for_generation).parameters:
-        like = GenerationMixin.prepare_inputs_for_generation.__get__(model)  # which `generate` asks for embeddings
+        # `generate` accepts inputs_embeds only if this method's signature has them.
+        like = GenerationMixin.prepare_inputs_for_generation.__get__(model)
         patches.replace(model, "prepare_inputs_for_generation", _prepare_inputs, like)
     if model.fastcompress_settings.before_projector:
         for projector in _projectors(model):
@@ -114,13 +116,13 @@ def install(model: Any) -> None:
 
 
 def uninstall(model: Any) -> None:
-    """Puts them back."""
+    """Restore the methods."""
     projector = getattr(model.model, "multi_modal_projector", None)
     patches.restore(model, model.model.language_model, *([] if projector is None else projector.modules()))
 
 
 def _projectors(model: Any) -> list[Any]:
-    """The projector, or what peft has in its place: the stock one, and a copy for each adapter."""
+    """Return the projector; if peft wrapped it, the original and the copy of each adapter."""
     projector = model.model.multi_modal_projector
     if not hasattr(projector, "modules_to_save"):
         return [projector]
@@ -128,28 +130,28 @@ def _projectors(model: Any) -> list[Any]:
 
 
 def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``prepare_inputs_for_generation`` of a model that hands on what it does not name."""
+    """Replace ``prepare_inputs_for_generation`` by the same method with another signature."""
     return patches.original(self, "prepare_inputs_for_generation")(*args, **kwargs)
 
 
 def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of the whole model."""
+    """Replace ``forward`` of the whole model."""
     stock = patches.original(self, "forward")
     arguments = patches.named(stock, args, kwargs)
     labels, ids = arguments.get("labels"), arguments.get("input_ids")
     has_audio = _has_audio(self, arguments)
     if has_audio and (ids is None or _cache_length(arguments)):
         raise NotImplementedError(
-            "compressed audio needs input_ids, which say where it is"
+            "compressed audio needs input_ids, which locate it in the prompt, got None"
             if ids is None
-            else "compressed audio cannot follow earlier rows of a cache, or of prefix tuning: give all of the prompt"
+            else "compressed audio cannot follow rows of a cache or of prefix tuning; pass the whole prompt"
         )
     if ids is None or _cache_length(arguments) or not (has_audio or labels is not None):
         return stock(*args, **kwargs)
     settings: Settings = self.fastcompress_settings
     _check(self, arguments)
     mask = arguments.get("attention_mask")
-    # Where there was none the last column still is what comes next.
+    # Without padding in the input, pad on the left: the last column then precedes the next token in every sample.
     side = "right" if mask is not None and not bool(mask[:, -1].all()) else "left"
     cached = arguments.get("use_cache") is True or any(arguments.get(name) is not None for name in CACHES)
     packed = settings.pack and _keeps_apart(self) and (labels is not None or not cached)
@@ -158,11 +160,14 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     num_items = arguments.pop("num_items_in_batch", None)
     if labels is not None:
         arguments["use_cache"] = False
-        arguments.pop("logits_to_keep", None)  # only rows that say a label reach the head
+        arguments.pop("logits_to_keep", None)  # the patched decoder returns only the rows that predict a label
     with _running(call):
         out = stock(**arguments | {"labels": None, "return_dict": True})
     if call.inputs is None:
-        raise RuntimeError("forward of language_model was replaced after apply_to, and nothing was compressed")
+        raise RuntimeError(
+            "nothing was compressed, because forward of language_model was replaced after apply_to; call revert and "
+            "apply_to again"
+        )
     loss = None
     if labels is not None:
         loss = _loss(call, out.logits, num_items)
@@ -178,7 +183,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _keeps_apart(model: Any) -> bool:
-    """Whether the decoder's attention is told where samples begin: not if another was set since."""
+    """Return whether the decoder still has packed attention; the user may have set another since ``apply_to``."""
     found: bool = model.model.language_model.config._attn_implementation == decoder.NAME
     return found
 
@@ -193,27 +198,26 @@ def _cache_length(arguments: Mapping[str, Any]) -> int:
 
 
 def _check(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises for what compression does not know."""
+    """Raise for arguments that are not supported with compression."""
     kind = model.config.model_type
     for name in model.fastcompress_settings.family.refused:
         if arguments.get(name) is not None:
             raise NotImplementedError(
-                f"{kind} is compressed with audio and text alone, got {name}: positions of pictures are not counted "
-                "row by row"
+                f"a compressed {kind} takes only audio and text, got {name}: positions of images are not one per row"
             )
     if arguments.get("inputs_embeds") is not None:
-        raise ValueError("inputs_embeds excludes input_ids, which say where the audio is")
+        raise ValueError("pass input_ids, which locate the audio, without inputs_embeds")
     if arguments.get("output_router_logits"):
-        raise NotImplementedError("output_router_logits: the router's loss weighs rows that compression drops")
+        raise NotImplementedError("output_router_logits must be False: the router's loss needs rows that are dropped")
     if arguments.get("position_ids") is not None and _has_audio(model, arguments):
-        raise ValueError("position_ids cannot be given: compression changes them")
+        raise ValueError("position_ids must be None: compression changes the positions")
     mask, ids = arguments.get("attention_mask"), arguments["input_ids"]
     if mask is not None and mask.shape != ids.shape:
         raise ValueError(f"attention_mask must have the shape of input_ids, {list(ids.shape)}, got {list(mask.shape)}")
 
 
 def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of the decoder, with what the stock model merged."""
+    """Replace ``forward`` of the decoder: compress the merged embeddings, then run the stock decoder."""
     stock = patches.original(self, "forward")
     call = _CALL.get()
     if call is None or call.model.model.language_model is not self:
@@ -255,19 +259,19 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
 
 
 def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedInputs:
-    """The decoder's input, from the merged embeddings ``[B, L, H]``."""
+    """Return the decoder's input, compressed from the merged embeddings ``[B, L, H]``."""
     ids, mask = call.arguments["input_ids"].to(merged.device), call.arguments.get("attention_mask")
     mask = None if mask is None else mask.to(merged.device)
     if merged.shape[:2] != ids.shape:
         raise ValueError(
-            f"input_ids must have a placeholder for each row of audio, as the processor writes them: got shape "
-            f"{list(ids.shape)} for {list(merged.shape[:2])} merged rows"
+            f"input_ids must have one placeholder per row of audio, as the processor writes them, got shape "
+            f"{list(ids.shape)} for merged embeddings of {list(merged.shape[:2])} rows"
         )
     audio_id = call.model.config.audio_token_id
     is_audio = ids == audio_id
     if labels is not None:
         labels = labels.to(merged.device).masked_fill(is_audio, IGNORED_LABEL)
-    if not _has_audio(call.model, call.arguments):  # a placeholder that nothing was put into is text
+    if not _has_audio(call.model, call.arguments):  # placeholders without audio count as text
         return fc.pack(inputs_embeds=merged, attention_mask=mask, labels=labels)
     groups = row_groups(ids, audio_id, attention_mask=mask)
     if call.kept is not None:
@@ -276,9 +280,12 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
         groups = groups.clamp_max(0).masked_fill(dropped, -1)
         return fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
     if call.settings.before_projector:
-        raise RuntimeError("forward of the projector was replaced after apply_to: nothing was pooled before it")
+        raise RuntimeError(
+            "nothing was pooled before the projector, because its forward was replaced after apply_to; call revert and "
+            "apply_to again"
+        )
     compressor = call.model.audio_compressor
-    if type(compressor) is SegmentPool and compressor.reduce == "mean":  # all there is to do, in the pass that packs
+    if type(compressor) is SegmentPool and compressor.reduce == "mean":  # `pack` can pool in the same pass
         return fc.pack(inputs_embeds=merged, row_group=groups, rule=compressor.rule, labels=labels)
     first = groups.clone()
     first[:, 1:] -= groups[:, :-1].clamp_min(0)
@@ -294,21 +301,23 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
 
 
 def _apply(compressor: nn.Module, rows: Tensor, offsets: Tensor) -> Pooled:
-    """Runs a compressor on rows of audios ``[N, D]``, and checks what it returns."""
+    """Run a compressor on rows of audio ``[N, D]`` with offsets ``[A + 1]``, and check its result."""
     pooled = compressor(rows, cu_seqlens=offsets)
     if not (hasattr(pooled, "values") and hasattr(pooled, "cu_seqlens")):
         got = type(pooled).__name__
-        raise TypeError(f"compressor must return values and cu_seqlens, such as a fastcompress.Pooled, got {got}")
+        raise TypeError(
+            f"compressor must return an object with values and cu_seqlens, such as fastcompress.Pooled, got {got}"
+        )
     if pooled.cu_seqlens.shape != offsets.shape:
         raise ValueError(
-            f"compressor must return as many audios as it was given, {len(offsets) - 1}, got "
+            f"compressor must return {len(offsets) - 1} audios, the number of its input, got "
             f"{len(pooled.cu_seqlens) - 1}"
         )
     return pooled
 
 
 def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """``forward`` of the projector: on pooled rows, put where the first rows of each audio were."""
+    """Replace ``forward`` of the projector: pool, project, and put the tokens into the first rows of each audio."""
     stock = patches.original(self, "forward")
     call = _CALL.get()
     if call is None or all(module is not self for module in call.model.model.multi_modal_projector.modules()):
@@ -322,7 +331,8 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     counts = pooled.cu_seqlens.diff()
     if bool((counts > lengths).any()):
         raise ValueError(
-            f"compressor must not return more rows than it was given, {lengths.tolist()}, got {counts.tolist()}"
+            f"compressor must not return more rows per audio than its input has, {lengths.tolist()}, got "
+            f"{counts.tolist()}"
         )
     tokens = stock(pooled.values.to(rows.dtype), *args, **kwargs)
     kept = (torch.arange(longest, device=rows.device) < counts[:, None])[valid]
@@ -340,24 +350,24 @@ def _loss(call: Call, logits: Tensor, num_items: Tensor | int | None) -> Tensor:
 
 
 def _unused(model: Any, device: torch.device) -> Tensor:
-    """Return 0 with a gradient path to what a batch without audio does not use."""
+    """Return 0 with a gradient path to the parameters that a batch without audio does not use."""
     used = {id(p) for module in (model.model.language_model, model.lm_head) for p in module.parameters()}
     return zero_of((p for p in model.parameters() if id(p) not in used), device)
 
 
 @torch.no_grad()
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """``generate`` of the whole model: the prompt is compressed first, then the stock loop writes on from it."""
+    """Replace ``generate`` of the whole model: compress the prompt, then run the stock method on it."""
     stock = patches.original(self, "generate")
-    arguments = patches.named(GenerationMixin.generate.__get__(self), args, kwargs)  # some have *args in their place
+    arguments = patches.named(GenerationMixin.generate.__get__(self), args, kwargs)  # some models declare only *args
     if arguments.get("inputs") is not None:
         arguments["input_ids"] = arguments.pop("inputs")
     ids = arguments.get("input_ids")
     if ids is None or not _has_audio(self, arguments):
         if ids is not None and _cache_length(arguments) and bool((ids == self.config.audio_token_id).any()):
             raise NotImplementedError(
-                "generate cannot go on from the cache of a compressed prompt by ids, which are more than its rows: "
-                "give the whole conversation, with its audio"
+                "generate cannot continue from the cache of a compressed prompt, which has fewer rows than ids; pass "
+                "the whole conversation with its audio"
             )
         return stock(*args, **kwargs)
     if arguments.get("attention_mask") is None:
@@ -369,7 +379,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     packed = _capture(self, inputs)
     lengths = packed.cu_seqlens.diff().tolist()
     if 0 in lengths:
-        raise ValueError(f"nothing is left of sample {lengths.index(0)}: {self.audio_compressor} dropped all of it")
+        raise ValueError(f"sample {lengths.index(0)} is empty: {self.audio_compressor} dropped all of its rows")
     embeds, mask = packed.unpack(side="left")
     rest = {
         name: value
@@ -380,38 +390,44 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if family.prompt_ids:
         rest["input_ids"] = _prompt_ids(self, packed, ids, mask)
     if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
-        self.enable_adapters()  # which the stock method does for prompts with audio, and this one has none any more
+        self.enable_adapters()  # the stock method does this only if it gets audio features
         stock = GenerationMixin.generate.__get__(self)
     out = stock(**rest)
     return prepend_prompt(out, ids, embeds.shape[1] if family.prompt_ids else 0)
 
 
 def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:
-    """What ``generate`` goes on from: the decoder's input for a prompt, without running the decoder.
+    """Return the decoder's input for a prompt, from which ``generate`` starts, without running the decoder.
 
     Args:
-        model: compressed in dynamic mode.
-        inputs: of the processor.
+        model: Model compressed in dynamic mode.
+        inputs: Output of the processor.
+
+    Returns:
+        The compressed prompts.
 
     Raises:
-        ValueError: ``input_ids`` are missing, or the model is not compressed so.
+        ValueError: ``input_ids`` are missing, or the model is not compressed in dynamic mode.
     """
     model = unwrap(model)
     if getattr(getattr(model, "fastcompress_settings", None), "mode", None) != "dynamic":
-        raise ValueError(f"model must be compressed in dynamic mode, got a {type(model).__name__} that is not")
+        raise ValueError(
+            f"model must be compressed in dynamic mode, got {type(model).__name__}; call apply_to(model, rule) first"
+        )
     if inputs.get("input_ids") is None:
-        raise ValueError("inputs must have input_ids")
+        raise ValueError("inputs must have input_ids, got None")
     _check(model, inputs)
     return _capture(model, _prompt_arguments(model, inputs))
 
 
 def _prompt_arguments(model: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Those that merging a prompt takes."""
+    """Select the arguments of the inner model, which merges the prompt."""
     names = inspect.signature(model.model.forward).parameters
     return {n: v for n, v in arguments.items() if n in names and n not in ("labels", "use_cache", *CACHES)}
 
 
 def _capture(model: Any, inputs: dict[str, Any]) -> fc.PackedInputs:
+    """Run the model up to its decoder and return the decoder's input."""
     call = Call(model, model.fastcompress_settings, inputs, capture=True)
     with _running(call):
         model.model(**inputs, use_cache=False)
@@ -420,33 +436,37 @@ def _capture(model: Any, inputs: dict[str, Any]) -> fc.PackedInputs:
 
 
 def _mask(model: Any, arguments: Mapping[str, Any], ids: Tensor) -> Tensor:
-    """As ``generate`` infers it where none is given."""
+    """Infer an attention mask from the padding, as ``generate`` does if none is passed."""
     padding, ends = setting(model, arguments, "pad_token_id"), setting(model, arguments, "eos_token_id")
     ends = ends if isinstance(ends, (list, tuple)) else [ends]
     return torch.ones_like(ids) if padding is None or padding in ends else (ids != padding).long()
 
 
 def _check_generation(model: Any, arguments: Mapping[str, Any]) -> None:
-    """Raises for ways to generate that count rows of the prompt by its ids."""
+    """Raise for generation settings that assume one row per id of the prompt."""
     for name in ASSISTED:
         if setting(model, arguments, name):
             raise NotImplementedError(
-                f"{name} cannot be used with a compressed prompt: assisted decoding counts and crops by the ids of the "
-                "prompt, which are more than its rows"
+                f"{name} cannot be used with a compressed prompt: assisted decoding assumes one row per id of the "
+                "prompt"
             )
     paged = setting(model, arguments, "cache_implementation") == "paged"
     if paged or setting(model, arguments, "prefill_chunk_size"):
-        raise NotImplementedError("a compressed prompt cannot be read in chunks or from a paged cache: it has no ids")
+        raise NotImplementedError(
+            "prefill_chunk_size and a paged cache cannot be used with a compressed prompt: they read it by its ids"
+        )
     if setting(model, arguments, "use_cache") is False:
-        raise NotImplementedError("use_cache=False would compute the prompt again from ids that it does not have")
+        raise NotImplementedError(
+            "use_cache=False cannot be used with a compressed prompt: each step would compute the prompt from its ids"
+        )
     if _cache_length(arguments):
         raise NotImplementedError(
-            "generate cannot go on from a cache of earlier rows with new audio: give the whole conversation"
+            "generate cannot continue from a cache of earlier rows with new audio; pass the whole conversation"
         )
 
 
 def _prompt_ids(model: Any, packed: fc.PackedInputs, ids: Tensor, mask: Tensor) -> Tensor:
-    """Ids of the compressed prompt ``[B, S]``, for what looks at them: penalties, stopping, streams."""
+    """Return ids for the rows of the compressed prompt, ``[B, S]``, which penalties and stopping criteria read."""
     flat = ids.flatten()
     source = packed.source.clamp_max(len(flat) - 1)
     rows = torch.where(packed.source < len(flat), flat[source], model.config.audio_token_id)

@@ -1,7 +1,7 @@
-"""Which audio LLMs of transformers can be compressed, how, and why others cannot.
+"""Table of the audio LLMs of transformers that can be compressed, and of those that cannot, with reasons.
 
-All of them merge audio into the embeddings of a prompt, in ``model.model``, and then call ``language_model`` once: the
-one place that this package needs to know. What differs is listed here.
+All supported models merge audio into the embeddings of a prompt, in ``model.model``, and then call ``language_model``
+once; the integration intercepts that call. The table lists the differences between the models.
 """
 
 from __future__ import annotations
@@ -14,28 +14,30 @@ import torch
 import transformers
 from torch import Tensor
 
-#: Versions of transformers whose models the tests of this package run: from the first, to before the second.
+#: Versions of transformers that the tests cover: the first and later, but before the second.
 TESTED = ("5.24", "5.25")
 
 
 @dataclass(frozen=True)
 class Family:
-    """What differs between audio LLMs.
+    """Describe one audio LLM.
 
     Attributes:
-        title: as people call it.
-        features: arguments of ``forward`` that bring audio.
-        refused: arguments that bring what compression does not know.
-        lengths: rows of audio in each window of the features, ``[A]`` int64, from the inner model and the arguments of
-            ``forward``.
-        window: the most of them, of which long audio has several; from the configuration. ``None``: audio is not cut.
-        budget: where the audio is pooled in budget mode: "features" (what ``get_audio_features`` returns), "merge"
-            (what ``get_merged_audio_embeddings`` is given), "projector"; or ``None``.
-        why_no_budget: the reason, if there is none.
-        why_not_before: why rows cannot be pooled before the projector; empty: they can.
-        prompt_ids: whether ``generate`` may have the ids of a shortened prompt: not where they decide positions.
-        adapters_hear: whether ``generate`` turns adapters on and off by whether there is audio.
-        tokens_per_second: of audio, before any compression.
+        title: Common name of the model.
+        tokens_per_second: Tokens per second of audio, before compression.
+        lengths: Function of the inner model and the arguments of ``forward`` that returns the number of audio rows in
+            each window of the features, ``[A]`` int64.
+        window: Function of the configuration that returns the largest number of rows of a window; longer audio has
+            several windows. ``None``: audio is not cut.
+        budget: Place where budget mode pools the audio: "features" (the output of ``get_audio_features``), "merge"
+            (the input of ``get_merged_audio_embeddings``) or "projector" (its output). ``None``: no budget mode.
+        why_no_budget: Reason for the missing budget mode.
+        why_not_before: Reason why frames cannot be pooled before the projector; empty: they can.
+        features: Arguments of ``forward`` that hold audio.
+        refused: Arguments of ``forward`` that are not supported with compression.
+        prompt_ids: Whether ``generate`` gets the ids of the compressed prompt. False where the model computes
+            positions from them.
+        adapters_hear: Whether ``generate`` enables or disables adapters depending on whether there is audio.
     """
 
     title: str
@@ -52,7 +54,7 @@ class Family:
 
 
 def _by_tower(mask: str) -> Callable[[Any, Mapping[str, Any]], Tensor]:
-    """By what the encoder says about features of so many frames."""
+    """Return a ``lengths`` function that asks the encoder; ``mask`` is the name of the feature mask."""
 
     def lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
         return core.audio_tower._get_feat_extract_output_lengths(arguments[mask].sum(-1).long())[1]
@@ -93,8 +95,8 @@ def _mask_lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
 
 
 _PICTURES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_grid_thw", "mm_encoder_outputs")
-_MARKERS = "time markers stand between the placeholders of one audio"
-_ADAPTOR = "its adaptor attends between frames, so that frames cannot be pooled before it"
+_MARKERS = "it puts time markers between the placeholders of one audio"
+_ADAPTOR = "its adaptor attends between frames"
 _QFORMER = "its projector attends to frames in windows of a fixed size"
 _GRANITE: dict[str, Any] = {"budget": "merge", "why_not_before": _QFORMER, "adapters_hear": True}
 _FLAMINGO: dict[str, Any] = {
@@ -134,36 +136,36 @@ FAMILIES: dict[str, Family] = {
     "fun_asr_nano": Family("Fun-ASR-Nano", 16.7, lengths=_mask_lengths, why_not_before=_ADAPTOR),
     "vibevoice_asr": Family(
         "VibeVoice-ASR", 7.5, lengths=_vibevoice_lengths, features=("input_values",),
-        why_not_before="its projector joins what two encoders give",
+        why_not_before="its projector combines the outputs of two encoders",
     ),
     "moss_transcribe_diarize": Family(
         "MOSS-Transcribe-Diarize", 12.5, budget=None, why_no_budget=_MARKERS, why_not_before=_MARKERS,
     ),
 }  # fmt: skip
 
-_CODEC = "it models streams of discrete codes, in which there are no frames to pool"
-#: By ``model_type``, why others cannot be compressed.
+_CODEC = "it models streams of discrete codes and has no frames to pool"
+#: Reasons why other models cannot be compressed, by ``model_type``.
 REFUSED: dict[str, str] = {
-    "voxtral_realtime": "it adds audio to the embeddings of text step by step: there are no rows of audio to shorten",
+    "voxtral_realtime": "it adds audio to the text embeddings step by step and has no rows of audio to pool",
     "kyutai_speech_to_text": _CODEC,
     "csm": _CODEC,
     "higgs_audio_v2": _CODEC,
     "moshi": _CODEC,
-    "gemma3n": "its decoder takes further inputs of each row (per_layer_inputs), which would have to be pooled as well",
-    "gemma4": "its decoder takes the kind of each row (mm_token_type_ids), and masks depend on it",
-    "gemma4_unified": "its decoder takes the kind of each row (mm_token_type_ids), and masks depend on it",
-    "phi4_multimodal": "it has no language_model of its own to which merged embeddings are given",
-    "qwen2_5_omni": "its talker reads the thinker's states at the length of the prompt: compress model.thinker",
-    "qwen3_omni_moe": "its talker reads the thinker's states at the length of the prompt: compress model.thinker",
-    "nemo_speechlm": "its generation keeps states of the encoder aside",
+    "gemma3n": "its decoder has further inputs per row (per_layer_inputs), which would also have to be pooled",
+    "gemma4": "its attention masks depend on the type of each row (mm_token_type_ids)",
+    "gemma4_unified": "its attention masks depend on the type of each row (mm_token_type_ids)",
+    "phi4_multimodal": "it has no separate language_model that takes merged embeddings",
+    "qwen2_5_omni": "its talker needs one thinker state per row of the uncompressed prompt; compress model.thinker",
+    "qwen3_omni_moe": "its talker needs one thinker state per row of the uncompressed prompt; compress model.thinker",
+    "nemo_speechlm": "its generation keeps encoder states outside of the prompt",
 }
 
 
 def check_version() -> None:
-    """Warns if transformers is newer than what was tested.
+    """Warn if transformers is newer than the tested versions.
 
     Raises:
-        ImportError: it is older.
+        ImportError: transformers is older than the tested versions.
     """
     import warnings
 
@@ -175,25 +177,25 @@ def check_version() -> None:
         )
     if version >= newest:
         warnings.warn(
-            f"transformers {transformers.__version__} is newer than the versions whose models were tested "
-            f"({TESTED[0]} to before {TESTED[1]}): compare an identity compressor, uniform:1, with the stock model",
+            f"transformers {transformers.__version__} is newer than the tested versions ({TESTED[0]} to before "
+            f"{TESTED[1]}); check that the rule uniform:1 reproduces the stock model",
             stacklevel=3,
         )
 
 
 def family_of(model: Any) -> Family:
-    """The family of a model.
+    """Return the family of a model.
 
     Raises:
-        NotImplementedError: it has none, with the reason where that is known.
+        NotImplementedError: The model is not supported. The message has the reason where it is known.
     """
     kind = getattr(getattr(model, "config", None), "model_type", type(model).__name__)
     if kind in REFUSED:
         raise NotImplementedError(f"{kind} cannot be compressed: {REFUSED[kind]}")
     if kind not in FAMILIES:
         raise NotImplementedError(
-            f"{kind} is not one of the audio LLMs that are known here: {', '.join(sorted(FAMILIES))} "
-            "(`fastcompress info --models` says more)"
+            f"{kind} is not a supported audio LLM; supported: {', '.join(sorted(FAMILIES))} "
+            "(`fastcompress info --models` prints details)"
         )
     if not hasattr(model, "generate") or not hasattr(model, "model"):
         raise NotImplementedError(
@@ -203,7 +205,7 @@ def family_of(model: Any) -> Family:
 
 
 def support() -> dict[str, dict[str, Any]]:
-    """What is supported, by ``model_type``; what is not, with the reason."""
+    """Return what is supported for each ``model_type``, and the reasons for what is not, as plain data."""
     found: dict[str, dict[str, Any]] = {
         kind: {
             "name": family.title,
@@ -221,7 +223,7 @@ def support() -> dict[str, dict[str, Any]]:
 
 
 def table() -> str:
-    """:func:`support` for people."""
+    """Return :func:`support` as a text table."""
     from tabulate import tabulate
 
     columns = ("name", "tokens_per_second", "dynamic", "packed", "before_projector", "budget")

@@ -1,7 +1,7 @@
-"""Replacing methods of one object, and putting them back.
+"""Replace methods of single objects, and restore them.
 
-What replaces a method is a bound one, so that a deep copy of a model has its own; and it has the signature of what it
-replaces, which transformers, ``Trainer`` and pipelines look at.
+A replacement is a bound method, so that a deep copy of a model gets its own, bound to the copy. It has the signature of
+the method it replaces, because transformers, ``Trainer`` and pipelines inspect signatures.
 """
 
 from __future__ import annotations
@@ -14,20 +14,24 @@ from typing import Any
 
 import torch
 
-#: Of an object: what its methods were before, by name; ``None``: the class's.
+#: Attribute of a patched object: a dict of its former instance attributes by method name; ``None``: the class's method.
 _BEFORE = "_fastcompress_before"
 
 
 def replace(target: Any, name: str, function: Callable[..., Any], like: Callable[..., Any] | None = None) -> None:
-    """Makes ``function(self, *args, **kwargs)`` the method of an object.
+    """Replace a method of an object.
 
-    ``like`` is a bound method with the signature that it is to have; ``None``: that of what is replaced.
+    Args:
+        target: Object whose method is replaced.
+        name: Name of the method.
+        function: Replacement, called as ``function(self, *args, **kwargs)``.
+        like: Bound method whose signature the replacement gets; ``None``: that of the replaced method.
     """
     before = target.__dict__.setdefault(_BEFORE, {})
     current = getattr(target, name)
-    before[name] = target.__dict__.get(name)  # set by others, such as accelerate
+    before[name] = target.__dict__.get(name)  # libraries such as accelerate also set instance methods
 
-    # It looks at signatures and at values, and dynamo would find it again in its own original.
+    # The replacements inspect signatures and tensor values, and dynamo would inline the original recursively.
     @torch.compiler.disable  # type: ignore[untyped-decorator]  # of torch
     @functools.wraps(current)
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -42,24 +46,24 @@ def replace(target: Any, name: str, function: Callable[..., Any], like: Callable
 
 
 def original(target: Any, name: str) -> Callable[..., Any]:
-    """The method that was replaced."""
+    """Return the replaced method, bound to ``target``."""
     before = target.__dict__[_BEFORE][name]
     return before if before is not None else getattr(type(target), name).__get__(target)
 
 
 def restore(*targets: Any) -> None:
-    """Puts back all methods of objects.
+    """Restore all replaced methods of objects.
 
     Raises:
-        RuntimeError: one was replaced again since, by something that would be lost, or would bring ours back; nothing
-            is put back then.
+        RuntimeError: Something else replaced a method again in the meantime; nothing is restored. Restoring would drop
+            that replacement, or undoing it later would bring ours back.
     """
     for target in targets:
         for name in target.__dict__.get(_BEFORE, {}):
             if not hasattr(getattr(target.__dict__.get(name), "__func__", None), "of_fastcompress"):
                 raise RuntimeError(
-                    f"{name} of {type(target).__name__} was replaced after apply_to, such as by a hook of accelerate: "
-                    "undo that first"
+                    f"{name} of {type(target).__name__} was replaced after apply_to (for example by a hook of "
+                    "accelerate); remove that replacement first"
                 )
     for target in targets:
         for name, before in target.__dict__.pop(_BEFORE, {}).items():
@@ -70,7 +74,7 @@ def restore(*targets: Any) -> None:
 
 
 def named(method: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """All arguments of a call by name."""
+    """Return all arguments of a call by name."""
     signature = inspect.signature(method)
     bound = signature.bind_partial(*args, **kwargs)
     found: dict[str, Any] = {}

@@ -10,8 +10,8 @@ import torch
 
 import fastcompress as fc
 from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, revert
-from tests.integrations.test_dynamic import GREEDY, batch, make
 from tests.support import audio_llms
+from tests.support.compressed_llms import GREEDY, batch, make
 
 NAMES = tuple(name for name, family in FAMILIES.items() if family.budget is not None)
 #: Of several windows where a family cuts audio.

@@ -13,37 +13,10 @@ from torch import nn
 import fastcompress as fc
 from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
 from tests.support import audio_llms
+from tests.support.compressed_llms import GREEDY, batch, grads, largest, make
 
 NAMES = tuple(audio_llms.FAMILIES)
 BEFORE_PROJECTOR = tuple(name for name in NAMES if not FAMILIES[name].why_not_before)
-GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-#: Audio of one window in all families.
-SIZES = (20, 9, 16)
-
-
-def make(name: str) -> transformers.PreTrainedModel:
-    """In double precision, where two ways to the same numbers differ by 1e-14 and not by 1e-5."""
-    return audio_llms.make(name).double()
-
-
-def batch(name: str, model: nn.Module, sizes=SIZES, **kwargs) -> dict[str, torch.Tensor]:
-    inputs = audio_llms.batch(name, model, sizes, **kwargs)
-    floats = {key: x.double() for key, x in inputs.items() if not isinstance(x, bool) and x.is_floating_point()}
-    return inputs | floats
-
-
-def grads(model: nn.Module) -> dict[str, torch.Tensor]:
-    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-    model.zero_grad()
-    return found
-
-
-def largest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference, as a share of the largest value."""
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp_min(1)) for name in a)
-
-
 # Nothing compressed is nothing changed
 
 

@@ -59,8 +59,15 @@ def sum_error(length: int, dtype: torch.dtype) -> float:
 # The same bits as the definition
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("width", (*WIDTHS, *WIDE))
+# Widths: the strips, units and tails of a row, for means. Reductions: sums are means without the division, maxima are
+# another instance of the same template (33: a unit and a tail, 257: strips and a tail), the others copy a row.
+@pytest.mark.parametrize(
+    ("width", "reduce"),
+    [
+        *((width, "mean") for width in (*WIDTHS, *WIDE)),
+        *((width, reduce) for width in (33, 257) for reduce in REDUCTIONS if reduce != "mean"),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference(dtype: torch.dtype, width: int, reduce: str):
     segments = make() if width in WIDTHS else make((1, 0, 2, 9), (0, 1, 0, 0), 1)
@@ -87,8 +94,7 @@ def test_same_bits_as_reference_with_weights(dtype: torch.dtype, width: int):
     assert_same_bits(grad_w, expected_w, "gradient of weights")
 
 
-@pytest.mark.parametrize("kind", ("iid", "nonfinite"))
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "kind"), [*((width, "iid") for width in WIDTHS), (33, "nonfinite")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_expand(dtype: torch.dtype, width: int, kind: str):
     segments = make()
@@ -98,8 +104,14 @@ def test_expand(dtype: torch.dtype, width: int, kind: str):
     assert_same_bits(grad_y, OPS["segment_reduce"](grad, segments.starts, segments.lengths, "sum"), "gradient")
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("kind", FEATURES)
+# Means and maxima depend on all values. Sums are means without the division, and the others copy a row.
+@pytest.mark.parametrize(
+    ("kind", "reduce"),
+    [
+        *((kind, reduce) for kind in FEATURES for reduce in ("mean", "max")),
+        *(("nonfinite", reduce) for reduce in REDUCTIONS if reduce not in ("mean", "max")),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference_on_odd_values(dtype: torch.dtype, kind: str, reduce: str):
     segments = make()
@@ -109,8 +121,9 @@ def test_same_bits_as_reference_on_odd_values(dtype: torch.dtype, kind: str, red
     assert_same_bits(fc.segment_reduce(x, segments, reduce), OPS["segment_reduce"](*args), "values")
 
 
-@pytest.mark.parametrize("reduce", (*REDUCTIONS, "weighted"))
-@pytest.mark.parametrize("width", (1, 33, 128))
+@pytest.mark.parametrize(
+    ("width", "reduce"), [*((33, reduce) for reduce in (*REDUCTIONS, "weighted")), (1, "mean"), (128, "mean")]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_matter(dtype: torch.dtype, width: int, reduce: str):
     segments = make()

@@ -34,10 +34,16 @@ def greedy(x: Tensor, threshold: float, max_len: int | None, band: float) -> lis
     return [group[0] for group in groups]
 
 
-@pytest.mark.parametrize("max_len", (None, 1, 4))
-@pytest.mark.parametrize("threshold", (0.15, 0.6, 1.1))
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Dtypes and kinds: the values. Thresholds: many segments, few, and a cosine below 0. Lengths: no bound, 1, 4.
+@pytest.mark.parametrize(
+    ("dtype", "kind", "threshold", "max_len"),
+    [
+        *((dtype, kind, 0.6, 4) for dtype in DTYPES for kind in KINDS),
+        *((torch.float32, "smooth", threshold, size) for threshold in (0.15, 0.6, 1.1) for size in (None, 1)),
+        *((torch.float64, "iid", threshold, None) for threshold in (0.15, 1.1)),
+    ],
+    ids=str,
+)
 def test_greedy_segments(dtype: torch.dtype, kind: str, threshold: float, max_len: int | None):
     sizes = (30, 0, 1, 17)
     x = features(kind, sum(sizes), 6, dtype)
@@ -90,8 +96,10 @@ def merge(
     return tokens, [groups[t] for t in sorted(groups)]
 
 
-@pytest.mark.parametrize("window", (0, 1, 3, 6, None))
-@pytest.mark.parametrize("rate", (1.0, 1.3, 2.0, 9.0))
+# Windows: pairs, neighbours, several partners, all. Rates: nothing merges, some frames do, half of them, all that can.
+@pytest.mark.parametrize(
+    ("rate", "window"), [*((1.3, window) for window in (0, 1, 3, 6, None)), (1.0, 3), (2.0, 0), (2.0, None), (9.0, 3)]
+)
 def test_bipartite_merge(rate: float, window: int | None):
     g = torch.Generator().manual_seed(int(rate * 10))
     sizes = (21, 0, 1, 2, 16)

@@ -14,6 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 257)
 WIDE = (1280, 4096)  # Whisper large; the hidden size of an 8B language model
 FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
+#: Widths are for the parts of a row that kernels treat apart: strips of units, units of 32 elements, and a tail.
+#: Features are for the values, which take the same code at every width; 33 has a unit and a tail.
+WIDTHS_AND_FEATURES = (*((width, "iid") for width in WIDTHS), *((33, kind) for kind in FEATURES if kind != "iid"))
 RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
 
 RULES = (
@@ -31,6 +34,14 @@ RULES = (
     fc.LocalMax(order=2, min_len=2, max_len=5),
     fc.Threshold(0.15),
     fc.Threshold(0.9, min_len=3, max_len=7),
+)
+
+
+#: Every rule in fp32, and one of each kind in the other dtypes: rules see distances (fp32 or fp64), not frames.
+FEW_RULES = (fc.Uniform(3), fc.LocalMax(), fc.Threshold(0.9, min_len=2, max_len=5))
+DTYPES_AND_RULES = (
+    *((torch.float32, rule) for rule in dict.fromkeys((*RULES, *FEW_RULES))),
+    *((dtype, rule) for dtype in DTYPES[1:] for rule in FEW_RULES),
 )
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import importlib
-import importlib.util
 import os
 import random
 import re
@@ -20,24 +19,18 @@ from typing import Any
 
 import pytest
 import torch
-
-import fastcompress as fc
-from tests.support import ROOT
-from tests.support.sample_inputs import DTYPES
-
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("triton is not installed", allow_module_level=True)
-
 import triton
-
-if triton.knobs.runtime.interpret:
-    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
-
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+import fastcompress as fc
 from fastcompress.triton import OPS
 from fastcompress.triton.common import compile_options
+from tests.support import ROOT
+from tests.support.sample_inputs import DTYPES
+
+if triton.knobs.runtime.interpret:
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
 TARGETS = ("sm_80", "sm_90", "sm_100", "sm_120", "gfx942")
 NVIDIA = tuple(target for target in TARGETS if target.startswith("sm_"))

@@ -46,9 +46,18 @@ def kinds(kind: str, dtype: torch.dtype) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kind", ("smooth", "silence", "constant", "repeats", "nan"))
-@pytest.mark.parametrize("threshold", (0.0123, 0.15, 0.6))
+KINDS = ("smooth", "silence", "constant", "repeats", "nan")
+
+
+# Kinds: distances that are 0, equal or NaN. Dtypes: tolerances. Thresholds: many, some and few tokens.
+@pytest.mark.parametrize(
+    ("threshold", "kind", "dtype"),
+    [
+        *((0.15, kind, dtype) for kind in KINDS for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *((threshold, kind, torch.float64) for threshold in (0.0123, 0.6) for kind in KINDS),
+    ],
+    ids=str,
+)
 def test_definition(threshold: float, kind: str, dtype: torch.dtype):
     x, cu = kinds(kind, dtype), torch.tensor([0, *SIZES]).cumsum(0)
     module = fc.nn.NoveltyPool(threshold)

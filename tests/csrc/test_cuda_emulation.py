@@ -21,6 +21,7 @@ from fastcompress.reference import OPS
 from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run
 from tests.support.sample_inputs import (
     DTYPES,
+    DTYPES_AND_RULES,
     RULES,
     TOKENS,
     assert_same_bits,
@@ -64,10 +65,9 @@ def assert_same(f: Callable[[], Tensor | tuple[Tensor, ...] | fc.Pooled], schedu
 # The same bits
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_segment_pool(rule: fc.Rule, dtype: torch.dtype):
-    for width in (7, 64):
+@pytest.mark.parametrize(("dtype", "rule"), DTYPES_AND_RULES, ids=str)
+def test_segment_pool(dtype: torch.dtype, rule: fc.Rule):
+    for width in (7, 64):  # rows that are moved by elements, and by 16 bytes
         for batch in batches(width, dtype):
             for compact in (True, False):
                 assert_same(
@@ -168,10 +168,13 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
     yield "integrate backward", lambda: ops.integrate_rows_backward(slopes, rows, weights, first, *tokens)
 
 
-@pytest.mark.parametrize("kind", ["smooth", "nonfinite", "zeros"])
+# Widths: rows that are moved by elements or by 16 bytes, in one step of a block or several. Kinds: the values.
+@pytest.mark.parametrize(
+    ("kind", "widths"), [("smooth", (1, 33, 64, 320)), ("nonfinite", (33,)), ("zeros", (33,))], ids=str
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_other_ops(dtype: torch.dtype, kind: str):
-    for width in (1, 33, 64, 320):
+def test_other_ops(dtype: torch.dtype, kind: str, widths: tuple[int, ...]):
+    for width in widths:
         for batch in (packed(kind, width, dtype), padded(kind, width, dtype)):
             for _, call in calls(batch.x, batch.layout):
                 assert_same(call, ((6, 1),))
@@ -290,8 +293,15 @@ BAD_SEGMENTS = (  # starts, lengths
 )
 
 
-@pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Uniform(3), fc.LocalMax(min_len=3), fc.Threshold(0.1)], ids=str)
-@pytest.mark.parametrize("values", BAD_OFFSETS, ids=str)
+# Offsets are read in the same way for every rule, whose kernels differ.
+@pytest.mark.parametrize(
+    ("values", "rule"),
+    [
+        *((values, fc.LocalMax()) for values in BAD_OFFSETS),
+        *((BAD_OFFSETS[0], rule) for rule in (fc.Uniform(3), fc.LocalMax(min_len=3), fc.Threshold(0.1))),
+    ],
+    ids=str,
+)
 def test_wrong_cu_seqlens(values: list[int], rule: fc.Rule):
     x = features("smooth", 60, 16, torch.float32)
     cu = torch.tensor(values, dtype=torch.int32)

@@ -96,7 +96,7 @@ def test_probe_passes_without_a_bug():
 
 @pytest.mark.parametrize("bug", some(BUGS, "products that are not waited for"))
 def test_seeded_bugs_are_found(bug: str):
-    done = run(["-c", PROBE], build(change=("greedy_boundaries.cuh", *BUGS[bug])))
+    done = run(["-c", PROBE], build(change=("greedy_segments.cuh", *BUGS[bug])))
     assert done.returncode != 0
     assert "values differ" in done.stderr or "emulator:" in done.stderr, done.stderr
 
@@ -104,7 +104,7 @@ def test_seeded_bugs_are_found(bug: str):
 @pytest.mark.slow
 @pytest.mark.parametrize("race", [None, *RACES])
 def test_thread_sanitizer(race: str | None):
-    done = run(["-c", PROBE], build("thread", ("greedy_boundaries.cuh", *RACES[race]) if race else None), "tsan")
+    done = run(["-c", PROBE], build("thread", ("greedy_segments.cuh", *RACES[race]) if race else None), "tsan")
     if race is None:
         assert "no bug found" in done.stdout and "ThreadSanitizer" not in done.stderr, done.stderr
     else:

@@ -24,6 +24,7 @@ from tests.support.calls import CALLS, Call, calls
 from tests.support.forking import in_fork
 from tests.support.fuzzing import examples
 from tests.support.sample_inputs import assert_same_bits, features
+from tests.support.slow import some
 
 pytestmark = pytest.mark.skipif(
     "config.getoption('--emulated') is not None or config.getoption('--device')", reason="of the CPU"
@@ -120,7 +121,7 @@ def fork_while_threads_call() -> None:
     for thread in busy:
         thread.start()
     try:
-        for _ in range(10):
+        for _ in range(6):
             assert in_fork(child) == 0
     finally:
         stop.set()
@@ -155,6 +156,6 @@ def test_fork_while_threads_call():
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("start", some(("fork", "forkserver", "spawn"), "fork", "spawn"))
 def test_workers_of_a_data_loader(start: str):
     in_another_process(f"t.load({start!r})", 200)

@@ -1,4 +1,4 @@
-"""``greedy_boundaries``, the op of ``greedy_segments``: one answer everywhere. An oracle is in test_merging.py."""
+"""``greedy_boundaries``, the op of ``greedy_segments``: one answer everywhere. test_token_merging.py has an oracle."""
 
 from __future__ import annotations
 

@@ -173,12 +173,12 @@ def test_keys_are_scored_and_x_is_pooled(dtype: torch.dtype, key_dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reduce(dtype: torch.dtype, reduce: str):
     for batch in batches(19, dtype):
-        for rule in FEW_RULES:
-            pooled = fc.segment_pool(batch.x, rule=rule, reduce=reduce, **batch.layout)
-            assert_same_pooled(pooled, composed(batch.x, rule, reduce=reduce, **batch.layout), f"{batch}, {rule}")
-            _, starts, lengths, _ = definition(batch.x, rule, **batch.layout)
-            expected = OPS["segment_reduce"](batch.x.reshape(-1, 19), starts, lengths, reduce)
-            assert_same_bits(pooled.values, expected, f"{batch}, {rule}")
+        rule = fc.LocalMax()
+        pooled = fc.segment_pool(batch.x, rule=rule, reduce=reduce, **batch.layout)
+        assert_same_pooled(pooled, composed(batch.x, rule, reduce=reduce, **batch.layout), str(batch))
+        _, starts, lengths, _ = definition(batch.x, rule, **batch.layout)
+        expected = OPS["segment_reduce"](batch.x.reshape(-1, 19), starts, lengths, reduce)
+        assert_same_bits(pooled.values, expected, str(batch))
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32, torch.float64], ids=str)

@@ -38,7 +38,11 @@ pooled = fc.segment_pool(x, cu_seqlens=small[1])
 pooled.values.sum().backward()
 # Each segment gives its frames 1 in all.
 runs = bool(torch.allclose(x.grad.sum(), torch.tensor(8.0 * len(pooled.values))))
+result = dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs)
+"""
 
+# This takes most of the time, and does not depend on why there is no library.
+USE_IN_GRAPHS = """
 compiled = {}
 for backend in ("eager", "aot_eager"):
     f = torch.compile(pool, fullgraph=True, dynamic=True, backend=backend)
@@ -52,7 +56,7 @@ file = io.BytesIO()
 torch.export.save(torch.export.export(Pool(), small, dynamic_shapes=shapes), file)
 file.seek(0)
 exported = equal(torch.export.load(file).module()(*large), pool(*large))
-print(json.dumps(dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs, exported=exported, **compiled)))
+result |= dict(exported=exported, **compiled)
 """
 
 MODULES = """
@@ -94,7 +98,8 @@ def copy(tmp_path: Path) -> Path:
 def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | None, reason: str):
     if library is not None:
         (copy / "fastcompress" / "_C.so").write_bytes(library)
-    result = last_line(USE, copy)
+    graphs = library is None
+    result = last_line(USE + (USE_IN_GRAPHS if graphs else "") + "print(json.dumps(result))", copy)
     assert Path(result.pop("file")).parent == copy / "fastcompress"
     (warning,) = result.pop("warnings")
     category, message, file = warning
@@ -102,7 +107,9 @@ def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | N
     for words in (str(copy / "fastcompress" / "_C.so"), reason, "correct but slow", "Install a wheel", "make build"):
         assert words in message
     assert "\n" not in message and len(message) < 500 + len(str(copy))
-    assert result == dict(library=False, runs=True, exported=True, eager=True, aot_eager=True)
+    assert result == dict(library=False, runs=True) | (
+        dict(exported=True, eager=True, aot_eager=True) if graphs else {}
+    )
 
 
 def test_importing_brings_no_extra_along():

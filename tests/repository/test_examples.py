@@ -25,7 +25,26 @@ def load(name: str) -> ModuleType:
 
 def test_there_is_a_test_for_each():
     names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert names == {"train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour"}
+    assert names == {"train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour", "demo"}
+
+
+def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each column is there, and the compressed ones have fewer tokens."""
+    pytest.importorskip("jiwer")
+    demo = load("demo")
+    read = demo.read_manifest
+    monkeypatch.setattr(demo, "read_manifest", lambda path: read(path)[:2])
+    threads = torch.get_num_threads()
+    try:
+        assert demo.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    tokens = []
+    for title, _, _ in demo.COLUMNS:
+        (line,) = (line for line in lines if line.startswith(title))
+        tokens.append(float(line.removeprefix(title).split()[0]))
+    assert max(tokens[1:]) < tokens[0] / 3
 
 
 @pytest.mark.parametrize("rule", ["threshold:0.5,max_len=8", "uniform:4"])

@@ -14,6 +14,7 @@ import fastcompress as fc
 from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
 from tests.support import audio_llms
 from tests.support.compressed_llms import GREEDY, batch, grads, largest, make
+from tests.support.slow import some
 
 NAMES = tuple(audio_llms.FAMILIES)
 BEFORE_PROJECTOR = tuple(name for name in NAMES if not FAMILIES[name].why_not_before)
@@ -124,6 +125,9 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
         assert abs(total - losses[0]) <= 1e-6
         apart = grads(model)
         assert largest({n: g * 3 for n, g in gradients[0].items()}, apart) <= 1e-6
+        if before:  # what is written depends on the tokens alone
+            revert(model)
+            continue
         inputs_only = {k: v for k, v in inputs.items() if k != "labels"}
         with torch.no_grad():
             together = model.generate(**inputs_only, **GREEDY)
@@ -244,7 +248,9 @@ def test_labels_of_audio_are_not_predicted():
 # Generation
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", "qwen2_5_omni_thinker", "granite_speech"])
+@pytest.mark.parametrize(
+    "name", some(("qwen2_audio", "qwen2_5_omni_thinker", "granite_speech"), "qwen2_audio", "qwen2_5_omni_thinker")
+)
 def test_generation_settings(name):
     model = make(name)
     inputs = batch(name, model)

@@ -1,4 +1,4 @@
-"""AdaTS: a threshold between neighbours, and means in which what is new weighs most."""
+"""AdaTS: segments by a threshold on distances, and means weighted by these distances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (23, 0, 1, 2, 34)
 
 
 def novelty_pool(x: Tensor, threshold: float) -> list[Tensor]:
-    """Of one sequence, frame after frame, by the paper's definition."""
+    """Return the tokens of one sequence, computed frame by frame as the paper defines them."""
     tokens: list[Tensor] = []
     total, weight = torch.zeros(x.shape[1], dtype=torch.float64), 0.0
     for t, frame in enumerate(x.double()):

@@ -102,7 +102,7 @@ LONG_RULES = (fc.LocalMax(), fc.Threshold(0.5), fc.Uniform(400), fc.Uniform(1), 
 
 @pytest.mark.parametrize("rule", LONG_RULES, ids=str)
 def test_segments_longer_than_tiles(rule: fc.Rule):
-    """One segment over many tiles, with and without one behind it; and a segment for every row."""
+    """One segment spans many tiles, with or without another after it; or each row is a segment."""
     for length in (1, 63, 64, 65, 129, 400):
         flat = torch.ones(length, 32)
         steps = torch.cat([flat, -flat, features("smooth", 5, 32, torch.float32)])
@@ -122,7 +122,7 @@ def test_keys_and_strides(dtype: torch.dtype):
 
 @pytest.mark.parametrize("rule", [fc.LocalMax(), fc.Threshold(0.1)], ids=str)
 def test_keys_that_are_part_of_x(rule: fc.Rule):
-    """They begin where x does, but are narrower, or their rows are further apart."""
+    """Keys can start at the address of x and be narrower, or have another row stride."""
     base = features("smooth", 180, 64, torch.float32)
     x = base[:90]
     for keys in (x[:, :16], x[:, :3], base[::2], x):
@@ -132,7 +132,7 @@ def test_keys_that_are_part_of_x(rule: fc.Rule):
 
 
 def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[[], Tensor | tuple[Tensor, ...]]]]:
-    """Every other op on the rows of ``x``."""
+    """Yield calls of every other op on the rows of ``x``."""
     ops = torch.ops.fastcompress
     rows = x.reshape(-1, x.shape[-1])
     cu, lengths = layout.get("cu_seqlens"), layout.get("lengths")
@@ -193,7 +193,7 @@ def test_gradients():
 
 
 def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
-    """Arguments of pack_map: samples of a few tiles, audios of any size next to each other."""
+    """Return arguments of pack_map: samples of a few tiles, with neighbouring audios of any size."""
     g = torch.Generator().manual_seed(seed)
     groups = row_groups(rows, seed)
     begins = torch.tensor([0, *sorted(torch.randint(0, rows, (3,), generator=g).tolist()), rows])
@@ -335,7 +335,7 @@ def test_row_groups_of_any_value():
 
 
 def test_long_runs_of_row_groups():
-    """What a row looks back at in its run depends on the rule."""
+    """How far a row looks back in its run depends on the rule."""
     d = features("iid", 700, 1, torch.float32)[:, 0]
     groups = torch.ones(700, dtype=torch.int32)
     groups[[0, 300, 301, 650]] = torch.tensor([0, -1, 2, 0], dtype=torch.int32)
@@ -350,7 +350,7 @@ def test_long_runs_of_row_groups():
 
 @pytest.mark.parametrize("name", ["segment_max_backward", "segment_weighted_mean_backward"])
 def test_backward_of_wrong_segments(name: str):
-    """One of them took a step for each row of a gap of 2**62."""
+    """Regression: one of them looped over each row of a gap of 2**62."""
     op, x, grad = getattr(torch.ops.fastcompress, name), torch.randn(20, 16), torch.randn(2, 16)
     weights = [torch.ones(20)] if "weighted" in name else []
     for starts, sizes in (*BAD_SEGMENTS, ([2**62], [1]), ([0, 2**62], [1, 1]), ([-BIG - 1, BIG], [BIG, BIG])):

@@ -52,7 +52,7 @@ def distance_batches(width: int, dtype: torch.dtype) -> list[Batch]:
 
 
 def pairs(batch: Batch, lag: int) -> Tensor:
-    """Rows that have a partner, as indices of ``x.reshape(-1, D)``."""
+    """Return the rows that have a partner, as indices of ``x.reshape(-1, D)``."""
     rows = [t for begin, end in batch.sequences() for t in range(begin, end - lag)]
     return torch.tensor(rows, dtype=torch.int64)
 
@@ -62,7 +62,7 @@ def random_grad(d: Tensor) -> Tensor:
 
 
 def plain_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """What one writes in PyTorch."""
+    """Return the distances of rows as a user would write them in PyTorch."""
     norms = torch.linalg.vector_norm(a, dim=-1).clamp_min(EPS) * torch.linalg.vector_norm(b, dim=-1).clamp_min(EPS)
     return 1 - (a * b).sum(-1) / norms
 
@@ -376,7 +376,7 @@ def test_no_gradient_where_none_is_needed():
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_second_derivatives_are_refused():
-    """Differentiable once: better an error than a silent zero."""
+    """The op can be differentiated once; a second derivative raises and is not silently zero."""
     x = features("iid", 5, 4, torch.float64).requires_grad_()
     d = fc.adjacent_distance(x)[:-1].square()
     with pytest.raises(RuntimeError):

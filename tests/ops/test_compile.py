@@ -73,7 +73,7 @@ def assert_same_tree(actual: Any, expected: Any) -> None:
 
 
 def graphs_of_the_first_call(rule: fc.Rule) -> int:
-    """Dynamo first takes a float in the rule for a variable and starts again when it finds a constant."""
+    """Return 2 for rules with a float: dynamo traces it as a variable first, then again as a constant."""
     return 2 if any(isinstance(value, float) for value in rule.to_dict().values()) else 1
 
 
@@ -224,7 +224,7 @@ def test_text_form_of_a_rule(text: str):
 
 @pytest.mark.parametrize("f", [fc.adjacent_distance, lambda x: fc.segment_pool(x).values], ids=["distance", "pool"])
 def test_forward_mode_is_refused(f: Callable[[Tensor], Tensor]):
-    """It is not implemented; without a refusal the tangents would be lost."""
+    """Forward mode is not implemented, and must raise: tangents would be lost silently."""
     x = torch.randn(6, 4)
     refused = pytest.raises(NotImplementedError, match="has no forward-mode derivative")
     with torch.autograd.forward_ad.dual_level(), refused:
@@ -239,7 +239,7 @@ def test_forward_mode_is_refused(f: Callable[[Tensor], Tensor]):
     "f", [fc.adjacent_distance, lambda x: fc.segment_pool(x, rule="uniform:3").values], ids=["distance", "pool"]
 )
 def test_vmap_keeps_gradients(f: Callable[[Tensor], Tensor]):
-    """They were lost: a tensor that vmap wraps does not say that it needs one."""
+    """Regression: under vmap a tensor's `requires_grad` is False, and its gradient was lost."""
     x = torch.randn(3, 12, 4).requires_grad_()
     found, wanted = torch.vmap(f)(x), torch.stack([f(sample) for sample in x])
     grad = torch.randn(wanted.shape)
@@ -264,7 +264,7 @@ def on_the_reference(x: Tensor) -> Tensor:
 
 
 def test_a_backend_is_not_chosen_inside_a_graph():
-    """There it would hold while the graph is made, not while it runs."""
+    """It would apply while the graph is traced, not while it runs."""
     x = torch.randn(5, 3)
     with pytest.raises(Exception, match="fastcompress.backend has no effect inside a compiled function"):
         compiled(on_the_reference)[0](x)

@@ -1,4 +1,4 @@
-"""Memory that runs out in the middle of an op: an error, right results afterwards, and nothing that is never freed.
+"""When memory runs out inside an op, it raises, leaks nothing, and later calls are right.
 
 The address space of another process is limited while it calls ops. Each block of any size is mapped for itself there,
 so that a few hundred limits stop an op at each of its allocations.
@@ -68,7 +68,7 @@ def work(dtype: torch.dtype) -> dict[str, Call]:
 
 
 def pages(field: int) -> int:
-    """Of this process: 0, its address space; 1, what is in memory."""
+    """Return pages of this process; field 0 is its address space, 1 its resident memory."""
     return int(Path("/proc/self/statm").read_text().split()[field])
 
 

@@ -21,7 +21,7 @@ LINEAR = tuple(reduce for reduce in REDUCTIONS if reduce != "max")
 
 
 def layouts(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Any, Any, Any]]:
-    """Name, x, cu_seqlens, lengths, row_group."""
+    """Yield name, x, cu_seqlens, lengths and row_group."""
     x = packed("iid", 5, dtype, LENGTHS)
     yield "packed", x.x, x.layout["cu_seqlens"], None, None
     yield "packed-grouped", x.x, x.layout["cu_seqlens"].long(), None, row_groups(len(x.x))
@@ -32,7 +32,7 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Any, Any, A
 
 
 def test_gradients_of_the_reference_are_contiguous():
-    """As their fakes say; they had the strides of a transposed input, which compiled graphs do not expect."""
+    """Regression: gradients had the strides of a transposed input; fakes say that they are contiguous."""
     x, y, starts, sizes = torch.randn(6, 20).t(), torch.randn(2, 6), torch.tensor([0, 9]), torch.tensor([9, 11])
     with fc.backend("reference"):
         assert OPS.segment_max_backward(y, x, y, starts, sizes).is_contiguous()
@@ -41,7 +41,7 @@ def test_gradients_of_the_reference_are_contiguous():
 
 
 def samples() -> Iterator[Any]:
-    """An op's name and arguments."""
+    """Yield names and arguments of ops."""
 
     def sample(op: str, what: str, *args: Any) -> Any:
         return pytest.param(op, args, id=f"{op}-{what}")

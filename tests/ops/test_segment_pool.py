@@ -34,7 +34,7 @@ ROWS = 24 * EDGE  # 6 MB: enough for several threads
 
 
 def composed(x: Tensor, rule: fc.Rule, *, keys=None, reduce="mean", weights=None, compact=True, **layout) -> fc.Pooled:
-    """The three parts, one after the other."""
+    """Return the result of the three parts, called one after another."""
     sequences = {name: layout[name] for name in ("cu_seqlens", "lengths") if name in layout}
     d = fc.adjacent_distance(x if keys is None else keys, **sequences)
     segments = fc.select_boundaries(d, rule, compact=compact, **layout)
@@ -42,7 +42,7 @@ def composed(x: Tensor, rule: fc.Rule, *, keys=None, reduce="mean", weights=None
 
 
 def definition(x: Tensor, rule: fc.Rule, *, keys=None, compact=True, **layout) -> tuple[Tensor, ...]:
-    """The reference: values, starts, lengths, cu_segments."""
+    """Return values, starts, lengths and cu_segments of the reference."""
     group = layout.get("row_group")
     if "attention_mask" in layout:
         group = layout["attention_mask"].int() - 1
@@ -352,7 +352,7 @@ def test_what_needs_gradients(fused: bool):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padded_batch_cut_from_a_longer_one(dtype: torch.dtype):
-    """Its rows are not evenly spaced in memory."""
+    """The rows of such a batch are not evenly spaced in memory."""
     longer = features("smooth", 3 * 30, 24, dtype).view(3, 30, 24)
     cut, lengths = longer[:, :20], torch.tensor([20, 3, 17])
     pooled, expected = (fc.segment_pool(x, lengths=lengths) for x in (cut, cut.contiguous()))
@@ -369,7 +369,7 @@ def test_padded_batch_without_columns(rule: fc.Rule):
 
 @pytest.mark.parametrize("shift", [0, 1, -1])
 def test_threshold_is_rounded_to_the_dtype_of_the_distance(shift: int):
-    """A threshold that is a distance to the last bit of fp32, but not of fp64, is not exceeded by it."""
+    """A threshold that rounds to the fp32 distance is not exceeded by it."""
     x = features("iid", 12, 8, torch.float32)
     value = fc.adjacent_distance(x)[3]
     near = float(value) + shift * 1e-12  # rounds to the same fp32

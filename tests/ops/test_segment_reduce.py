@@ -22,7 +22,7 @@ LINEAR = ("mean", "sum", "first", "last", "middle")
 
 
 def make(lengths: tuple[int, ...] = LENGTHS, gaps: tuple[int, ...] | None = GAPS, tail: int = 2) -> fc.Segments:
-    """Segments of one sequence with gaps before them and ``tail`` rows behind."""
+    """Return segments of one sequence, with gaps before them and ``tail`` rows after them."""
     ends = list(accumulate(a + b for a, b in zip(lengths, gaps or (0,) * len(lengths), strict=True)))
     starts = [end - length for end, length in zip(ends, lengths, strict=True)]
     rows = (ends[-1] if ends else 0) + tail
@@ -43,7 +43,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of ``run`` for one random cotangent, and the cotangent."""
+    """Return the gradients of ``run`` for one random cotangent, and the cotangent."""
     inputs = tuple(i.detach().requires_grad_() for i in inputs)
     y = run(*inputs)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
@@ -51,7 +51,7 @@ def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def sum_error(length: int, dtype: torch.dtype) -> float:
-    """Relative to sum |x|: additions on the longest path, in a block of 64 and over the blocks, times the unit."""
+    """Return the bound relative to sum |x|: additions on the longest path, within and over blocks of 64."""
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     return max(min(length, 64) - 1 + -(-length // 64) - 1, 0) * unit
 
@@ -312,7 +312,7 @@ def test_sums_are_preserved(dtype: torch.dtype):
 @pytest.mark.parametrize("reduce", [reduce for reduce in REDUCTIONS if reduce != "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_shift_of_the_frames_shifts_the_result(dtype: torch.dtype, reduce: str):
-    """Exact, also before a mean is rounded: its sums are integers, and its divisors powers of two."""
+    """Results are exact: sums are integers, and divisors powers of two."""
     segments = make((1, 2, 0, 4, 8, 64, 128), (0, 2, 0, 1, 0, 0, 3))
     x = torch.randint(-1, 2, (segments.num_rows, 7), generator=torch.Generator().manual_seed(0)).double()
     expected = fc.segment_reduce(x, segments, reduce) + 2

@@ -57,7 +57,7 @@ def as_parts(segments: fc.Segments) -> Parts:
 
 
 def from_boundaries(boundaries: list[list[int]], spans: Parts = SPANS) -> tuple[Parts, list[int]]:
-    """Segments, and their count in each sequence, from the frames inside each sequence that start one."""
+    """Return the segments, and their count per sequence, given the frames of each sequence that start one."""
     parts, counts = [], []
     for (begin, end), inner in zip(spans, boundaries, strict=True):
         edges = [begin, *(begin + t for t in inner), end] if end > begin else []
@@ -74,7 +74,7 @@ def assert_segments(segments: fc.Segments, boundaries: list[list[int]], spans: P
 
 
 def inner_distances(d: Tensor) -> list[np.ndarray]:
-    """The distances inside each sequence: the last frame has none."""
+    """Return the distances of each sequence, without the last frame, which has none."""
     return [d[begin : max(end - 1, begin)].numpy() for begin, end in SPANS]
 
 
@@ -158,7 +158,7 @@ def test_threshold_compares_as_torch(dtype: torch.dtype, kind: str, threshold: f
 @pytest.mark.parametrize("threshold", (1e300, -1e300, 7e4, -7e4, 1e-300, 0.5 + 2**-12 + 2**-40))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_that_the_dtype_does_not_hold(dtype: torch.dtype, threshold: float):
-    """Beyond the largest number it is infinite, below the smallest 0; the last one is rounded twice, by torch too."""
+    """A threshold overflows to infinity or underflows to 0. The last one is rounded twice, as in torch."""
     d = torch.tensor([math.inf, 0.5, 0.5 + 2**-11, -math.inf, 0, 2**-14, -6e4, 6e4, 0.5 + 2**-12, 0]).to(dtype)
     expected = (d[:-1] > threshold).nonzero().view(-1) + 1
     segments = fc.select_boundaries(d, fc.Threshold(threshold))

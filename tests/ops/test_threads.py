@@ -25,7 +25,7 @@ def threads() -> Iterator:
 
 
 def changes(rows: list[int], dtype: torch.dtype, width: int, total: int = ROWS) -> Tensor:
-    """Frames of one direction, at distance 0, that turns to another, at distance 1, at the given rows."""
+    """Return frames at distance 0 from each other, except for a distance of 1 at the given rows."""
     turn = torch.zeros(total, dtype=torch.long)
     turn[rows] = 1
     x = torch.zeros(total, width, dtype=torch.float64)
@@ -34,12 +34,12 @@ def changes(rows: list[int], dtype: torch.dtype, width: int, total: int = ROWS) 
 
 
 def edges() -> list[int]:
-    """A change at, just before or just behind the end of each chunk."""
+    """Return one row per chunk: at its end, one before or one after."""
     return [chunk * EDGE + chunk % 3 - 1 for chunk in range(1, ROWS // EDGE)]
 
 
 def slow_waves(dtype: torch.dtype, width: int) -> Tensor:
-    """Frames that turn at a speed that rises and falls over about two chunks: few peaks, each of a high order."""
+    """Return frames whose distances rise and fall over about two chunks: few peaks of a high order."""
     t = torch.arange(ROWS, dtype=torch.float64)
     angle = ((1.1 + torch.sin(t / 400)) * 0.02).cumsum(0)
     x = torch.zeros(ROWS, width, dtype=torch.float64)
@@ -48,13 +48,13 @@ def slow_waves(dtype: torch.dtype, width: int) -> Tensor:
 
 
 def ragged(seed: int = 0) -> tuple[int, ...]:
-    """Lengths that add to ``ROWS``: many short sequences, then one of several chunks."""
+    """Return lengths that sum to ``ROWS``: many short sequences, then one of several chunks."""
     sizes = torch.randint(0, 9, (EDGE,), generator=torch.Generator().manual_seed(seed)).tolist()
     return (*sizes, ROWS - sum(sizes))
 
 
 def groups() -> Tensor:
-    """Runs of dropped, kept and pooled rows: most short, some of several chunks."""
+    """Return row groups: runs of dropped, kept and pooled rows, most of them short, some of several chunks."""
     sizes = torch.tensor([3, 2 * EDGE, 1, 700, 3 * EDGE + 5, 9, EDGE - 1, 2] * 8)
     values = torch.tensor([1, 2, -1, 0, 7, -1, -1, 0] * 8)
     return values.repeat_interleave(sizes)[:ROWS].int()

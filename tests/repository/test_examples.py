@@ -1,4 +1,4 @@
-"""The examples run, and do what they say."""
+"""Each example runs and shows what it claims."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_training_lowers_the_loss(rule: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_tokens_of_the_training_example_are_the_phones():
-    """With its threshold a segment ends where the phone changes, so that the middle frame says what a token is."""
+    """At its threshold a segment ends where the phone changes, so the middle frame names the token's phone."""
     example = load("train_with_segment_pool")
     g = torch.Generator().manual_seed(1)
     frames, cu_seqlens, phone = example.make_batch(8, torch.randn(example.PHONES, example.WIDTH, generator=g), g)
@@ -108,7 +108,7 @@ def test_qwen2_audio_lora_says_what_is_missing(arguments: list[str], capsys: pyt
 
 
 def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Its cells one after the other, in the folder where a notebook server starts them."""
+    """Run its cells in order, in the folder in which a notebook server runs them."""
     pytest.importorskip("soundfile")
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The package without a compiled library, and what importing it brings along."""
+"""The package without a compiled library, and which modules importing it loads."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def last_line(code: str, path: Path):
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package's Python files alone."""
+    """Copy the Python files of the package."""
     shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 

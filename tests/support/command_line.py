@@ -1,4 +1,4 @@
-"""Commands as one types them, in this process."""
+"""Run commands in this process, as a user types them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastcompress.cli import main as cli
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """The one line in which a command says why it does not go on."""
+    """Run a command that must fail, and return its one line of error."""
     capsys.readouterr()
     assert cli.main(arguments) == code
     error = capsys.readouterr().err

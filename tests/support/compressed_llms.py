@@ -1,4 +1,4 @@
-"""Audio LLMs in double precision, to be compressed: where two ways to the same numbers differ by 1e-14, not by 1e-5."""
+"""Audio LLMs to compress, in double precision, so that equal computations differ by 1e-14 and not by 1e-5."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (20, 9, 16)
 
 
 class Gate(nn.Module):
-    """A compressor that learns something."""
+    """A compressor with parameters."""
 
     def __init__(self, width: int, rule: str = "uniform:2") -> None:
         super().__init__()
@@ -43,6 +43,6 @@ def grads(model: nn.Module) -> dict[str, torch.Tensor]:
 
 
 def largest(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
-    """The largest difference, as a share of the largest value."""
+    """Return the largest difference relative to the largest value."""
     assert a.keys() == b.keys()
     return max(float((a[name] - b[name]).abs().max() / b[name].abs().max().clamp_min(1)) for name in a)

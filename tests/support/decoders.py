@@ -50,7 +50,7 @@ LENGTHS = (37, 5, 300, 1, 23)
 
 
 def decoder(kind: str, implementation: str = "fastcompress") -> Any:
-    """A tiny random one, the same each time."""
+    """Return a tiny decoder with random weights, the same each time."""
     config = transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind])
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
@@ -61,14 +61,14 @@ def decoder(kind: str, implementation: str = "fastcompress") -> Any:
 
 
 def samples(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and labels of each."""
+    """Return embeddings and labels of each sample."""
     g = torch.Generator().manual_seed(seed)
     embeds = [torch.randn(1, n, model.config.hidden_size, generator=g) for n in lengths]
     return embeds, [torch.randint(0, 60, (1, n), generator=g) for n in lengths]
 
 
 def packed_batch(embeds: list[Tensor], labels: list[Tensor] | None = None, compact: bool = True) -> fc.PackedInputs:
-    """From a padded batch, as it comes from a collator."""
+    """Pack a padded batch, as a collator returns it."""
     longest = max(e.shape[1] for e in embeds)
     rows = [torch.nn.functional.pad(e[0], (0, 0, 0, longest - e.shape[1])) for e in embeds]
     mask = torch.tensor([[1] * e.shape[1] + [0] * (longest - e.shape[1]) for e in embeds])

@@ -47,7 +47,7 @@ DTYPES_AND_RULES = (
 
 @dataclass
 class Batch:
-    """A batch in one of the layouts: ``layout`` holds the keyword arguments that say so."""
+    """A batch in one of the layouts; ``layout`` holds the keyword arguments that describe it."""
 
     name: str
     x: Tensor
@@ -57,7 +57,7 @@ class Batch:
         return self.name
 
     def sequences(self) -> list[tuple[int, int]]:
-        """First row and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
+        """Return first and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
         if self.x.dim() == 3:
             size, padded = self.x.shape[:2]
             lengths = self.layout.get("lengths", torch.full((size,), padded)).tolist()
@@ -97,7 +97,7 @@ def packed(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] =
 
 
 def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] = RAGGED) -> Batch:
-    """The frames of :func:`packed`, with NaN between the sequences, which nothing may read."""
+    """Return the frames of :func:`packed` with NaN between the sequences, which no op may read."""
     rows = packed(kind, width, dtype, lengths).x
     x = torch.full((len(lengths), max(lengths, default=0) + 2, width), torch.nan, dtype=dtype)
     for row, part in zip(x, rows.split(lengths), strict=True):
@@ -124,7 +124,7 @@ TOKENS = (
 
 
 def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
-    """Every layout: packed (also empty), padded, masked, with row groups."""
+    """Yield every layout: packed (also empty), padded, masked, with row groups."""
     yield packed(kind, width, dtype)
     yield Batch("one-sequence", packed(kind, width, dtype).x, {})
     yield Batch("no-sequence", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets(())})
@@ -144,7 +144,7 @@ def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Ba
 
 
 def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Tensors equal to ``x`` in other memory layouts."""
+    """Yield tensors equal to ``x`` in other memory layouts."""
     yield "row gap", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-2).flatten(-3, -2)[..., ::2, :]
     yield "column slice", torch.cat([x.new_full((*x.shape[:-1], 3), torch.nan), x], dim=-1)[..., 3:]
     yield "column step", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-1).flatten(-2)[..., ::2]
@@ -161,7 +161,7 @@ def expanded(rows: int, width: int, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of a tensor as integers, every NaN alike; integers as they are."""
+    """Return the bits of a tensor as integers, with one pattern for NaN; integers are returned as they are."""
     if not x.is_floating_point():
         return x
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -169,7 +169,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Equal dtype, shape and bits; -0 is not 0, NaN is NaN."""
+    """Assert equal dtype, shape and bits; -0 differs from 0, and NaN equals NaN."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {list(actual.shape)} is not {list(expected.shape)}"
     different = (bits(actual) != bits(expected)).nonzero()

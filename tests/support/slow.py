@@ -1,4 +1,4 @@
-"""Cases of a test of which `make test` has time for some."""
+"""Tests of which `make test` runs some cases."""
 
 from __future__ import annotations
 

@@ -37,7 +37,7 @@ REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 
 
 def convert_float(x, source, target, rounding, convert=interpreter._convert_float):
-    """Between fp32 and bf16 as hardware does: the interpreter keeps bf16 as 16 bits and drops the rest unrounded."""
+    """Convert between fp32 and bf16 with rounding, as hardware does; the interpreter truncates."""
     if source == tl.bfloat16 and target == tl.float32:
         return (x.view(np.uint16).astype(np.uint32) << 16).reshape(x.shape)
     if source == tl.float32 and target == tl.bfloat16:
@@ -49,7 +49,7 @@ def convert_float(x, source, target, rounding, convert=interpreter._convert_floa
 
 
 def check(name: str, *args, what: str = "") -> None:
-    """The op and its definition return the same bits."""
+    """Assert that an op and its definition return the same bits."""
     actual, expected = OPS[name](*args), DEFINITION[name](*args)
     if isinstance(actual, Tensor):
         actual, expected = (actual,), (expected,)
@@ -66,13 +66,13 @@ def layout(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
 
 
 def layouts(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
-    """Every layout of ``batches``, the padded one with less padding: the interpreter takes its time for every row."""
+    """Yield every layout of ``batches``, with fewer padded rows, each of which takes time in the interpreter."""
     for batch in batches(width, dtype, kind):
         yield padded(kind, width, dtype, SHORT) if batch.x.dim() == 3 and batch.x.shape[1] > 60 else batch
 
 
 def given_segments() -> tuple[Tensor, Tensor, int]:
-    """Starts, lengths and rows: short, empty and long segments, longer than one and two blocks of a sum, with gaps."""
+    """Return starts, lengths and rows of segments: short, empty, longer than one and two blocks, with gaps."""
     lengths = torch.tensor([1, 2, 0, 3, 64, 65, 130, 5, 0, 20, 0])
     gaps = torch.tensor([0, 0, 0, 0, 3, 0, 0, 9, 0, 0, 4])
     starts = (lengths + gaps).cumsum(0) - lengths

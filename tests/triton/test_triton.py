@@ -18,7 +18,7 @@ FILES = [ROOT / "tests" / "triton" / "interpreted" / f"{name}.py" for name in ("
 
 
 def no_interpreter(triton: str, numpy: str) -> str:
-    """Up to 3.6 the interpreter takes arrays of one element for numbers, which NumPy refuses from 2.4 on."""
+    """Return why the interpreter does not run: up to 3.6 it converts arrays to numbers, which NumPy 2.4 refuses."""
 
     def minor(version: str) -> tuple[int, ...]:
         return tuple(map(int, version.split(".")[:2]))

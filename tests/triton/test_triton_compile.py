@@ -108,7 +108,7 @@ def fresh_cache(tmp_path_factory):
 
 @pytest.fixture
 def record(monkeypatch) -> Callable[..., list[Launch]]:
-    """Calls ``f`` for its launches, of which none runs; without repetitions."""
+    """Return a function that calls others and returns their distinct launches, without running one."""
 
     def run(*calls: Callable[[], Any]) -> list[Launch]:
         launches: dict[Launch, None] = {}
@@ -140,7 +140,7 @@ def compiled(launch: Launch, target: str, fused: bool = False) -> Any:
 
 
 def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: int, thorough: bool) -> Iterator:
-    """Calls of every op on tensors whose values do not matter."""
+    """Yield calls of every op, on tensors whose values do not matter."""
     x, y = torch.zeros(rows, width, dtype=dtype), torch.zeros(segments, width, dtype=dtype)
     d = torch.zeros(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     cu, group = torch.zeros(sequences + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
@@ -175,7 +175,7 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
 
 
 def resources(launch: Launch, target: str) -> dict[str, int]:
-    """Bytes of stack and spilled registers."""
+    """Return bytes of stack and spilled registers."""
     kernel = compiled(launch, target)
     if target not in NVIDIA:
         found = re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])

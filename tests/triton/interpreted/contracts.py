@@ -33,7 +33,7 @@ HOSTILE = ([0, 99], [1, 40], [0, 30, 20, 40], [0, -5, 40], [0, 2**31 - 1, 40], [
 
 @pytest.mark.parametrize("values", HOSTILE, ids=str)
 def test_hostile_offsets(values: list[int]):
-    """An error that names the argument where the count is read; else one sequence of all rows and no wild access."""
+    """It raises where the count is read; else all rows are one sequence, and no access is out of bounds."""
     x = torch.full((140, 8), torch.nan)
     x[50:90] = features("iid", 40, 8, torch.float32)
     x, cu = x[50:90], torch.tensor(values, dtype=torch.int32)
@@ -103,7 +103,7 @@ def test_values_are_checked_at_once_if_asked(monkeypatch):
 
 
 def test_launches(monkeypatch):
-    """How many kernels an op launches, and that nothing is read from the device without ``compact``."""
+    """An op launches a known number of kernels, and reads nothing from the device without ``compact``."""
     names = []
     options = common.compile_options
     monkeypatch.setattr(common, "compile_options", lambda *args: names.append(1) or options(*args))
@@ -132,7 +132,7 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("rule", [fc.LocalMax(), fc.LocalMax(min_len=2), fc.Uniform(1)], ids=str)
 def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
-    """No aliases, and the strides and offsets of fresh tensors; with an odd upper bound of the segments too."""
+    """Results are no aliases and have the strides and offsets of new tensors, also for an odd number of segments."""
     x = packed("iid", 5, torch.float32, (4, 0, 10)).x
     cu, d = offsets((4, 0, 10)), x[:, 0].contiguous()
     with fc.backend("triton"):
@@ -146,7 +146,7 @@ def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
 
 
 def test_the_default_device_does_not_matter():
-    """Neither for the numbers that are passed as bits, which a tensor on that device would wait for."""
+    """Numbers that are passed as bits are not computed by a tensor on that device."""
     x = features("iid", 20, 5, torch.float32)
     for rule in (fc.Threshold(0.7312), fc.LocalMax(prominence=0.1)):
         expected = DEFINITION["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
@@ -165,7 +165,7 @@ def test_bits_of_numbers(value: float):
 
 
 def test_rows_that_are_too_wide():
-    """As many programs side by side as they need cannot be launched."""
+    """A grid cannot have as many programs as such rows need."""
     x, starts = torch.zeros(1, 2**21 + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
         OPS["segment_reduce"](x, starts, starts + 1, "mean")
@@ -176,7 +176,7 @@ def test_rows_that_are_too_wide():
 
 @pytest.mark.parametrize("runs, kept", [(3, 3), (30, 41)])
 def test_few_segments_do_not_hold_the_memory_of_many(runs: int, kept: int):
-    """Of 41 segments at most, less than half are few."""
+    """The bound is 41 segments; results of less than half of it are copied."""
     x = features("iid", runs, 4, torch.float32)[torch.arange(40) * runs // 40]
     args = None, None, None, *fc.Threshold(1e-4).op_args(), True
     d = DEFINITION["adjacent_distance"](x, None, None, 1)

@@ -93,7 +93,7 @@ def test_segment_pool(dtype: torch.dtype):
 
 
 def run_lengths(kind: str) -> Tensor:
-    """Frames of runs of equal rows: tiles whose last segment goes on, and on past whole tiles and blocks of a sum."""
+    """Return lengths of runs of equal rows, longer than a block of a sum and than tiles, or short."""
     if kind == "long":
         return torch.tensor([3, 190, 1, 1, 130, 64, 65, 2])
     return torch.tensor([1, 2, 3, 4] * 50)

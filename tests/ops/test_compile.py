@@ -14,6 +14,7 @@ from torch.export import Dim
 from torch.utils import _pytree as pytree
 
 import fastcompress as fc
+from fastcompress.dispatch import backends
 from fastcompress.reference import OPS
 from tests.support.sample_inputs import assert_same_bits, packed, padded
 
@@ -277,7 +278,7 @@ def test_a_backend_is_not_chosen_inside_a_graph():
         torch.export.export(Module(), (x,), strict=False)
     # With breaks in the graph the block runs outside it.
     assert_same_bits(torch.compile(on_the_reference, backend="eager")(x), on_the_reference(x))
-    assert not fc.dispatch.backends._requests
+    assert not backends._requests
 
 
 # torch.export

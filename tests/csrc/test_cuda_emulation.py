@@ -37,6 +37,7 @@ from tests.support.sample_inputs import (
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
     pytest.mark.xdist_group("emulated"),  # one worker compiles
+    pytest.mark.timeout(900),  # the first test waits for the compiler
 ]
 
 SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, blocks that are resident at once

@@ -33,7 +33,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure() -> None:
-    """Workers of pytest-xdist share the cores: threads of all of them at once would wait for each other, tenfold."""
+    """Share the cores among the workers of pytest-xdist: with too many threads tests take ten times as long."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 

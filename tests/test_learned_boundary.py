@@ -1,4 +1,4 @@
-"""Boundaries that are learned: their probabilities, their losses, and that they learn."""
+"""Learned boundaries: probabilities, losses, and that training moves them."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_it_leaves_the_collapse_it_begins_in():
 
 
 def test_the_task_alone_moves_boundaries():
-    """Through the straight-through factor: a token that helps makes its boundary more likely."""
+    """By the straight-through factor, a token that lowers the loss makes its boundary more likely."""
     module = LearnedBoundary(4, 2.0)
     x = torch.tensor([[1.0, 0, 0, 0], [-1, 0.2, 0, 0], [1, 0, 0.3, 0]])
     pooled = module(x)

@@ -1,4 +1,4 @@
-"""AdaTS: a threshold between neighbours, and means in which what is new weighs most."""
+"""AdaTS: segments by a threshold on distances, and means weighted by these distances."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SIZES = (23, 0, 1, 2, 34)
 
 
 def novelty_pool(x: Tensor, threshold: float) -> list[Tensor]:
-    """Of one sequence, frame after frame, by the paper's definition."""
+    """Return the tokens of one sequence, computed frame by frame as the paper defines them."""
     tokens: list[Tensor] = []
     total, weight = torch.zeros(x.shape[1], dtype=torch.float64), 0.0
     for t, frame in enumerate(x.double()):
@@ -46,9 +46,18 @@ def kinds(kind: str, dtype: torch.dtype) -> Tensor:
     return x
 
 
-@pytest.mark.parametrize("dtype", (torch.float64, torch.float32, torch.bfloat16), ids=str)
-@pytest.mark.parametrize("kind", ("smooth", "silence", "constant", "repeats", "nan"))
-@pytest.mark.parametrize("threshold", (0.0123, 0.15, 0.6))
+KINDS = ("smooth", "silence", "constant", "repeats", "nan")
+
+
+# Kinds: distances that are 0, equal or NaN. Dtypes: tolerances. Thresholds: many, some and few tokens.
+@pytest.mark.parametrize(
+    ("threshold", "kind", "dtype"),
+    [
+        *((0.15, kind, dtype) for kind in KINDS for dtype in (torch.float64, torch.float32, torch.bfloat16)),
+        *((threshold, kind, torch.float64) for threshold in (0.0123, 0.6) for kind in KINDS),
+    ],
+    ids=str,
+)
 def test_definition(threshold: float, kind: str, dtype: torch.dtype):
     x, cu = kinds(kind, dtype), torch.tensor([0, *SIZES]).cumsum(0)
     module = fc.nn.NoveltyPool(threshold)

@@ -295,7 +295,7 @@ def test_bound_holds_for_every_ordering(rule: Rule, orderings: dict[int, torch.T
     ids=str,
 )
 def test_bound_is_reached(rule: Rule, frames: int, sequences: int):
-    """By one long sequence and further ones of a single frame, as far as their sum leaves the floor alone."""
+    """One long sequence and several of one frame reach the bound, if flooring loses nothing in their sum."""
     lengths = (frames, *(1,) * (sequences - 1)) if sequences else ()
     d = torch.arange(sum(lengths), dtype=torch.float32)
     segments = fc.select_boundaries(d, rule, cu_seqlens=offsets(lengths))
@@ -305,7 +305,7 @@ def test_bound_is_reached(rule: Rule, frames: int, sequences: int):
 @given(rules(), st.lists(st.integers(0, 40), max_size=5), st.integers(2, 50), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=300)
 def test_bound_holds(rule: Rule, lengths: list[int], levels: int, seed: int):
-    """Also with ties, and what does not fit in ``compact=False`` would be lost, so nothing is."""
+    """Ties give no more segments than the bound, which ``compact=False`` allocates."""
     if isinstance(rule, fc.Uniform):
         rule = dataclasses.replace(rule, size=rule.size % 7 + 1)
     total = sum(lengths)

@@ -100,7 +100,7 @@ def test_any_chunks_and_rules(rows: int, seed: int, order: int, shortest: int, m
     ],
 )
 def test_tokens_come_as_soon_as_they_are_final(rule: str, latency: int):
-    """So many frames after the last frame of their segment, and not later."""
+    """A token comes ``latency`` frames after the last frame of its segment, and not later."""
     x = features("iid", 120, 6, torch.float32)
     pool, seen = fc.StreamingSegmentPool(rule), 0
     delays = []
@@ -126,7 +126,7 @@ def test_state_stays_small():
 
 
 def test_what_is_not_decided_is_not_summed():
-    """A block ends among frames that a peak, seen later, takes into the next segment."""
+    """A block of a sum ends inside frames that a later peak moves into the next segment."""
     for seed in range(40):
         x = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
         rule = fc.LocalMax(order=30)
@@ -186,7 +186,7 @@ def test_integrate_and_fire(kind: str, tail: float | None):
 
 @pytest.mark.parametrize("beta", (1.0, 0.9, 0.3, 0.1))
 def test_integrate_and_fire_with_any_beta(beta: float):
-    """In tenths, whose sums meet the threshold or miss it by rounding."""
+    """Weights are tenths, whose sums miss the threshold by rounding."""
     g = torch.Generator().manual_seed(4)
     for trial in range(60):
         tail = (None, 0.0, 0.5, 1.0)[trial % 4]

@@ -46,12 +46,12 @@ def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
 
 
 def aligned(name: str) -> bool:
-    """Whether a kernel moves rows 16 bytes at a time: its second template argument, or the unit of a plain copy."""
+    """Return whether a kernel moves rows 16 bytes at a time, by its template arguments."""
     return bool(re.search(r"<\w+, true\b|<uint4>", name))
 
 
 def test_loads_without_cuda(library: Path, tmp_path: Path):
-    """Also under a torch for the CPU alone. What CUDA tensors need comes at the first call with one."""
+    """It loads under a CPU build of torch as well; CUDA is looked up at the first call with a CUDA tensor."""
     shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(library, tmp_path / "fastcompress")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "FASTCOMPRESS_BACKEND": "cuda", "CUDA_VISIBLE_DEVICES": ""}

@@ -18,6 +18,7 @@ from tests.support.slow import some
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
     pytest.mark.xdist_group("emulated"),  # one worker compiles
+    pytest.mark.timeout(900),  # the first test waits for the compiler
 ]
 
 PROBE = """

@@ -17,6 +17,7 @@ from tests.support.slow import some
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
     pytest.mark.xdist_group("emulated"),  # one worker compiles
+    pytest.mark.timeout(900),  # the first test waits for the compiler
 ]
 
 op = torch.ops.fastcompress.greedy_boundaries
@@ -24,7 +25,7 @@ op = torch.ops.fastcompress.greedy_boundaries
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_in_shared_memory_and_elsewhere(dtype: torch.dtype):
-    """A GPU with room for them and one with none; widths that take a thread one vector, several, and none at all."""
+    """One GPU has shared memory for the rows and one does not; a thread has one vector, several or none."""
     for device in (DEFAULT_DEVICE, (4, 1 << 10, 1 << 10)):
         load().set_device(*device)
         try:
@@ -49,7 +50,7 @@ def test_strides():
 
 @pytest.mark.parametrize("values", [*BAD_OFFSETS, [7]], ids=str)
 def test_wrong_cu_seqlens(values: list[int], monkeypatch: pytest.MonkeyPatch):
-    """One sequence of all rows, the others empty; said at once where that is asked for, else with the count."""
+    """All rows become one sequence. The error is raised when the count is read, or at once if checks are on."""
     x = features("smooth", 60, 16, torch.float32)
     cu = torch.tensor(values, dtype=torch.int32)
     expected = op(x, None, None, 0.3, 0) if len(values) > 1 else torch.zeros(60, dtype=torch.bool)

@@ -41,7 +41,7 @@ ROWS = 345
 
 
 def outputs(width: int, dtype: torch.dtype, kinds: tuple[str, ...], rows: int = ROWS) -> Iterator[tuple[str, Tensor]]:
-    """All outputs of all ops on fixed inputs."""
+    """Yield all outputs of all ops on fixed inputs."""
     for kind in kinds:
         x = features(kind, rows, width, dtype)
         for lag in (1, 3):
@@ -93,7 +93,7 @@ def pooled(width: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
 
 
 def conversions(dtype: torch.dtype) -> Iterator[tuple[str, bool]]:
-    """Whether half types are widened and rounded as torch does."""
+    """Yield whether half types are widened and rounded as in torch."""
     every = torch.arange(-(2**15), 2**15).to(torch.int16).view(dtype)
     for width in (1, 31, 32, 64, 65, 256):
         rows = -(-len(every) // width)
@@ -153,7 +153,7 @@ def print_digests() -> None:
 
 @functools.cache
 def run(isa: str | None, perturbed: bool = False) -> tuple[dict, str]:
-    """What another process prints, and its warnings."""
+    """Return what another process prints, and its warnings."""
     env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_WAIT_POLICY": "passive"}
     env.pop("FASTCOMPRESS_CPU_ISA", None)
     if isa is not None:

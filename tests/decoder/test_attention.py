@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -15,83 +14,21 @@ from torch import Tensor
 
 import fastcompress as fc
 from fastcompress.decoder import attention, packed_attention
-from fastcompress.decoder.attention import check_decoder
 from tests.decoder.test_packed_attention import reference
-
-SIZES = {
-    "vocab_size": 60,
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "max_position_embeddings": 1024,
-    "pad_token_id": 0,
-}
-WINDOW = 9
-#: Model type: what its configuration has beside SIZES.
-DECODERS: dict[str, dict[str, Any]] = {
-    "qwen2": {},
-    "qwen3": {},
-    "llama": {},
-    "mistral": {"sliding_window": WINDOW},
-    "gemma": {},
-    "gemma2": {"sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 16},
-    "gemma3_text": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
-    "granite": {"attention_multiplier": 0.3},
-    "phi3": {"sliding_window": WINDOW},
-    # A window that the layer's mask alone has.
-    "qwen2_moe": {
-        "sliding_window": WINDOW,
-        "use_sliding_window": True,
-        "max_window_layers": 4,
-        "num_experts": 4,
-        "num_experts_per_tok": 2,
-        "moe_intermediate_size": 32,
-        "shared_expert_intermediate_size": 32,
-    },
-    "olmo2": {},
-    "smollm3": {},
-}
-LENGTHS = (37, 5, 300, 1, 23)
-
-
-def decoder(kind: str, implementation: str = "fastcompress") -> Any:
-    """A tiny random one, the same each time."""
-    config = transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
-    for p in model.parameters():
-        if p.dim() > 1:  # scores that differ, so that a wrong mask shows
-            torch.nn.init.normal_(p, std=1.5 / p.shape[1] ** 0.5)
-    return model.eval()
-
-
-def samples(model: Any, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> tuple[list[Tensor], list[Tensor]]:
-    """Embeddings and labels of each."""
-    g = torch.Generator().manual_seed(seed)
-    embeds = [torch.randn(1, n, model.config.hidden_size, generator=g) for n in lengths]
-    return embeds, [torch.randint(0, 60, (1, n), generator=g) for n in lengths]
-
-
-def packed_batch(embeds: list[Tensor], labels: list[Tensor] | None = None, compact: bool = True) -> fc.PackedInputs:
-    """From a padded batch, as it comes from a collator."""
-    longest = max(e.shape[1] for e in embeds)
-    rows = [torch.nn.functional.pad(e[0], (0, 0, 0, longest - e.shape[1])) for e in embeds]
-    mask = torch.tensor([[1] * e.shape[1] + [0] * (longest - e.shape[1]) for e in embeds])
-    given = None
-    if labels is not None:
-        given = torch.stack([torch.nn.functional.pad(t[0], (0, longest - t.shape[1]), value=-100) for t in labels])
-    return fc.pack(inputs_embeds=torch.stack(rows), attention_mask=mask, labels=given, compact=compact)
+from tests.support.decoders import DECODERS, LENGTHS, SIZES, decoder, packed_batch, samples
 
 
 # In fp32 a stock decoder itself is up to 1.8e-5 off what it gives in fp64 (gemma, logits up to 7, AVX2).
-@pytest.mark.parametrize("dtype, atol", [(torch.float64, 1e-5), (torch.float32, 5e-5)], ids=["fp64", "fp32"])
-@pytest.mark.parametrize("kind", DECODERS)
+# torch multiplies the rows of experts in no dtype as wide as fp64.
+@pytest.mark.parametrize(
+    ("kind", "dtype", "atol"),
+    [
+        *((kind, torch.float64, 1e-5) for kind in DECODERS if kind != "qwen2_moe"),
+        *((kind, torch.float32, 5e-5) for kind in ("qwen2_moe", "gemma", "gemma2")),
+    ],
+    ids=str,
+)
 def test_packed_equals_sample_by_sample(kind: str, dtype: torch.dtype, atol: float):
-    if kind == "qwen2_moe" and dtype == torch.float64:
-        pytest.skip("torch multiplies the rows of experts in no dtype that wide")
     model, stock = decoder(kind).to(dtype), decoder(kind, "eager").to(dtype)
     embeds, labels = samples(model)
     embeds = [e.to(dtype) for e in embeds]
@@ -193,9 +130,15 @@ def check_no_leak(before: Tensor, after: Tensor, other_length: bool) -> None:
             assert torch.equal(a, b)
 
 
-@pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
-@pytest.mark.parametrize("mode", ["eval", "train", "checkpointing"])
-@pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
+# Kinds: full attention, a window, a window and a soft cap. Lengths: whether the other samples move to other rows. Modes:
+# whether the decoder would keep a cache, and runs its layers again for their gradients.
+@pytest.mark.parametrize(
+    ("kind", "mode", "other_length"),
+    [
+        *((kind, "eval", other_length) for kind in ("qwen2", "mistral", "gemma2") for other_length in (False, True)),
+        *((kind, mode, False) for kind in ("qwen2", "gemma2") for mode in ("train", "checkpointing")),
+    ],
+)
 def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkeypatch: pytest.MonkeyPatch):
     model = PackingModel(decoder(kind)).train(mode != "eval")
     if mode == "checkpointing":
@@ -321,135 +264,6 @@ def test_a_decoder_under_autocast():
     torch.testing.assert_close(logits.float(), model(**packed.model_inputs()).logits, rtol=0.1, atol=0.5)
 
 
-def test_what_transformers_must_not_do():
-    model = decoder("llama")
-    packed = packed_batch(samples(model)[0])
-    inputs = packed.model_inputs()
-    with pytest.raises(ValueError, match="packed rows take no attention mask"):
-        model(**(inputs | {"attention_mask": torch.ones(1, 1, 366, 366, dtype=torch.bool)}))
-    with pytest.raises(ValueError, match="packed rows must have batch size 1"):
-        model(**(inputs | {"inputs_embeds": inputs["inputs_embeds"].expand(2, -1, -1)}))
-    cache = model(**(inputs | {"use_cache": True})).past_key_values
-    with pytest.raises(ValueError, match="packed rows cannot follow rows of a cache"):
-        model(**(inputs | {"past_key_values": cache, "use_cache": True}))
-    with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
-        model(**(inputs | {"cu_seq_lens_k": torch.tensor([0, 366])}))
-    moved = packed.cu_seqlens + torch.tensor([0, 0, 1, 0, 0, 0], dtype=torch.int32)
-    with pytest.raises(ValueError, match=re.escape("got [0, 37, 42, 342, 343, 366] and [0, 37, 43, 342, 343, 366]")):
-        model(**(inputs | {"cu_seq_lens_k": moved}))
-    model(**(inputs | {"cu_seq_lens_k": packed.cu_seqlens.clone()}))
-    with pytest.raises(ValueError, match="max_seqlen must be at least 300, the rows of the longest sequence, got 299"):
-        model(**(inputs | {"max_length_q": 299}))
-    with pytest.raises(NotImplementedError, match="output_attentions must be False"):
-        model(**inputs, output_attentions=True)
-    with pytest.raises(ValueError, match=re.escape("generate from PackedInputs.unpack() instead")):
-        model.generate(**inputs, max_new_tokens=2)
-
-
-@pytest.mark.parametrize("name", ["sinks", "indices", "position_bias"])
-def test_arguments_of_attention_that_are_not_known_are_refused(name: str):
-    model = decoder("llama")
-    with pytest.raises(NotImplementedError, match=f"does not support {name}, which LlamaAttention passes"):
-        model(**packed_batch(samples(model)[0]).model_inputs(), **{name: torch.zeros(4)})
-
-
-def test_the_routers_loss_is_refused():
-    model = decoder("qwen2_moe")
-    packed = packed_batch(*samples(model))
-    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
-        model(**packed.model_inputs(), output_router_logits=True)
-    model.config.output_router_logits = True
-    with pytest.raises(NotImplementedError, match="output_router_logits must be False"):
-        model(**packed.model_inputs())
-
-
-# Rotary embeddings whose frequencies are chosen by the longest sample of a batch
-
-
-LONGROPE = {
-    "rope_type": "longrope",
-    "rope_theta": 1e4,
-    "short_factor": [1.0] * 8,
-    "long_factor": [4.0] * 8,
-    "original_max_position_embeddings": 32,
-}
-DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 32}
-
-
-@pytest.mark.parametrize("kind, rope", [("phi3", LONGROPE), ("llama", DYNAMIC)], ids=["longrope", "dynamic"])
-def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str, Any]):
-    sizes = (
-        SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
-    )
-    config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # which it changes
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress").eval()
-    long, short = torch.randn(1, 33, 64), torch.randn(1, 20, 64)
-    alone = model(inputs_embeds=short).logits[0]
-    packed = packed_batch([long[:, :32], short])
-    torch.testing.assert_close(model(**packed.model_inputs()).logits[0, 32:], alone, rtol=1e-5, atol=1e-5)
-    packed = packed_batch([long, short])
-    message = f"cannot run samples of 33 rows packed: beyond 32 rows its '{rope['rope_type']}'"
-    with pytest.raises(NotImplementedError, match=message):
-        model(**packed.model_inputs())
-    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # not known: the rows of the batch
-        model(**(packed.model_inputs() | {"max_length_q": None}))
-
-
-def test_frequencies_of_one_kind_of_layer():
-    config = transformers.AutoConfig.for_model("gemma3_text", **SIZES)
-    config.rope_parameters = {
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
-        "full_attention": dict(LONGROPE),
-    }
-    with pytest.raises(NotImplementedError, match="'longrope'"):
-        attention._check_rope(config, 33)
-    attention._check_rope(config, 32)
-    attention._check_rope(transformers.AutoConfig.for_model("llama", **SIZES), 10**9)
-
-
-@pytest.mark.parametrize(
-    "config, reason",
-    [
-        ({"model_type": "qwen3_next"}, "'linear_attention' layers"),
-        ({"model_type": "llama4_text"}, "'chunked_attention' layers"),
-        ({"model_type": "bamba"}, "cannot run packed"),
-        ({"model_type": "jamba"}, "cannot run packed"),
-        ({"model_type": "falcon_h1"}, "cannot run packed"),
-        ({"model_type": "lfm2"}, "cannot run packed"),
-        ({"model_type": "zamba2"}, "cannot run packed"),
-        (
-            {"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention"], "num_hidden_layers": 2},
-            "cannot run packed",
-        ),
-        ({"model_type": "nemotron_h"}, "cannot run packed"),
-        ({"model_type": "mamba"}, "cannot run packed"),
-        ({"model_type": "recurrent_gemma"}, "cannot run packed"),
-    ],
-    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
-)
-def test_decoders_that_mix_rows_are_refused(config: dict[str, Any], reason: str):
-    kind = config.pop("model_type")
-    config = transformers.AutoConfig.for_model(kind, **config)
-    with pytest.raises(NotImplementedError, match=reason):
-        check_decoder(config)
-
-
-@pytest.mark.parametrize("kind", DECODERS)
-def test_other_decoders_are_not(kind: str):
-    check_decoder(transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind]))
-    check_decoder(transformers.AutoConfig.for_model(kind))
-
-
-def test_a_hybrid_is_refused_where_it_runs():
-    layers = {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2}
-    config = transformers.AutoConfig.for_model("qwen3_next", **(SIZES | layers), num_experts=2, num_experts_per_tok=1)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
-    embeds = torch.randn(1, 6, 64)
-    with pytest.raises(NotImplementedError, match="qwen3_next cannot run packed"):
-        model(**packed_batch([embeds]).model_inputs())
-
-
 def test_flash_attention_of_transformers_takes_the_same_without_a_mask(monkeypatch: pytest.MonkeyPatch):
     """Its kernels are not here; what it does with its arguments is its own."""
     from transformers import modeling_flash_attention_utils as flash
@@ -474,38 +288,6 @@ def test_prepare():
     torch.testing.assert_close(model(**packed_batch(embeds).model_inputs()).logits[0], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize(
-    "kind, reason",
-    [
-        ("rwkv", "its layers do not use"),
-        ("bart", "its layers do not use"),
-        ("mamba", "'linear_attention' layers"),
-        ("jamba", "'linear_attention' layers"),
-        ("xlstm", "its layers do not use"),
-        ("roberta", "not causal"),
-    ],
-)
-def test_prepare_refuses(kind: str, reason: str):
-    config = transformers.AutoConfig.for_model(kind, vocab_size=60, hidden_size=48, num_hidden_layers=2, pad_token_id=0)
-    with torch.device("meta"):
-        model = transformers.AutoModelForCausalLM.from_config(config)
-    with pytest.raises(NotImplementedError, match=f"{kind} cannot run packed: .*{reason}"):
-        attention.prepare(model)
-
-
-def test_decoders_that_choose_what_a_row_sees_are_refused():
-    config = transformers.AutoConfig.for_model("doge", **SIZES)
-    with pytest.raises(NotImplementedError, match="doge cannot run packed: .*keep_window_size"):
-        attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
-
-
-def test_a_decoder_that_drops_cu_seqlens_is_refused():
-    config = transformers.AutoConfig.for_model("nemotron", **SIZES)
-    model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
-    with pytest.raises(NotImplementedError, match="nemotron cannot run packed: .* does not pass cu_seq_lens_q"):
-        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
-
-
 def test_a_model_whose_decoder_is_its_head_is_prepared_or_refused():
     config = transformers.AutoConfig.for_model("modernbert-decoder", **(SIZES | {"num_hidden_layers": 2}))
     model = transformers.AutoModelForCausalLM.from_config(config).eval()
@@ -515,18 +297,3 @@ def test_a_model_whose_decoder_is_its_head_is_prepared_or_refused():
         expected = torch.cat([model(inputs_embeds=e).logits[0] for e in embeds])
         got = model(**packed_batch(embeds).model_inputs()).logits[0]
     torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
-
-
-def test_a_window_that_no_layer_speaks_of_is_refused():
-    config = transformers.AutoConfig.for_model("phimoe", **SIZES, sliding_window=WINDOW, num_local_experts=2)
-    model = attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not specify"):
-        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
-
-
-def test_sinks_are_refused():
-    config = transformers.AutoConfig.for_model("gpt_oss", **SIZES, num_local_experts=2, num_experts_per_tok=1)
-    model = transformers.AutoModelForCausalLM.from_config(config)
-    model.config._attn_implementation = "fastcompress"
-    with pytest.raises(NotImplementedError, match="s_aux"):
-        model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())

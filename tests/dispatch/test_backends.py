@@ -494,7 +494,7 @@ def test_environment_variable_that_cannot_be(value: str, message: str):
 def test_import_and_cpu_calls_leave_cuda_alone():
     forbid = "import torch\ndef no(*args): raise SystemExit('CUDA was touched')\ntorch.cuda.is_available = no\n"
     forbid += "torch.cuda._lazy_init = torch.cuda.device_count = no\n"
-    use = "import fastcompress as fc\nfc.segment_pool(torch.randn(9, 4))\nassert fc.backends.undecided\n"
+    use = "import fastcompress as fc\nfc.segment_pool(torch.randn(9, 4))\nassert fc.dispatch.backends.undecided\n"
     for name in ("", "reference"):
         result = run(forbid + (use if not name else "import fastcompress"), FASTCOMPRESS_BACKEND=name)
         assert result.returncode == 0, result.stderr

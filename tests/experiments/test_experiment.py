@@ -117,7 +117,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_methods_on_the_shipped_model(method: Compression, tmp_path: Path):
-    """Compress as they say, learn without changing what they do not, and write."""
+    """Each method compresses at its ratio, trains its own parameters alone, and generates."""
     model, processor = load_model(SHIPPED)
     examples = EncodedExamples(Examples(read_manifest(DIGITS)[:4], processor), model)
     batch = examples.batch(range(4), targets=False)

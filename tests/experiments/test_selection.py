@@ -1,4 +1,4 @@
-"""Frames that are kept by the model's own scores, held to the definitions, audio after audio."""
+"""Selection of frames by the model's own scores, against the definitions, audio by audio."""
 
 from __future__ import annotations
 

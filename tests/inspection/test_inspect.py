@@ -27,7 +27,7 @@ GREY, BLUE, LIGHT_BLUE = (0x6E, 0x6E, 0x6E), (0x00, 0x72, 0xB2), (0xA9, 0xD6, 0x
 
 
 def speech_frames() -> torch.Tensor:
-    """What inspect compresses, computed without it."""
+    """Return the frames that inspect compresses, computed without it."""
     frames = log_mel(soundfile.read(SPEECH, dtype="float32")[0])
     return frames - frames.mean(0)
 
@@ -297,7 +297,7 @@ def test_the_module_runs_as_a_program(tmp_path):
 
 @pytest.fixture(scope="module")
 def whisper(tmp_path_factory) -> Path:
-    """A random Whisper with a window of 3 s, saved as users have them."""
+    """Save a random Whisper with a window of 3 s, in the format of checkpoints."""
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     config = transformers.WhisperConfig(

@@ -10,8 +10,8 @@ import torch
 
 import fastcompress as fc
 from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, revert
-from tests.integrations.test_dynamic import GREEDY, batch, make
 from tests.support import audio_llms
+from tests.support.compressed_llms import GREEDY, batch, make
 
 NAMES = tuple(name for name, family in FAMILIES.items() if family.budget is not None)
 #: Of several windows where a family cuts audio.
@@ -24,8 +24,14 @@ class Nothing:
     tokenizer = None
 
 
-@pytest.mark.parametrize("rule", ["uniform:3", "uniform:4", "uniform:size=4,tail=drop"])
-@pytest.mark.parametrize("name", NAMES)
+# Families differ in how they count rows, rules in how many tokens a count gives.
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        *((name, "uniform:3") for name in NAMES),
+        *((name, rule) for name in SIZES for rule in ("uniform:4", "uniform:size=4,tail=drop")),
+    ],
+)
 def test_budget_is_what_dynamic_mode_does(name, rule):
     """Where no window ends within a segment the two are the same; the counts always fit."""
     model = make(name)

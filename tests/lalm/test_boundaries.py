@@ -121,7 +121,7 @@ def test_what_is_saved_of_a_compressor(tmp_path: Path):
 
 
 def test_what_changes_a_model_behind_its_back(tmp_path: Path):
-    """With LoRA, whose wrapper is in the compressor's place; when another rule or compressor comes, or both inputs."""
+    """LoRA wraps the compressor; a new rule or compressor replaces the old one; inputs exclude each other."""
     tuned = add_lora(build(boundary_ratio=3.0), rank=2)
     set_compression(tuned, None, reduce="first")
     found = [m.reduce for m in tuned.modules() if isinstance(m, fc.nn.LearnedBoundary)]
@@ -157,7 +157,7 @@ def test_a_compressor_s_loss_has_its_own_weight():
 
 
 def test_losses_beside_the_labels_count_once_a_step():
-    """Whatever the parts that a step is accumulated from: transformers' ``Trainer`` adds their losses up."""
+    """``Trainer`` sums the losses of the batches that a step accumulates; extra losses count once."""
     model = build(boundary_ratio=3.0, train_encoder=True, ctc_tokens=["a", "b"])
     inputs = batch() | {"ctc_labels": torch.tensor([[1, 2], [2, -100], [1, -100]])}
     whole = model(**inputs)
@@ -195,7 +195,7 @@ def test_any_compressor(module: torch.nn.Module):
 
 
 def test_no_rule_is_no_compressor(tmp_path: Path):
-    """Every frame is kept where that is asked for, and what compresses is called by its name."""
+    """With rule "none" every frame is kept, and `compression` names what compresses."""
     for build_one in (lambda: learned(), lambda: add_lora(learned(), rank=2)):
         model = build_one()
         inputs = batch()
@@ -232,7 +232,7 @@ def test_labels_of_the_ctc_head_as_boundaries():
 
 
 def test_training_from_the_command_s_settings(tmp_path: Path):
-    """From nothing, then LoRA for another model's boundaries: both are found again when the run is loaded."""
+    """Boundaries trained from scratch, and with LoRA on another model, are there when a run is loaded."""
     train = write_tones(tmp_path, 16, texts=2)
     common = {
         "data": str(train),

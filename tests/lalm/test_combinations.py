@@ -63,7 +63,7 @@ class Combination:
     audios: int  # in the batch
 
     def reason(self) -> str | None:
-        """What the refusal must say; ``None``: it has to work."""
+        """Return the error that must be raised; ``None`` if the combination must work."""
         o = self.options
         rule, units = o["rule"] or "", o["ctc_tokens"]
         if o["keys"] == "ctc" and not units:
@@ -204,7 +204,7 @@ def works(c: Combination) -> None:
 
 
 def check(number: int) -> bool:
-    """Whether it worked; else it was refused as it had to be."""
+    """Return whether the combination worked; else it raised the expected error."""
     c = draw(number)
     reason = c.reason()
     with warnings.catch_warnings():
@@ -218,7 +218,7 @@ def check(number: int) -> bool:
         return False
 
 
-@pytest.mark.parametrize("number", range(30))
+@pytest.mark.parametrize("number", range(18))
 def test_combination(number: int):
     check(number)
 

@@ -1,4 +1,4 @@
-"""Text of audio that comes in pieces: that of the whole where all is final at once, and never taken back."""
+"""Streaming transcription: text is never taken back, and equals offline text if all audio is final at once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def whole(model: Any, processor: Any, samples: np.ndarray) -> str:
 
 
 def stream(model: Any, processor: Any, chunks: list[np.ndarray], **settings: Any) -> StreamingTranscriber:
-    """Which is over; what it returned makes up its text, piece by piece."""
+    """Return a transcriber that has read all chunks, after checking that its pieces join to its text."""
     transcriber, text = StreamingTranscriber(model, processor, **settings), ""
     for piece in (*(lambda c=c: transcriber.feed(c) for c in chunks), transcriber.finish):
         text += piece()
@@ -74,8 +74,15 @@ def chunked(samples: np.ndarray, seed: int) -> list[np.ndarray]:
     return found
 
 
-def test_final_at_once_is_the_whole(loaded: tuple[Any, Any]):
-    for path in (*DIGITS, *sorted((ASSETS / "speech").glob("*.wav"))):
+@pytest.mark.parametrize(
+    "files",
+    [
+        pytest.param((*DIGITS[:2], ASSETS / "speech" / "numbers.wav"), id="some"),
+        pytest.param((*DIGITS, *sorted((ASSETS / "speech").glob("*.wav"))), id="all", marks=pytest.mark.slow),
+    ],
+)
+def test_final_at_once_is_the_whole(loaded: tuple[Any, Any], files: tuple[Path, ...]):
+    for path in files:
         samples = load_audio(path)
         transcriber = StreamingTranscriber(*loaded, look_ahead=8)
         assert transcriber.feed(samples) == ""  # nothing was final
@@ -123,7 +130,7 @@ def test_any_chunks_give_the_same(rule: str, settings: dict[str, float]):
 
 
 def test_frames_are_final_after_the_look_ahead(digits: tuple[Any, Any]):
-    """Each is that of the first encoding of so much audio that it is final; the tokens are the pool of these."""
+    """A final frame keeps the value of the first encoding in which it was final; tokens pool these."""
     model, processor = digits
     samples = load_audio(DIGITS[1])
     found = stream(model, processor, [samples], look_ahead=0.4, hop=0.5)
@@ -167,7 +174,7 @@ def test_lagging_is_of_each_utterance(digits: tuple[Any, Any]):
 
 
 def test_a_token_that_stands_for_an_audio_is_not_asked_for_again(digits: tuple[Any, Any]):
-    """A decoder whose vocabulary has it can write it."""
+    """A decoder can write it if it is in its vocabulary."""
     transcriber = StreamingTranscriber(*digits, look_ahead=0.0, hop=0.5)
     decode, written = transcriber._decode, digits[1].tokenizer("one <|audio|> two").input_ids
     assert digits[0].config.audio_token_id in written
@@ -177,7 +184,7 @@ def test_a_token_that_stands_for_an_audio_is_not_asked_for_again(digits: tuple[A
 
 
 def test_the_same_tokens_twice_agree_on_nothing(digits: tuple[Any, Any]):
-    """Tokens that are long stay open for several hops: the hypothesis of the same tokens is no second opinion."""
+    """A long token stays open for several hops; decoding the same tokens again confirms nothing."""
     loaded = load_model(ASSETS / "models" / "digits", "uniform:60")
     transcriber = StreamingTranscriber(*loaded, look_ahead=0.0, hop=0.5)
     decoded = []
@@ -188,7 +195,7 @@ def test_the_same_tokens_twice_agree_on_nothing(digits: tuple[Any, Any]):
 
 
 def test_text_is_never_taken_back(digits: tuple[Any, Any]):
-    """Whose tokens are parts of characters, or lose a space when others follow: then what was written stays."""
+    """Tokens can be parts of characters, or lose a space when others follow; printed text stays."""
     texts = {1: "caf\ufffd", 2: "café it '", 3: "café it's", 4: "café it's so"}
     transcriber = StreamingTranscriber(*digits)
     transcriber.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: texts[ids[0]]))
@@ -307,7 +314,7 @@ def test_compressions_that_look_at_all():
 
 
 def test_an_encoder_of_samples_and_lora():
-    """It has no window of its own, and the decoder writes with LoRA."""
+    """Such an encoder has no window of its own; the decoder has LoRA."""
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     tokenizer = build_tokenizer(["one two three four"])
@@ -379,7 +386,7 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 
 def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """From a pipe, whose writer stops halfway: what is final by then is there already."""
+    """The writer of the pipe pauses halfway; text that is final by then has been printed."""
     reader, writer = os.pipe()
     content = DIGITS[1].read_bytes()
     more = threading.Event()
@@ -410,7 +417,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Its header knows no length and says first what wrote it, which is not heard, nor what follows a known length."""
+    """The header has no length and a chunk of metadata; neither that chunk nor trailing bytes are heard."""
     content = DIGITS[1].read_bytes()
     place = content.index(b"data")
     tag = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
@@ -427,7 +434,7 @@ def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """A shell starts what runs in the background with interrupts ignored."""
+    """Handle interrupts as Python does; a shell ignores them in background processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

@@ -24,6 +24,7 @@ from tests.support.calls import CALLS, Call, calls
 from tests.support.forking import in_fork
 from tests.support.fuzzing import examples
 from tests.support.sample_inputs import assert_same_bits, features
+from tests.support.slow import some
 
 pytestmark = pytest.mark.skipif(
     "config.getoption('--emulated') is not None or config.getoption('--device')", reason="of the CPU"
@@ -38,7 +39,7 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 
 def large_calls() -> list[Call]:
-    """Of megabytes: each is shared by the threads of torch."""
+    """Return calls on megabytes, each of which runs on several threads."""
     x = features("smooth", 6000, 256, torch.float32)
     segments = fc.segment_pool(x).segments
     half = features("smooth", 12_000, 256, torch.bfloat16)
@@ -55,7 +56,7 @@ def large_calls() -> list[Call]:
 
 @pytest.mark.timeout(240)
 def test_many_threads(threads):
-    """Forward and backward of all ops, in any order, eight at a time, are what they are alone."""
+    """Eight threads run all ops, forward and backward, in random order; results are those of one thread."""
     threads(2)
     work = large_calls() + [call for name in CALLS for call in examples(calls(name), 4)]
     expected = [results(call) for call in work]
@@ -120,7 +121,7 @@ def fork_while_threads_call() -> None:
     for thread in busy:
         thread.start()
     try:
-        for _ in range(10):
+        for _ in range(6):
             assert in_fork(child) == 0
     finally:
         stop.set()
@@ -129,7 +130,7 @@ def fork_while_threads_call() -> None:
 
 
 def load(start: str) -> None:
-    """Workers give what the parent computes, which has had its threads already."""
+    """Workers return what the parent computes, which has started its threads before."""
     torch.set_num_threads(2)
     data = Frames()
     expected = [data[i] for i in range(len(data))]
@@ -140,7 +141,7 @@ def load(start: str) -> None:
 
 
 def in_another_process(code: str, seconds: float) -> None:
-    """Threads of this one, such as pytest's, would be forked as well."""
+    """Run code in a new process: this one has threads, such as pytest's, that a fork would copy."""
     code = f"import tests.ops.test_concurrency as t\nif __name__ == '__main__':\n    {code}\n    print('done')"
     environment = os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(
@@ -155,6 +156,6 @@ def test_fork_while_threads_call():
 
 
 @pytest.mark.timeout(240)
-@pytest.mark.parametrize("start", ["fork", "forkserver", "spawn"])
+@pytest.mark.parametrize("start", some(("fork", "forkserver", "spawn"), "fork", "spawn"))
 def test_workers_of_a_data_loader(start: str):
     in_another_process(f"t.load({start!r})", 200)

@@ -269,7 +269,7 @@ def test_hostile_segments(starts: tuple[int, ...], lengths: tuple[int, ...], mes
 
 @pytest.mark.parametrize("rows", [2**59, 2**60, 2**60 + 1, 2**63 - 1])
 def test_more_rows_than_memory(rows: int):
-    """The size of the output wrapped around: memory of 16 bytes for them was written, or the process ended."""
+    """Regression: the output size overflowed, and 16 bytes were allocated for all of it."""
     y = torch.ones(1, 4)
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(RuntimeError, match="out of memory|overflow|alloc"):

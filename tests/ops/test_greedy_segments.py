@@ -1,4 +1,4 @@
-"""``greedy_boundaries``, the op of ``greedy_segments``: one answer everywhere. An oracle is in test_merging.py."""
+"""``greedy_boundaries``, the op of ``greedy_segments``: one answer everywhere. test_token_merging.py has an oracle."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_sequences_do_not_see_each_other():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_frame_that_is_not_finite_is_alone(dtype: torch.dtype, value: float):
-    """It joins nothing, however low the threshold, and nothing joins it; what comes behind is as if it began there."""
+    """It joins no segment, and no frame joins it, whatever the threshold; the rows after it start anew."""
     x = features("smooth", 24, 40, dtype)
     x[9, 3] = value
     for threshold in (0.4, 2.5):
@@ -113,7 +113,7 @@ def test_zero_frames_have_cosine_0():
 
 
 def test_long_segments_are_counted_in_full():
-    """Of equal frames the mean stays 1 within the rounding of a sum of as many units."""
+    """The mean cosine of equal frames stays 1, up to the rounding of the sum."""
     frame = features("iid", 1, 64, torch.float32)
     x = frame.expand(5000, 64).contiguous()
     assert op(x, None, None, 5000 * 2.0**-24, 0).sum() == 1
@@ -129,7 +129,7 @@ def threads() -> Iterator:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_matter(dtype: torch.dtype, threads):
-    """More bytes than one thread takes; sequences that begin in one part of the rows and end in another."""
+    """There is work for several threads, and sequences cross the borders between their parts."""
     lengths = (3000, 0, 1, *range(40), 2500, 2900)
     batch = packed("smooth", 256, dtype, lengths)
     x = torch.nn.utils.rnn.pad_sequence(list(batch.x.split(list(lengths))), True)[:, :1500]

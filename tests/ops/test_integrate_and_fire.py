@@ -22,7 +22,7 @@ RAGGED = (7, 0, 1, 30, 0, 2, 13)
 
 
 def weights(kind: str, rows: int, seed: int = 0) -> Tensor:
-    """Multiples of 1/64, whose sums are exact, or of anything."""
+    """Return weights in multiples of 1/64, whose sums are exact."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randint(0, 33, (rows,), generator=g).double() / 64
     if kind == "bursts":  # several tokens in a frame
@@ -56,8 +56,8 @@ def assert_same_slopes(found: Tensor, wanted: Tensor, inputs: tuple[Tensor, ...]
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("tail", (None, 0.0, 0.5, 1.0))
-@pytest.mark.parametrize("beta", (1.0, 0.5))
+# Tails: what is left at the end becomes a token never, always, from half a token on, or if it is a whole one.
+@pytest.mark.parametrize(("beta", "tail"), [(1.0, None), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("kind", ("plain", "bursts", "silence", "exact", "zero"))
 def test_packed(kind: str, beta: float, tail: float | None):
     rows = sum(RAGGED)
@@ -110,7 +110,7 @@ def test_padded_with_targets(kind: str):
     st.sampled_from([None, 0.0, 0.5, 1.0]),
 )
 def test_every_weight_is_spent_once(sixtyfourths: list[int], beta: float, tail: float | None):
-    """Tokens of ones are beta; what is left is the remainder."""
+    """Each token of frames of ones sums to beta, and the remainder is the rest."""
     alpha = torch.tensor(sixtyfourths, dtype=torch.float64) / 64
     x = torch.cat([torch.ones(len(alpha), 1), torch.arange(len(alpha))[:, None]], 1).double()
     fired = fc.integrate_and_fire(x, alpha, beta=beta, tail=tail)
@@ -172,7 +172,7 @@ def test_no_token_moves_when_the_order_of_a_batch_does():
 @pytest.mark.parametrize("beta", (1.0, 0.9, 0.3))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 def test_any_beta_in_any_default_dtype(beta: float, dtype: torch.dtype):
-    """A product with an integer tensor would be in the default dtype."""
+    """The number of tokens times beta is computed in fp64, not in the default dtype."""
     alpha = torch.rand(20_000, dtype=torch.float64, generator=torch.Generator().manual_seed(8)) * 0.7
     x = torch.ones(len(alpha), 1, dtype=torch.float64)
     before = torch.get_default_dtype()
@@ -194,7 +194,7 @@ def test_any_beta_in_any_default_dtype(beta: float, dtype: torch.dtype):
 
 @pytest.mark.parametrize("tail", (None, 0.5))
 def test_a_sequence_is_its_own_whatever_is_beside_it(tail: float | None):
-    """In tenths, whose sums meet the threshold or miss it by rounding; and next to sums that would swallow them."""
+    """Weights are tenths, whose sums miss the threshold by rounding; one neighbour has weights of 1e8."""
     g = torch.Generator().manual_seed(9)
     for trial in range(30):
         sizes = [int(n) for n in torch.randint(1, 9, (5,), generator=g)]
@@ -221,7 +221,7 @@ def test_weights_too_small_to_scale_up_are_nothing():
 
 
 def test_wrong_offsets_where_nobody_looks_at_them(monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU: some tokens, from inside the rows."""
+    """As on a GPU, the result is some tokens of rows that exist."""
     module = importlib.import_module("fastcompress.ops.integrate_and_fire")
     monkeypatch.setattr(module, "_check_values", lambda *args: None)
     x, alpha = torch.ones(40, 2), torch.full((40,), 0.5)
@@ -236,8 +236,7 @@ def test_wrong_offsets_where_nobody_looks_at_them(monkeypatch: pytest.MonkeyPatc
     assert fired.cu_seqlens.tolist() == [0, 0, 9]
 
 
-@pytest.mark.parametrize("layout", ("packed", "padded"))
-@pytest.mark.parametrize("trained", (True, False))
+@pytest.mark.parametrize(("layout", "trained"), [("packed", True), ("padded", False)])
 def test_compiles(layout: str, trained: bool):
     def run(x: Tensor, alpha: Tensor, sizes: Tensor, targets: Tensor) -> Tensor:
         where = {"cu_seqlens" if layout == "packed" else "lengths": sizes}
@@ -326,14 +325,14 @@ def test_bad_input(change: dict, error: type[Exception], message: str):
 
 
 def scalars(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Weights of the rows, some 0, first weights and divisors of the tokens."""
+    """Return row weights, some of them 0, and the first weights and divisors of the tokens."""
     wide = torch.float64 if dtype == torch.float64 else torch.float32
     first, divisors = features("iid", len(TOKENS[0]), 2, wide, 3).T
     return features("zeros", TOKEN_ROWS, 1, wide, 2)[:, 0], first, divisors
 
 
-@pytest.mark.parametrize("kind", ("iid", "nonfinite", "huge"))
-@pytest.mark.parametrize("width", (*WIDTHS, 1280))
+# Widths: the parts of a kernel's row. Kinds: the values, at a width with one unit and a tail.
+@pytest.mark.parametrize(("width", "kind"), [*((width, "iid") for width in WIDTHS), (33, "nonfinite"), (33, "huge")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference(dtype: torch.dtype, width: int, kind: str):
     x, grad = features(kind, TOKEN_ROWS, width, dtype), features("iid", len(TOKENS[0]), width, dtype, 1)
@@ -372,7 +371,7 @@ def test_strides_and_threads(dtype: torch.dtype):
 
 
 def test_op_against_a_product():
-    """As a matrix of weights times the rows, whose gradients are autograd's."""
+    """The op is a matrix of weights times the rows, which autograd differentiates."""
     x = features("iid", TOKEN_ROWS, 7, torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, *scalars(torch.float64))]
     x, weights, first, divisors = leaves

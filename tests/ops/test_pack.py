@@ -18,7 +18,7 @@ VOCABULARY = 100
 
 
 def random_ids(g: torch.Generator, length: int, runs: bool) -> list[int]:
-    """Text with audios in it, sometimes next to each other, at the start, at the end, or none."""
+    """Return text ids with audios between them: any number, also at the ends and next to each other."""
     ids: list[int] = []
     while len(ids) < length:
         if torch.rand((), generator=g) < 0.3:
@@ -29,7 +29,7 @@ def random_ids(g: torch.Generator, length: int, runs: bool) -> list[int]:
 
 
 def split_audios(ids: list[int], runs: bool) -> list[int | str]:
-    """Ids with each audio as one item."""
+    """Return the ids with each audio as one item."""
     items: list[int | str] = []
     for i, token in enumerate(ids):
         if token != AUDIO:
@@ -40,7 +40,7 @@ def split_audios(ids: list[int], runs: bool) -> list[int | str]:
 
 
 def batch(seed: int, layout: str, runs: bool) -> dict[str, Any]:
-    """Ids, labels, mask and audios of a few samples, and what packing them gives as Python lists."""
+    """Return ids, labels, mask and audios of a few samples, and the rows that packing them must give."""
     g = torch.Generator().manual_seed(seed)
     lengths = [int(n) for n in torch.randint(0, 9, (4,), generator=g)]
     lengths[int(torch.randint(0, 4, (), generator=g))] = 12
@@ -103,10 +103,23 @@ def batch(seed: int, layout: str, runs: bool) -> dict[str, Any]:
 LAYOUTS = ("packed", "right", "left", "holes", "lengths")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("runs", (True, False), ids=("runs", "single"))
-@pytest.mark.parametrize("form", ("ids", "embeds"))
-@pytest.mark.parametrize("backend", (None, "reference"))
+# Layouts and runs: which rows are text, padding and audio. Forms: where text is read from.
+@pytest.mark.parametrize(
+    ("layout", "runs", "form", "backend"),
+    [
+        *((layout, runs, "ids", None) for layout in LAYOUTS for runs in (True, False)),
+        *((layout, True, "embeds", None) for layout in LAYOUTS),
+        *(
+            (layout, runs, form, "reference")
+            for layout, runs, form in (
+                ("packed", True, "ids"),
+                ("left", True, "ids"),
+                ("holes", False, "ids"),
+                ("lengths", False, "embeds"),
+            )
+        ),
+    ],
+)
 def test_same_as_a_loop(layout: str, runs: bool, form: str, backend: str | None):
     with contextlib.nullcontext() if backend is None else fc.backend(backend):
         same_as_a_loop(layout, runs, form)
@@ -190,7 +203,7 @@ def test_gradients_of_any_order():
 @pytest.mark.parametrize("rule", (None, fc.Uniform(3), fc.LocalMax(), fc.Threshold(0.5, max_len=4)), ids=str)
 @pytest.mark.parametrize("compact", (True, False))
 def test_merged_embeds_are_pooled_and_packed_in_one_pass(rule: fc.Rule | None, compact: bool):
-    """From what a model merges, padded on both sides, with audios next to each other."""
+    """The input is the merged embeddings of a model, padded on both sides, with neighbouring audios."""
     group = torch.tensor(
         [[-1, -1, 0, 0, 1, 1, 1, 1, 1, 2, 2, 2, 0, -1], [0, 3, 3, 3, 3, 3, 0, 0, 4, 4, 4, -1, -1, -1]]
     ).int()
@@ -264,7 +277,7 @@ def test_strides():
 
 
 def test_large_rows_use_every_thread():
-    """Above the size at which the copy is shared out."""
+    """The rows are large enough for the copy to use several threads."""
     table, audio = torch.randn(1000, 2048), torch.randn(3000, 2048)
     ids = torch.randint(0, 1000, (8, 200))
     ids[:, 100] = 1000
@@ -281,7 +294,7 @@ def test_large_rows_use_every_thread():
 
 
 def runs(group: Tensor) -> list[list[Any]]:
-    """What row groups say of each sample: rows dropped, rows of text, and how long each audio is."""
+    """Return the dropped rows, text rows and audio lengths of each sample."""
     said = []
     for sample in group.tolist():
         items: list[Any] = []
@@ -330,7 +343,7 @@ def test_audios_side_by_side_stay_apart():
 
 @pytest.mark.parametrize("backend", (None, "reference"))
 def test_an_audio_ends_with_its_sample(backend: str | None):
-    """Also where the next sample starts with a group of the same number."""
+    """The next sample can start with a group of the same number."""
     table, audio = torch.arange(5.0)[:, None], torch.arange(10.0, 15.0)[:, None]
     group, cu = torch.tensor([[0, 1], [1, 0]]).int(), torch.tensor([0, 3, 5])
     with contextlib.nullcontext() if backend is None else fc.backend(backend):

@@ -101,7 +101,7 @@ def test_sums_are_kept(case: Case):
     pooled = pool(case)
     x = case.x.reshape(-1, case.x.shape[-1]).double()[pooled.segments.ids() >= 0]
     if not x.isfinite().all() or (x.abs() > 1e4).any():
-        return  # test_reduce.py has the large ones
+        return  # test_segment_reduce.py has the large ones
     total = (pooled.values.double() * pooled.segments.lengths[:, None]).sum(0)
     # A mean is rounded once to its type, relative to itself or to the smallest number; sums in fp32 come before.
     info = torch.finfo(case.x.dtype)

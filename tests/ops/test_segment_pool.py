@@ -14,10 +14,11 @@ from fastcompress.reference import OPS
 from fastcompress.rules import max_segments
 from tests.support.sample_inputs import (
     DTYPES,
-    FEATURES,
+    DTYPES_AND_RULES,
+    FEW_RULES,
     RAGGED,
     RULES,
-    WIDTHS,
+    WIDTHS_AND_FEATURES,
     Batch,
     assert_same_bits,
     batches,
@@ -28,13 +29,12 @@ from tests.support.sample_inputs import (
     strided,
 )
 
-FEW_RULES = (fc.Uniform(3), fc.LocalMax(), fc.Threshold(0.9, min_len=2, max_len=5))
 EDGE = 1024  # rows a chunk, where a row has 256 bytes (csrc/cpu/segment_pool.cpp: 256 KiB)
 ROWS = 24 * EDGE  # 6 MB: enough for several threads
 
 
 def composed(x: Tensor, rule: fc.Rule, *, keys=None, reduce="mean", weights=None, compact=True, **layout) -> fc.Pooled:
-    """The three parts, one after the other."""
+    """Return the result of the three parts, called one after another."""
     sequences = {name: layout[name] for name in ("cu_seqlens", "lengths") if name in layout}
     d = fc.adjacent_distance(x if keys is None else keys, **sequences)
     segments = fc.select_boundaries(d, rule, compact=compact, **layout)
@@ -42,7 +42,7 @@ def composed(x: Tensor, rule: fc.Rule, *, keys=None, reduce="mean", weights=None
 
 
 def definition(x: Tensor, rule: fc.Rule, *, keys=None, compact=True, **layout) -> tuple[Tensor, ...]:
-    """The reference: values, starts, lengths, cu_segments."""
+    """Return values, starts, lengths and cu_segments of the reference."""
     group = layout.get("row_group")
     if "attention_mask" in layout:
         group = layout["attention_mask"].int() - 1
@@ -90,24 +90,28 @@ def check_batch(batch: Batch, rule: fc.Rule, compact: bool) -> None:
 
 
 @pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "rule"), DTYPES_AND_RULES, ids=str)
 def test_fused_is_composed_is_reference(dtype: torch.dtype, rule: fc.Rule, compact: bool):
     for batch in batches(33, dtype):
         check_batch(batch, rule, compact)
 
 
-@pytest.mark.parametrize("kind", FEATURES)
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "kind"), WIDTHS_AND_FEATURES)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_every_width_and_feature(dtype: torch.dtype, width: int, kind: str):
     check_batch(packed(kind, width, dtype), fc.LocalMax(), True)
     check_batch(padded(kind, width, dtype), fc.Threshold(0.9, min_len=2, max_len=5), True)
 
 
-@pytest.mark.parametrize("rule", FEW_RULES, ids=str)
-@pytest.mark.parametrize("width", [1, 31, 64, 129])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Dtypes and widths: how a row is read. Rules: x is not scored, or its prominences need the three parts.
+@pytest.mark.parametrize(
+    ("dtype", "width", "rule"),
+    [
+        *((dtype, width, fc.LocalMax()) for dtype in DTYPES for width in (1, 31, 64, 129)),
+        *((torch.float32, 31, rule) for rule in (fc.Uniform(3), fc.LocalMax(prominence=0.1))),
+    ],
+    ids=str,
+)
 def test_strides_do_not_matter(dtype: torch.dtype, width: int, rule: fc.Rule):
     for batch in (packed("smooth", width, dtype), padded("smooth", width, dtype)):
         expected = fc.segment_pool(batch.x, rule=rule, **batch.layout)
@@ -146,10 +150,17 @@ def test_sequences_may_be_permuted(rule: fc.Rule):
         assert_same_bits(a, torch.cat([b.split(counts)[i] for i in order]), name)
 
 
-@pytest.mark.parametrize("rule", [*FEW_RULES, fc.LocalMax(prominence=0.1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("key_dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("key_width", [1, 48])
+# Dtypes: keys of the dtype of x are scored in the same pass, others by the three parts. Widths: narrower than x, wider.
+@pytest.mark.parametrize(
+    ("dtype", "key_dtype", "key_width", "rule"),
+    [
+        *((dtype, key_dtype, 48, fc.LocalMax()) for dtype in DTYPES for key_dtype in DTYPES),
+        *((dtype, dtype, 1, fc.LocalMax()) for dtype in DTYPES),
+        *((torch.float32, torch.float32, 48, rule) for rule in (FEW_RULES[0], FEW_RULES[2])),
+        *((torch.float32, dtype, 1, fc.LocalMax(prominence=0.1)) for dtype in (torch.float32, torch.float16)),
+    ],
+    ids=str,
+)
 def test_keys_are_scored_and_x_is_pooled(dtype: torch.dtype, key_dtype: torch.dtype, key_width: int, rule: fc.Rule):
     for batch in (packed("iid", 33, dtype), padded("iid", 33, dtype)):
         keys = torch.randn(*batch.x.shape[:-1], key_width).to(key_dtype)
@@ -162,12 +173,12 @@ def test_keys_are_scored_and_x_is_pooled(dtype: torch.dtype, key_dtype: torch.dt
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_reduce(dtype: torch.dtype, reduce: str):
     for batch in batches(19, dtype):
-        for rule in FEW_RULES:
-            pooled = fc.segment_pool(batch.x, rule=rule, reduce=reduce, **batch.layout)
-            assert_same_pooled(pooled, composed(batch.x, rule, reduce=reduce, **batch.layout), f"{batch}, {rule}")
-            _, starts, lengths, _ = definition(batch.x, rule, **batch.layout)
-            expected = OPS["segment_reduce"](batch.x.reshape(-1, 19), starts, lengths, reduce)
-            assert_same_bits(pooled.values, expected, f"{batch}, {rule}")
+        rule = fc.LocalMax()
+        pooled = fc.segment_pool(batch.x, rule=rule, reduce=reduce, **batch.layout)
+        assert_same_pooled(pooled, composed(batch.x, rule, reduce=reduce, **batch.layout), str(batch))
+        _, starts, lengths, _ = definition(batch.x, rule, **batch.layout)
+        expected = OPS["segment_reduce"](batch.x.reshape(-1, 19), starts, lengths, reduce)
+        assert_same_bits(pooled.values, expected, str(batch))
 
 
 @pytest.mark.parametrize("weight_dtype", [torch.float16, torch.float32, torch.float64], ids=str)
@@ -195,8 +206,7 @@ def test_module(reduce: str, compact: bool):
 # Results
 
 
-@pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(("dtype", "rule"), DTYPES_AND_RULES, ids=str)
 def test_not_compact_is_compact_and_an_empty_tail(dtype: torch.dtype, rule: fc.Rule):
     for batch in batches(17, dtype):
         exact = fc.segment_pool(batch.x, rule=rule, **batch.layout)
@@ -262,9 +272,16 @@ def mean_gradient(grad: Tensor, segments: fc.Segments, like: Tensor) -> Tensor:
     return rows.view(like.shape)
 
 
-@pytest.mark.parametrize("compact", [True, False])
-@pytest.mark.parametrize("rule", [*FEW_RULES, fc.Uniform(3, tail="drop"), fc.LocalMax(prominence=0.1)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+# Dtypes: how a row is written. Rules: rows in no segment. Not compact: segments without rows at the end.
+@pytest.mark.parametrize(
+    ("dtype", "rule", "compact"),
+    [
+        *((dtype, fc.LocalMax(), compact) for dtype in DTYPES for compact in (True, False)),
+        *((torch.float32, rule, True) for rule in (*FEW_RULES[::2], fc.LocalMax(prominence=0.1))),
+        *((torch.float32, fc.Uniform(3, tail="drop"), compact) for compact in (True, False)),
+    ],
+    ids=str,
+)
 def test_gradient_is_shared_evenly(dtype: torch.dtype, rule: fc.Rule, compact: bool):
     for batch in batches(21, dtype):
         for name, x in [("plain", batch.x), *strided(batch.x)]:
@@ -335,7 +352,7 @@ def test_what_needs_gradients(fused: bool):
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_padded_batch_cut_from_a_longer_one(dtype: torch.dtype):
-    """Its rows are not evenly spaced in memory."""
+    """The rows of such a batch are not evenly spaced in memory."""
     longer = features("smooth", 3 * 30, 24, dtype).view(3, 30, 24)
     cut, lengths = longer[:, :20], torch.tensor([20, 3, 17])
     pooled, expected = (fc.segment_pool(x, lengths=lengths) for x in (cut, cut.contiguous()))
@@ -352,7 +369,7 @@ def test_padded_batch_without_columns(rule: fc.Rule):
 
 @pytest.mark.parametrize("shift", [0, 1, -1])
 def test_threshold_is_rounded_to_the_dtype_of_the_distance(shift: int):
-    """A threshold that is a distance to the last bit of fp32, but not of fp64, is not exceeded by it."""
+    """A threshold that rounds to the fp32 distance is not exceeded by it."""
     x = features("iid", 12, 8, torch.float32)
     value = fc.adjacent_distance(x)[3]
     near = float(value) + shift * 1e-12  # rounds to the same fp32

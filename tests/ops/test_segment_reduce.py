@@ -22,7 +22,7 @@ LINEAR = ("mean", "sum", "first", "last", "middle")
 
 
 def make(lengths: tuple[int, ...] = LENGTHS, gaps: tuple[int, ...] | None = GAPS, tail: int = 2) -> fc.Segments:
-    """Segments of one sequence with gaps before them and ``tail`` rows behind."""
+    """Return segments of one sequence, with gaps before them and ``tail`` rows after them."""
     ends = list(accumulate(a + b for a, b in zip(lengths, gaps or (0,) * len(lengths), strict=True)))
     starts = [end - length for end, length in zip(ends, lengths, strict=True)]
     rows = (ends[-1] if ends else 0) + tail
@@ -43,7 +43,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Gradients of ``run`` for one random cotangent, and the cotangent."""
+    """Return the gradients of ``run`` for one random cotangent, and the cotangent."""
     inputs = tuple(i.detach().requires_grad_() for i in inputs)
     y = run(*inputs)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
@@ -51,7 +51,7 @@ def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def sum_error(length: int, dtype: torch.dtype) -> float:
-    """Relative to sum |x|: additions on the longest path, in a block of 64 and over the blocks, times the unit."""
+    """Return the bound relative to sum |x|: additions on the longest path, within and over blocks of 64."""
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     return max(min(length, 64) - 1 + -(-length // 64) - 1, 0) * unit
 
@@ -59,8 +59,15 @@ def sum_error(length: int, dtype: torch.dtype) -> float:
 # The same bits as the definition
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("width", (*WIDTHS, *WIDE))
+# Widths: the strips, units and tails of a row, for means. Reductions: sums are means without the division, maxima are
+# another instance of the same template (33: a unit and a tail, 257: strips and a tail), the others copy a row.
+@pytest.mark.parametrize(
+    ("width", "reduce"),
+    [
+        *((width, "mean") for width in (*WIDTHS, *WIDE)),
+        *((width, reduce) for width in (33, 257) for reduce in REDUCTIONS if reduce != "mean"),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference(dtype: torch.dtype, width: int, reduce: str):
     segments = make() if width in WIDTHS else make((1, 0, 2, 9), (0, 1, 0, 0), 1)
@@ -87,8 +94,7 @@ def test_same_bits_as_reference_with_weights(dtype: torch.dtype, width: int):
     assert_same_bits(grad_w, expected_w, "gradient of weights")
 
 
-@pytest.mark.parametrize("kind", ("iid", "nonfinite"))
-@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize(("width", "kind"), [*((width, "iid") for width in WIDTHS), (33, "nonfinite")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_expand(dtype: torch.dtype, width: int, kind: str):
     segments = make()
@@ -98,8 +104,14 @@ def test_expand(dtype: torch.dtype, width: int, kind: str):
     assert_same_bits(grad_y, OPS["segment_reduce"](grad, segments.starts, segments.lengths, "sum"), "gradient")
 
 
-@pytest.mark.parametrize("reduce", REDUCTIONS)
-@pytest.mark.parametrize("kind", FEATURES)
+# Means and maxima depend on all values. Sums are means without the division, and the others copy a row.
+@pytest.mark.parametrize(
+    ("kind", "reduce"),
+    [
+        *((kind, reduce) for kind in FEATURES for reduce in ("mean", "max")),
+        *(("nonfinite", reduce) for reduce in REDUCTIONS if reduce not in ("mean", "max")),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference_on_odd_values(dtype: torch.dtype, kind: str, reduce: str):
     segments = make()
@@ -109,8 +121,9 @@ def test_same_bits_as_reference_on_odd_values(dtype: torch.dtype, kind: str, red
     assert_same_bits(fc.segment_reduce(x, segments, reduce), OPS["segment_reduce"](*args), "values")
 
 
-@pytest.mark.parametrize("reduce", (*REDUCTIONS, "weighted"))
-@pytest.mark.parametrize("width", (1, 33, 128))
+@pytest.mark.parametrize(
+    ("width", "reduce"), [*((33, reduce) for reduce in (*REDUCTIONS, "weighted")), (1, "mean"), (128, "mean")]
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_strides_do_not_matter(dtype: torch.dtype, width: int, reduce: str):
     segments = make()
@@ -299,7 +312,7 @@ def test_sums_are_preserved(dtype: torch.dtype):
 @pytest.mark.parametrize("reduce", [reduce for reduce in REDUCTIONS if reduce != "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_shift_of_the_frames_shifts_the_result(dtype: torch.dtype, reduce: str):
-    """Exact, also before a mean is rounded: its sums are integers, and its divisors powers of two."""
+    """Results are exact: sums are integers, and divisors powers of two."""
     segments = make((1, 2, 0, 4, 8, 64, 128), (0, 2, 0, 1, 0, 0, 3))
     x = torch.randint(-1, 2, (segments.num_rows, 7), generator=torch.Generator().manual_seed(0)).double()
     expected = fc.segment_reduce(x, segments, reduce) + 2

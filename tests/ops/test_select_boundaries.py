@@ -18,6 +18,7 @@ from fastcompress.reference.select_boundaries import is_peak
 from fastcompress.rules import max_segments
 from tests.support.sample_inputs import (
     DTYPES,
+    DTYPES_AND_RULES,
     RAGGED,
     RULES,
     Batch,
@@ -56,7 +57,7 @@ def as_parts(segments: fc.Segments) -> Parts:
 
 
 def from_boundaries(boundaries: list[list[int]], spans: Parts = SPANS) -> tuple[Parts, list[int]]:
-    """Segments, and their count in each sequence, from the frames inside each sequence that start one."""
+    """Return the segments, and their count per sequence, given the frames of each sequence that start one."""
     parts, counts = [], []
     for (begin, end), inner in zip(spans, boundaries, strict=True):
         edges = [begin, *(begin + t for t in inner), end] if end > begin else []
@@ -73,7 +74,7 @@ def assert_segments(segments: fc.Segments, boundaries: list[list[int]], spans: P
 
 
 def inner_distances(d: Tensor) -> list[np.ndarray]:
-    """The distances inside each sequence: the last frame has none."""
+    """Return the distances of each sequence, without the last frame, which has none."""
     return [d[begin : max(end - 1, begin)].numpy() for begin, end in SPANS]
 
 
@@ -86,18 +87,33 @@ def scipy_peaks(d: np.ndarray, order: int) -> np.ndarray:
 # Each rule against an oracle
 
 
-@pytest.mark.parametrize("order", (1, 2, 3, 10, 100))
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.float64), ids=str)
+# Orders: a peak exceeds its neighbours, some more, or every value of its sequence. Dtypes: how d is read.
+@pytest.mark.parametrize(
+    ("dtype", "kind", "order"),
+    [
+        *((torch.float32, kind, order) for kind in KINDS for order in (1, 2, 3, 10, 100)),
+        *((dtype, kind, 2) for dtype in (torch.float16, torch.float64) for kind in KINDS),
+    ],
+    ids=str,
+)
 def test_local_max_is_argrelextrema(dtype: torch.dtype, kind: str, order: int):
     d = distances(kind, dtype=dtype)
     expected = [(scipy_peaks(part, order) + 1).tolist() for part in inner_distances(d)]
     assert_segments(fc.select_boundaries(d, fc.LocalMax(order), **LAYOUT), expected)
 
 
-@pytest.mark.parametrize("threshold", (None, 0.5, -1, 2))
-@pytest.mark.parametrize("prominence", (0.05, 0.25, 0.6, 2, 0, -1))
-@pytest.mark.parametrize("kind", ("iid", "ties", "nan", "rising"))
+# Prominences: of most peaks, of some, of none; 0 and less ask for nothing. A threshold is a condition of its own.
+@pytest.mark.parametrize(
+    ("kind", "prominence", "threshold"),
+    [
+        *(
+            (kind, prominence, None)
+            for kind in ("iid", "ties", "nan", "rising")
+            for prominence in (0.05, 0.25, 0.6, 2, 0, -1)
+        ),
+        *((kind, 0.25, threshold) for kind in ("iid", "ties") for threshold in (0.5, -1, 2)),
+    ],
+)
 def test_prominence_is_peak_prominences(kind: str, prominence: float, threshold: float | None):
     d = distances(kind)
     rule = fc.LocalMax(threshold=threshold, prominence=prominence)
@@ -117,8 +133,15 @@ def test_prominence_at_equality_counts():
     assert as_parts(fc.select_boundaries(d, fc.LocalMax(prominence=0.2500001))) == [(0, 2), (2, 5)]
 
 
-@pytest.mark.parametrize("threshold", (0.15, 0.1, 0.5, 0.25, 0.7, 0, 1, -1, math.inf, -math.inf))
-@pytest.mark.parametrize("kind", KINDS)
+# Thresholds: some that a dtype rounds and some that it holds. Kinds: what is compared with one.
+@pytest.mark.parametrize(
+    ("kind", "threshold"),
+    [
+        *(("iid", threshold) for threshold in (0.15, 0.1, 0.5, 0.25, 0.7, 0, 1, -1, math.inf, -math.inf)),
+        *((kind, 0.25) for kind in KINDS if kind != "iid"),
+        *(("infinite", threshold) for threshold in (math.inf, -math.inf)),
+    ],
+)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_compares_as_torch(dtype: torch.dtype, kind: str, threshold: float):
     d = distances(kind, dtype=dtype)
@@ -135,7 +158,7 @@ def test_threshold_compares_as_torch(dtype: torch.dtype, kind: str, threshold: f
 @pytest.mark.parametrize("threshold", (1e300, -1e300, 7e4, -7e4, 1e-300, 0.5 + 2**-12 + 2**-40))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_that_the_dtype_does_not_hold(dtype: torch.dtype, threshold: float):
-    """Beyond the largest number it is infinite, below the smallest 0; the last one is rounded twice, by torch too."""
+    """A threshold overflows to infinity or underflows to 0. The last one is rounded twice, as in torch."""
     d = torch.tensor([math.inf, 0.5, 0.5 + 2**-11, -math.inf, 0, 2**-14, -6e4, 6e4, 0.5 + 2**-12, 0]).to(dtype)
     expected = (d[:-1] > threshold).nonzero().view(-1) + 1
     segments = fc.select_boundaries(d, fc.Threshold(threshold))
@@ -209,10 +232,16 @@ def cut(candidates: list[int], frames: int, min_len: int, max_len: int | None) -
         result.append(start)
 
 
-@pytest.mark.parametrize(("min_len", "max_len"), [(1, None), (2, None), (5, None), (100, None), (1, 1), (1, 2), (1, 4),
-                                                  (2, 2), (2, 3), (3, 7), (7, 7), (1, 64), (20, 100)])  # fmt: skip
+LENGTHS = ((1, None), (2, None), (5, None), (100, None), (1, 1), (1, 2), (1, 4), (1, 64), (2, 2), (2, 3), (3, 7),
+           (7, 7), (20, 100))  # fmt: skip
+
+
+# Lengths: either bound, both or none takes effect. Kinds: any candidates, many of them, gaps between them, none.
+@pytest.mark.parametrize(
+    ("kind", "min_len", "max_len"),
+    [*(("iid", *both) for both in LENGTHS), *((kind, 3, 7) for kind in ("ties", "nan", "rising"))],
+)
 @pytest.mark.parametrize("rule", (fc.Threshold(0.5), fc.LocalMax(), fc.LocalMax(3)), ids=str)
-@pytest.mark.parametrize("kind", ("iid", "ties", "nan", "rising"))
 def test_min_len_and_max_len(kind: str, rule: fc.Rule, min_len: int, max_len: int | None):
     d = distances(kind)
     expected = []
@@ -236,8 +265,7 @@ def test_min_len_and_max_len_with_prominence():
 # Layouts
 
 
-@pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("kind", ("iid", "nan"))
+@pytest.mark.parametrize(("kind", "seed"), [("iid", 0), ("nan", 1)])
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_row_groups_are_runs_segmented_alone(rule: fc.Rule, kind: str, seed: int):
     d, groups = distances(kind), row_groups(sum(RAGGED), seed)
@@ -257,7 +285,7 @@ def test_row_groups_are_runs_segmented_alone(rule: fc.Rule, kind: str, seed: int
     assert segments.counts.tolist() == counts
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ("iid", "nan"))
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_padded_equals_packed(rule: fc.Rule, kind: str):
     d, width = distances(kind), max(RAGGED) + 2
@@ -281,8 +309,11 @@ def test_padded_equals_packed(rule: fc.Rule, kind: str):
     )
 
 
-@pytest.mark.parametrize("dtype", (torch.bool, torch.int64, torch.float32), ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=str)
+@pytest.mark.parametrize(
+    ("rule", "dtype"),
+    [*((rule, torch.bool) for rule in RULES), *((RULES[0], dtype) for dtype in (torch.int64, torch.float32))],
+    ids=str,
+)
 def test_attention_mask_drops_frames(rule: fc.Rule, dtype: torch.dtype):
     d = distances("iid", 90).view(3, 30)
     mask = torch.ones(3, 30, dtype=dtype)
@@ -293,9 +324,8 @@ def test_attention_mask_drops_frames(rule: fc.Rule, dtype: torch.dtype):
     assert as_parts(segments) == parts
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("rule", RULES, ids=str)
-def test_same_as_reference_in_every_layout(rule: fc.Rule, dtype: torch.dtype):
+@pytest.mark.parametrize(("dtype", "rule"), DTYPES_AND_RULES, ids=str)
+def test_same_as_reference_in_every_layout(dtype: torch.dtype, rule: fc.Rule):
     for batch in batches(1, dtype):
         for kind in ("iid", "ties", "nan"):
             d = distances(kind, batch.x.shape[:-1].numel(), dtype).view(batch.x.shape[:-1])

@@ -1,4 +1,4 @@
-"""The examples run, and do what they say."""
+"""Each example runs and shows what it claims."""
 
 from __future__ import annotations
 
@@ -28,6 +28,25 @@ def test_there_is_a_test_for_each():
     assert names == {"demo", "train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour"}  # make demo
 
 
+def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """Each column is there, and the compressed ones have fewer tokens."""
+    pytest.importorskip("jiwer")
+    demo = load("demo")
+    read = demo.read_manifest
+    monkeypatch.setattr(demo, "read_manifest", lambda path: read(path)[:2])
+    threads = torch.get_num_threads()
+    try:
+        assert demo.main() == 0
+    finally:
+        torch.set_num_threads(threads)
+    lines = capsys.readouterr().out.splitlines()
+    tokens = []
+    for title, _, _ in demo.COLUMNS:
+        (line,) = (line for line in lines if line.startswith(title))
+        tokens.append(float(line.removeprefix(title).split()[0]))
+    assert max(tokens[1:]) < tokens[0] / 3
+
+
 @pytest.mark.parametrize("rule", ["threshold:0.5,max_len=8", "uniform:4"])
 def test_training_lowers_the_loss(rule: str, capsys: pytest.CaptureFixture[str]):
     losses = load("train_with_segment_pool").main(["--rule", rule, "--steps", "16"])
@@ -37,7 +56,7 @@ def test_training_lowers_the_loss(rule: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_tokens_of_the_training_example_are_the_phones():
-    """With its threshold a segment ends where the phone changes, so that the middle frame says what a token is."""
+    """At its threshold a segment ends where the phone changes, so the middle frame names the token's phone."""
     example = load("train_with_segment_pool")
     g = torch.Generator().manual_seed(1)
     frames, cu_seqlens, phone = example.make_batch(8, torch.randn(example.PHONES, example.WIDTH, generator=g), g)
@@ -90,7 +109,7 @@ def test_qwen2_audio_lora_says_what_is_missing(arguments: list[str], capsys: pyt
 
 
 def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Its cells one after the other, in the folder where a notebook server starts them."""
+    """Run its cells in order, in the folder in which a notebook server runs them."""
     pytest.importorskip("av")
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The package without a compiled library, and what importing it brings along."""
+"""The package without a compiled library, and which modules importing it loads."""
 
 from __future__ import annotations
 
@@ -38,7 +38,11 @@ pooled = fc.segment_pool(x, cu_seqlens=small[1])
 pooled.values.sum().backward()
 # Each segment gives its frames 1 in all.
 runs = bool(torch.allclose(x.grad.sum(), torch.tensor(8.0 * len(pooled.values))))
+result = dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs)
+"""
 
+# This takes most of the time, and does not depend on why there is no library.
+USE_IN_GRAPHS = """
 compiled = {}
 for backend in ("eager", "aot_eager"):
     f = torch.compile(pool, fullgraph=True, dynamic=True, backend=backend)
@@ -52,7 +56,7 @@ file = io.BytesIO()
 torch.export.save(torch.export.export(Pool(), small, dynamic_shapes=shapes), file)
 file.seek(0)
 exported = equal(torch.export.load(file).module()(*large), pool(*large))
-print(json.dumps(dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs, exported=exported, **compiled)))
+result |= dict(exported=exported, **compiled)
 """
 
 MODULES = """
@@ -77,7 +81,7 @@ def last_line(code: str, path: Path):
 
 @pytest.fixture
 def copy(tmp_path: Path) -> Path:
-    """The package's Python files alone."""
+    """Copy the Python files of the package."""
     shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     return tmp_path
 
@@ -94,7 +98,8 @@ def copy(tmp_path: Path) -> Path:
 def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | None, reason: str):
     if library is not None:
         (copy / "fastcompress" / "_C.so").write_bytes(library)
-    result = last_line(USE, copy)
+    graphs = library is None
+    result = last_line(USE + (USE_IN_GRAPHS if graphs else "") + "print(json.dumps(result))", copy)
     assert Path(result.pop("file")).parent == copy / "fastcompress"
     (warning,) = result.pop("warnings")
     category, message, file = warning
@@ -102,17 +107,19 @@ def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | N
     for words in (str(copy / "fastcompress" / "_C.so"), reason, "correct but slow", "Install a wheel", "make build"):
         assert words in message
     assert "\n" not in message and len(message) < 500 + len(str(copy))
-    assert result == dict(library=False, runs=True, exported=True, eager=True, aot_eager=True)
+    assert result == dict(library=False, runs=True) | (
+        dict(exported=True, eager=True, aot_eager=True) if graphs else {}
+    )
 
 
 def test_importing_brings_no_extra_along():
     modules = last_line(MODULES, PACKAGE.parent)
     assert "fastcompress.reference" in modules
     roots = {name.split(".")[0] for name in modules}
-    extras = {"transformers", "triton", "av", "soxr", "matplotlib", "scipy", "tqdm", "pandas", "PIL"}
+    extras = {"transformers", "triton", "av", "soundfile", "soxr", "matplotlib", "scipy", "tqdm", "pandas", "PIL"}
     assert not roots & extras
-    tools = {f"fastcompress.{name}" for name in ("audio", "cli", "inspection", "plotting", "__main__")}
-    assert not set(modules) & tools
+    parts = {name.split(".")[1] for name in modules if name.startswith("fastcompress.")}
+    assert not parts & {"audio", "cli", "inspection", "integrations", "lalm", "synthesis", "training", "__main__"}
 
 
 def test_importing_says_nothing_when_the_library_is_there():

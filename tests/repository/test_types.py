@@ -1,4 +1,4 @@
-"""What a type checker sees of the package as it is installed, and that all who lint call the same tools."""
+"""The types of the installed package, and that `make lint` and pre-commit call the same tools."""
 
 from __future__ import annotations
 

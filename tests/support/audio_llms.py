@@ -46,7 +46,7 @@ class Family:
 
 
 def make(name: str, seed: int = 0) -> Any:
-    """The model of a family, in evaluation mode."""
+    """Return the model of a family, in evaluation mode."""
     torch.manual_seed(seed)
     return FAMILIES[name].build().eval()
 
@@ -60,7 +60,7 @@ def batch(
     side: str = "left",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """One sample for each size, an audio of so many frames (of 100) in it; ``None`` for a sample of text alone.
+    """Return a batch of one sample per size, the frames of its audio (at most 100); ``None`` is text alone.
 
     Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
     """
@@ -91,7 +91,7 @@ def batch(
 
 
 def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
-    """A sample of a batch by itself, without padding; every sample has an audio of one window."""
+    """Return one sample of a batch without padding; every sample has an audio of one window."""
     kept = inputs["attention_mask"][index].bool()
     row = slice(index, index + 1)
     return {
@@ -105,7 +105,7 @@ def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _mel(sizes: Sequence[int], width: int, bins: int = MELS) -> tuple[Tensor, Tensor]:
-    """Features ``[A, bins, width]``, 0 behind each audio's end, and their mask."""
+    """Return features ``[A, bins, width]``, 0 after the end of each audio, and their mask."""
     g = torch.Generator().manual_seed(len(sizes) + sum(sizes))
     mask = torch.arange(width) < torch.tensor(sizes)[:, None]
     return torch.randn(len(sizes), bins, width, generator=g) * mask[:, None], mask.long()
@@ -395,7 +395,7 @@ TEMPLATE = (
 
 
 def processor(name: str) -> Any:
-    """A real processor of a family, whose ids are those of the tiny model: ``qwen2_audio`` or ``audioflamingo3``."""
+    """Return a real processor with the ids of the tiny model, of ``qwen2_audio`` or ``audioflamingo3``."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 

@@ -1,4 +1,4 @@
-"""A call of each public op, with arguments that hypothesis draws: for the tests that ask what holds for all of them."""
+"""Calls of each public op with arguments drawn by hypothesis, for tests of what holds for all ops."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ seeds = st.integers(0, 99)
 
 @dataclass
 class Call:
-    """A function and its arguments; those in ``grads`` may have gradients."""
+    """A function and its arguments; those named in ``grads`` can have gradients."""
 
     function: Callable[..., Any]
     kwargs: dict[str, Any]
     grads: tuple[str, ...] = ()
 
     def __call__(self) -> list[Tensor]:
-        """The tensors of the result."""
+        """Return the tensors of the result."""
         return tensors(self.function(**self.kwargs))
 
     def gradients(self, seed: int = 0) -> list[Tensor]:
-        """The tensors of the result, and the gradients of all that has some."""
+        """Return the tensors of the result, and the gradients of the arguments in ``grads``."""
         leaves = {name: self.kwargs[name].detach().requires_grad_() for name in self.grads}
         outputs = tensors(self.function(**self.kwargs | leaves))
         wanted = [out for out in outputs if out.requires_grad]
@@ -60,12 +60,12 @@ def integers_like(shape: tuple[int, ...], low: int, high: int, seed: int) -> Ten
 
 
 def sequences(case: Case) -> dict[str, Tensor]:
-    """What says where sequences are, without masks and row groups."""
+    """Return the arguments that describe the sequences, without masks and row groups."""
     return {name: value for name, value in case.layout.items() if name in ("cu_seqlens", "lengths")}
 
 
 def scalars(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Values a row, of a few kinds: many equal ones, any, some that are no numbers."""
+    """Draw one value per row: many equal ones, any values, or some that are not finite."""
     kind, seed = draw(st.sampled_from(["few", "iid", "nonfinite", "huge", "tiny"])), draw(seeds)
     count = torch.Size(shape).numel()
     if kind == "few":
@@ -121,7 +121,7 @@ def select_boundaries(draw: Draw) -> Call:
 
 
 def given_segments(draw: Draw) -> tuple[fc.Segments, Tensor]:
-    """Segments in order with gaps between them, some empty, and their rows ``[N, D]``."""
+    """Draw segments in order with gaps between them, some empty, and their rows ``[N, D]``."""
     sizes = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2) | st.integers(0, 140)), max_size=6))
     starts, lengths, row = [], [], 0
     for gap, length in sizes:
@@ -284,7 +284,7 @@ def streaming_fire(draw: Draw) -> Call:
 
 
 def as_module(build: Callable[..., torch.nn.Module], training: bool) -> Callable[..., Any]:
-    """A function of a module's options and of what it is called with: its result and its loss."""
+    """Return a function of a module's options and inputs that returns its result and its loss."""
 
     def run(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, **options: Any) -> Any:
         module = build(**options).train(training)

@@ -17,7 +17,7 @@ def flags(**options: object) -> list[str]:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Run a command that fails and return its one line of error."""
+    """Run a command that must fail, and return its one line of error."""
     capsys.readouterr()
     assert cli.main(arguments) == code
     error = capsys.readouterr().err

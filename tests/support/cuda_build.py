@@ -143,7 +143,7 @@ def read_table() -> dict:
 
 
 def write_table(found: dict[str, dict[str, Kernel]]) -> None:
-    """A line a kernel: registers, bytes of stack, bytes of shared memory, 128-bit instructions."""
+    """Write the table, one line per kernel: registers, stack, shared memory, 128-bit instructions."""
     lines = ["{", f' "nvcc": "{nvcc_version()}",', ' "kernels": {']
     for arch in sorted(found, key=lambda arch: int(arch.removeprefix("sm_"))):
         rows = [

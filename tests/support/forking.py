@@ -10,7 +10,7 @@ from collections.abc import Callable
 
 
 def in_fork(task: Callable[[], None], seconds: float = 60.0) -> int:
-    """Its exit status, or the signal that ended it, negative.
+    """Run a task in a fork; return its exit status, or minus the signal that ended it.
 
     Raises:
         AssertionError: it was not done after ``seconds``, and was killed.

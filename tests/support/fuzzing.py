@@ -1,4 +1,4 @@
-"""How long hypothesis looks: a few examples, always the same, or, with ``--fuzz-seconds``, others until time is up.
+"""How long hypothesis searches: a few fixed examples or, with ``--fuzz-seconds``, new ones for that time.
 
 A seed that found something is kept in ``tests/fuzz/seeds.json``, by test, and tried in each later run. What a seed
 draws changes with the strategies: it stands in for the test that is to be written of what it found, not for good.
@@ -27,7 +27,7 @@ SEEDS = ROOT / "tests" / "fuzz" / "seeds.json"
 
 
 def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """What the strategy draws, the same each time."""
+    """Return examples of a strategy, the same each time."""
     found: list[Any] = []
 
     @settings(_QUIET, max_examples=count, derandomize=True, phases=[Phase.generate])
@@ -51,7 +51,7 @@ def keep(test: str, number: int) -> None:
 
 
 def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], test: str, seconds: float | None) -> None:
-    """Checks what the strategy draws. A failure shows the smallest example that was found, and its seed.
+    """Check examples of a strategy. A failure shows the smallest example that was found, and its seed.
 
     Args:
         test: its name, under which seeds are kept.

@@ -16,7 +16,7 @@ RATE = 16_000
 
 
 def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, texts: int = 0) -> Path:
-    """A manifest of ``count`` utterances of one to three tones, and ``texts`` more without audio."""
+    """Write a manifest of ``count`` utterances of one to three tones, and ``texts`` more without audio."""
     g = np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     utterances = []
@@ -40,7 +40,7 @@ def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, te
 
 
 def write_lines(folder: Path, *lines: Any) -> Path:
-    """A manifest of lines that are given: texts as they are, others as JSON."""
+    """Write a manifest of the given lines: strings as they are, others as JSON."""
     path = folder / "m.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
     return path

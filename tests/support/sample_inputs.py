@@ -14,6 +14,9 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 257)
 WIDE = (1280, 4096)  # Whisper large; the hidden size of an 8B language model
 FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
+#: Widths are for the parts of a row that kernels treat apart: strips of units, units of 32 elements, and a tail.
+#: Features are for the values, which take the same code at every width; 33 has a unit and a tail.
+WIDTHS_AND_FEATURES = (*((width, "iid") for width in WIDTHS), *((33, kind) for kind in FEATURES if kind != "iid"))
 RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
 
 RULES = (
@@ -34,9 +37,17 @@ RULES = (
 )
 
 
+#: Every rule in fp32, and one of each kind in the other dtypes: rules see distances (fp32 or fp64), not frames.
+FEW_RULES = (fc.Uniform(3), fc.LocalMax(), fc.Threshold(0.9, min_len=2, max_len=5))
+DTYPES_AND_RULES = (
+    *((torch.float32, rule) for rule in dict.fromkeys((*RULES, *FEW_RULES))),
+    *((dtype, rule) for dtype in DTYPES[1:] for rule in FEW_RULES),
+)
+
+
 @dataclass
 class Batch:
-    """A batch in one of the layouts: ``layout`` holds the keyword arguments that say so."""
+    """A batch in one of the layouts; ``layout`` holds the keyword arguments that describe it."""
 
     name: str
     x: Tensor
@@ -46,7 +57,7 @@ class Batch:
         return self.name
 
     def sequences(self) -> list[tuple[int, int]]:
-        """First row and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
+        """Return first and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
         if self.x.dim() == 3:
             size, padded = self.x.shape[:2]
             lengths = self.layout.get("lengths", torch.full((size,), padded)).tolist()
@@ -86,7 +97,7 @@ def packed(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] =
 
 
 def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] = RAGGED) -> Batch:
-    """The frames of :func:`packed`, with NaN between the sequences, which nothing may read."""
+    """Return the frames of :func:`packed` with NaN between the sequences, which no op may read."""
     rows = packed(kind, width, dtype, lengths).x
     x = torch.full((len(lengths), max(lengths, default=0) + 2, width), torch.nan, dtype=dtype)
     for row, part in zip(x, rows.split(lengths), strict=True):
@@ -113,7 +124,7 @@ TOKENS = (
 
 
 def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
-    """Every layout: packed (also empty), padded, masked, with row groups."""
+    """Yield every layout: packed (also empty), padded, masked, with row groups."""
     yield packed(kind, width, dtype)
     yield Batch("one-sequence", packed(kind, width, dtype).x, {})
     yield Batch("no-sequence", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets(())})
@@ -133,7 +144,7 @@ def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Ba
 
 
 def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
-    """Tensors equal to ``x`` in other memory layouts."""
+    """Yield tensors equal to ``x`` in other memory layouts."""
     yield "row gap", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-2).flatten(-3, -2)[..., ::2, :]
     yield "column slice", torch.cat([x.new_full((*x.shape[:-1], 3), torch.nan), x], dim=-1)[..., 3:]
     yield "column step", torch.stack([x, x.new_full(x.shape, torch.nan)], dim=-1).flatten(-2)[..., ::2]
@@ -150,7 +161,7 @@ def expanded(rows: int, width: int, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 
 def bits(x: Tensor) -> Tensor:
-    """The bits of a tensor as integers, every NaN alike; integers as they are."""
+    """Return the bits of a tensor as integers, with one pattern for NaN; integers are returned as they are."""
     if not x.is_floating_point():
         return x
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]
@@ -158,7 +169,7 @@ def bits(x: Tensor) -> Tensor:
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
-    """Equal dtype, shape and bits; -0 is not 0, NaN is NaN."""
+    """Assert equal dtype, shape and bits; -0 differs from 0, and NaN equals NaN."""
     assert actual.dtype == expected.dtype, f"{what}: {actual.dtype} is not {expected.dtype}"
     assert actual.shape == expected.shape, f"{what}: {list(actual.shape)} is not {list(expected.shape)}"
     different = (bits(actual) != bits(expected)).nonzero()

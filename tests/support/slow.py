@@ -1,4 +1,4 @@
-"""Cases of a test of which `make test` has time for some."""
+"""Tests of which `make test` runs some cases."""
 
 from __future__ import annotations
 
@@ -9,5 +9,9 @@ import pytest
 
 
 def some(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """Parameters of a test; those that are not ``quick`` are marked slow."""
-    return [case if case in quick else pytest.param(case, marks=pytest.mark.slow) for case in cases]
+    """Return the parameters of a test; those that are not ``quick`` are marked slow. A tuple is several parameters."""
+    return [case if case in quick else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
+
+
+def _values(case: Any) -> tuple[Any, ...]:
+    return case if isinstance(case, tuple) else (case,)

@@ -41,7 +41,7 @@ def rules(draw) -> fc.Rule:
 
 @st.composite
 def every_rule(draw) -> fc.Rule:
-    """Of every kind, also those that are a few steps over scalars, and those that nothing reaches."""
+    """Draw a rule of any kind, also one whose threshold no distance reaches."""
     lengths = {"min_len": draw(st.integers(1, 6) | st.just(2**63 - 1))}
     lengths["max_len"] = draw(st.none() | st.integers(lengths["min_len"], max(9, lengths["min_len"])))
     threshold = draw(st.sampled_from([-torch.inf, -1.0, 0.0, 0.04, 0.15, 0.9, 1.0, 2.0, torch.inf, 1e300]))

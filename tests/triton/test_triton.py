@@ -1,4 +1,4 @@
-"""Runs ``tests/triton/interpreted.py``, each of its tests in a process where triton is imported as an interpreter."""
+"""Runs the tests in ``tests/triton/interpreted`` in processes where triton is imported as an interpreter."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import os
 import subprocess
 import sys
 
+import numpy
 import pytest
+import triton
 
 from fastcompress.dispatch import backends
 from tests.support import ROOT
 
-numpy, triton = pytest.importorskip("numpy"), pytest.importorskip("triton")
-
-FILE = ROOT / "tests" / "triton" / "interpreted.py"
+FILES = [ROOT / "tests" / "triton" / "interpreted" / f"{name}.py" for name in ("segment_ops", "pooling", "contracts")]
 
 
 def no_interpreter(triton: str, numpy: str) -> str:
-    """Up to 3.6 the interpreter takes arrays of one element for numbers, which NumPy refuses from 2.4 on."""
+    """Return why the interpreter does not run: up to 3.6 it converts arrays to numbers, which NumPy 2.4 refuses."""
 
     def minor(version: str) -> tuple[int, ...]:
         return tuple(map(int, version.split(".")[:2]))
@@ -32,12 +32,13 @@ pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
 def read_tests() -> tuple[list[str], list[str]]:
-    """The tests of the file, read and not imported: those that are quick, and those that are marked slow."""
+    """Return the tests of the files, read and not imported: those that are quick, and those that are marked slow."""
     quick, slow = [], []
-    for node in ast.parse(FILE.read_text()).body:
-        if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
-            marked = any("slow" in ast.unparse(decorator) for decorator in node.decorator_list)
-            (slow if marked else quick).append(node.name)
+    for file in FILES:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef) and node.name.startswith("test_"):
+                marked = any("slow" in ast.unparse(decorator) for decorator in node.decorator_list)
+                (slow if marked else quick).append(f"{file}::{node.name}")
     return quick, slow
 
 
@@ -56,8 +57,7 @@ def in_process(command: list[str], timeout: float = 280) -> subprocess.Completed
     )
 
 
-def run_tests(names: list[str], *options: str, timeout: float = 280) -> None:
-    nodes = [f"{FILE}::{name}" for name in names]
+def run_tests(nodes: list[str], *options: str, timeout: float = 280) -> None:
     run = in_process(["-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *nodes], timeout)
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
@@ -77,9 +77,9 @@ def test_other_cases_in_the_interpreter(share: int):
 
 @pytest.mark.slow
 @pytest.mark.timeout(1200)
-@pytest.mark.parametrize("name", SLOW)
-def test_in_the_interpreter_in_full(name: str):
-    run_tests([name], "--run-slow", "--timeout=1200", timeout=1180)
+@pytest.mark.parametrize("node", SLOW, ids=lambda node: node.rpartition("::")[2])
+def test_in_the_interpreter_in_full(node: str):
+    run_tests([node], "--run-slow", "--timeout=1200", timeout=1180)
 
 
 def test_triton_is_imported_by_the_kernels_alone():

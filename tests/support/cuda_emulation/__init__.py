@@ -69,7 +69,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
         text = (csrc / "cuda" / name).read_text()
         assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
         (seeded / "csrc" / "cuda" / name).write_text(text.replace(old, new))
-        unit = next((unit for unit in ("pack", "greedy_boundaries") if name.startswith(unit)), "segment_pool")
+        unit = next((unit for unit in ("pack", "greedy_segments") if name.startswith(unit)), "segment_pool")
         objects = [seeded / f"{unit}.o" if path.stem == unit else path for path in objects]
         builds = {seeded / f"{unit}.o": seeded / "csrc" / "cuda" / f"{unit}.cu"}
         csrc, folder = seeded / "csrc", seeded

@@ -185,7 +185,8 @@ class AudioFile:
             raise AudioError(f"{self.name}: ffmpeg has no decoder for its audio")
         self._audio = cast(Any, audio)
         self._audio.codec_context.thread_count = 1
-        self._audio.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        if not self._audio.codec_context.name.startswith("pcm_"):  # part of a sample at the end is no error
+            self._audio.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
         self.length, self._end, self._first = None, 0, 0
         self.rate = self._audio.sample_rate
         self.length = self._promised()

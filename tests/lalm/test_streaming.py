@@ -460,7 +460,7 @@ def test_what_goes_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
     assert "short.wav: audio must be [S] of at least 400" in fails(tmp_path / "short.wav", "--stream")
     assert "none.wav: holds no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
-    for content, message in (b"", b"no wave " * 9):
+    for content in (b"", b"no wave " * 9):
         stdin = io.BytesIO(content)
         stdin.name = "<stdin>"
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=stdin))

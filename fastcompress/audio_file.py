@@ -185,7 +185,8 @@ class AudioFile:
             raise AudioError(f"{self.name}: ffmpeg has no decoder for its audio")
         self._audio = cast(Any, audio)
         self._audio.codec_context.thread_count = 1
-        self._audio.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
+        if not self._audio.codec_context.name.startswith("pcm_"):  # it would refuse a last packet of PCM that is short
+            self._audio.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
         self.length, self._end, self._first = None, 0, 0
         self.rate = self._audio.sample_rate
         self.length = self._promised()
@@ -254,7 +255,7 @@ class AudioFile:
             if 0 < packet.size < sample_size:  # the writer was stopped within a sample
                 continue
             try:
-                frames = packet.decode()
+                frames = codec.decode(_whole(packet, sample_size))
             except (FFmpegError, ValueError) as error:
                 self._fail(error)
                 return
@@ -307,6 +308,16 @@ def audio_seconds(path: str | os.PathLike[str]) -> float:
     """
     with AudioFile(path) as file:
         return file.count() / file.rate
+
+
+def _whole(packet: Any, sample_size: int) -> Any:
+    """Return a packet of PCM without the part of a sample at its end, which PyAV before 18 raises an error for."""
+    rest = packet.size % sample_size if sample_size else 0
+    if not rest:
+        return packet
+    whole: Any = av.Packet(bytes(packet)[: packet.size - rest])
+    whole.pts, whole.dts, whole.time_base = packet.pts, packet.dts, packet.time_base
+    return whole
 
 
 def _mono(frame: AudioFrame) -> np.ndarray:

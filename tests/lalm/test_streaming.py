@@ -468,8 +468,8 @@ def test_what_goes_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
     assert "short.wav: audio must be [S] with at least 400" in fails(tmp_path / "short.wav", "--stream")
     assert "none.wav: holds no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
-    for content, message in ((b"", "<stdin>: ends before"), (b"no wave " * 9, "<stdin>: must be WAV with its header")):
+    for content in (b"", b"no wave " * 9):
         stdin = io.BytesIO(content)
         stdin.name = "<stdin>"
         monkeypatch.setattr("sys.stdin", SimpleNamespace(buffer=stdin))
-        assert message in fails("-", "--stream")
+        assert "<stdin>: not an audio file that can be read" in fails("-", "--stream")

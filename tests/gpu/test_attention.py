@@ -13,8 +13,10 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from fastcompress.decoder.packed_attention import packed_attention
 from tests.support.sample_inputs import offsets
+
+pytest.importorskip("transformers", "5", reason="needs transformers 5 or later")
+from fastcompress.decoder.packed_attention import packed_attention  # noqa: E402
 
 LENGTHS = (0, 5, 1, 600, 0, 257)
 
@@ -89,7 +91,6 @@ def test_offsets_are_checked_on_request(gpu: torch.device, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
 def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype):
     """New content in sample 0 changes no bit of the others; packing is as accurate as one sample at a time."""
-    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import LENGTHS as SAMPLES
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
@@ -112,7 +113,6 @@ def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype
 
 def test_gradients_and_training(gpu: torch.device):
     """Packed samples give the gradients of single samples, in fp32 and under bf16 autocast."""
-    pytest.importorskip("transformers", "5", reason="needs transformers 5 or later for the decoders")
     from tests.decoder.test_attention import decoder, packed_batch, samples
 
     model = decoder("qwen2").to(gpu).train()

@@ -62,7 +62,7 @@ def prepend_prompt(output: Any, input_ids: Tensor, skip: int = 0) -> Any:
         output: Ids ``[R, S]`` int64, or the output of ``return_dict_in_generate`` with such ``sequences``; ``R`` is a
             multiple of ``B``.
         input_ids: Ids of the prompt as the caller passed them, ``[B, L]`` int64.
-        skip: Leading columns of ``output`` that stand for the compressed prompt.
+        skip: Number of leading columns of ``output`` that represent the compressed prompt.
 
     Returns:
         ``output`` with ``[R, L + S - skip]`` ids.

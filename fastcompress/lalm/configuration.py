@@ -24,7 +24,7 @@ class FastCompressConfig(PreTrainedConfig):
     Args:
         audio_config: Configuration of the speech encoder, as a transformers object or a dict; ``None``: Whisper's
             default.
-        text_config: Configuration of the decoder, likewise; ``None``: Qwen2's default.
+        text_config: Configuration of the decoder, in the same form; ``None``: Qwen2's default.
         rule: Text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame is kept. The labels of
             ``label-change`` are the most likely units of the CTC head.
         reduce: Reduction of a segment, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...

@@ -1,7 +1,7 @@
 """Measurements as JSON lines: each is appended to the file of its machine and device as soon as it is taken.
 
 A line with the key ``machine`` opens a run and holds what was measured on and with. Every other line is one flat
-measurement, as :meth:`Recorder.add` writes it, with ``run``, the date of its run.
+measurement, as ``Recorder.add`` writes it, with ``run``, the date of its run.
 """
 
 from __future__ import annotations

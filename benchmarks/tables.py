@@ -64,7 +64,7 @@ def matrix(rows: pd.DataFrame, first: str | None = None) -> str:
     """One column per setting; our milliseconds and GB/s, and the other forms as multiples of our time.
 
     Args:
-        rows: One case, from :func:`timed`.
+        rows: One case, from ``timed``.
         first: Form that the others are multiples of, if not ours.
     """
     columns = list(dict.fromkeys(rows["setting"]))

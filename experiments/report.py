@@ -21,7 +21,7 @@ HEADS = {"test": "test", "test-voice": "new voices", "test-noise": "more noise",
 
 
 def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows in the files of :class:`experiments.study.Study`."""
+    """The rows in the files of ``experiments.study.Study``."""
     return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
 
 

@@ -15,7 +15,7 @@ import fastcompress as fc
 
 
 class FrameSelection(torch.nn.Module):
-    """Base class: frames for which :meth:`keep` returns True become tokens unchanged."""
+    """Base class: frames for which ``keep`` returns True become tokens unchanged."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class Compression:
 
     Attributes:
         rule, reduce, keys: Values for the model's configuration.
-        module: Factory of a compressor (``fastcompress.nn`` or :class:`FrameSelection`) that replaces the rule.
+        module: Factory of a compressor (``fastcompress.nn`` or ``FrameSelection``) that replaces the rule.
         learned: Kind of learned boundaries, at 3 frames per token, that replace the rule.
     """
 
@@ -285,7 +285,7 @@ class Study:
 
 
 def run_study(task: str, data: Path, folder: Path, seed: int, budget: Budget) -> Path:
-    """Run a :class:`Study` on one thread, in its own process."""
+    """Run a ``Study`` on one thread, in its own process."""
     from transformers.utils import logging
 
     torch.set_num_threads(1)

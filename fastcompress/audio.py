@@ -43,14 +43,14 @@ def load_audio(
 ) -> np.ndarray:
     """Read any file that ffmpeg reads (WAV, FLAC, MP3, M4A, Ogg, Opus, video, ...) as mono samples.
 
-    Memory holds the result and one block (:func:`audio_blocks`): 230 MB per hour at 16 kHz, whatever the file's own
+    Memory holds the result and one block (``audio_blocks``): 230 MB per hour at 16 kHz, whatever the file's own
     rate and channels.
 
     Args:
         path: The file.
         sample_rate: Rate of the result in Hz.
         progress: Function called after each block with the seconds read and the seconds that the header promises.
-        offset: Seconds of the file to skip (:meth:`AudioFile.skip_to` lists the formats in which they are not decoded).
+        offset: Seconds of the file to skip (``AudioFile.skip_to`` lists the formats in which they are not decoded).
         duration: Seconds to read; ``None``: to the end.
 
     Returns:
@@ -58,7 +58,7 @@ def load_audio(
         The length is that of ffmpeg: MP3, AAC and Opus lose the samples that the encoder added, where the file says so.
 
     Raises:
-        AudioError: As :func:`audio_blocks`.
+        AudioError: As ``audio_blocks``.
     """
     # A bytearray grows in place (its reserve is never touched) and becomes an array without a copy. The header's length
     # is not used for this, because it is an estimate in some formats and missing in others.

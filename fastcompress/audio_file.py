@@ -111,7 +111,7 @@ class AudioFile:
         return samples[:count]
 
     def skip_to(self, sample: int) -> None:
-        """Continue to read at a sample, counted from the first one; must be called before :meth:`read`.
+        """Continue to read at a sample, counted from the first one; must be called before ``read``.
 
         What is before it is not decoded in WAV, FLAC, AIFF, AU, MP3, MP4, Ogg FLAC and Opus.
         """

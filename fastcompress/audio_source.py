@@ -47,7 +47,7 @@ class WavHeader:
 class Source:
     """The bytes of a file or stream, in the form that PyAV reads.
 
-    PyAV calls from C code, where an exception could get lost: :meth:`check` raises it afterwards.
+    PyAV calls from C code, where an exception could get lost: ``check`` raises it afterwards.
     """
 
     def __init__(self, stream: Any, name: str, is_file: bool) -> None:

@@ -241,7 +241,7 @@ def check_pack_values(
     num_audio_rows: int,
     compact: bool,
 ) -> None:
-    """Check the values of the inputs of :func:`fastcompress.pack`. Errors name the sample."""
+    """Check the values of the inputs of ``fastcompress.pack``. Errors name the sample."""
     check_layout_values(row_group.shape, cu_seqlens, lengths)
     check_offsets(
         "audio_cu_seqlens", audio_cu_seqlens.tolist(), num_audio_rows, "the number of audio rows", exact=compact

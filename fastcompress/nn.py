@@ -45,8 +45,8 @@ class SegmentPool(torch.nn.Module):
 
     Args:
         rule: A rule or its text form.
-        reduce: Reduction of :func:`fastcompress.segment_reduce`.
-        compact: See :func:`fastcompress.segment_pool`.
+        reduce: Reduction of [`fastcompress.segment_reduce`][].
+        compact: See [`fastcompress.segment_pool`][].
     """
 
     def __init__(self, rule: Rule | str, reduce: str = "mean", compact: bool = True) -> None:
@@ -62,7 +62,7 @@ class SegmentPool(torch.nn.Module):
 
         Args:
             x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: Further arguments of :func:`fastcompress.segment_pool`: ``cu_seqlens=``, ``lengths=``, …
+            layout: Further arguments of [`fastcompress.segment_pool`][]: ``cu_seqlens=``, ``lengths=``, …
         """
         return segment_pool(x, rule=self.rule, reduce=self.reduce, compact=self.compact, **layout)
 
@@ -74,7 +74,7 @@ class NoveltyPool(torch.nn.Module):
     """Pool segments of similar frames with weights that favour new frames (AdaTS). Has no parameters.
 
     A frame starts a segment if its distance ``d`` to the previous frame exceeds ``threshold``, as with
-    :class:`fastcompress.Threshold`. A token is the mean of its frames weighted by ``max(d, 0) + 1e-6``; a frame whose
+    [`fastcompress.Threshold`][]. A token is the mean of its frames weighted by ``max(d, 0) + 1e-6``; a frame whose
     ``d`` is NaN has weight ``1e-6``. The first frame of a sequence has weight 1, a choice that the published code
     leaves open. Gradients go to ``x`` with the weights taken as constants.
 
@@ -91,7 +91,7 @@ class NoveltyPool(torch.nn.Module):
 
         Args:
             x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
         check_float("x", x)
@@ -164,14 +164,14 @@ class LearnedCompressor(torch.nn.Module):
 
 
 class BipartiteMerge(torch.nn.Module):
-    """Merge similar frames with :func:`fastcompress.bipartite_merge`. Has no parameters.
+    """Merge similar frames with [`fastcompress.bipartite_merge`][]. Has no parameters.
 
     A rate above 2 takes several rounds, each with the same rate; later rounds merge the tokens of earlier ones,
     weighted by their sizes.
 
     Args:
         rate: Frames per token to aim at, at least 1.
-        window: See :func:`fastcompress.bipartite_merge`.
+        window: See [`fastcompress.bipartite_merge`][].
     """
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
@@ -206,7 +206,7 @@ class BipartiteMerge(torch.nn.Module):
 
 
 class IterativeFusion(torch.nn.Module):
-    """Merge frames with :func:`fastcompress.iterative_fusion`, without weights. Has no parameters.
+    """Merge frames with [`fastcompress.iterative_fusion`][], without weights. Has no parameters.
 
     Args:
         count: Largest number of tokens per sequence, at least 1.
@@ -231,10 +231,10 @@ class IterativeFusion(torch.nn.Module):
 
 
 class GreedySegments(torch.nn.Module):
-    """Pool the segments of :func:`fastcompress.greedy_segments` into their means. Has no parameters.
+    """Pool the segments of [`fastcompress.greedy_segments`][] into their means. Has no parameters.
 
     Args:
-        threshold: See :func:`fastcompress.greedy_segments`.
+        threshold: See [`fastcompress.greedy_segments`][].
         max_len: Largest length of a segment in frames; ``None`` for no limit.
     """
 
@@ -260,18 +260,18 @@ class GreedySegments(torch.nn.Module):
 
 
 class IntegrateAndFire(LearnedCompressor):
-    """Compress with :func:`fastcompress.integrate_and_fire` and learned weights (CIF, arXiv 1905.11235).
+    """Compress with [`fastcompress.integrate_and_fire`][] and learned weights (CIF, arXiv 1905.11235).
 
     The weight of a frame is the sigmoid of a linear layer, initialized to ``1 / ratio`` for every frame. In training
-    the weights of a sequence of ``T`` frames are scaled so that it fires ``ceil(T / ratio)`` tokens, and :attr:`loss`
+    the weights of a sequence of ``T`` frames are scaled so that it fires ``ceil(T / ratio)`` tokens, and ``loss``
     trains their sum towards that number; the caller adds it to the training loss. In evaluation the weights are not
     scaled, and a short sequence may fire no token.
 
     Args:
         width: Width ``D`` of the frames.
         ratio: Frames per token to aim at; more than 1.
-        tail: See :func:`fastcompress.integrate_and_fire`; used in evaluation.
-        loss_weight: Factor for the caller to apply to ``loss``, which is :func:`fastcompress.quantity_loss` divided by
+        tail: See [`fastcompress.integrate_and_fire`][]; used in evaluation.
+        loss_weight: Factor for the caller to apply to ``loss``, which is [`fastcompress.quantity_loss`][] divided by
             the mean target number of tokens per sequence.
     """
 
@@ -292,7 +292,7 @@ class IntegrateAndFire(LearnedCompressor):
 
         Args:
             x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
         _check_width(x, self.weight.in_features)
@@ -376,15 +376,15 @@ class LearnedBoundary(LearnedCompressor):
 
     ``p[t] = (1 - cos(W_q x[t - 1], W_k x[t])) / 2`` is the probability that frame ``t`` starts a segment; it is 1 for
     the first frame of a sequence. Frame ``t`` starts a segment if ``p[t] > 1 / 2``. Each token is multiplied by
-    :func:`straight_through` of the ``p`` of its first frame, which leaves the token unchanged and trains ``W_q`` and
-    ``W_k``. Both are initialized to the identity. Add :attr:`loss` to the training loss: without it, training may end
+    [`straight_through`][] of the ``p`` of its first frame, which leaves the token unchanged and trains ``W_q`` and
+    ``W_k``. Both are initialized to the identity. Add ``loss`` to the training loss: without it, training may end
     with no boundary at all or with one at every frame.
 
     Args:
         width: Width ``D`` of the frames.
         ratio: Frames per token to aim at; more than 1.
-        reduce: Reduction of :func:`fastcompress.segment_reduce`; H-Net uses ``"first"``.
-        loss_weight: Factor for the caller to apply to ``loss``, which is :func:`ratio_loss`.
+        reduce: Reduction of [`fastcompress.segment_reduce`][]; H-Net uses ``"first"``.
+        loss_weight: Factor for the caller to apply to ``loss``, which is [`ratio_loss`][].
     """
 
     def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean", loss_weight: float = 0.1) -> None:
@@ -412,7 +412,7 @@ class LearnedBoundary(LearnedCompressor):
 
         Args:
             x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-            cu_seqlens: Offsets of packed input, ``[B + 1]``; see :func:`fastcompress.segment_pool`, also for errors.
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
         _check_width(x, self.query.in_features)

@@ -1,11 +1,11 @@
 """Segmentation rules: how boundaries are chosen.
 
 A rule is a frozen dataclass. In this file, ``d[t]`` is the distance between frames ``t`` and ``t + 1`` of one sequence
-(:func:`fastcompress.adjacent_distance`). A *boundary* at frame ``t`` means that frame ``t`` starts a segment; the first
+(``fastcompress.adjacent_distance``). A *boundary* at frame ``t`` means that frame ``t`` starts a segment; the first
 frame of every sequence always does.
 
-A rule has a text form, ``"local-max:order=2,min_len=3"`` (:meth:`Rule.from_string`, ``str(rule)``), for command lines
-and configuration files, and a dict form (:meth:`Rule.from_dict`, :meth:`Rule.to_dict`) for JSON.
+A rule has a text form, ``"local-max:order=2,min_len=3"`` (``Rule.from_string``, ``str(rule)``), for command lines
+and configuration files, and a dict form (``Rule.from_dict``, ``Rule.to_dict``) for JSON.
 ``fastcompress/reference/select_boundaries.py`` defines the boundaries of a rule; ``csrc/rule.h`` is its compiled form.
 """
 
@@ -56,12 +56,12 @@ class Rule:
         return ":".join([self.name, ",".join(parts)]) if parts else self.name
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the dict form, ``{"rule": name, field: value, ...}``, which :meth:`from_dict` reads."""
+        """Return the dict form, ``{"rule": name, field: value, ...}``, which [`from_dict`][] reads."""
         return {"rule": self.name, **dataclasses.asdict(self)}
 
     @staticmethod
     def from_dict(data: dict[str, Any]) -> Rule:
-        """Make a rule from its dict form, as :meth:`to_dict` returns it.
+        """Make a rule from its dict form, as [`to_dict`][] returns it.
 
         Args:
             data: The name under ``"rule"``, and fields. Missing fields keep their defaults.
@@ -239,7 +239,7 @@ class LocalMax(Rule):
         prominence: Smallest ``scipy.signal.peak_prominences`` of a peak, computed in fp64. With a prominence, pooling
             takes three passes (distances, boundaries, means) instead of one.
         normalize: If true, ``threshold`` and ``prominence`` apply to distances scaled to [0, 1] in each sequence by
-            :func:`fastcompress.normalize_distance`; with a prominence this is Kreuk et al. (arXiv 2007.13465). Pooling
+            [`fastcompress.normalize_distance`][]; with a prominence this is Kreuk et al. (arXiv 2007.13465). Pooling
             takes three passes.
         min_len: Smallest length of a segment in frames, at least 1. Scanning from left to right, a boundary that would
             end a shorter segment is ignored. The last segment of a sequence may be shorter.
@@ -285,8 +285,8 @@ class Threshold(Rule):
 
     Args:
         threshold: Distance that a boundary must exceed; rounded to the dtype of ``d``.
-        min_len: See :class:`LocalMax`.
-        max_len: See :class:`LocalMax`.
+        min_len: See [`LocalMax`][].
+        max_len: See [`LocalMax`][].
     """
 
     threshold: float
@@ -336,7 +336,7 @@ class TopK(Rule):
             raise ValueError(f"TopK: rate must be at least 1 and finite, got {self.rate}")
 
     def num_segments(self, length: Any) -> Any:
-        """Return the number of segments of a sequence; see :meth:`Uniform.num_segments`."""
+        """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
         _check_length(length)
         if self.count is not None:
             least = torch.clamp_max if isinstance(length, torch.Tensor) else torch.sym_min
@@ -352,13 +352,13 @@ class LabelChange(Rule):
     """Start a segment wherever the label of a frame differs from the previous one (Gaido et al., EACL 2021).
 
     This is CTC compression if the labels are the most likely units of a CTC head. They are passed as ``labels=`` to
-    :func:`fastcompress.segment_pool` or :func:`fastcompress.select_boundaries`.
+    [`fastcompress.segment_pool`][] or [`fastcompress.select_boundaries`][].
 
     Args:
         blank: Label whose frames are dropped, as in CJST (arXiv 2411.07607). Equal labels on both sides of a blank are
             two segments. ``None`` drops no frame, as in Gaido et al.
-        min_len: See :class:`LocalMax`; applies to the frames that are kept.
-        max_len: See :class:`LocalMax`; applies to the frames that are kept.
+        min_len: See [`LocalMax`][]; applies to the frames that are kept.
+        max_len: See [`LocalMax`][]; applies to the frames that are kept.
     """
 
     blank: int | None = None
@@ -411,14 +411,14 @@ class PeakHeight(Rule):
     """Start a segment after each peak that is higher than its neighbours by a threshold.
 
     This is the boundary detector of Segmental CPC (Bhati et al., arXiv 2106.02170). ``d`` is first scaled to [0, 1] in
-    each sequence (:func:`fastcompress.normalize_distance`). ``h_k[t]`` is the smaller of ``d[t] - d[t - k]`` and
+    each sequence ([`fastcompress.normalize_distance`][]). ``h_k[t]`` is the smaller of ``d[t] - d[t - k]`` and
     ``d[t] - d[t + k]``, clamped to at least 0; an index outside the sequence means its first or last distance. ``d[t]``
     is a peak, and frame ``t + 1`` starts a segment, if ``h_1[t] > 0`` and ``max(h_1[t], h_2[t]) > threshold``.
 
     Args:
         threshold: Height that a peak must exceed, in [0, 1]; 0.04 in the published code.
-        min_len: See :class:`LocalMax`.
-        max_len: See :class:`LocalMax`.
+        min_len: See [`LocalMax`][].
+        max_len: See [`LocalMax`][].
     """
 
     threshold: float = 0.04

@@ -1,4 +1,4 @@
-"""Results of the ops: :class:`Segments` (where the segments are) and :class:`Pooled` (their values)."""
+"""Results of the ops: ``Segments`` (where the segments are) and ``Pooled`` (their values)."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ class Segments:
 
 
 def row_segments(starts: Tensor, lengths: Tensor, num_rows: int) -> Segments:
-    """Make :class:`Segments` of one sequence of ``num_rows`` rows from starts and lengths ``[M]`` int64."""
+    """Make ``Segments`` of one sequence of ``num_rows`` rows from starts and lengths ``[M]`` int64."""
     ends = torch.arange(2, dtype=torch.int32, device=starts.device)
     return Segments(starts, lengths, ends * starts.shape[0], ends * num_rows, num_rows)
 

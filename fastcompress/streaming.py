@@ -4,9 +4,9 @@ The tokens have the same bits as those of the whole stream pooled at once. The s
 the open segment that are not in it yet (fewer than 64, the block size of sums, see ``docs/numerics.md``), and the
 frames and distances that the rule still needs. A token is final
 
-* with :class:`Uniform`, when its last frame has arrived;
-* with :class:`Threshold` and :class:`Lookback`, one frame after its last frame;
-* with :class:`LocalMax`, ``order + 1`` frames after its last frame, when the peak has been compared on both sides;
+* with ``Uniform``, when its last frame has arrived;
+* with ``Threshold`` and ``Lookback``, one frame after its last frame;
+* with ``LocalMax``, ``order + 1`` frames after its last frame, when the peak has been compared on both sides;
 * with integrate-and-fire, at the frame in which it fires.
 """
 
@@ -54,7 +54,7 @@ class Streamed:
 class StreamingSegmentPool:
     """Pool the frames of one stream into segments, chunk by chunk (mean pooling).
 
-    The tokens of all calls followed by those of :meth:`flush` equal :func:`fastcompress.segment_pool` of the whole
+    The tokens of all calls followed by those of [`flush`][] equal [`fastcompress.segment_pool`][] of the whole
     stream, bit for bit.
 
     Args:
@@ -257,14 +257,14 @@ class StreamingSegmentPool:
 
 
 class StreamingIntegrateAndFire:
-    """Run :func:`fastcompress.integrate_and_fire` on one stream, chunk by chunk, without target lengths.
+    """Run [`fastcompress.integrate_and_fire`][] on one stream, chunk by chunk, without target lengths.
 
     On the CPU the tokens equal those of the whole stream bit for bit. On a GPU they are equal up to rounding, because
     the order in which a GPU adds a cumulative sum depends on its length.
 
     Args:
-        beta: See :func:`fastcompress.integrate_and_fire`.
-        tail: See :func:`fastcompress.integrate_and_fire`.
+        beta: See [`fastcompress.integrate_and_fire`][].
+        tail: See [`fastcompress.integrate_and_fire`][].
 
     Raises:
         TypeError: If an argument is not a number.

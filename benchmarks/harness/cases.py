@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
 
-#: Frames that :func:`features` mixes at a time, to keep its temporaries small.
+#: Frames that ``features`` mixes at a time, to keep its temporaries small.
 _BLOCK = 8192
 
 #: Bytes of input in rotation: more than every last-level cache on the market but the stacked ones.
@@ -159,7 +159,7 @@ class Inputs(Batch):
         x: Frames, ``[N, D]`` packed, or ``[B, T, D]`` for a contender that works on padded ones.
         cu_seqlens: ``[B + 1]`` int32.
         rule: Rule for the segments.
-        window: Window of the :class:`Case`.
+        window: Window of the ``Case``.
     """
 
     x: Tensor

@@ -159,7 +159,7 @@ def interleave(
         calls: Calls per sample.
         max_seconds: A function that has used as much is left out of later rounds, but not of the first three.
         tries: Tries of a sample that other work disturbs.
-        recall: Bytes for :func:`recall_memory`.
+        recall: Bytes for ``recall_memory``.
         seed: Seed of the order.
     """
     order, generator = list(functions), random.Random(seed)

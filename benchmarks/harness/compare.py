@@ -121,7 +121,7 @@ class Bench:
 
 @dataclass
 class Job:
-    """One table to measure. Suites override :meth:`check` and :meth:`moved`.
+    """One table to measure. Suites override ``check`` and ``moved``.
 
     Attributes:
         suite, case, dtype, threads: Setting of the table.
@@ -250,7 +250,7 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
     """Measure one job in every direction.
 
     Raises:
-        WrongResult: See :func:`admit`.
+        WrongResult: See ``admit``.
     """
     if not bench.on_gpu:
         torch.set_num_threads(job.threads)

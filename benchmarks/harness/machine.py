@@ -89,7 +89,7 @@ def slug(hardware: Mapping[str, Any] | None = None) -> str:
     Virtual machines call CPUs of several generations by one name; those without AVX-512 give other ratios.
 
     Args:
-        hardware: A machine as :func:`machine` describes it; by default this one.
+        hardware: A machine as ``machine`` describes it; by default this one.
     """
     hardware = hardware or machine()
     if "gpu" in hardware:

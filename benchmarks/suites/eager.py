@@ -1,6 +1,6 @@
 """Segment pooling in PyTorch without a compiler, and by other libraries.
 
-Each form takes :class:`Inputs` and returns :class:`Tokens`: the values and where the segments start. Scores are always
+Each form takes ``Inputs`` and returns ``Tokens``: the values and where the segments start. Scores are always
 in fp32: cosines in half precision find other segments.
 """
 
@@ -87,7 +87,7 @@ def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
 
 
 def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
-    """:func:`local_max_ends`, or the same where a score exceeds that of a ``Threshold``.
+    """``local_max_ends``, or the same where a score exceeds that of a ``Threshold``.
 
     Raises:
         ValueError: It is another rule.

@@ -1,6 +1,6 @@
 """Compression as it is published: loops, or tensor operations, in PyTorch, written from the papers' definitions.
 
-Every form takes a :class:`Batch` and returns the tokens of all sequences, one after the other.
+Every form takes a ``Batch`` and returns the tokens of all sequences, one after the other.
 """
 
 from __future__ import annotations
@@ -107,7 +107,7 @@ def fire_by_scatter(batch: Batch) -> Tensor:
 
 
 def fire_by_loop(batch: Batch) -> Tensor:
-    """As FunASR: frame after frame, all sequences at once. By ``unbind``, for the reason in :func:`means`."""
+    """As FunASR: frame after frame, all sequences at once. By ``unbind``, for the reason in ``means``."""
     x, alpha = _padded(batch)
     columns = x.unbind(1)
     filled, frame = alpha.new_zeros(len(x)), x.new_zeros(x.shape[0], x.shape[2], dtype=torch.float32)

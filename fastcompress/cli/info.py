@@ -72,7 +72,7 @@ def collect() -> dict[str, Any]:
 
 
 def format_text(info: dict[str, Any]) -> str:
-    """Format the result of :func:`collect` as text."""
+    """Format the result of ``collect`` as text."""
     versions, library = info["versions"], info["library"]
     toolkit = f"CUDA {versions['torch_cuda']}" if versions["torch_cuda"] else "no CUDA"
     toolkit = f"ROCm {versions['torch_hip']}" if versions["torch_hip"] else toolkit

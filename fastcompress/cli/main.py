@@ -34,7 +34,7 @@ _EXTRA |= {
 
 
 class Parser(argparse.ArgumentParser):
-    """Parser that raises :class:`UserError`.
+    """Parser that raises ``UserError``.
 
     Attributes:
         build: Makes the parser of a command whose options are settings, when the command runs: the others neither need

@@ -1,8 +1,8 @@
 """Packed attention for the decoders of transformers, registered as ``"fastcompress"``.
 
 Importing this module registers the implementation, so that ``attn_implementation="fastcompress"`` works.
-:func:`prepare` sets it on a model and raises if the model cannot run packed. The decoder then accepts
-:meth:`fastcompress.PackedInputs.model_inputs`: each sequence attends only to itself, and no mask of T x T is built.
+``prepare`` sets it on a model and raises if the model cannot run packed. The decoder then accepts
+``fastcompress.PackedInputs.model_inputs``: each sequence attends only to itself, and no mask of T x T is built.
 Without ``cu_seq_lens_q`` (padded batches, decoding) the implementation is stock SDPA.
 """
 
@@ -150,7 +150,7 @@ def attention_forward(
 ) -> tuple[Tensor, None]:
     """Compute the attention of one layer; transformers calls this function.
 
-    With ``cu_seq_lens_q`` this is :func:`packed_attention`, and ``B`` must be 1; else it is stock SDPA.
+    With ``cu_seq_lens_q`` this is [`packed_attention`][], and ``B`` must be 1; else it is stock SDPA.
 
     Args:
         module: Attention module of the layer, whose configuration is checked.
@@ -162,7 +162,7 @@ def attention_forward(
         scaling: Factor of the scores; ``None``: ``D ** -0.5``.
         is_causal: Whether a row attends only to itself and the rows before it; ``None``: ``module.is_causal``.
         sliding_window: Number of rows that a row attends to; ``None``: all.
-        softcap: Bound of the scores, as in :func:`packed_attention`.
+        softcap: Bound of the scores, as in [`packed_attention`][].
         cu_seq_lens_q: Offsets of the packed samples, ``[samples + 1]`` int32; ``None``: not packed.
         cu_seq_lens_k: Must equal ``cu_seq_lens_q``. The values are compared on the CPU, and on a GPU only with
             ``FASTCOMPRESS_CHECK=1``.

@@ -15,7 +15,7 @@ def label_rows(labels: Tensor) -> Tensor:
 
     Args:
         labels: ``[T]`` int64, ``IGNORED_LABEL`` where nothing is predicted
-            (:attr:`fastcompress.PackedInputs.labels`, in which the first row of each sample has no label).
+            (``fastcompress.PackedInputs.labels``, in which the first row of each sample has no label).
 
     Returns:
         Row indices, ``[K]`` int64. ``K`` is read from the device.
@@ -31,7 +31,7 @@ def next_token_loss(
     Args:
         logits: Logits of the rows that predict a label, ``[K, V]``. Half-precision logits are cast to fp32.
         labels: Labels of the packed rows, ``[T]`` int64.
-        rows: Result of :func:`label_rows`, ``[K]`` int64.
+        rows: Result of ``label_rows``, ``[K]`` int64.
         num_items_in_batch: Number of labels of the whole optimizer step; ``None``: of this batch.
     """
     wide = logits if logits.dtype == torch.float64 else logits.float()

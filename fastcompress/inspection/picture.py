@@ -44,7 +44,7 @@ def draw(
     The counts and ratios at the right are those of the whole audio, as in the table.
 
     Args:
-        inspection: Result of :func:`fastcompress.inspection.table.inspect_audio`.
+        inspection: Result of ``fastcompress.inspection.table.inspect_audio``.
         path: File to write; an existing file is replaced.
         start: Start of the part that is shown, in seconds.
         seconds: Length of the part that is shown, cut at the end of the audio.

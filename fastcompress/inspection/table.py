@@ -1,7 +1,7 @@
 """Measure compression rules on an audio file: tokens, ratio, time and segments.
 
-:func:`inspect_audio` implements ``fastcompress inspect``. The frames come from a :class:`LogMel` or an
-:class:`Encoder`. Every rule also runs on white noise of the same length as a baseline, because local maxima compress
+``inspect_audio`` implements ``fastcompress inspect``. The frames come from a ``LogMel`` or an
+``Encoder``. Every rule also runs on white noise of the same length as a baseline, because local maxima compress
 even noise about 3x.
 """
 
@@ -95,7 +95,7 @@ class Encoder:
     """Compute frames with a transformers audio encoder from a local folder.
 
     The folder has the configuration, the weights and the feature extractor of an encoder that
-    :mod:`fastcompress.lalm.encoders` supports. Audio is encoded in pieces of the encoder's window, or of at most 30 s
+    ``fastcompress.lalm.encoders`` supports. Audio is encoded in pieces of the encoder's window, or of at most 30 s
     if it has none. The frames of padding after the last piece are dropped.
 
     Args:
@@ -180,7 +180,7 @@ class RuleResult:
         frames: Number of frames.
         tokens: Number of tokens.
         seconds: Duration of the input.
-        milliseconds: Time of :func:`fastcompress.segment_pool`, the median of a few calls.
+        milliseconds: Time of ``fastcompress.segment_pool``, the median of a few calls.
         segments: The segments.
     """
 
@@ -213,7 +213,7 @@ class Inspection:
         source: Name of the source of the frames.
         frames: Frames that were compressed, ``[T, D]`` fp32.
         frame_rate: Frames per second.
-        distance: :func:`fastcompress.adjacent_distance` of the frames, ``[T]`` fp32.
+        distance: ``fastcompress.adjacent_distance`` of the frames, ``[T]`` fp32.
         peaks: Frames that start a segment under ``LocalMax()``, except frame 0, ``[P]`` int64.
         spectrogram: Log-mel spectrogram for the picture, ``[S // 160, 80]`` fp32, 100 frames per second.
         results: Results of each rule on the audio and, unless disabled, on white noise.
@@ -244,7 +244,7 @@ def inspect_audio(
     Args:
         path: Audio file.
         rules: Rules to run; ``None``: ``source.default_rules``.
-        source: Source of the frames; ``None``: :class:`LogMel`.
+        source: Source of the frames; ``None``: ``LogMel``.
         noise: Whether to run each rule on white noise, too.
         progress: Function that is called during reading and encoding.
 

@@ -1,6 +1,6 @@
 """The reference audio LLM: a speech encoder, compression, a projector and any causal decoder of transformers.
 
-:meth:`FastCompressForConditionalGeneration.from_parts` builds the model from a pretrained encoder and decoder.
+[`FastCompressForConditionalGeneration.from_parts`][] builds the model from a pretrained encoder and decoder.
 ``fastcompress train``, ``evaluate`` and ``transcribe`` run it from the command line. Importing this package registers
 the classes with the Auto classes of transformers.
 """

@@ -19,7 +19,7 @@ BOUNDARIES = ("h-net", "cif")
 
 
 class FastCompressConfig(PreTrainedConfig):
-    """Configure :class:`FastCompressForConditionalGeneration`.
+    """Configure [`FastCompressForConditionalGeneration`][].
 
     Args:
         audio_config: Configuration of the speech encoder, as a transformers object or a dict; ``None``: Whisper's
@@ -27,7 +27,7 @@ class FastCompressConfig(PreTrainedConfig):
         text_config: Configuration of the decoder, in the same form; ``None``: Qwen2's default.
         rule: Text form of the compression rule, such as ``"uniform:3"``; ``None``: every frame is kept. The labels of
             ``label-change`` are the most likely units of the CTC head.
-        reduce: Reduction of a segment, as in :func:`fastcompress.segment_reduce`: ``"mean"``, ``"first"``, ...
+        reduce: Reduction of a segment, as in [`fastcompress.segment_reduce`][]: ``"mean"``, ``"first"``, ...
         keys: Vectors whose distances the rule uses: ``"frames"``, the encoder's, or ``"ctc"``, the CTC head's
             probabilities.
         audio_token_id: Id of the audio token; ``input_ids`` have one per audio.
@@ -42,11 +42,11 @@ class FastCompressConfig(PreTrainedConfig):
         ctc_weight: Weight of the CTC loss.
         boundary_ratio: Target ratio of learned boundaries, in frames per token; replaces ``rule``. ``None``: no
             boundaries are learned.
-        boundary_kind: ``"h-net"`` (:class:`fastcompress.nn.LearnedBoundary`) or ``"cif"``
-            (:class:`fastcompress.nn.IntegrateAndFire`).
+        boundary_kind: ``"h-net"`` ([`fastcompress.nn.LearnedBoundary`][]) or ``"cif"``
+            ([`fastcompress.nn.IntegrateAndFire`][]).
         boundary_weight: Weight of the loss of learned boundaries.
         compressor: Class name of a custom module that replaces the rule
-            (:meth:`FastCompressForConditionalGeneration.use_compressor`). The module itself is not saved and must be
+            ([`FastCompressForConditionalGeneration.use_compressor`][]). The module itself is not saved and must be
             set again after loading.
         part_dtypes: Dtype names of the submodules whose dtype differs from ``dtype``, such as ``{"language_model":
             "bfloat16"}``. ``save_pretrained`` sets it.

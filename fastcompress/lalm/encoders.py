@@ -1,4 +1,4 @@
-"""One interface to the speech encoders of transformers: :func:`encode` returns the frames of each audio.
+"""One interface to the speech encoders of transformers: ``encode`` returns the frames of each audio.
 
 There are three families. Whisper's encoders take log-mel features in windows of a fixed length, others take samples,
 and others take features with a mask. Audio longer than a window is cut into windows that are encoded separately;
@@ -68,11 +68,11 @@ def encode(
     """Encode a batch of audios into frames.
 
     Args:
-        encoder: Encoder returned by :func:`build_encoder` or :func:`load_encoder`.
+        encoder: Encoder returned by ``build_encoder`` or ``load_encoder``.
         features: Log-mel features ``[A, bins, T]`` or samples ``[A, S]``, floating point.
         mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio; ``None``: all audios fill the whole length.
-        padding: ``audio_padding`` of :class:`FastCompressConfig`.
-        normalize: ``normalize_features`` of :class:`FastCompressConfig`.
+        padding: ``audio_padding`` of ``FastCompressConfig``.
+        normalize: ``normalize_features`` of ``FastCompressConfig``.
 
     Returns:
         Frames ``[A, F, D]`` in the encoder's dtype, and the number of frames of each audio, ``[A]`` int64.

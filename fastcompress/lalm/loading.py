@@ -53,8 +53,8 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
     Args:
         model: Reference model, changed in place.
         rule: Text form of the rule; ``"none"``: every frame is kept; ``None``: unchanged.
-        reduce: ``reduce`` of :class:`FastCompressConfig`; ``None``: unchanged.
-        keys: ``keys`` of :class:`FastCompressConfig`; ``None``: unchanged.
+        reduce: ``reduce`` of ``FastCompressConfig``; ``None``: unchanged.
+        keys: ``keys`` of ``FastCompressConfig``; ``None``: unchanged.
 
     Raises:
         RunError: A value is not valid.

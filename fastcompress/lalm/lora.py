@@ -30,7 +30,7 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
     full. Trained weights are cast to fp32; frozen weights keep their dtype.
 
     Args:
-        model: :class:`FastCompressForConditionalGeneration`, changed in place.
+        model: [`FastCompressForConditionalGeneration`][], changed in place.
         rank: Rank of the adapter.
         alpha: Scale of the adapter, which is multiplied by ``alpha / rank``.
         dropout: Dropout probability of the adapter's input.
@@ -66,10 +66,10 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
 
 
 def load_lora(model: Any, path: str | Path) -> Any:
-    """Load an adapter of :func:`add_lora` from a folder.
+    """Load an adapter of ``add_lora`` from a folder.
 
     Args:
-        model: Model with the same parts as the one that was passed to :func:`add_lora`.
+        model: Model with the same parts as the one that was passed to ``add_lora``.
         path: Folder that ``save_pretrained`` wrote.
 
     Returns:

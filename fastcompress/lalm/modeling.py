@@ -26,7 +26,7 @@ from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
 @dataclass
 class FastCompressOutput(ModelOutput):
-    """Hold the results of :meth:`FastCompressForConditionalGeneration.forward`.
+    """Hold the results of ``FastCompressForConditionalGeneration.forward``.
 
     Attributes:
         loss: Sum of ``lm_loss`` and the weighted ``ctc_loss`` and ``compressor_loss``. With ``num_items_in_batch``,
@@ -53,7 +53,7 @@ class FastCompressOutput(ModelOutput):
 class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """Compress the frames of a speech encoder and feed them, projected, to a causal decoder (arXiv 2511.20973).
 
-    A decoder that cannot run packed (:func:`fastcompress.decoder.prepare`) runs padded, after a warning. Without
+    A decoder that cannot run packed ([`fastcompress.decoder.prepare`][]) runs padded, after a warning. Without
     ``audio_tower`` or ``language_model``, these are built from ``config`` with random weights.
     """
 
@@ -115,7 +115,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             text_model: Decoder, or its folder or name.
             audio_token_id: Id of the processor's audio token. The decoder's embedding table needs no row for it.
             rule: Compression rule or its text form; ``None``: every frame is kept.
-            kwargs: Further arguments of :class:`FastCompressConfig`.
+            kwargs: Further arguments of [`FastCompressConfig`][].
         """
         encoder: Any = load_encoder(audio_model) if isinstance(audio_model, str) else audio_model
         decoder: Any = AutoModelForCausalLM.from_pretrained(text_model) if isinstance(text_model, str) else text_model
@@ -194,7 +194,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             ratio: Target ratio, in frames per token.
-            kind: ``boundary_kind`` of :class:`FastCompressConfig`, ``"h-net"`` or ``"cif"``.
+            kind: ``boundary_kind`` of [`FastCompressConfig`][], ``"h-net"`` or ``"cif"``.
 
         Raises:
             ValueError: ``kind`` is unknown, or ``ratio`` is out of range.
@@ -215,7 +215,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         Args:
             compressor: Module that is called with frames ``[A, F, D]`` and ``lengths=`` and returns an object with
-                ``values`` and ``cu_seqlens``, like the modules of :mod:`fastcompress.nn`. If it has a ``loss`` after
+                ``values`` and ``cu_seqlens``, like the modules of [`fastcompress.nn`][]. If it has a ``loss`` after
                 the call, that is added to the model's, times its ``loss_weight`` (default 1).
         """
         self.rule = None
@@ -275,14 +275,14 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
 
     def compress(self, frames: Tensor, lengths: Tensor) -> Any:
-        """Pool frames into tokens by the rule, or by the module of :meth:`use_compressor`.
+        """Pool frames into tokens by the rule, or by the module of [`use_compressor`][].
 
         Args:
-            frames: Frames ``[A, F, D]`` of :meth:`encode`.
+            frames: Frames ``[A, F, D]`` of [`encode`][].
             lengths: Number of frames of each audio, ``[A]`` int64.
 
         Returns:
-            The tokens before projection, a :class:`fastcompress.Pooled` or the compressor's own type.
+            The tokens before projection, a [`fastcompress.Pooled`][] or the compressor's own type.
 
         Raises:
             ValueError: ``keys`` is ``"ctc"`` and the model has no CTC head.
@@ -315,13 +315,13 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``[B, L]`` int64, with one ``audio_token_id`` per audio.
             attention_mask: ``[B, L]``, 0 for padding on either side; ``None``: no padding.
-            frames: Frames ``[A, F, D]`` of :meth:`encode`; ``None``: the batch has no audio.
+            frames: Frames ``[A, F, D]`` of [`encode`][]; ``None``: the batch has no audio.
             frame_lengths: Number of frames of each audio, ``[A]`` int64; required with ``frames``.
             labels: ``[B, L]`` int64, -100 where nothing is predicted.
-            pooled: Result of :meth:`compress`, in place of ``frames``.
+            pooled: Result of [`compress`][], in place of ``frames``.
 
         Raises:
-            ValueError: Arguments exclude each other, or :func:`fastcompress.pack` refuses them.
+            ValueError: Arguments exclude each other, or [`fastcompress.pack`][] refuses them.
         """
         audio = offsets = None
         if frames is not None and pooled is not None:
@@ -370,13 +370,13 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             feature_attention_mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio.
             labels: ``[B, L]`` int64, -100 where nothing is predicted.
             ctc_labels: Units of each audio, ``[A, U]`` int64, at least 1; -100 after the last unit.
-            frames: Frames ``[A, F, D]`` of :meth:`encode`, in place of ``input_features``.
+            frames: Frames ``[A, F, D]`` of [`encode`][], in place of ``input_features``.
             frame_lengths: Number of frames of each audio, ``[A]`` int64; required with ``frames``.
             num_items_in_batch: Divisor of the summed label losses; ``None``: the number of labels.
             kwargs: Further arguments of the decoder.
 
         Raises:
-            ValueError: Arguments exclude each other, ``ctc_labels`` do not fit, or :meth:`pack` refuses the input.
+            ValueError: Arguments exclude each other, ``ctc_labels`` do not fit, or [`pack`][] refuses the input.
         """
         if input_features is not None:
             if frames is not None:
@@ -403,7 +403,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return FastCompressOutput(loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count)
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
-        """Run the decoder over prompts from :meth:`pack`, as ``generate`` does before the first new token.
+        """Run the decoder over prompts from [`pack`][], as ``generate`` does before the first new token.
 
         Returns:
             Logits ``[1, B, V]`` of the last row of each prompt.
@@ -454,7 +454,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
-        """Return 0 with a gradient path to the parameters that this batch did not use (see :func:`zero_of`)."""
+        """Return 0 with a gradient path to the parameters that this batch did not use (see ``zero_of``)."""
         # Always include the encoder: layer drop and its mask vector leave some of its parameters unused.
         unused = [self.audio_tower] + ([] if has_audio else [self.projector, *filter(None, [self.compressor])])
         if self.ctc_head is not None and not has_ctc:
@@ -475,10 +475,10 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Continue each prompt.
 
-        The first six arguments are those of :meth:`forward`.
+        The first six arguments are those of [`forward`][].
 
         Args:
-            pooled: Result of :meth:`compress`, in place of ``frames``.
+            pooled: Result of [`compress`][], in place of ``frames``.
             kwargs: Arguments of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...;
                 ``max_length`` and ``min_length`` count the ids that are returned.
 

@@ -139,7 +139,7 @@ class FastCompressProcessor(ProcessorMixin):
         """Pad the features of several audios on the right.
 
         Args:
-            features: ``[bins, T]`` or ``[S]`` of each audio, from :meth:`features`.
+            features: ``[bins, T]`` or ``[S]`` of each audio, from [`features`][].
 
         Returns:
             ``input_features`` ``[A, bins, T]`` or ``[A, S]``, and ``feature_attention_mask`` ``[A, T]`` or ``[A, S]``
@@ -187,7 +187,7 @@ class FastCompressProcessor(ProcessorMixin):
                 ``{"type": "text", "text": ...}`` and ``{"type": "audio", "audio": samples or path}``.
             chat_template: Template or its name; ``None``: the processor's, then the tokenizer's.
             tokenize: Whether to return inputs of the model; else the text is returned.
-            return_dict: With ``tokenize``, whether to return everything that :meth:`__call__` returns; else only
+            return_dict: With ``tokenize``, whether to return everything that [`__call__`][] returns; else only
                 ``input_ids``.
             return_tensors: Only ``"pt"``.
             tools: Tools, as the tokenizer's method takes them.
@@ -195,7 +195,7 @@ class FastCompressProcessor(ProcessorMixin):
 
         Raises:
             TypeError: The template does not use an argument.
-            ValueError: A content has an unknown type, or :meth:`__call__` refuses the input.
+            ValueError: A content has an unknown type, or [`__call__`][] refuses the input.
         """
         template = self.tokenizer.get_chat_template(chat_template or self.chat_template, tools)
         for name in sorted(kwargs.keys() - _OF_TEMPLATES):

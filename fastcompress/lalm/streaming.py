@@ -2,7 +2,7 @@
 
 Every ``hop`` seconds the current utterance is encoded again from its start, because the encoder attends to all of its
 input. A frame is final once ``look_ahead`` seconds of audio follow it. Final frames go through
-:class:`fastcompress.StreamingSegmentPool`, and the decoder continues from the final text. Text becomes final where two
+``fastcompress.StreamingSegmentPool``, and the decoder continues from the final text. Text becomes final where two
 consecutive hypotheses agree (LocalAgreement-2; Liu et al., Interspeech 2020; Machacek et al., 2023) and is never
 changed afterwards.
 
@@ -63,7 +63,7 @@ class StreamingTranscriber:
 
     Args:
         model: ``FastCompressForConditionalGeneration``, with or without LoRA, whose rule is ``None`` or supported by
-            :class:`fastcompress.StreamingSegmentPool`.
+            [`fastcompress.StreamingSegmentPool`][].
         processor: Processor of the model.
         window: Longest audio that is encoded at once, and so the longest utterance, in seconds; ``None``: the
             encoder's window, or 30.
@@ -152,11 +152,11 @@ class StreamingTranscriber:
             samples: ``[S]``, floating point, at the processor's sampling rate, full scale at 1.
 
         Returns:
-            The text that became final, which is appended to :attr:`text`.
+            The text that became final, which is appended to [`text`][].
 
         Raises:
             TypeError: The samples are not floating point.
-            ValueError: The samples are not ``[S]`` or not finite, or :meth:`finish` was called.
+            ValueError: The samples are not ``[S]`` or not finite, or [`finish`][] was called.
         """
         if self._over:
             raise ValueError("the stream has ended; create a new StreamingTranscriber for another stream")

@@ -34,15 +34,15 @@ def greedy_segments(
     least ``1 - threshold``; otherwise it starts a segment. The mean is computed as the dot product of the frame with
     the sum of the normalized frames of the segment, divided by its length, so each frame is read once. The cosine of a
     zero frame with any frame is 0. A frame that is not finite is a segment of its own. Boundaries are not
-    differentiable; pool the segments with :func:`segment_reduce`.
+    differentiable; pool the segments with ``segment_reduce``.
 
     Args:
         x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64. Sums are fp32 (fp64 for fp64).
         threshold: Largest mean distance, 1 - cosine, within a segment; 0.15 for the cosine of 0.85 of SA-MAP.
         max_len: Largest length of a segment in frames; ``None`` for no limit.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
-        compact: See :func:`select_boundaries`. With ``False`` there are ``N + B`` segments; the trailing ones are
+        cu_seqlens: See ``adjacent_distance``.
+        lengths: See ``adjacent_distance``.
+        compact: See ``select_boundaries``. With ``False`` there are ``N + B`` segments; the trailing ones are
             empty.
 
     Returns:

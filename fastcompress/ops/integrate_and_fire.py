@@ -36,14 +36,14 @@ _backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integra
 
 @dataclass(eq=False)
 class Fired:
-    """Packed tokens of :func:`integrate_and_fire`.
+    """Packed tokens of [`integrate_and_fire`][].
 
     Attributes:
         values: Tokens, ``[M, D]`` in the dtype of the frames.
         cu_seqlens: Number of tokens before each sequence, ``[B + 1]`` int32.
         ends: Row of ``x.reshape(-1, D)`` in which each token fired, ``[M]`` int64.
         total: Sum of the weights of each sequence before scaling, ``[B]`` fp64. Has a gradient, for
-            :func:`quantity_loss`.
+            [`quantity_loss`][].
         remainder: Weight that was left after the last full token of each sequence, ``[B]`` fp64; ``tail`` decides
             whether it fires.
     """
@@ -280,7 +280,7 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
     It trains the weights so that as many tokens fire as a sequence has output units.
 
     Args:
-        fired: Result of :func:`integrate_and_fire`.
+        fired: Result of [`integrate_and_fire`][].
         target_lengths: Units of each sequence, ``[B]`` int32 or int64.
 
     Returns:

@@ -1,6 +1,6 @@
 """Packing: build the input of a decoder from text and audio, one sample after another, without padding.
 
-The decoder needs the sample boundaries, or its attention crosses them; see :mod:`fastcompress.decoder`.
+The decoder needs the sample boundaries, or its attention crosses them; see ``fastcompress.decoder``.
 
 Rows of the input are numbered 0 to N - 1 and rows of audio N to N + M - 1. ``pack_map`` computes which row each packed
 row is copied from (``source``) and where each row is copied to (``target``). ``pack_labels`` derives positions and
@@ -237,23 +237,23 @@ def pack(
     * from ``audio``, which is already pooled: each place for an audio in the text is replaced by the rows of the next
       audio. A sample may have any number of audios; or
     * from ``inputs_embeds``, if a model has already merged the frames into it: ``rule`` pools each audio in the same
-      pass (:func:`segment_pool`). Without a rule every row is kept.
+      pass ([`segment_pool`][]). Without a rule every row is kept.
 
-    ``placeholder`` (:func:`row_groups`) or ``row_group`` marks the places of audio.
+    ``placeholder`` (``row_groups``) or ``row_group`` marks the places of audio.
 
     Args:
         input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
         embedding: Embedding table of the ids, ``[V, H]``. The row of a ``padding_idx`` gets a gradient if it is kept.
             If the model scales its embeddings, pass ``inputs_embeds`` instead.
-        audio: :class:`Pooled` with one sequence per audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the
+        audio: [`Pooled`][] with one sequence per audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the
             dtype of the text.
         inputs_embeds: Embeddings, ``[B, L, H]`` padded or ``[N, H]`` packed.
         audio_cu_seqlens: Rows before each audio, ``[A + 1]`` int32 or int64, if ``audio`` is a tensor; ``None`` for one
             audio.
-        rule: See :func:`segment_pool`; needs ``inputs_embeds`` without ``audio``.
-        keys: See :func:`segment_pool`; needs ``inputs_embeds`` without ``audio``.
-        placeholder: Token id that stands for audio; see :func:`row_groups`.
-        placeholder_counts: Placeholders per audio; see :func:`row_groups`.
+        rule: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
+        keys: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
+        placeholder: Token id that stands for audio; see ``row_groups``.
+        placeholder_counts: Placeholders per audio; see ``row_groups``.
         row_group: Row groups, int32 ``[B, L]`` or ``[N]``, instead of a placeholder. Negative: dropped; 0: text; k > 0:
             audio, where each run of neighbouring rows with the same k is one audio.
         attention_mask: Mask ``[B, L]``; rows where it is 0 are dropped.

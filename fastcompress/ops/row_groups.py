@@ -56,7 +56,7 @@ def row_groups(
             audio. 1: each placeholder is one audio. ``[A]`` int32 or int64: audio ``i`` has ``placeholder_counts[i]``
             consecutive placeholders, which separates adjacent audios. On a GPU, reading the counts would synchronize,
             so counts that do not match the placeholders do not raise; they make all audio rows -1. They do raise with
-            ``FASTCOMPRESS_CHECK=1``, and in :func:`pack` with ``compact``.
+            ``FASTCOMPRESS_CHECK=1``, and in ``pack`` with ``compact``.
 
     Returns:
         Row groups, int32 of the shape of ``input_ids``.
@@ -84,7 +84,7 @@ def find_row_groups(
     placeholder_counts: Tensor | int | None,
     reads_values: bool,
 ) -> Tensor:
-    """Compute row groups as :func:`row_groups` does; ``reads_values`` allows a synchronization to check counts."""
+    """Compute row groups as ``row_groups`` does; ``reads_values`` allows a synchronization to check counts."""
     check_int64("placeholder", placeholder)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")

@@ -81,7 +81,7 @@ def find_checked_runs(
     lengths: Tensor | None,
     row_group: Tensor | None = None,
 ) -> Runs:
-    """Find runs like :func:`find_runs`, and on the CPU check the values of the layout, for ops that call no kernel.
+    """Find runs like ``find_runs``, and on the CPU check the values of the layout, for ops that call no kernel.
 
     Raises:
         ValueError: If ``cu_seqlens`` or ``lengths`` are invalid.
@@ -124,13 +124,13 @@ def starts(rule: Rule, d: Tensor, labels: Tensor | None, runs: Runs) -> Tensor:
 
     Args:
         rule: A rule whose ``scalar`` is true.
-        d: Distances to the next row, ``[N]``; for :class:`Lookback` ``[window, N]``, the distances to the rows 1, 2, …
+        d: Distances to the next row, ``[N]``; for ``Lookback`` ``[window, N]``, the distances to the rows 1, 2, …
             later.
-        labels: Labels, ``[N]`` integer, for :class:`LabelChange`.
+        labels: Labels, ``[N]`` integer, for ``LabelChange``.
         runs: Runs of the rows.
 
     Returns:
-        True for rows that start a segment, ``[N]`` bool; the first row of a run always does. For :class:`Lookback`,
+        True for rows that start a segment, ``[N]`` bool; the first row of a run always does. For ``Lookback``,
         ``min_len`` and ``max_len`` are already applied.
     """
     if runs.ids.shape[0] == 0:
@@ -167,7 +167,7 @@ def top_k_starts(wanted: Tensor, d: Tensor, runs: Runs) -> Tensor:
 
 
 def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
-    """Find the starts of segments by :class:`Lookback`, for all rows at once.
+    """Find the starts of segments by ``Lookback``, for all rows at once.
 
     Each row is a map from the length of the open segment before it to the length after it. Composition of maps is
     associative, so a parallel scan over the rows takes log2(N) rounds.
@@ -204,7 +204,7 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
 
 
 def _peak_height(rule: PeakHeight, d: Tensor, runs: Runs) -> Tensor:
-    """Find the starts of segments by :class:`PeakHeight`, for all rows at once."""
+    """Find the starts of segments by ``PeakHeight``, for all rows at once."""
     z = normalize(d, runs)
     row = torch.arange(d.shape[0], device=d.device)
     begin = row - runs.place

@@ -36,7 +36,7 @@ def segment_pool(
 ) -> Pooled:
     """Pool frames into segments of variable length.
 
-    The result equals :func:`adjacent_distance`, :func:`select_boundaries` and :func:`segment_reduce` in sequence, bit
+    The result equals [`adjacent_distance`][], [`select_boundaries`][] and [`segment_reduce`][] in sequence, bit
     for bit. Mean pooling by ``Uniform``, ``Threshold``, or ``LocalMax`` without ``prominence`` and ``normalize`` runs
     in one pass over ``x``. Everything else, and ``keys`` of another dtype than ``x``, runs as these three ops.
 
@@ -50,8 +50,8 @@ def segment_pool(
         rule: A rule or its text form, such as ``"local-max:order=2"``.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
         keys: Features to compute the distances from instead of ``x``, ``[..., K]`` with the leading shape of ``x``.
-        reduce: See :func:`segment_reduce`.
-        weights: See :func:`segment_reduce`.
+        reduce: See [`segment_reduce`][].
+        weights: See [`segment_reduce`][].
         compact: If true, size the result exactly, which reads the number of segments from the device. If false, return
             the upper bound of the rule; the trailing segments are empty and their values 0.
 

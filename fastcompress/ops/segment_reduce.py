@@ -1,4 +1,4 @@
-"""Reductions over segments, and :func:`segment_expand`, the adjoint of their sum."""
+"""Reductions over segments, and ``segment_expand``, the adjoint of their sum."""
 
 from __future__ import annotations
 

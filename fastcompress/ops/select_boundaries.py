@@ -54,13 +54,13 @@ def select_boundaries(
     """Select segment boundaries from distances by a rule.
 
     Args:
-        d: Distance between each frame and the next (:func:`adjacent_distance`), ``[N]`` packed or ``[B, T]`` padded;
+        d: Distance between each frame and the next (``adjacent_distance``), ``[N]`` packed or ``[B, T]`` padded;
             the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` needs the
             distances at lags 1 to ``window``, ``[N, window]`` or ``[B, T, window]``. ``LabelChange`` takes ``None``.
         rule: A rule or its text form.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
+        cu_seqlens: See ``adjacent_distance``.
+        lengths: See ``adjacent_distance``.
         attention_mask: Mask of padded input, ``[B, T]``; frames where it is 0 are dropped.
         row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
             own; k > 0: the rule is applied to each run of neighbouring frames of the same k as if it were a sequence.
@@ -158,10 +158,10 @@ def normalize_distance(
 
     Args:
         d: Distances, ``[N]`` packed or ``[B, T]`` padded; fp32, fp16, bf16 or fp64.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
-        attention_mask: See :func:`select_boundaries`.
-        row_group: See :func:`select_boundaries`; each run of rows of one group is scaled as a sequence.
+        cu_seqlens: See ``adjacent_distance``.
+        lengths: See ``adjacent_distance``.
+        attention_mask: See [`select_boundaries`][].
+        row_group: See [`select_boundaries`][]; each run of rows of one group is scaled as a sequence.
 
     Returns:
         Scaled distances, of the shape and dtype of ``d``. They are not differentiable.
@@ -203,13 +203,13 @@ def segments_from_mask(
 
     Args:
         mask: Boundaries, ``[N]`` packed or ``[B, T]`` padded, bool or integer.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
-        attention_mask: See :func:`select_boundaries`.
-        row_group: See :func:`select_boundaries`.
-        min_len: See :class:`LocalMax`.
-        max_len: See :class:`LocalMax`.
-        compact: See :func:`select_boundaries`.
+        cu_seqlens: See ``adjacent_distance``.
+        lengths: See ``adjacent_distance``.
+        attention_mask: See [`select_boundaries`][].
+        row_group: See [`select_boundaries`][].
+        min_len: See [`LocalMax`][].
+        max_len: See [`LocalMax`][].
+        compact: See [`select_boundaries`][].
 
     Returns:
         The segments.
@@ -238,14 +238,14 @@ def segments_from_ids(
 ) -> Segments:
     """Make segments from one id per frame: each run of equal ids in a sequence is a segment.
 
-    Frames with a negative id are in no segment. This is the inverse of :meth:`Segments.ids`, if neighbouring segments
+    Frames with a negative id are in no segment. This is the inverse of [`Segments.ids`][], if neighbouring segments
     have different ids.
 
     Args:
         ids: Ids, ``[N]`` packed or ``[B, T]`` padded, integer.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
-        compact: See :func:`select_boundaries`.
+        cu_seqlens: See ``adjacent_distance``.
+        lengths: See ``adjacent_distance``.
+        compact: See [`select_boundaries`][].
 
     Returns:
         The segments.
@@ -272,8 +272,8 @@ def segments_from_starts(
         starts: First rows of segments, ``[S]`` int32 or int64 in ``[0, num_rows)``, in any order. The first row of
             every sequence starts a segment even if it is missing here.
         num_rows: Number of rows of the packed input.
-        cu_seqlens: See :func:`adjacent_distance`.
-        compact: See :func:`select_boundaries`.
+        cu_seqlens: See ``adjacent_distance``.
+        compact: See [`select_boundaries`][].
 
     Returns:
         The segments.

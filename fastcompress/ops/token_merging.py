@@ -30,7 +30,7 @@ _nearest_op: Op[tuple[Tensor, Tensor]] = torch.ops.fastcompress.nearest_odd.defa
 
 @dataclass(eq=False)
 class Merged:
-    """Packed tokens of :func:`bipartite_merge` or :func:`iterative_fusion`, in order of time.
+    """Packed tokens of [`bipartite_merge`][] or [`iterative_fusion`][], in order of time.
 
     Attributes:
         values: Tokens, ``[M, D]`` in the dtype of the frames.
@@ -79,8 +79,8 @@ def bipartite_merge(
         keys: Features to compare, ``[..., K]`` with the leading shape of ``x``; ``None`` means ``x``.
         size: Number of frames that each row stands for, floating point with the leading shape of ``x``; ``None`` means
             1.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
+        cu_seqlens: See [`adjacent_distance`][].
+        lengths: See [`adjacent_distance`][].
 
     Returns:
         The tokens. Gradients go to ``x``. The number of tokens is read from the device once; with ``window=None`` the
@@ -157,7 +157,7 @@ def iterative_fusion(
     """Halve sequences in rounds until each has at most ``count`` tokens (FastLongSpeech: arXiv 2507.14815).
 
     A round merges the most similar neighbours, so that ``T`` tokens become ``max(ceil(T / 2), count)``; a chain of
-    similar neighbours becomes one token. A round equals :class:`TopK` on the tokens of the previous round. A token is
+    similar neighbours becomes one token. A round equals [`TopK`][] on the tokens of the previous round. A token is
     the weighted mean of its frames, 0 if all their weights are 0. A frame that is not merged stays unchanged.
 
     Args:
@@ -165,8 +165,8 @@ def iterative_fusion(
         count: Largest number of tokens per sequence, at least 1; a shorter sequence stays unchanged.
         weights: Weights, floating point with the leading shape of ``x``, such as the probability of a CTC head that a
             frame is not blank; ``None`` means 1. The weight of a token is the sum over its frames.
-        cu_seqlens: See :func:`adjacent_distance`.
-        lengths: See :func:`adjacent_distance`.
+        cu_seqlens: See [`adjacent_distance`][].
+        lengths: See [`adjacent_distance`][].
 
     Returns:
         The tokens, with sums of weights as ``sizes``. Gradients go to ``x`` and ``weights``. The number of tokens is
@@ -272,7 +272,7 @@ def _nearest_odd(keys: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
     canonical dot product, so distances that should be equal may differ by rounding.
 
     Returns:
-        Like :func:`_nearest_within`; odd rows have no partner.
+        Like ``_nearest_within``; odd rows have no partner.
     """
     runs = find_runs(keys.shape[:-1], keys.device, cu_seqlens, lengths, None)
     rows = keys.flatten(0, -2)

@@ -25,7 +25,7 @@ def integrate_and_fire(
         beta: Weight per token.
         target: Number of tokens to scale the weights to, or ``None``.
         tail: Share of ``beta`` from which the remaining weight fires, or ``None``; see
-            :func:`fastcompress.integrate_and_fire`.
+            ``fastcompress.integrate_and_fire``.
     """
     if target is not None:
         total = alpha.sum()

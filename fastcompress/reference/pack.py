@@ -71,7 +71,7 @@ def pack_map(
 
     ``source`` is the row that each packed row is copied from, and ``target`` the packed row that each row is copied to;
     -1 means none. ``index`` is the row to read from the table of ``num_embeddings`` rows followed by audio if there are
-    ``ids``, and equals ``source`` otherwise. T is exact with ``compact``, else :func:`pack_bound`.
+    ``ids``, and equals ``source`` otherwise. T is exact with ``compact``, else ``pack_bound``.
     """
     device, num_audios = row_group.device, audio_cu_seqlens.shape[0] - 1
     group = row_group.reshape(-1)

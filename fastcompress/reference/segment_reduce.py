@@ -30,7 +30,7 @@ def sum_in_order(row: Callable[[int, Tensor, Tensor], Tensor], starts: Tensor, l
     """Sum segments in the canonical order, ``[M, ...]``; an empty segment gives 0.
 
     Args:
-        row: Function that returns the terms to add for one item of :func:`positions`.
+        row: Function that returns the terms to add for one item of ``positions``.
         starts: First row of each segment, ``[M]`` int64.
         lengths: Rows of each segment, ``[M]`` int64.
         like: An empty tensor ``[0, ...]`` with the dtype and row shape of the result.

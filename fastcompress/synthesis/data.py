@@ -205,7 +205,7 @@ def make_data(
 
     Args:
         folder: Folder to create, or to resume.
-        task: Task of :mod:`fastcompress.synthesis.texts`.
+        task: Task of ``fastcompress.synthesis.texts``.
         direction: ``"recognition"`` to write what is said, ``"translation"`` to write it in German.
         train: Number of utterances to train on.
         dev: Number of utterances to validate on.

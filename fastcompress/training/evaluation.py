@@ -188,7 +188,7 @@ def evaluate(
 
 
 def _encoded(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """Return the frames of a batch's audio, which :class:`EncodedExamples` have already."""
+    """Return the frames of a batch's audio, which ``EncodedExamples`` have already."""
     if "frames" in batch:
         return batch["frames"], batch["frame_lengths"]
     return model.encode(batch["input_features"], batch["feature_attention_mask"])

@@ -84,7 +84,7 @@ class Examples:
 
     Args:
         utterances: Utterances of a manifest.
-        processor: A :class:`FastCompressProcessor`.
+        processor: A ``FastCompressProcessor``.
         cache: Keep features in memory, in half precision.
         phones: Units of the auxiliary CTC loss. ``None``: no such loss.
 

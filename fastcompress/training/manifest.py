@@ -79,7 +79,7 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read the utterances of a manifest. :func:`check_audio` checks their audio.
+    """Read the utterances of a manifest. ``check_audio`` checks their audio.
 
     Raises:
         ManifestError: It cannot be read or is empty, or a line is not a JSON object, lacks a key or has a wrong value.

@@ -172,7 +172,7 @@ def read_settings(settings: type[S], path: Path, **more: Any) -> S:
     """Read a YAML file that, together with ``more``, holds all required settings.
 
     Raises:
-        SettingsError: As :func:`read_values` and :func:`build`.
+        SettingsError: As ``read_values`` and ``build``.
     """
     values = read_values(settings, path)
     try:

@@ -1,7 +1,7 @@
 """A training run of the reference model: a folder with everything that is needed to repeat it, and its results.
 
 The folder has ``run.yaml`` (settings), ``environment.json`` (versions, machine, hashes of the manifests),
-``skipped.txt``, ``log.csv``, ``checkpoints/`` and ``final/``, which :func:`load_model` loads.
+``skipped.txt``, ``log.csv``, ``checkpoints/`` and ``final/``, which ``load_model`` loads.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def build_model(
     """Make the model to train and its processor.
 
     Returns:
-        The model, the processor, and the names of what the adapter is loaded onto by :func:`load_model`.
+        The model, the processor, and the names of what the adapter is loaded onto by ``load_model``.
 
     Raises:
         SettingsError: The settings do not go together.
@@ -77,7 +77,7 @@ def build_model(
 
 
 class Run:
-    """A run in ``settings.output_dir``: start or resume it, and :meth:`train`.
+    """A run in ``settings.output_dir``: start or resume it, and ``train``.
 
     Args:
         settings: Of the run.

@@ -1,7 +1,7 @@
 """Settings of ``fastcompress train`` and ``fastcompress finetune``, declared once.
 
 Each class is a group of ``--help``. Its annotations are the types, its defaults the defaults, and its docstring the
-help texts of flags and YAML keys (:mod:`fastcompress.training.parsing`). What ``transformers.TrainingArguments`` has a
+help texts of flags and YAML keys (``fastcompress.training.parsing``). What ``transformers.TrainingArguments`` has a
 name for has that name. This module imports neither transformers nor accelerate, so that ``--help`` is quick.
 """
 
@@ -59,7 +59,7 @@ class Settings:
         return found
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the values by name, in the order of :meth:`groups`."""
+        """Return the values by name, in the order of ``groups``."""
         return {name: getattr(self, name) for names in self.groups().values() for name in names}
 
     def _check_least(self, least: int, *names: str) -> None:
@@ -345,7 +345,7 @@ class TrainCheckpointSettings(CheckpointSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(TrainOptimizationSettings, TrainCheckpointSettings):
-    """Settings of :class:`fastcompress.training.trainer.Training`, which is given model and examples."""
+    """Settings of ``fastcompress.training.trainer.Training``, which is given model and examples."""
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, as a share of the highest."""

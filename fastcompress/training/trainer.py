@@ -154,7 +154,7 @@ class Training:
         """Run one step of the optimizer and return what was measured in it.
 
         Raises:
-            TrainingStopped: As :meth:`run`.
+            TrainingStopped: As ``run``.
         """
         settings, accelerator = self.settings, self.accelerator
         self.model.train()

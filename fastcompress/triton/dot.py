@@ -49,7 +49,7 @@ def row_dot(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
 
 @triton.jit
 def row_dot_and_square(A, a_mask, B, b_mask, width, ROWS: tl.constexpr, ACC: tl.constexpr):
-    """Return ``a . b`` and ``b . b`` like :func:`row_dot`, with one read of each row."""
+    """Return ``a . b`` and ``b . b`` like ``row_dot``, with one read of each row."""
     lane = tl.arange(0, LANES)
     dots = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]
     squares = tl.zeros((ROWS, LANES), ACC)  # [ROWS, LANES]

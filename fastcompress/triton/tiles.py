@@ -117,7 +117,7 @@ class Scoring:
         keys: Rows ``[N, K]`` to compute distances from, or flags ``[N]`` uint8.
         row_group: Row groups, ``[N]`` int32, or ``None``.
         size: Size of ``Uniform`` or order of ``LocalMax``.
-        threshold_bits: Bits of the threshold; see :func:`rounded_threshold`.
+        threshold_bits: Bits of the threshold; see ``rounded_threshold``.
         keep_tail: Whether ``Uniform`` keeps a short last segment.
         window: Rows that a tile reads.
     """

@@ -54,7 +54,7 @@ def nvcc_version() -> str | None:
 
 
 def folder(archs: tuple[str, ...]) -> Path:
-    """Where :func:`build` builds; it stays there, so that the next build is short."""
+    """Where ``build`` builds; it stays there, so that the next build is short."""
     return ROOT / "build" / f"cuda-{'-'.join(archs)}"
 
 

@@ -97,7 +97,7 @@ def packed(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] =
 
 
 def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] = RAGGED) -> Batch:
-    """Return the frames of :func:`packed` with NaN between the sequences, which no op may read."""
+    """Return the frames of ``packed`` with NaN between the sequences, which no op may read."""
     rows = packed(kind, width, dtype, lengths).x
     x = torch.full((len(lengths), max(lengths, default=0) + 2, width), torch.nan, dtype=dtype)
     for row, part in zip(x, rows.split(lengths), strict=True):
@@ -113,7 +113,7 @@ def row_groups(rows: int, seed: int = 0) -> Tensor:
     return values.repeat_interleave(sizes)[:rows].int()
 
 
-#: Rows from which :data:`TOKENS` are made.
+#: Rows from which ``TOKENS`` are made.
 TOKEN_ROWS = 345
 #: Starts and lengths of tokens of integrate-and-fire: rows shared or not, gaps, one row alone, a row that opens one,
 #: two and many tokens, as the end of another or not, blocks of 64 and their edges.

@@ -60,9 +60,9 @@ def apply_to(
     logits ``[B, S, V]`` of the ``S`` rows of the longest compressed sample, padded on the side of the input (on the
     left if that has no padding). With labels it returns logits ``[1, K, V]`` of the ``K`` rows that predict a label,
     and the mean loss (or the sum divided by ``num_items_in_batch``). ``output.compressed`` is the decoder's input
-    (:class:`fastcompress.PackedInputs`). ``generate`` returns the ids of the prompt and the new ones.
+    ([`fastcompress.PackedInputs`][]). ``generate`` returns the ids of the prompt and the new ones.
 
-    In **budget** mode the number of tokens depends only on the length of the audio, and :class:`BudgetProcessor` writes
+    In **budget** mode the number of tokens depends only on the length of the audio, and [`BudgetProcessor`][] writes
     that number of placeholders into the prompt. The rest of the model stays stock, and engines that count placeholders
     can serve it.
 
@@ -70,9 +70,9 @@ def apply_to(
         model: Audio LLM with a head, such as ``Qwen2AudioForConditionalGeneration``, which may be wrapped by peft.
         compressor: Rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
             ``[A + 1]`` int32 and returns an object with ``values`` and ``cu_seqlens``, like the modules of
-            :mod:`fastcompress.nn`. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
+            [`fastcompress.nn`][]. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
             the model, and can be among peft's ``modules_to_save``. If it has a ``loss`` after the call, as
-            :class:`fastcompress.nn.LearnedBoundary` has, that is added to the model's, times its ``loss_weight``.
+            [`fastcompress.nn.LearnedBoundary`][] has, that is added to the model's, times its ``loss_weight``.
         mode: ``"dynamic"`` or ``"budget"``.
         pack: Whether the decoder runs on packed rows, without padding, in ``forward`` with labels or without a cache.
             ``None``: in dynamic mode. ``generate`` is always padded.
@@ -118,14 +118,14 @@ def revert(model: Any) -> Any:
     """Restore the stock model, in place.
 
     Args:
-        model: Model that :func:`apply_to` changed.
+        model: Model that [`apply_to`][] changed.
 
     Returns:
         ``model``.
 
     Raises:
         ValueError: The model is not compressed.
-        RuntimeError: Something else replaced a method after :func:`apply_to`.
+        RuntimeError: Something else replaced a method after [`apply_to`][].
     """
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):
@@ -144,7 +144,7 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
     """Load the weights of ``model.audio_compressor`` from a folder that ``model.save_pretrained`` wrote.
 
     Args:
-        model: Model that :func:`apply_to` changed.
+        model: Model that [`apply_to`][] changed.
         folder: Folder with ``*.safetensors`` files.
 
     Returns:

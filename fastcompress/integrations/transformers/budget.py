@@ -147,12 +147,12 @@ class BudgetProcessor:
         return self.shorten(self.processor(*args, **kwargs))
 
     def apply_chat_template(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the processor's method; if it returns inputs and not text, drop placeholders (:meth:`shorten`)."""
+        """Call the processor's method; if it returns inputs and not text, drop placeholders ([`shorten`][])."""
         out = self.processor.apply_chat_template(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 
     def apply_transcription_request(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the processor's method, which only some have, and drop placeholders (:meth:`shorten`)."""
+        """Call the processor's method, which only some have, and drop placeholders ([`shorten`][])."""
         out = self.processor.apply_transcription_request(*args, **kwargs)
         return self.shorten(out) if isinstance(out, Mapping) else out
 

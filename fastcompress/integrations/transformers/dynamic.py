@@ -47,7 +47,7 @@ class Settings:
         mode: ``"dynamic"`` or ``"budget"``.
         pack: Whether ``forward`` runs the decoder on packed rows.
         before_projector: Whether frames are pooled before the projector.
-        attention: Name of the decoder's attention before :func:`apply_to` changed it; ``None``: not changed.
+        attention: Name of the decoder's attention before ``apply_to`` changed it; ``None``: not changed.
     """
 
     family: Family

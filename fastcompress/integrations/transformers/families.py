@@ -223,7 +223,7 @@ def support() -> dict[str, dict[str, Any]]:
 
 
 def table() -> str:
-    """Return :func:`support` as a text table."""
+    """Return [`support`][] as a text table."""
     from tabulate import tabulate
 
     columns = ("name", "tokens_per_second", "dynamic", "packed", "before_projector", "budget")

@@ -18,9 +18,14 @@ import fastcompress as fc
 _BLOCK = 8192
 
 #: Bytes of input in rotation: more than every last-level cache on the market but the stacked ones.
-_MIN_ROTATION = 256 << 20
+MIN_ROTATION = 256 << 20
 
 B = TypeVar("B", bound="Batch")
+
+
+def buffer_count(size: int, last_level_cache: int) -> int:
+    """Buffers of ``size`` bytes to rotate through so that none is in a cache when its turn comes."""
+    return max(2, math.ceil(max(MIN_ROTATION, 4 * last_level_cache) / max(size, 1)))
 
 
 class Batch:
@@ -44,7 +49,7 @@ class Batch:
 
     def rotation(self: B, last_level_cache: int) -> list[B]:
         """Equal values in different memory to rotate through, so that no input is in a cache when its turn comes."""
-        count = max(2, math.ceil(max(_MIN_ROTATION, 4 * last_level_cache) / max(self.leaf.nbytes, 1)))
+        count = buffer_count(self.leaf.nbytes, last_level_cache)
         return [self, *(self.with_leaf(self.leaf.clone()) for _ in range(count - 1))]
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 import fastcompress as fc
 from benchmarks.harness import clock, device
 from benchmarks.harness.bandwidth_bound import BandwidthBound
-from benchmarks.harness.cases import Batch
+from benchmarks.harness.cases import Batch, buffer_count
 from benchmarks.harness.clock import Disturbance, Samples
 from benchmarks.measurement import BACKWARD, BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, Recorder
 
@@ -312,7 +312,7 @@ def _on_cpu(bench: Bench, job: Job, entries: Sequence[Entry], direction: str) ->
     moved = job.moved(direction)
     if moved is not None and not backward and job.calls == 1:
         size = moved // 2
-        sources = [torch.ones(size, dtype=torch.uint8) for _ in range(1 + max(256 << 20, 4 * bench.cache) // size)]
+        sources = [torch.ones(size, dtype=torch.uint8) for _ in range(buffer_count(size, bench.cache))]
         functions[CLONE] = lambda i: sources[i % len(sources)].clone()
     samples, disturbance = clock.interleave(
         functions,

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.harness import cases
 from benchmarks.harness.bandwidth_bound import BandwidthBound, BoundUnavailable
 from benchmarks.harness.compare import Bench
 from benchmarks.measurement import Recorder
@@ -21,8 +22,9 @@ def _threads() -> Iterator[None]:
 
 
 @pytest.fixture
-def bench(tmp_path: Path) -> Bench:
+def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
     """Two rounds on small caches; measurements go to ``out.jsonl``."""
+    monkeypatch.setattr(cases, "MIN_ROTATION", 1 << 20)
     recorder = Recorder(tmp_path / "out.jsonl", {"reps": 2})
     return Bench(recorder, quick=True, reps=2, tries=1, cache=1 << 10)
 

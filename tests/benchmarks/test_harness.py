@@ -197,6 +197,7 @@ def test_the_newest_of_a_table_counts_and_machines_do_not_mix(monkeypatch: pytes
         read(path)
     with pytest.raises(ValueError, match="b, line 1: KeyError"):
         parse(['{"run": "2026", "suite": "pack"}'], "b")
+    monkeypatch.undo()
     assert machine.slug().replace("-", "").isalnum()
     hardware = {"cpu": "AMD EPYC(R) Processor @ 2.4GHz", "cores": 2, "isa": "AVX512"}
     assert machine.slug(hardware) == "amd-epyc-2c-avx512"

@@ -171,7 +171,7 @@ def log_mel(
         progress: called after each chunk with (seconds done, seconds in all).
 
     Returns:
-        float32 ``[S // 160, mel_bins]``, 100 frames a second.
+        float32 ``[S // 160, mel_bins]``, 100 frames per second.
 
     Raises:
         ValueError: samples of another shape, or shorter than a window.

@@ -182,7 +182,7 @@ def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
         samples = samples[round(offset * sample_rate) :]
     else:
         assert utterance.audio_filepath is not None
-        more = None if duration is None else duration + 2 * _ROUNDING  # enough to see if the file goes on
+        more = None if duration is None else duration + 2 * _ROUNDING  # enough to see whether the file is longer
         samples = load_audio(utterance.audio_filepath, sample_rate, offset=offset, duration=more)
     if duration is not None and _cuts(utterance, len(samples) / sample_rate):
         samples = samples[: round(duration * sample_rate)]

@@ -28,7 +28,7 @@ pytestmark = [
 
 DIGITS = SHIPPED.parents[1] / "digits" / "test.jsonl"
 BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, methods=())
-#: Methods that go through all of a study, by the frames a token that they aim at (short audio is rounded up to more
+#: Methods that go through all of a study, by the frames per token that they aim at (short audio is rounded up to more
 #: tokens, in each round); each of the others, too, is tried on the shipped model.
 RATIOS = {"A-ToMe": 2, "FastAdaSP": 3, "CIF": 3, "LTBM": 3, "first-layer attention": 3}
 TRIED = tuple(method for method in METHODS if method.name in RATIOS)

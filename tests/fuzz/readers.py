@@ -159,7 +159,7 @@ def main() -> None:
             import fastcompress.training.runs  # noqa: F401
         folder = CORPUS / arguments.target
         folder.mkdir(parents=True, exist_ok=True)
-        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer adds to the first folder; a later run goes on
+        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer adds to the first folder; a later run continues
         new.mkdir(parents=True, exist_ok=True)
         options = [f"-max_total_time={arguments.seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
         options += [f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", str(new), str(folder)]

@@ -88,7 +88,7 @@ def starve(name: str, call: Call, steps: int) -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_AS, unlimited)
         if found is None:
             failed += 1
-            if step % 4 == 0:  # the process goes on as if nothing had been
+            if step % 4 == 0:  # the process continues as before
                 found = call.gradients()
         else:
             enough += 1

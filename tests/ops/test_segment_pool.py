@@ -29,7 +29,7 @@ from tests.support.sample_inputs import (
     strided,
 )
 
-EDGE = 1024  # rows a chunk, where a row has 256 bytes (csrc/cpu/segment_pool.cpp: 256 KiB)
+EDGE = 1024  # rows per chunk, where a row has 256 bytes (csrc/cpu/segment_pool.cpp: 256 KiB)
 ROWS = 24 * EDGE  # 6 MB: enough for several threads
 
 

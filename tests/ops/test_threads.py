@@ -14,7 +14,7 @@ from fastcompress.reference import OPS
 from tests.support.sample_inputs import DTYPES, assert_same_bits, features, offsets
 
 Case = tuple[Tensor, fc.Rule, dict[str, Tensor]]
-EDGE = 1024  # rows a chunk, where a row has 256 bytes: csrc/cpu/segment_pool.cpp takes 256 KiB
+EDGE = 1024  # rows per chunk, where a row has 256 bytes: csrc/cpu/segment_pool.cpp takes 256 KiB
 ROWS = 16 * EDGE  # 4 MB: enough for several threads
 
 

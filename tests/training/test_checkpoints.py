@@ -118,7 +118,7 @@ def test_killed_before_each_system_call(steps: tuple[int, ...], tmp_path: Path):
 
 
 def test_killed_at_random_moments(tmp_path: Path):
-    """From outside, inside of what libraries write, too; the next process goes on from what it finds."""
+    """From outside, inside of what libraries write, too; the next process continues from what it finds."""
     g = random.Random(0)
 
     def train() -> None:

@@ -35,7 +35,7 @@ DEFAULT_DEVICE = (4, 100 << 10, 99 << 10)
 #: What each kind of build adds to the compiler's flags.
 KINDS = {
     "plain": "-O2",
-    # UBSan goes on after what it finds, and the process ends well, unless it is told otherwise.
+    # UBSan continues after what it finds, and the process ends well, unless it is told otherwise.
     "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-O1 -g -fsanitize=thread",
 }

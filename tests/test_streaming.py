@@ -155,7 +155,7 @@ def test_bad_chunks():
     pool = fc.StreamingSegmentPool()
     pool(torch.zeros(3, 4))
     for x, error, message in (
-        (torch.zeros(3, 5), ValueError, "x must be [N, 4], torch.float32, on cpu like the frames before, got [3, 5]"),
+        (torch.zeros(3, 5), ValueError, "x must be [N, 4], torch.float32, on cpu like the earlier frames, got [3, 5]"),
         (torch.zeros(3, 4).half(), ValueError, "got [3, 4], torch.float16"),
         (torch.zeros(4), ValueError, "x must have shape [N, D], got [4]"),
         (torch.zeros(3, 4).long(), TypeError, "x must be"),
@@ -228,7 +228,7 @@ def test_integrate_and_fire_fires_at_once():
     assert counts == [0, 1, 0, 2, 0, 1]
     for x, alpha, message in (
         (torch.ones(1, 2), torch.tensor([-1.0]), "alpha must be finite and not negative"),
-        (torch.ones(1, 2), torch.ones(2), "x must be [N, D] and alpha [N]"),
+        (torch.ones(1, 2), torch.ones(2), "x must have shape [N, D] and alpha [N]"),
         (torch.ones(1, 3), torch.ones(1), "x must be [N, 2]"),
         (torch.ones(1, 2), torch.tensor([1e12]), "alpha must add up to fewer than 2**31 tokens of beta 1, got 1e+12"),
     ):

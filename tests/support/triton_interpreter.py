@@ -1,11 +1,8 @@
-"""What the tests in ``tests/triton/interpreted`` share. Importing this file makes triton an interpreter."""
+"""Helpers of the tests in ``tests/triton/interpreted``, which run with ``TRITON_INTERPRET=1``."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-
-os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 
 import numpy as np
 import torch

@@ -1,6 +1,6 @@
 """Wrong input, launches, fakes and memory.
 
-Run by tests/triton/test_triton.py. By hand: ``pytest tests/triton/interpreted/contracts.py``.
+Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/contracts.py``.
 """
 
 from __future__ import annotations

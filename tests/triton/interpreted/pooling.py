@@ -1,6 +1,6 @@
 """Selection and pooling: the bits of the definition, in every layout, over tiles, with keys, of every stride.
 
-Run by tests/triton/test_triton.py. By hand: ``pytest tests/triton/interpreted/pooling.py``.
+Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/pooling.py``.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Distances, reductions, integrate-and-fire and packing: the bits of the definition.
 
-Run by tests/triton/test_triton.py. By hand: ``pytest tests/triton/interpreted/segment_ops.py``.
+Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/segment_ops.py``.
 """
 
 from __future__ import annotations

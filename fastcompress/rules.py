@@ -21,9 +21,6 @@ import torch
 
 from fastcompress.checks import check_number, check_whole
 
-#: Every distance is above it. It is finite because a package of AOTInductor does not load an infinity.
-NO_THRESHOLD = torch.finfo(torch.float32).min
-
 
 @dataclass(frozen=True)
 class Rule:
@@ -271,7 +268,10 @@ class LocalMax(Rule):
         return self.prominence is None and not self.normalize
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        threshold = NO_THRESHOLD if self.threshold is None else max(float(self.threshold), NO_THRESHOLD)
+        # Every distance is above the least threshold. It is finite because a package of AOTInductor does not load an
+        # infinity, and no global because a compiled graph would take a global float for a variable.
+        least = torch.finfo(torch.float32).min
+        threshold = least if self.threshold is None else max(float(self.threshold), least)
         prominence = 0.0 if self.prominence is None else float(self.prominence)  # 0 accepts every peak
         return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
 

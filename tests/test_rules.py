@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fastcompress as fc
-from fastcompress.rules import NO_THRESHOLD, Rule, as_rule, max_segments
 from fastcompress.rules import RULES as RULE_CLASSES
+from fastcompress.rules import Rule, as_rule, max_segments
 from tests.support.sample_inputs import RULES, offsets
 
 numbers = st.one_of(st.floats(allow_nan=False), st.integers(-1000, 1000))
@@ -112,7 +112,7 @@ def test_str(rule: Rule, text: str):
     [
         (fc.Uniform(3), ("uniform", 3, 0.0, 0.0, 1, 0, True)),
         (fc.Uniform(3, "drop"), ("uniform", 3, 0.0, 0.0, 1, 0, False)),
-        (fc.LocalMax(), ("local-max", 1, NO_THRESHOLD, 0.0, 1, 0, True)),
+        (fc.LocalMax(), ("local-max", 1, torch.finfo(torch.float32).min, 0.0, 1, 0, True)),
         (fc.LocalMax(2, 0.5, 0.25, 3, 4), ("local-max", 2, 0.5, 0.25, 3, 4, True)),
         (fc.Threshold(1, 2, 5), ("threshold", 1, 1.0, 0.0, 2, 5, True)),
     ],

@@ -63,9 +63,9 @@ def quiet_transformers() -> None:
     logging.set_verbosity_error()
 
 
-def positive(text: str) -> int:
+def positive(text: str | int) -> int:
     """Parse a whole number from 1 on."""
-    value = int(text) if text.isdecimal() else 0
+    value = int(text) if str(text).isdecimal() else 0  # jsonargparse parses defaults too, which are ints
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")
     return value

@@ -34,7 +34,7 @@ def make_settings_parser(
 
     prog = f"fastcompress {command}"
     parser = SettingsParser(
-        settings, prog=prog, usage=f"{prog} {required} [options]", description=description, epilog=EXIT_CODES
+        settings, prog=prog, usage=f"{prog} {required}\n       [options]", description=description, epilog=EXIT_CODES
     )
     parser.add_argument(
         "--config",
@@ -92,6 +92,8 @@ class Given(Generic[S]):
         from fastcompress.training.parsing import build, read_record
 
         values = self.values | self.flags
+        if resume and "output_dir" not in values:
+            raise SettingsError("`output_dir` is missing: the folder of the run to resume")
         if resume and values.keys() == {"output_dir"}:
             return read_record(self.settings, Path(values["output_dir"]))
         return build(self.settings, values)

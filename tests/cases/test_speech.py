@@ -54,7 +54,6 @@ def test_other_keys_of_the_audio_are_taken_or_refused(key: str, tmp_path: Path, 
     assert taken or (code == 2 and "m.jsonl:1: " in err and key in err)
 
 
-@fault("damaged files leave the scores without a word")
 def test_a_file_that_does_not_decode_is_listed(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     damaged = tmp_path / "damaged.wav"
     whole = (DIGITS / "0.wav").read_bytes()

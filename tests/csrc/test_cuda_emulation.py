@@ -244,7 +244,7 @@ BAD_PACKINGS = {
     "audio_cu_seqlens must start at 0": {"audio_cu_seqlens": torch.tensor([5, 9])},
     "audio_cu_seqlens must not decrease": {"audio_cu_seqlens": torch.tensor([0, BIG_ID, -BIG_ID, 7, 9])},
     "audio_cu_seqlens must end": {"num_audio_rows": 3},
-    "places": {"audio_cu_seqlens": torch.tensor([0, 2]), "num_audio_rows": 2},
+    "audio has only 1 audios": {"audio_cu_seqlens": torch.tensor([0, 2]), "num_audio_rows": 2},
     "more": {"audio_cu_seqlens": torch.arange(401), "num_audio_rows": 400},
 }
 

@@ -20,10 +20,10 @@ def test_what_transformers_must_not_do():
     inputs = packed.model_inputs()
     with pytest.raises(ValueError, match="packed rows take no attention mask"):
         model(**(inputs | {"attention_mask": torch.ones(1, 1, 366, 366, dtype=torch.bool)}))
-    with pytest.raises(ValueError, match="one batch row"):
+    with pytest.raises(ValueError, match="packed rows must have batch size 1"):
         model(**(inputs | {"inputs_embeds": inputs["inputs_embeds"].expand(2, -1, -1)}))
     cache = model(**(inputs | {"use_cache": True})).past_key_values
-    with pytest.raises(ValueError, match="packed rows cannot follow rows in a cache"):
+    with pytest.raises(ValueError, match="packed rows cannot follow rows of a cache"):
         model(**(inputs | {"past_key_values": cache, "use_cache": True}))
     with pytest.raises(ValueError, match="cu_seq_lens_q and cu_seq_lens_k must be equal"):
         model(**(inputs | {"cu_seq_lens_k": torch.tensor([0, 366])}))
@@ -31,18 +31,18 @@ def test_what_transformers_must_not_do():
     with pytest.raises(ValueError, match=re.escape("got [0, 37, 42, 342, 343, 366] and [0, 37, 43, 342, 343, 366]")):
         model(**(inputs | {"cu_seq_lens_k": moved}))
     model(**(inputs | {"cu_seq_lens_k": packed.cu_seqlens.clone()}))
-    with pytest.raises(ValueError, match="max_seqlen must be at least the rows of the longest sequence, 300, got 299"):
+    with pytest.raises(ValueError, match="max_seqlen must be at least 300, the rows of the longest sequence, got 299"):
         model(**(inputs | {"max_length_q": 299}))
     with pytest.raises(NotImplementedError, match="output_attentions must be False"):
         model(**inputs, output_attentions=True)
-    with pytest.raises(ValueError, match=re.escape("to generate give PackedInputs.unpack() instead")):
+    with pytest.raises(ValueError, match=re.escape("generate from PackedInputs.unpack() instead")):
         model.generate(**inputs, max_new_tokens=2)
 
 
 @pytest.mark.parametrize("name", ["sinks", "indices", "position_bias"])
 def test_arguments_of_attention_that_are_not_known_are_refused(name: str):
     model = decoder("llama")
-    with pytest.raises(NotImplementedError, match=f"does not know {name}, which LlamaAttention passes"):
+    with pytest.raises(NotImplementedError, match=f"does not support {name}, which LlamaAttention passes"):
         model(**packed_batch(samples(model)[0]).model_inputs(), **{name: torch.zeros(4)})
 
 
@@ -82,7 +82,7 @@ def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str
     packed = packed_batch([long[:, :32], short])
     torch.testing.assert_close(model(**packed.model_inputs()).logits[0, 32:], alone, rtol=1e-5, atol=1e-5)
     packed = packed_batch([long, short])
-    message = f"cannot run samples of 33 rows packed: from 32 rows on the '{rope['rope_type']}'"
+    message = f"cannot run samples of 33 rows packed: beyond 32 rows its '{rope['rope_type']}'"
     with pytest.raises(NotImplementedError, match=message):
         model(**packed.model_inputs())
     with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # not known: the rows of the batch
@@ -146,11 +146,11 @@ def test_a_hybrid_is_refused_where_it_runs():
 @pytest.mark.parametrize(
     "kind, reason",
     [
-        ("rwkv", "its layers do not take"),
-        ("bart", "its layers do not take"),
+        ("rwkv", "its layers do not use"),
+        ("bart", "its layers do not use"),
         ("mamba", "'linear_attention' layers"),
         ("jamba", "'linear_attention' layers"),
-        ("xlstm", "its layers do not take"),
+        ("xlstm", "its layers do not use"),
         ("roberta", "not causal"),
     ],
 )
@@ -171,14 +171,14 @@ def test_decoders_that_choose_what_a_row_sees_are_refused():
 def test_a_decoder_that_drops_cu_seqlens_is_refused():
     config = transformers.AutoConfig.for_model("nemotron", **SIZES)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
-    with pytest.raises(NotImplementedError, match="nemotron cannot run packed: .* hands no cu_seq_lens_q on"):
+    with pytest.raises(NotImplementedError, match="nemotron cannot run packed: .* does not pass cu_seq_lens_q"):
         model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
 
 
 def test_a_window_that_no_layer_speaks_of_is_refused():
     config = transformers.AutoConfig.for_model("phimoe", **SIZES, sliding_window=WINDOW, num_local_experts=2)
     model = attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
-    with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not say"):
+    with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not specify"):
         model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
 
 

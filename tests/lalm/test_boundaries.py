@@ -98,7 +98,7 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
     assert torch.equal(again.compressor.weight.weight, model.compressor.weight.weight)
     written = model.generate(**inputs, max_new_tokens=3)
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
-    with pytest.raises(ValueError, match="`boundary_kind` must be one of h-net, cif, got 'cnn'"):
+    with pytest.raises(ValueError, match="boundary_kind must be one of h-net, cif, got 'cnn'"):
         FastCompressConfig(boundary_kind="cnn")
 
 

@@ -366,8 +366,8 @@ def command(*arguments: str) -> list[str]:
 
 
 def test_the_help_says_the_defaults():
-    assert f"(default {LOOK_AHEAD:g})" in cli_transcribe._STREAM["look_ahead"]
-    assert f"(default {HOP:g})" in cli_transcribe._STREAM["hop"]
+    assert f"(default: {LOOK_AHEAD:g})" in cli_transcribe._STREAM["look_ahead"]
+    assert f"(default: {HOP:g})" in cli_transcribe._STREAM["hop"]
 
 
 def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
@@ -462,7 +462,7 @@ def test_what_goes_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert "- (standard input) needs --stream" in fails("-")
     assert "--look-ahead needs --stream" in fails(audio, "--look-ahead", "1")
     assert "can be read once" in fails("-", "-", "--stream")
-    assert "--stream: rule top-k:rate=2 looks at all" in fails(audio, "--stream", "--rule", "top-k:rate=2")
+    assert "--stream: rule top-k:rate=2 needs the whole sequence" in fails(audio, "--stream", "--rule", "top-k:rate=2")
     assert "--stream: window must be at most" in fails(audio, "--stream", "--window", "60")
     soundfile.write(tmp_path / "short.wav", np.zeros(100), RATE)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)

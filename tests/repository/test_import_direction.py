@@ -41,7 +41,9 @@ LAYERS = (
 LEAVES: dict[str, frozenset[str]] = {
     "version": frozenset(),
     "files": frozenset(),
-    "audio": frozenset(),
+    "audio_source": frozenset(),
+    "audio_file": frozenset({"audio_source"}),
+    "audio": frozenset({"audio_file", "audio_source"}),
     "synthesis": frozenset({"version", "files", "audio"}),
 }
 #: Folders of the checkout that are not installed with the package.

@@ -21,8 +21,8 @@ def test_every_example_once_an_epoch():
     assert sum(spread) / 8 < 1.5
     few = BatchPlan([1.0, 2.0], 8)
     assert sorted(set(few.batch(0))) == [0, 1] and len(few.batch(0)) == 8
-    for wrong in ({"per_device_train_batch_size": 0}, {"num_processes": 0}):
+    for wrong in ({"batch_size": 0}, {"num_processes": 0}):
         with pytest.raises(ValueError, match="must be at least 1, got 0"):
-            BatchPlan([1.0], **({"per_device_train_batch_size": 1} | wrong))
+            BatchPlan([1.0], **({"batch_size": 1} | wrong))
     with pytest.raises(ValueError, match="at least one example"):
         BatchPlan([], 1)

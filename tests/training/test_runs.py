@@ -34,7 +34,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def settings(data: Path, run: Path, **values: Any) -> TrainSettings:
+def settings(data: Path, run: Path, /, **values: Any) -> TrainSettings:
     small = {
         "output_dir": str(run),
         "data": str(data / "train.jsonl"),

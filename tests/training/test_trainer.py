@@ -52,7 +52,7 @@ def _one_thread():
     torch.set_num_threads(before)
 
 
-def settings(data: Path, run: Path, **values: Any) -> TrainSettings:
+def settings(data: Path, run: Path, /, **values: Any) -> TrainSettings:
     small = {
         "output_dir": str(run),
         "data": str(data / "train.jsonl"),

@@ -1,5 +1,5 @@
-// The least that segment pooling must move, and nothing else: the bandwidth bound of the benchmarks. And arithmetic alone,
-// in registers: the other side of the roofline.
+// The least that segment pooling must move, and nothing else: the bandwidth bound of the benchmarks. And arithmetic
+// alone, in registers: the other side of the roofline.
 //
 // Built at run time with g++ -O3 -march=native and called through ctypes. Values are meaningless; traffic and numbers
 // of operations are exact.

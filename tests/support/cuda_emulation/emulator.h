@@ -84,8 +84,8 @@ struct AsyncCopy {
   const void* source;
 };
 
-// Saves the registers that a call preserves and the stack in *from, and continues where `to` was saved. swapcontext would
-// do, but asks the system for the signal mask each time, which costs six times as much.
+// Saves the registers that a call preserves and the stack in *from, and continues where `to` was saved. swapcontext
+// would do, but asks the system for the signal mask each time, which costs six times as much.
 extern "C" void fastcompress_emulator_switch(void** from, void* to);
 asm(R"(
 .text

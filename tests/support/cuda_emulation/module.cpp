@@ -1,6 +1,6 @@
 // The CUDA ops on CPU tensors, their kernels run by the emulator: the launchers of csrc/cuda compiled by g++, bound for
-// the tests. The ops are registered as fastcompress_emulated::<op>, whose schemas tests/support/cuda_emulation/__init__.py
-// defines.
+// the tests. The ops are registered as fastcompress_emulated::<op>, whose schemas
+// tests/support/cuda_emulation/__init__.py defines.
 #include <pybind11/pybind11.h>
 
 #include <cstring>

@@ -87,9 +87,11 @@ class SettingsParser(jsonargparse.ArgumentParser):
             SettingsError: A flag is unknown or has a value of another type.
         """
         try:
-            given = vars(self.parse_args(arguments, defaults=False))
+            parsed = vars(self.parse_args(arguments, defaults=False))
         except ArithmeticError as error:  # of an integer that no float can hold
             raise SettingsError(one_line(error)) from error
+        # jsonargparse puts a zero-width space before names that its Namespace has as methods, such as `keys`.
+        given = {name.removeprefix("\u200b"): value for name, value in parsed.items()}
         settings = {name: value for name, value in given.items() if name in type_hints(self.settings)}
         others = {
             action.dest: action.default for action in self._actions if action.dest not in type_hints(self.settings)

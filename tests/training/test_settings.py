@@ -151,3 +151,17 @@ def test_a_record_is_read_as_it_was_written(settings: type[Settings], tmp_path: 
     assert read_settings(settings, tmp_path / "run.yaml") == given
     moved = read_record(settings, tmp_path)
     assert moved.to_dict() == given.to_dict() | {"output_dir": str(tmp_path)}
+
+
+@both
+def test_every_flag_becomes_a_setting(settings: type[Settings]):
+    """Also those with the name of a method of jsonargparse's Namespace, such as ``keys``."""
+    values = {bool: True, int: 3, float: 0.5, str: "x"}
+    wanted: dict[str, Any] = {}
+    for name, hint in type_hints(settings).items():
+        kinds = get_args(hint) or (hint,)
+        choices = [choice for choice in kinds if isinstance(choice, str)]
+        wanted[name] = choices[0] if choices else next(values[kind] for kind in kinds if kind in values)
+    flags = [f"{flag(name)}{'' if value is True else f'={value}'}" for name, value in wanted.items()]
+    found, others = COMMANDS[settings]._make_parser().parse_flags(flags)
+    assert found == wanted and not others.keys() & wanted.keys()

@@ -21,9 +21,7 @@ import torch
 
 from fastcompress.checks import check_number, check_whole
 
-
-#: Number of frames after which ``MinVariance`` begins a new block: those that the encoder of Whisper makes of its window
-#: of 30 s.
+#: Number of frames after which ``MinVariance`` begins a new block: those that the encoder of Whisper makes of 30 s.
 MIN_VARIANCE_BLOCK = 1500
 
 

@@ -47,9 +47,7 @@ def banded_distance(
         return torch.stack(
             [adjacent_distance(x, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in range(1, window + 1)], -1
         )
-    return call(
-        _op, (x, cu_seqlens, lengths, window), False, lambda: check_layout_values(x.shape, cu_seqlens, lengths)
-    )
+    return call(_op, (x, cu_seqlens, lengths, window), False, lambda: check_layout_values(x.shape, cu_seqlens, lengths))
 
 
 @torch.library.register_fake("fastcompress::banded_distance")

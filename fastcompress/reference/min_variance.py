@@ -17,7 +17,7 @@ from fastcompress.rules import MIN_VARIANCE_BLOCK as BLOCK
 
 
 def segment_costs(d: Tensor, max_len: int) -> list[Tensor]:
-    """Return half the variance of the segments that start at each frame, one tensor ``[n]`` per length 1 to ``max_len``.
+    """Return half the variance of the segments that start at each frame, ``[n]`` per length up to ``max_len``.
 
     The sum over the pairs is built from the right: the pairs of the ``L`` frames from ``t`` are those of the ``L - 1``
     frames from ``t + 1``, plus the pairs of frame ``t``, which are added by increasing lag.

@@ -62,8 +62,10 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
     return s;
   }
   s.end = read_integers("cu_seqlens", *cu_seqlens);
-  STD_TORCH_CHECK(!s.end.empty() && s.end.front() == 0, "cu_seqlens must start at 0");
-  STD_TORCH_CHECK(s.end.back() == s.rows, "cu_seqlens must end at the number of rows, ", s.rows);
+  STD_TORCH_CHECK(!s.end.empty(), "cu_seqlens must have at least one value");
+  STD_TORCH_CHECK(s.end.front() == 0, "cu_seqlens must start at 0, got ", s.end.front());
+  STD_TORCH_CHECK(s.end.back() == s.rows, "cu_seqlens must end at the number of rows, ", s.rows, ", got ",
+                  s.end.back());
   STD_TORCH_CHECK(std::is_sorted(s.end.begin(), s.end.end()), "cu_seqlens must not decrease");
   s.begin.assign(s.end.begin(), s.end.end() - 1);
   s.end.erase(s.end.begin());

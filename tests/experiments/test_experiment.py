@@ -12,7 +12,7 @@ import torch
 
 from experiments import report
 from experiments.__main__ import SHIPPED
-from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread
+from experiments.study import COMPRESSIONS, FROM_SCRATCH, METHODS, Budget, Compression, Study, spread
 from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import load_model
 from fastcompress.lalm.lora import add_lora
@@ -32,7 +32,7 @@ BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, m
 #: tokens, in each round); each of the others, too, is tried on the shipped model.
 RATIOS = {"A-ToMe": 2, "FastAdaSP": 3, "CIF": 3, "LTBM": 3, "first-layer attention": 3}
 TRIED = tuple(method for method in METHODS if method.name in RATIOS)
-OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, from_the_start=FROM_THE_START[:1])
+OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, from_scratch=FROM_SCRATCH[:1])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_row_is_there(records: list[Path]):
     rows = report.load(records)
     for seed, budget in enumerate((BUDGET, OTHER), 1):
         tuned = (*budget.compressions, *budget.methods)
-        stages = {"zero-shot": tuned, "lora": tuned, "start": budget.from_the_start}
+        stages = {"zero-shot": tuned, "lora": tuned, "start": budget.from_scratch}
         for stage, wanted in stages.items():
             found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
             assert sorted(found) == sorted(c.name for c in wanted)
@@ -79,7 +79,7 @@ def test_what_is_there_is_not_computed_again(records: list[Path], data: Path, mo
     last = rows.pop()
     records[0].write_text(json.dumps(rows))
     trained = []
-    monkeypatch.setattr(Study, "_train_from_nothing", lambda *arguments: trained.append(arguments))
+    monkeypatch.setattr(Study, "_train_from_scratch", lambda *arguments: trained.append(arguments))
     Study("tones", data, records[0].parent, 1, BUDGET).run()
     again = json.loads(records[0].read_text())
     assert not trained and again[:-1] == rows
@@ -102,7 +102,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert [cells(line) for line in lines].count(head) == len(report.STAGES)
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
         (*COMPRESSIONS, *TRIED)
-    ) + len(FROM_THE_START)
+    ) + len(FROM_SCRATCH)
     for row in rows[1:]:
         row["scores"]["test-engine"] = row["scores"]["test"]
     lines = report.table(rows).splitlines()

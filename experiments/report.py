@@ -107,7 +107,8 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
     """Plot the published methods after LoRA, with uniform pooling as a line.
 
-    The error axis is logarithmic, since many methods are close together at 3 frames per token and a few are far above."""
+    The error axis is logarithmic, since many methods are close together at 3 frames per token and a few far above.
+    """
     methods = ["local maxima", *(method.name for method in METHODS)]
     markers = "o^vDPX*"
 
@@ -156,7 +157,7 @@ def _panels(
     draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
     beside: bool = False,
 ) -> None:
-    """Return one row of panels per task; with ``beside``, all share one legend at their right."""
+    """Draw one row of panels per task into ``path``; with ``beside``, they share one legend on the right."""
     import matplotlib
 
     matplotlib.use("Agg")

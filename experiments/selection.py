@@ -22,7 +22,7 @@ class FrameSelection(torch.nn.Module):
         self._of: tuple[Any, ...] = ()
 
     def attach(self, model: Any) -> None:
-        """Set the model that scores. It is not a submodule, since the model would then contain its own parameters."""
+        """Set the model that scores. It is not registered as a submodule, which would register its parameters twice."""
         self._of = (model,)
 
     @property

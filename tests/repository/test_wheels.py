@@ -43,7 +43,7 @@ def setup(*arguments: str, **env: str) -> subprocess.CompletedProcess:
         ("12.8", "90", True, "FASTCOMPRESS_CUDA=12.8, but {home}/bin/nvcc is 13.0"),
         ("yes", "90", True, "FASTCOMPRESS_CUDA must be none or a version such as 13.0, got 'yes'"),
         ("13.0", "80;9.0", True, "FASTCOMPRESS_CUDA_ARCHS must be a list such as 80;90;100;120, got '9.0'"),
-        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS, for example to 80;90"),
+        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90"),
         ("13.0", "90", False, "FASTCOMPRESS_CUDA=13.0 needs nvcc, but {home}/bin/nvcc (CUDA_HOME) does not exist"),
         ("13.0", "90", True, "libcudart_static.a not found in {home}/lib64, {home}/lib"),
     ],

@@ -98,9 +98,7 @@ def cuda() -> Cuda | None:
     archs = os.environ.get("FASTCOMPRESS_CUDA_ARCHS", "").split(";")
     if archs == [""]:
         if wanted not in wheels:
-            sys.exit(
-                f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS, for example to 80;90"
-            )
+            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90")
         archs = wheels[wanted]["archs"]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):

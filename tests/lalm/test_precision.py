@@ -42,7 +42,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_precision() -> Iterator[None]:
-    """Reset accelerate's precision, of which a process has one, as a run has a process of its own."""
+    """Reset accelerate's state: a process has one precision, and each run is usually a process."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()

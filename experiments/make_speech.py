@@ -130,7 +130,7 @@ bytes on every run:
     python experiments/make_speech.py
 
 They use the espeak-ng library of `espeakng-loader` {version("espeakng-loader")}. In pauses, a noise floor
-({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) replaces the exact zeros of the synthesiser. We wrote the texts for
+({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) replaces the exact zeros of the synthesizer. We wrote the texts for
 this folder.
 
 | file | seconds | voice | words per minute | pitch | text |

@@ -98,7 +98,7 @@ constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
 // in huge pages, and 7.1 ms if the first huge page need not be split (AMD EPYC 9004, Linux 6.18, transparent huge pages
 // on `madvise`).
 constexpr size_t kHugeBytes = size_t(4) << 20;
-// glibc maps larger blocks anew for each request. It serves smaller ones from warm memory once a block of the same size
+// glibc maps larger blocks again for each request. It serves smaller ones from warm memory once a block of the same size
 // has been freed, so those are neither shrunk nor aligned to huge pages, which would change their size.
 constexpr size_t kLargestRecycled = size_t(32) << 20;
 // More bytes than any machine has; smaller sizes can be rounded up without overflow.

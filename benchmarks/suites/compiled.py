@@ -74,7 +74,7 @@ def _find(ends: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[T
 
 
 def plain(**how: Any) -> Call:
-    """The vectorized form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
+    """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
 
     Args:
         how: Arguments of ``torch.compile``, such as ``mode="max-autotune"``.

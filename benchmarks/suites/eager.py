@@ -153,7 +153,7 @@ def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
 # --- whole forms -----------------------------------------------------------------------------------------------------
 
 
-def vectorized(scores: Scores, pool: Pool) -> Call:
+def vectorised(scores: Scores, pool: Pool) -> Call:
     """Compute scores, boundaries and means, each for the whole batch at once."""
 
     def call(inputs: Inputs) -> Tokens:

@@ -28,7 +28,7 @@ _GRADIENTS = 8
 
 
 def _eager(scores: str, pool: str, group: str = "eager", module: str | None = None) -> Contender:
-    form = eager.vectorized(getattr(eager, f"{scores}_scores"), getattr(eager, pool))
+    form = eager.vectorised(getattr(eager, f"{scores}_scores"), getattr(eager, pool))
     return Contender(f"{scores} + {pool}", group, lambda: form, module=module)
 
 

@@ -84,7 +84,7 @@ BROKEN = (_shifted, _one_value_off, _nan, _missing_token, _other_dtype, _gradien
 
 @pytest.mark.parametrize("breakage", BROKEN, ids=lambda f: f.__name__)
 def test_a_wrong_contender_is_refused(bench: Bench, breakage):
-    right = eager.vectorized(eager.cosine_scores, eager.index_add)
+    right = eager.vectorised(eager.cosine_scores, eager.index_add)
     broken = Contender("broken", "eager", lambda: lambda inputs: breakage(right(inputs), inputs))
     rows = run(bench, [CONTENDERS[0], broken, Contender("right", "eager", lambda: right)])
     assert {row["contender"] for row in rows} == {OURS, "right", CLONE}
@@ -103,7 +103,7 @@ def test_what_the_checks_refuse():
 
     inputs = Inputs(features(1500, 256, torch.bfloat16), cu_seqlens((1500,)))
     with pytest.raises(WrongResult, match="boundaries differ"):
-        tokens = eager.vectorized(native, eager.embedding_bag)(inputs)
+        tokens = eager.vectorised(native, eager.embedding_bag)(inputs)
         Expected(inputs, exact_starts(inputs)).check("native", tokens)
     inputs = Inputs(features(9000, 64, torch.float32), cu_seqlens((9000,)))
     starts = exact_starts(inputs)

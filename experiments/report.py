@@ -1,4 +1,4 @@
-"""The rows of all seeds as a table and a plot."""
+"""Write the results of all seeds as a table and a plot."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HEADS = {"test": "test", "test-voice": "new voices", "test-noise": "more noise",
 
 
 def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows in the files of ``experiments.study.Study``."""
+    """Return the rows in the files that ``experiments.study.Study`` wrote."""
     return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Rows of one task, stage and compression, over the seeds."""
+    """Return the rows of all seeds, grouped by task, stage and compression."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["task"], row["stage"], row["compression"]), []).append(row)
@@ -34,9 +34,11 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[di
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a table per task and stage. It has word error rates as mean and standard deviation over the seeds, the
-    95 % interval of the first test set over its utterances (the mean over the seeds), and the share of utterances
-    without an error. A dash: not scored, such as the other engine where none was installed."""
+    """Return one Markdown table per task and stage.
+
+    The columns are word error rates as mean and standard deviation over the seeds, the 95 % interval of the first test
+    set over its utterances (the mean over the seeds), and the share of utterances without an error. A dash means that
+    a test set was not scored, for example because its synthesizer was not installed."""
     sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -77,7 +79,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) ->
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error against tokens per second, one panel per task and test set; bars from the lowest to the highest seed."""
+    """Plot error against tokens per second, one panel per task and test set; bars span the lowest to highest seed."""
     colours = {"lora": "tab:blue", "start": "tab:green"}
     markers = {
         "every frame": "o",
@@ -103,8 +105,10 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Published methods after LoRA, with uniform pooling as a line. The error axis is logarithmic, since many methods
-    lie close together at 3 frames per token and a few far above."""
+    """Plot the published methods after LoRA, with uniform pooling as a line.
+
+    The error axis is logarithmic, since many methods are close together at 3 frames per token and a few far above.
+    """
     methods = ["local maxima", *(method.name for method in METHODS)]
     markers = "o^vDPX*"
 
@@ -153,7 +157,7 @@ def _panels(
     draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
     beside: bool = False,
 ) -> None:
-    """One row of panels per task; ``beside``: one legend at their side."""
+    """Draw one row of panels per task into ``path``; with ``beside``, they share one legend on the right."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -62,8 +62,10 @@ Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::option
     return s;
   }
   s.end = read_integers("cu_seqlens", *cu_seqlens);
-  STD_TORCH_CHECK(!s.end.empty() && s.end.front() == 0, "cu_seqlens must start at 0");
-  STD_TORCH_CHECK(s.end.back() == s.rows, "cu_seqlens must end at the number of rows, ", s.rows);
+  STD_TORCH_CHECK(!s.end.empty(), "cu_seqlens must have at least one value");
+  STD_TORCH_CHECK(s.end.front() == 0, "cu_seqlens must start at 0, got ", s.end.front());
+  STD_TORCH_CHECK(s.end.back() == s.rows, "cu_seqlens must end at the number of rows, ", s.rows, ", got ",
+                  s.end.back());
   STD_TORCH_CHECK(std::is_sorted(s.end.begin(), s.end.end()), "cu_seqlens must not decrease");
   s.begin.assign(s.end.begin(), s.end.end() - 1);
   s.end.erase(s.end.begin());
@@ -96,7 +98,7 @@ constexpr size_t kAlignment = 64, kPage = 4096, kHugePage = size_t(2) << 20;
 // in huge pages, and 7.1 ms if the first huge page need not be split (AMD EPYC 9004, Linux 6.18, transparent huge pages
 // on `madvise`).
 constexpr size_t kHugeBytes = size_t(4) << 20;
-// glibc maps larger blocks anew for each request. It serves smaller ones from warm memory once a block of the same size
+// glibc maps larger blocks again for each request. It serves smaller ones from warm memory once a block of the same size
 // has been freed, so those are neither shrunk nor aligned to huge pages, which would change their size.
 constexpr size_t kLargestRecycled = size_t(32) << 20;
 // More bytes than any machine has; smaller sizes can be rounded up without overflow.

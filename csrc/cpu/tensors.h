@@ -82,7 +82,7 @@ constexpr int64_t kThreadBytes = 1 << 20;
 // Calls f(begin, end) on torch's threads for parts of [0, count) of at least `grain`. f must not throw.
 template <class F>
 void on_threads(int64_t count, int64_t grain, const F& f) {
-#ifdef FASTCOMPRESS_STD_THREADS  // for ThreadSanitizer, which does not see the synchronisation of OpenMP
+#ifdef FASTCOMPRESS_STD_THREADS  // for ThreadSanitizer, which does not see the synchronization of OpenMP
   const int64_t most = torch::stable::get_num_threads(), parts = std::max<int64_t>(1, std::min(most, count / grain));
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < parts; ++i)

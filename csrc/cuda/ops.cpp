@@ -1,5 +1,6 @@
 // Host code of the CUDA ops that take sequences: checks tensors, allocates outputs, and launches kernels on the current
-// stream. It reads from the device, and so waits, only if the caller wants an exact size or FASTCOMPRESS_CHECK=1.
+// stream. It reads from the device, and therefore waits, only if the caller requests an exact size or sets
+// FASTCOMPRESS_CHECK=1.
 #include "ops.h"
 
 #include <algorithm>

@@ -1,4 +1,4 @@
-"""Stock audio LLMs that get as many tokens as the length of the audio says, and the processors that ask for them."""
+"""Budget mode: the number of tokens depends only on the length of the audio, and processors write the placeholders."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from tests.support import audio_llms
 from tests.support.compressed_llms import GREEDY, batch, make
 
 NAMES = tuple(name for name, family in FAMILIES.items() if family.budget is not None)
-#: Of several windows where a family cuts audio.
+#: Sizes of audio for families with windows: some audios have several windows.
 SIZES = {"audioflamingo3": (130, 9, 50), "voxtral": (35, 9, 60)}
 
 
 class Nothing:
-    """A processor that is not asked."""
+    """A processor that the tests do not call."""
 
     tokenizer = None
 
 
-# Families differ in how they count rows, rules in how many tokens a count gives.
+# Families differ in the number of rows per audio, and rules in the number of tokens for a number of rows.
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
@@ -33,7 +33,7 @@ class Nothing:
     ],
 )
 def test_budget_is_what_dynamic_mode_does(name, rule):
-    """Where no window ends within a segment the two are the same; the counts always fit."""
+    """The two modes give the same result if no window ends inside a segment. The numbers of tokens always match."""
     model = make(name)
     sizes = SIZES.get(name, (20, 9, 16))
     inputs = batch(name, model, sizes, labels=True)
@@ -184,7 +184,7 @@ def test_transcription_requests():
 
 
 def test_batches_that_qwen2_audio_would_expand():
-    """With one placeholder an audio it takes a prompt for one of its older processors."""
+    """The model treats a prompt with one placeholder per audio as the output of an older version of its processor."""
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     apply_to(model, "uniform:100", "budget")

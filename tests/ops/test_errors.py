@@ -1,4 +1,4 @@
-"""Every error names the argument and the value, and no input makes a kernel read or write out of bounds."""
+"""Every error names the argument and the value, and kernels never read or write out of bounds, whatever the input."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ def test_error_names_argument_and_value(call: Callable, kind: type[Exception], m
     assert message in str(caught.value)
 
 
-# Values that only a kernel sees
+# Values that kernels check
 
 OFFSETS = [
     ((1, 5), "cu_seqlens must start at 0, got 1"),
@@ -269,7 +269,7 @@ def test_hostile_segments(starts: tuple[int, ...], lengths: tuple[int, ...], mes
 
 @pytest.mark.parametrize("rows", [2**59, 2**60, 2**60 + 1, 2**63 - 1])
 def test_more_rows_than_memory(rows: int):
-    """Regression: the output size overflowed, and 16 bytes were allocated for all of it."""
+    """Regression: the size of the output overflowed, and only 16 bytes were allocated."""
     y = torch.ones(1, 4)
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(RuntimeError, match="out of memory|overflow|alloc"):
@@ -298,7 +298,7 @@ def test_segments_of_a_wrong_dtype_or_shape(starts: Tensor, lengths: Tensor):
         fc.segment_expand(X[:2], hostile)
 
 
-# The ops themselves, below the checks
+# Direct calls of the ops, without the checks of the wrappers
 
 
 def direct_calls() -> list[tuple[str, Callable]]:

@@ -67,8 +67,9 @@ def test_a_symbolic_trace_keeps_the_length_dynamic():
 
 
 @pytest.mark.skipif("config.getoption('--device') or config.getoption('--emulated') is not None", reason="of the CPU")
-@fault("small results keep the buffer of the upper bound")
-@pytest.mark.parametrize("how", ["threshold:1.9", "threshold:1.05", "local-max:order=3", "row_group"])
+@pytest.mark.parametrize(
+    "how", ["threshold:1.9", "threshold:1.05", "threshold:0.95", "local-max", "local-max:order=3", "row_group"]
+)
 def test_a_result_holds_the_memory_it_needs(how: str):
     usable = ctypes.CDLL(None).malloc_usable_size
     usable.restype, usable.argtypes = ctypes.c_size_t, [ctypes.c_void_p]

@@ -160,6 +160,12 @@ def _is_captured(tensor: Tensor) -> bool:
     return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
+def check_not_batched(op: str, x: Tensor) -> None:
+    """Check that an op whose result has a size that depends on values does not run under ``torch.func.vmap``."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(f"{op} does not support torch.func.vmap: the size of its result depends on values")
+
+
 def read_count(count: Tensor) -> int:
     """Read a count from its device; a traced program keeps it symbolic."""
     value = cast(int, count.item())

@@ -21,6 +21,7 @@ from fastcompress.checks import (
     check_dense,
     check_float,
     check_layout,
+    check_not_batched,
     unnest,
 )
 from fastcompress.ops.adjacent_distance import adjacent_distance
@@ -453,6 +454,7 @@ class LearnedBoundary(LearnedCompressor):
         """
         x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
         _check_width(x, self.query.in_features)
+        check_not_batched("LearnedBoundary", x)
         check_layout(x, 2, cu_seqlens, lengths)
         runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
         rows, usable = _usable_rows(x, runs)

@@ -21,6 +21,7 @@ from fastcompress.checks import (
     check_float,
     check_layout,
     check_layout_values,
+    check_not_batched,
     check_token_values,
     check_values_of_rows,
     is_readable,
@@ -108,6 +109,7 @@ def integrate_and_fire(
     x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     alpha, _ = unnest("alpha", alpha)
     check_float("x", x)
+    check_not_batched("integrate_and_fire", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
     check_values_of_rows("alpha", alpha, x)

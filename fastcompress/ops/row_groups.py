@@ -105,10 +105,10 @@ def find_row_groups(
         if reads_values:
             if not matches:
                 _explain_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
-        elif group.is_cuda:
-            group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
-        else:
+        elif torch.compiler.is_compiling() and not group.is_cuda:
             torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
+        else:  # where an assertion would end the use of the GPU, or cannot run
+            group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
         group = group.view(input_ids.shape)
     elif isinstance(placeholder_counts, Integral) and placeholder_counts is not True and placeholder_counts == 1:
         number = torch.arange(1, input_ids.numel() + 1, dtype=torch.int32, device=input_ids.device)

@@ -14,6 +14,7 @@ from fastcompress.checks import (
     as_whole,
     check_float,
     check_layout,
+    check_not_batched,
     check_same_device,
     check_values_of_rows,
     is_readable,
@@ -101,6 +102,7 @@ def bipartite_merge(
     x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
+    check_not_batched("bipartite_merge", x)
     rate = as_number("rate", rate)
     if not rate >= 1:
         raise ValueError(f"rate must be at least 1, got {rate}")

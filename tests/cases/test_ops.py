@@ -1,5 +1,4 @@
-"""Inputs that users of similar projects reported, with the right value, for the ops and modules.
-"""
+"""Inputs that users of similar projects reported, with the right value, for the ops and modules."""
 
 from __future__ import annotations
 

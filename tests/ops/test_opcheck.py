@@ -60,6 +60,12 @@ def samples() -> Iterator[Any]:
                 yield sample("adjacent_distance_backward", name, torch.randn_like(d), x, cu, lengths, 2)
                 yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
                 yield sample("nearest_odd", name, x, cu, lengths)
+                weights = torch.rand_like(x[..., 0]).requires_grad_()
+                yield sample("iterative_fusion", name, leaf, weights, cu, lengths, 2)
+                yield sample("iterative_fusion", f"{name}-even", leaf, None, cu, lengths, 2)
+                tokens = torch.ops.fastcompress.iterative_fusion(x, weights.detach(), cu, lengths, 2)
+                grads = torch.randn_like(tokens[0]), torch.randn_like(tokens[2])
+                yield sample("iterative_fusion_backward", name, *grads, x, weights.detach(), cu, lengths, 2)
             if dtype == torch.bfloat16 and not name.startswith(("packed-bf", "padded-bf")):
                 continue
             for compact, rule in itertools.product((True, False), RULES if plain else RULES[1:2]):

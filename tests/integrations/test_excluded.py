@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -97,9 +98,16 @@ def test_finite_padding_is_left_as_it_is():
             assert (model(**inputs).logits[row, -count:] - stock[row, -count:]).abs().max() <= 1e-5
 
 
-def test_copies_and_revert():
-    import copy
+@pytest.mark.parametrize("mode", ["dynamic", "budget"])
+def test_additive_masks_are_refused(mode: str):
+    model = apply_to(make("glmasr"), "uniform:3", mode)
+    inputs = batch("glmasr", model, (20, 9))
+    inputs["input_features_mask"] = torch.where(inputs["input_features_mask"] > 0, 0.0, -1e9)
+    with pytest.raises(ValueError, match="input_features_mask must be bool or hold 0 and 1, got -1e.09"):
+        model(**inputs)
 
+
+def test_copies_and_revert():
     model = apply_to(make("glmasr"), "uniform:3")
     other = copy.deepcopy(model)
     inputs = spoiled("glmasr", model, batch("glmasr", model, (20, 9)), torch.nan)

@@ -1,4 +1,4 @@
-"""How long ``generate`` of the reference audio LLM writes: lengths count the ids of the prompt, not compressed rows."""
+"""Lengths in ``generate`` of the reference audio LLM count the ids of the prompt, not the compressed rows."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ def test_lengths_count_the_ids_of_the_prompt(rule: str | None):
         model.generate(**full, max_length=asked, **greedy)
 
 
-def test_the_least_that_is_written():
+def test_the_minimum_length():
     model = build(rule="uniform:3")
     full = batch()
     del full["labels"]
     asked = full["input_ids"].shape[1]
-    every = list(range(1, 60))  # whatever comes first ends it, but for 0
+    every = list(range(1, 60))  # all ids except 0 end the text
     out = model.generate(**full, min_length=asked + 2, max_length=asked + 4, do_sample=False, eos_token_id=every)
     assert out.shape[1] == asked + 3

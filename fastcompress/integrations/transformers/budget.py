@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcompress.checks import IGNORED_LABEL
+from fastcompress.checks import IGNORED_LABEL, as_mask
 from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import FAMILIES, Family
 from fastcompress.nn import SegmentPool
-from fastcompress.rules import Rule, TopK, Uniform
+from fastcompress.rules import MinVariance, Rule, TopK, Uniform
 
 #: Number of rows of each audio, which the patched encoder of Qwen2-Audio passes to its patched projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
@@ -43,10 +43,10 @@ def check_rule(kind: str, family: Family, rule: Any) -> None:
     """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
-    if not isinstance(rule, Uniform | TopK):
+    if not isinstance(rule, Uniform | TopK | MinVariance):
         raise NotImplementedError(
-            "budget mode needs a rule whose number of tokens depends only on the length, uniform:N or top-k:rate=N, "
-            f"got {rule}; use mode='dynamic' for other rules"
+            "budget mode needs a rule whose number of tokens depends only on the length (uniform, min-variance or "
+            f"top-k), got {rule}; use mode='dynamic' for other rules"
         )
 
 
@@ -97,7 +97,7 @@ def _merge(pool: SegmentPool) -> Callable[..., Any]:
 
 def _lengths(pool: SegmentPool) -> Callable[..., Any]:
     rule = pool.rule
-    assert isinstance(rule, Uniform | TopK)  # see `check`
+    assert isinstance(rule, Uniform | TopK | MinVariance)  # see `check`
 
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
@@ -145,8 +145,8 @@ def _scatter(
 class BudgetProcessor:
     """Wrap a stock processor so that its prompts have one placeholder per token of a model in budget mode.
 
-    Everything else is delegated to the stock processor; ``save_pretrained`` saves that. The rules are ``uniform`` and
-    ``top-k``, whose number of tokens depends only on the length of the audio.
+    Everything else is delegated to the stock processor; ``save_pretrained`` saves that. The rules are those
+    whose number of tokens depends only on the length of the audio: ``uniform``, ``min-variance`` and ``top-k``.
 
     Args:
         processor: Stock processor of the model.
@@ -197,7 +197,7 @@ class BudgetProcessor:
     def _set(self, processor: Any, config: Any, rule: Any) -> None:
         family = FAMILIES[config.model_type]
         self.processor = processor
-        self._rule: Uniform | TopK = rule
+        self._rule: Uniform | TopK | MinVariance = rule
         self._window = None if family.window is None else family.window(config)
         self._token = config.audio_token_id
 
@@ -241,7 +241,9 @@ class BudgetProcessor:
         ids = inputs["input_ids"]
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids must be a tensor (return_tensors='pt'), got {type(ids).__name__}")
-        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if "attention_mask" in inputs:
+            mask = as_mask("attention_mask", inputs["attention_mask"])
         kept = [self._kept(row, real) for row, real in zip(ids, mask, strict=True)]
         tokenizer = getattr(self.processor, "tokenizer", None)
         side: str = getattr(tokenizer, "padding_side", "right")

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastcompress.checks import as_mask
 from fastcompress.integrations.transformers.families import FAMILIES
 
 
@@ -41,7 +42,7 @@ def _clean(core: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tu
 
 def _inside(core: Any, features: Tensor, mask: Tensor, time: int) -> Tensor:
     """Return which features are included, broadcast to their shape: bool ``[A, T]`` with a 1 for the bins."""
-    inside = mask.to(features.device).bool()
+    inside = as_mask(FAMILIES[core.config.model_type].mask, mask).to(features.device)
     if inside.shape[1] != features.shape[time]:  # Granite has one value per token, and not per frame
         inside = inside.repeat_interleave(core.config.downsample_rate, 1)[:, : features.shape[time]]
     if features.dim() == 2:

@@ -55,7 +55,7 @@ def warn_of_limits(model: Any, arguments: Mapping[str, Any], output: Any, prompt
     """
     tokens = (output if isinstance(output, Tensor) else output.sequences)[:, prompt:]
     _warn_of_cut_answers(model, arguments, tokens)
-    warn_of_positions(model.config, packed.cu_seqlens.diff(), packed.max_seqlen, tokens.shape[1])
+    warn_of_positions(model.config, packed, tokens.shape[1])
 
 
 def _warn_of_cut_answers(model: Any, arguments: Mapping[str, Any], tokens: Tensor) -> None:
@@ -82,19 +82,18 @@ def _warn_of_cut_answers(model: Any, arguments: Mapping[str, Any], tokens: Tenso
         warnings.warn(f"{found.cut} of {found.total} answers were cut at {name}: pass a larger one", stacklevel=4)
 
 
-def warn_of_positions(config: Any, lengths: Tensor, bound: int, new: int = 0) -> None:
+def warn_of_positions(config: Any, packed: PackedInputs, new: int = 0) -> None:
     """Warn if samples are longer than the decoder's largest position.
 
     Args:
         config: Configuration of the decoder, or of the model that it is in.
-        lengths: Rows of each sample, ``[B]``. They are read only if ``bound`` exceeds the limit.
-        bound: Upper bound of ``lengths``.
-        new: Number of tokens that were generated after them.
+        packed: The samples. Their lengths are read only if ``max_seqlen``, an upper bound, exceeds the limit.
+        new: Number of tokens that were generated after each sample.
     """
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or bound + new <= limit:
+    if not isinstance(limit, int) or packed.max_seqlen + new <= limit:
         return
-    rows = lengths + new
+    rows = packed.cu_seqlens.diff() + new
     longer = int((rows > limit).sum())
     if longer:
         warnings.warn(

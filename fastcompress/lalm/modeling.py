@@ -419,7 +419,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Return logits ``[1, T, V]`` and ``None``; with labels, logits ``[1, K, V]`` and the loss."""
         labels = packed.labels
-        warn_of_positions(self.config, packed.cu_seqlens.diff(), packed.max_seqlen)
+        warn_of_positions(self.config, packed)
         if self._runs_packed:
             inputs = packed.model_inputs() | kwargs
             inputs.pop("labels", None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, features, revert
+from tests.support import audio_llms
 from tests.support.compressed_llms import batch, grads, largest, make
 from tests.support.slow import some
 
@@ -114,3 +115,18 @@ def test_copies_and_revert():
     revert(model)
     assert other(**inputs).logits.isfinite().all()
     assert not model.model._forward_pre_hooks and not model.model._forward_pre_hooks_with_kwargs
+
+
+@pytest.mark.parametrize("pack", [True, False])
+def test_the_embedding_of_padding_has_no_effect(pack: bool):
+    model = make("qwen2_audio")
+    inputs = batch("qwen2_audio", model, labels=True)
+    apply_to(model, "uniform:3", pack=pack)
+    found = []
+    for bad in (0.0, torch.nan):
+        with torch.no_grad():
+            model.get_input_embeddings().weight[audio_llms.PAD] = bad
+        loss = model(**inputs).loss
+        loss.backward()
+        found.append((loss.detach(), grads(model)))
+    assert torch.equal(found[0][0], found[1][0]) and largest(found[0][1], found[1][1]) == 0.0

@@ -143,7 +143,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "nothing was compressed, because forward of language_model was replaced after apply_to; call revert and "
             "apply_to again"
         )
-    warn_of_positions(self.config, call.inputs.cu_seqlens.diff(), call.inputs.max_seqlen)
+    warn_of_positions(self.config, call.inputs)
     loss = None
     if labels is not None:
         loss = _loss(call, out.logits, num_items)

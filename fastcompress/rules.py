@@ -400,11 +400,11 @@ class MinVariance(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
-        _check_length(length)
-        blocks, rest = length // MIN_VARIANCE_BLOCK, length % MIN_VARIANCE_BLOCK
+        frames = _take_length(length)
+        blocks, rest = frames // MIN_VARIANCE_BLOCK, frames % MIN_VARIANCE_BLOCK
         per_block = math.ceil(MIN_VARIANCE_BLOCK / self.rate)
         if isinstance(length, torch.Tensor):
-            return blocks * per_block + (rest.double() / self.rate).ceil().to(length.dtype)
+            return (blocks * per_block + (rest.double() / self.rate).ceil().to(frames.dtype)).to(length.dtype)
         return blocks * per_block + math.ceil(rest / self.rate)
 
 

@@ -14,13 +14,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutput
 
-from fastcompress.checks import check_number
+from fastcompress.checks import as_number
+from fastcompress.decoder.saved_rule import SavedRule
 from fastcompress.integrations.transformers import patches
+from fastcompress.integrations.transformers.settings import NotPickled
+from fastcompress.nn import SegmentPool
 from fastcompress.ops.segment_pool import segment_pool
-from fastcompress.rules import LabelChange, Rule
 
 #: Attention implementations that add a mask of numbers to the scores.
 ATTENTION = ("eager", "sdpa")
@@ -40,38 +42,60 @@ class PooledEncoderOutput(BaseModelOutput):
     token_lengths: Tensor | None = None
 
 
-@dataclass(frozen=True)
-class WhisperSettings:
+@dataclass
+class WhisperSettings(NotPickled):
     """Hold the compression settings of a Whisper model.
 
     Attributes:
-        rule: Rule that pools the frames.
+        compressor: Rule and reduction.
         proportional_attention: Whether the cross-attention adds the logarithm of the number of frames of a token.
         silence: What happens to the frames of the silence that fills the window after the audio: ``"keep"`` each as a
             token, ``"pool"`` them like audio, or a number of seconds that are pooled, while the rest is dropped.
     """
 
-    rule: Rule
-    proportional_attention: bool = True
-    silence: str | float = "keep"
+    compressor: SegmentPool
+    proportional_attention: bool
+    silence: str | float
 
-    def __post_init__(self) -> None:
-        if isinstance(self.rule, LabelChange):
-            raise NotImplementedError("label-change needs labels, which Whisper does not have")
-        if self.silence in ("keep", "pool"):
-            return
-        if isinstance(self.silence, str):
-            raise ValueError(f"silence must be 'keep', 'pool' or a number of seconds, got {self.silence!r}")
-        check_number("silence", self.silence)
-        if not 0 <= self.silence < math.inf:
-            raise ValueError(f"silence must be a finite number of seconds of at least 0, got {self.silence}")
+    def saved_rule(self, model: Any) -> SavedRule:
+        """Return what is saved with the weights."""
+        return SavedRule(
+            "dynamic",
+            True,
+            rule=str(self.compressor.rule),
+            reduce=self.compressor.reduce,
+            proportional_attention=self.proportional_attention,
+            silence=self.silence,
+        )
+
+
+def takes(model: Any) -> bool:
+    """Return whether a model is a Whisper model with a head."""
+    return getattr(getattr(model, "config", None), "model_type", None) == "whisper" and hasattr(model, "proj_out")
+
+
+def settings(
+    compressor: nn.Module, proportional_attention: bool | None, silence: str | float | None
+) -> WhisperSettings:
+    """Check the settings of ``apply_to``, and fill in the defaults."""
+    if type(compressor) is not SegmentPool:
+        raise NotImplementedError(f"whisper needs a rule, such as 'min-variance:rate=4', got {compressor}")
+    if silence is None:
+        silence = "keep"
+    if silence not in ("keep", "pool"):
+        if isinstance(silence, str):
+            raise ValueError(f"silence must be 'keep', 'pool' or a number of seconds, got {silence!r}")
+        silence = as_number("silence", silence)
+        if not 0 <= silence < math.inf:
+            raise ValueError(f"silence must be a finite number of seconds of at least 0, got {silence}")
+    return WhisperSettings(compressor, proportional_attention is not False, silence)
 
 
 def install(model: Any, settings: WhisperSettings) -> None:
     """Replace methods of a ``WhisperForConditionalGeneration``."""
     _check_attention(model.config)
     core = model.model
-    core.encoder.fastcompress_settings = settings
+    model.fastcompress_settings = core.encoder.fastcompress_settings = settings
     patches.replace(core, "forward", _forward)
     patches.replace(core.encoder, "forward", _encode)
     for layer in core.decoder.layers:
@@ -113,8 +137,8 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     stock = patches.original(self, "generate")
     if patches.named(stock, args, kwargs).get("return_token_timestamps"):
         raise NotImplementedError(
-            "return_token_timestamps must be False: it reads the position of each frame from the cross-attention, whose "
-            "keys are tokens; return_timestamps=True works"
+            "return_token_timestamps must be False: it reads the place of each word from the attention to the frames, "
+            "which are pooled; return_timestamps=True works"
         )
     return stock(*args, **kwargs)
 
@@ -168,7 +192,8 @@ def _encode(self: Any, *args: Any, **kwargs: Any) -> Any:
         rate = self.config.max_source_positions / 30  # frames per second: the window has 30 s
         kept = frames + round(float(settings.silence) * rate)
         groups = torch.where(place < kept.clamp_min(1)[:, None], 1, -1)
-    pooled = segment_pool(hidden, rule=settings.rule, row_group=groups.int())
+    pool = settings.compressor
+    pooled = segment_pool(hidden, rule=pool.rule, row_group=groups.int(), reduce=pool.reduce)
     tokens, counts = pooled.to_padded()
     lengths = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
     lengths[torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]] = pooled.segments.lengths

@@ -31,7 +31,7 @@ FILE = "fastcompress.json"
 #: Version of the format.
 VERSION = 1
 #: Fields that decide how audio is pooled. The mode is not among them: both modes pool alike.
-POOLING = ("rule", "reduce", "compressor", "before_projector")
+POOLING = ("rule", "reduce", "compressor", "before_projector", "proportional_attention", "silence")
 
 
 @dataclass(frozen=True)
@@ -44,6 +44,9 @@ class SavedRule:
         rule: Text form of the rule; ``None``: a module compresses.
         reduce: Reduction of a segment; ``None`` without a rule.
         compressor: Class name of the module; ``None`` with a rule.
+        proportional_attention: Whether the attention scores of a token have the logarithm of its length; ``None``:
+            the family has no such setting.
+        silence: What happens to the silence that fills Whisper's window; ``None`` for other families.
         version: Version of the format.
     """
 
@@ -52,11 +55,16 @@ class SavedRule:
     rule: str | None = None
     reduce: str | None = None
     compressor: str | None = None
+    proportional_attention: bool | None = None
+    silence: str | float | None = None
     version: int = VERSION
 
     def __str__(self) -> str:
         what = self.compressor if self.rule is None else self.rule
         how = "" if self.reduce in (None, "mean") else f", reduce={self.reduce}"
+        for name in ("proportional_attention", "silence"):
+            if getattr(self, name) is not None:
+                how += f", {name}={getattr(self, name)}"
         return f"{what}{how}, {'before' if self.before_projector else 'after'} the projector"
 
     def to_dict(self) -> dict[str, Any]:
@@ -92,6 +100,10 @@ class SavedRule:
         for name in ("rule", "reduce", "compressor"):
             if not isinstance(data.get(name), str | None):
                 raise ValueError(f"{name} of {KEY} must be a str, got {data[name]!r}")
+        if not isinstance(data.get("proportional_attention"), bool | None):
+            raise ValueError(f"proportional_attention of {KEY} must be a bool, got {data['proportional_attention']!r}")
+        if not isinstance(data.get("silence"), str | int | float | None) or isinstance(data.get("silence"), bool):
+            raise ValueError(f"silence of {KEY} must be a str or a number, got {data['silence']!r}")
         if (data.get("rule") is None) == (data.get("compressor") is None):
             raise ValueError(f"{KEY} must have a rule or a compressor, got {dict(data)!r}")
         if data.get("rule") is not None:
@@ -210,7 +222,9 @@ def _after_loading_adapter(
         source = kwargs.get("model_id", kwargs.get("peft_model_id"))
     if source is None:
         source = getattr(load_config, "pretrained_model_name_or_path", None)
-    if source is None or getattr(getattr(base, "config", None), "audio_token_id", None) is None:
+    config = getattr(base, "config", None)
+    is_whisper = getattr(config, "model_type", None) == "whisper"
+    if source is None or (getattr(config, "audio_token_id", None) is None and not is_whisper):
         return
     data = _read_beside(source, dict(getattr(load_config, "download_kwargs", None) or {}) | kwargs)
     if data is None:

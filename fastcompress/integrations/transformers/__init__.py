@@ -16,13 +16,14 @@ from torch import nn
 import fastcompress.decoder
 from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
-from fastcompress.integrations.transformers import budget, dynamic, features, patches
+from fastcompress.integrations.transformers import budget, dynamic, features, patches, whisper
 from fastcompress.integrations.transformers.budget import BudgetProcessor
 from fastcompress.integrations.transformers.dynamic import compressed_prompt
 from fastcompress.integrations.transformers.families import (
     FAMILIES,
     REFUSED,
     TESTED,
+    Family,
     check_version,
     family_of,
     support,
@@ -57,8 +58,10 @@ def apply_to(
     pack: bool | None = None,
     *,
     before_projector: bool | None = None,
+    proportional_attention: bool | None = None,
+    silence: str | float | None = None,
 ) -> Any:
-    """Compress the audio of a stock audio LLM, in place.
+    """Compress the audio of a stock audio LLM, or of Whisper, in place.
 
     In **dynamic** mode the number of tokens may depend on the audio. Processor, chat template, ``forward`` with labels,
     ``generate``, ``Trainer`` and peft work as before, and the decoder's input becomes shorter. ``forward`` returns
@@ -70,6 +73,9 @@ def apply_to(
     In **budget** mode the number of tokens depends only on the length of the audio, and [`BudgetProcessor`][] writes
     that number of placeholders into the prompt. The rest of the model stays stock, and engines that count placeholders
     can serve it.
+
+    **Whisper** has one mode: its encoder returns pooled frames, and its decoder attends to them. Forward with labels,
+    ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
 
     Saving writes rule, mode and side of the projector as ``fastcompress`` into ``config.json``, and with a peft adapter
     into ``fastcompress.json`` beside ``adapter_config.json``. This holds for ``save_pretrained`` of the model, of a
@@ -90,6 +96,11 @@ def apply_to(
             ``None``: in dynamic mode. ``generate`` is always padded.
         before_projector: Whether to pool the encoder's frames, so that only tokens are projected; else the projector's
             output is pooled. ``None``: as saved if ``compressor`` is ``None``, else false.
+        proportional_attention: Whether a token of ``L`` frames weighs as much as its frames: ``log(L)`` is added to
+            its attention scores. Whisper only. ``None``: as saved if ``compressor`` is ``None``, else true.
+        silence: What happens to the frames of the silence that fills Whisper's window after the audio: ``"keep"``
+            each as a token, ``"pool"`` them like audio, or a number of seconds of it that are pooled, while the rest is
+            dropped. ``None``: as saved if ``compressor`` is ``None``, else ``"keep"``.
 
     Returns:
         ``model``.
@@ -101,7 +112,8 @@ def apply_to(
         ValueError: An argument has a wrong value, the model is already compressed, or no rule is passed or saved.
     """
     base = unwrap(model)
-    family = family_of(base)
+    is_whisper = whisper.takes(base)
+    family = None if is_whisper else family_of(base)
     kind = base.config.model_type
     trained = saved_rule.stored(base)
     if compressor is None:
@@ -113,15 +125,39 @@ def apply_to(
         compressor = SegmentPool(trained.rule, reduce)
         mode = trained.mode if mode is None else mode
         before_projector = trained.before_projector if before_projector is None else before_projector
+        if proportional_attention is None:
+            proportional_attention = trained.proportional_attention
+        silence = trained.silence if silence is None else silence
     mode, before_projector = "dynamic" if mode is None else mode, bool(before_projector)
     if mode not in MODES:
         raise ValueError(f"mode must be 'dynamic' or 'budget', got {mode!r}")
     check_version(mode)
     if hasattr(base, "fastcompress_settings"):
-        raise ValueError(f"this {kind} is already compressed by {base.audio_compressor}; call revert first")
+        raise ValueError(f"this {kind} is already compressed by {saved_rule.current(base)}; call revert first")
     if mode == "budget" and pack:
         raise ValueError("pack must be None or False in budget mode, whose forward stays stock, got True")
     module = _compressor(compressor)
+    if family is None:
+        if mode == "budget" or pack:
+            raise NotImplementedError(f"{kind} has no budget mode and no packed rows: its prompt has no audio")
+        whisper.install(base, whisper.settings(module, proportional_attention, silence))
+    else:
+        if proportional_attention or silence is not None:
+            name = "proportional_attention" if proportional_attention else "silence"
+            raise NotImplementedError(f"{name} is supported for whisper only, got {kind}")
+        _install(base, family, module, mode, pack, before_projector)
+    patches.replace(base, "save_pretrained", _save_pretrained)
+    if trained is not None:
+        saved_rule.check_same(base.fastcompress_settings.saved_rule(base), trained, f"this {kind}")
+    saved_rule.store(base)
+    return model
+
+
+def _install(
+    base: Any, family: Family, module: nn.Module, mode: str, pack: bool | None, before_projector: bool
+) -> None:
+    """Compress an audio LLM, whose prompt has a placeholder per row of audio."""
+    kind = base.config.model_type
     if before_projector and (mode == "budget" or family.why_not_before):
         why = family.why_not_before or "budget mode pools the projector's output"
         raise NotImplementedError(f"{kind} cannot be compressed before its projector: {why}")
@@ -135,11 +171,6 @@ def apply_to(
     base.fastcompress_settings = settings
     (budget if mode == "budget" else dynamic).install(base)
     features.install(base)
-    patches.replace(base, "save_pretrained", _save_pretrained)
-    if trained is not None:
-        saved_rule.check_same(settings.saved_rule(base), trained, f"this {kind}")
-    saved_rule.store(base)
-    return model
 
 
 def revert(model: Any) -> Any:
@@ -158,14 +189,17 @@ def revert(model: Any) -> Any:
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):
         raise ValueError(f"this {type(base).__name__} is not compressed, so there is nothing to revert")
-    settings: Settings = base.fastcompress_settings
-    dynamic.uninstall(base)
-    budget.uninstall(base)
-    features.uninstall(base)
-    if settings.attention is not None:
-        base.model.language_model.set_attn_implementation(settings.attention)
+    settings = base.fastcompress_settings
+    if isinstance(settings, Settings):
+        dynamic.uninstall(base)
+        budget.uninstall(base)
+        features.uninstall(base)
+        if settings.attention is not None:
+            base.model.language_model.set_attn_implementation(settings.attention)
+        del base.audio_compressor
+    else:
+        whisper.uninstall(base)
     del base.fastcompress_settings
-    del base.audio_compressor
     saved_rule.erase(base)
     return model
 

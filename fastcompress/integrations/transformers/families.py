@@ -229,6 +229,16 @@ def support() -> dict[str, dict[str, Any]]:
         }
         for kind, family in FAMILIES.items()
     }
+    found["whisper"] = {
+        "name": "Whisper",
+        "tokens_per_second": 50,
+        "dynamic": True,
+        "packed": False,
+        "before_projector": True,
+        "why_not_before": None,
+        "budget": False,
+        "why_no_budget": "its prompt has no audio",
+    }
     return found | {kind: {"refused": reason} for kind, reason in REFUSED.items()}
 
 

@@ -12,9 +12,20 @@ from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
 
 
+class NotPickled:
+    """Base of settings, which make a model that has them refuse to be pickled."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        return dataclasses.replace(self)  # type: ignore[type-var]
+
+    def __reduce__(self) -> Any:
+        # Bound methods are pickled by name, so a loaded model would silently have the stock methods.
+        raise pickle.PicklingError("a compressed model cannot be pickled; call revert first, or use save_pretrained")
+
+
 @dataclass
-class Settings:
-    """Hold the compression settings of a model.
+class Settings(NotPickled):
+    """Hold the compression settings of an audio LLM.
 
     Attributes:
         family: Family of the model.
@@ -37,10 +48,3 @@ class Settings:
         if type(module) is SegmentPool:
             return SavedRule(self.mode, self.before_projector, rule=str(module.rule), reduce=module.reduce)
         return SavedRule(self.mode, self.before_projector, compressor=type(module).__name__)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
-        return dataclasses.replace(self)
-
-    def __reduce__(self) -> Any:
-        # Bound methods are pickled by name, so a loaded model would silently have the stock methods.
-        raise pickle.PicklingError("a compressed model cannot be pickled; call revert first, or use save_pretrained")

@@ -121,7 +121,8 @@ def apply_to(
             raise ValueError(f"no compression was saved with this {kind}; pass a rule, such as 'uniform:3'")
         if trained.rule is None:
             raise ValueError(f"this {kind} was trained with the module {trained.compressor}; pass that module")
-        compressor = SegmentPool(trained.rule, trained.reduce or "mean")
+        reduce: Any = trained.reduce or "mean"
+        compressor = SegmentPool(trained.rule, reduce)
         mode = trained.mode if mode is None else mode
         before_projector = trained.before_projector if before_projector is None else before_projector
         if proportional_attention is None:

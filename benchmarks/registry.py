@@ -6,17 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from benchmarks.harness.compare import Bench
-from benchmarks.suites import (
-    decoder,
-    memory,
-    methods,
-    pack,
-    prefill,
-    roofline,
-    scaling,
-    segment_pool,
-    training_step,
-)
+from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
 
 
 @dataclass(frozen=True)

@@ -18,9 +18,9 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.clock import interleave
-from benchmarks.harness.compare import Bench, WrongResult, fields_of, table_text
-from benchmarks.measurement import BOTH
+from benchmarks.harness.clock import CpuClock, interleave
+from benchmarks.harness.compare import Bench, WrongResult, table_text
+from benchmarks.results import BOTH
 
 NAME, STEP, BUSY = "training_step", "whole step", "whole step, CPU time per thread"
 MANIFEST = Path(__file__).resolve().parents[2] / "assets" / "digits" / "test.jsonl"
@@ -34,17 +34,17 @@ STEPS = 20
 
 def available() -> bool:
     """Whether what trains is installed."""
-    return all(importlib.util.find_spec(name) for name in ("accelerate", "transformers", "soundfile"))
+    return all(importlib.util.find_spec(name) for name in ("accelerate", "av", "transformers"))
 
 
-def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
+def _training(rule: str, folder: Path, steps: int) -> Any:
     from fastcompress.training.examples import Examples
     from fastcompress.training.manifest import read_manifest
     from fastcompress.training.recipes import build_small
     from fastcompress.training.settings import TrainerSettings
     from fastcompress.training.trainer import Training
 
-    utterances = read_manifest(manifest)
+    utterances = read_manifest(MANIFEST)
     model, processor = build_small(utterances, rule=rule)
     examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
     for index in range(len(examples)):  # a training computes them once, not in each step
@@ -94,20 +94,18 @@ def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int
     reps = min(bench.reps, 7)
     found: list[dict[str, Any]] = []
     with contextlib.ExitStack() as stack:
-        trainings = {}
-        for rule in rules:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            trainings[rule] = _training(rule, folder, MANIFEST, reps + steps + 8)
+        folders = {rule: Path(stack.enter_context(tempfile.TemporaryDirectory())) for rule in rules}
+        trainings = {rule: _training(rule, folder, reps + steps + 8) for rule, folder in folders.items()}
         for training in trainings.values():
             for _ in range(3):
                 training.update()
         busy: dict[str, list[float]] = {rule: [] for rule in rules}
         functions = {rule: _timed(training, busy[rule]) for rule, training in trainings.items()}
-        samples, disturbance = interleave(functions, reps, tries=bench.tries)
+        samples, disturbance = interleave(functions, reps, CpuClock(tries=bench.tries))
         for rule, training in trainings.items():
             counts = training.update()
             fields = {"tokens_per_frame": counts["audio_tokens"] / counts["audio_frames"]}
-            timed = [(STEP, "step", fields | fields_of(samples[rule], disturbance))]
+            timed = [(STEP, "step", fields | samples[rule].fields() | vars(disturbance))]
             timed.append((BUSY, "step", {"median": statistics.median(busy[rule])}))
             timed += [(name, "op", {"median": seconds}) for name, seconds in _profiled(training, steps).items()]
             found += [

@@ -13,7 +13,7 @@ import torch
 from benchmarks.harness import clock, machine
 from benchmarks.harness.bandwidth_bound import BandwidthBound, BoundUnavailable
 from benchmarks.harness.compare import TORCH_DTYPES, Bench, WrongResult
-from benchmarks.registry import SUITES
+from benchmarks.registry import CPU_ONLY, SUITES, text
 from benchmarks.results import RESULTS, Recorder
 from benchmarks.suites import scaling, segment_pool
 
@@ -23,7 +23,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         prog="python -m benchmarks",
         description="Times fastcompress against baselines and the bandwidth bound. A contender is timed only after its "
         "result has been checked. Each measurement is appended to <machine>-<device>.jsonl as soon as it is taken.",
-        epilog="suites:\n" + "\n".join(f"  {name:<14} {suite.text}" for name, suite in SUITES.items()),
+        epilog="suites:\n" + "\n".join(f"  {name:<14} {text(suite)}" for name, suite in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add = parser.add_argument
@@ -105,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("the compiled library is missing: this times the reference in PyTorch")
     wrong = False
     for name in options.suites or SUITES:
-        if options.device not in SUITES[name].devices:
+        if options.device == "cuda" and name in CPU_ONLY:
             print(f"{name}: not measured on {options.device}")
             continue
         try:

@@ -117,17 +117,26 @@ class Bench:
         return [x] if self.on_gpu else rotation(x, self.cache)
 
 
+#: Checks the result of a contender, by its name: takes the input, the result, and the gradient that goes in and the one
+#: that comes out, if there are any. Returns fields to write with the contender's measurements, or raises WrongResult.
+Check = Callable[[str, Any, Any, Tensor | None, Tensor | None], dict[str, Any]]
+
+
 @dataclass
 class Job:
-    """One table to measure. Suites override ``check``, and ``moved`` and more where they apply.
+    """One table to measure.
 
     Attributes:
         suite, case, dtype, threads: Setting of the table.
         contenders: Who takes part, ours among them.
+        check: Function that refuses wrong results.
         xs: Inputs of equal values in different memory, to rotate through.
         batch: What a form takes as the second argument.
         padded: The inputs of contenders that take padded ones.
         grads: Flat gradients to start backward passes from; empty to time the forward pass only.
+        both: Runs a form on an input forward and backward; by default the gradient of the input is taken.
+        moved: Bytes to read and write, by direction.
+        bounds: Function that returns calls of the bandwidth bound on the CPU, by kind of memory.
         strict: Whether a contender other than ours that is wrong stops the suite.
         calls: Calls per sample.
         recall: Bytes of new memory to make ready before a sample.
@@ -142,10 +151,14 @@ class Job:
     dtype: torch.dtype
     threads: int
     contenders: Sequence[Contender]
-    xs: Sequence[Any]
+    check: Check
+    xs: Sequence[Any] = (None,)
     batch: Any = None
     padded: Sequence[Any] = ()
     grads: Sequence[Tensor] = ()
+    both: Callable[[Form, Any], Any] | None = None
+    moved: Mapping[str, int] = field(default_factory=dict)
+    bounds: Callable[[BandwidthBound, bool], Mapping[str, Callable[[int], Any]]] | None = None
     strict: bool = False
     calls: int = 1
     recall: int = 0
@@ -155,39 +168,30 @@ class Job:
     peak: Callable[[str, str], int | None] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, name: str, x: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        """Check a result, and a gradient if there is one; return fields to write with the contender's measurements.
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What is timed."""
+        return (FORWARD, BOTH) if self.grads or self.both else (FORWARD,)
 
-        Raises:
-            WrongResult: It is wrong.
-        """
-        raise NotImplementedError
-
-    def moved(self, direction: str) -> int | None:
-        """Bytes to read and write in a direction."""
-        return None
-
-    def bounds(self, bound: BandwidthBound, backward: bool) -> Mapping[str, Callable[[int], Any]]:
-        """Calls of the bandwidth bound on the CPU, by kind of memory."""
-        return {}
-
-    def both(self, form: Form, x: Any, grads: Tensor) -> tuple[Any, Tensor | None, Tensor | None]:
+    def run(self, form: Form, x: Any, i: int) -> tuple[Any, Tensor | None, Tensor | None]:
         """Run forward and backward; return the result, the gradient that goes in and the one that comes out."""
+        if self.both:
+            return self.both(form, x), None, None
         result = form(x, self.batch)
         values: Tensor = result if isinstance(result, Tensor) else result.values
-        grad = grads[: values.numel()].view(values.shape)
+        grad = self.grads[i % len(self.grads)][: values.numel()].view(values.shape)
         return result, grad, torch.autograd.grad(values, x, grad)[0]
 
     def function(self, contender: Contender, direction: str, graph: bool = False) -> Callable[[int], Any]:
         """What is timed, as a function of a running number that picks the buffers."""
         xs = self.padded if contender.padded else self.xs
         form = contender.graph if graph and contender.graph else contender.form
-        leaves = [x.detach().requires_grad_() for x in xs if direction == BOTH and isinstance(x, Tensor)] or xs
+        leaves = [x.detach().requires_grad_() for x in xs if direction == BOTH and self.grads] or xs
 
         def function(i: int) -> Any:
             if direction == FORWARD:
                 return form(xs[i % len(xs)], self.batch)
-            return self.both(form, leaves[i % len(leaves)], self.grads[i % len(self.grads)])
+            return self.run(form, leaves[i % len(leaves)], i)
 
         return fc.backend(contender.backend)(function) if contender.backend else function
 
@@ -202,7 +206,7 @@ def _check(job: Job, contender: Contender, where: torch.device) -> dict[str, Any
             result = job.function(contender, FORWARD, graph)(0)
         with on_device:
             details |= job.check(f"{contender.name}, in a graph" if graph else contender.name, x, result, None, None)
-    if job.grads:
+    if BOTH in job.directions:
         result, grad, grad_x = job.function(contender, BOTH)(0)
         with on_device:
             job.check(contender.name, x, result, grad, grad_x)
@@ -244,7 +248,7 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
         torch.set_num_threads(job.threads)
     admitted = admit(bench, job)
     found = []
-    for direction in (FORWARD, BOTH) if job.grads else (FORWARD,):
+    for direction in job.directions:
         with torch.set_grad_enabled(direction == BOTH):
             timed = _time(bench, job, [contender for contender, _ in admitted.values()], direction)
         table = []
@@ -252,7 +256,7 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
             group = "clone" if name == CLONE else BOUND
             if name in admitted:
                 group, fields = admitted[name][0].group, fields | admitted[name][1]
-            table.append(_record(bench, job, direction, name, group, fields | {"moved": job.moved(direction)}))
+            table.append(_record(bench, job, direction, name, group, fields | {"moved": job.moved.get(direction)}))
         print(table_text(table), end="\n\n", flush=True)
         found += table
     return found
@@ -266,7 +270,7 @@ def _record(bench: Bench, job: Job, direction: str, name: str, group: str, field
 
 def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: str) -> dict[str, dict[str, Any]]:
     """Time contenders and bounds in turn, and return the fields of each by name."""
-    backward, moved, on_cuda = direction == BOTH, job.moved(direction), bench.device.type == "cuda"
+    backward, moved, on_cuda = direction == BOTH, job.moved.get(direction), bench.device.type == "cuda"
     clocked: clock.Clock = clock.CpuClock(job.calls, bench.tries, job.recall)
     if bench.on_gpu:
         clocked = device.DeviceClock(bench.device, job.wall)
@@ -276,7 +280,7 @@ def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: st
         if bench.on_gpu:
             for one in contenders:
                 functions[one.name], details[one.name] = _in_graph(bench, job, one, functions[one.name])
-        if bench.bound is not None:
+        if bench.bound is not None and job.bounds is not None:
             for kind, bound in job.bounds(bench.bound, backward).items():
                 functions[f"{BOUND}, {kind}"] = bound
         if moved is not None and not backward and job.calls == 1:

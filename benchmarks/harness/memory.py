@@ -8,6 +8,7 @@ import multiprocessing
 import re
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -38,9 +39,9 @@ def high_water(call: Callable[[], Any]) -> int:
 
 
 def in_process(function: Callable[..., T], *arguments: object) -> T | None:
-    """Call a function of a module in a fresh process; ``None`` where the system does not report memory."""
+    """Call a function of a module in a fresh process; ``None`` if the system does not report memory, or has too little."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()
-        except OSError:
+        except (OSError, BrokenProcessPool):
             return None

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.compare import Bench, Contender, Form, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
 from benchmarks.harness.memory import high_water, in_process
 from benchmarks.results import BOTH, OURS
 
@@ -101,24 +101,6 @@ def peak(form: str, direction: str, threads: int, size: Size) -> int:
         return high_water(call)
 
 
-@dataclass
-class DecoderJob(Job):
-    """The decoder of one size; ``expected`` are the logits and the loss of the padded batch."""
-
-    expected: tuple[Tensor, Tensor] | None = None
-
-    def check(self, name: str, x: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        assert self.expected is not None
-        (logits, loss), (wanted, its_loss) = result, self.expected
-        check_logits(name, logits, wanted, TOLERANCE[self.dtype])
-        if self.dtype == torch.float32 and not abs(loss - its_loss) <= 1e-4:
-            raise WrongResult(f"{name}: the loss is off by {abs(loss - its_loss):.2g}")
-        return {}
-
-    def both(self, form: Form, x: Any, grads: Tensor) -> tuple[Any, Tensor | None, Tensor | None]:
-        return form(x, self.batch), None, None  # whose gradients are those of the weights
-
-
 def check_logits(name: str, logits: Tensor, expected: Tensor, tolerance: float) -> None:
     """Check the logits by the norm of the worst row's error.
 
@@ -140,24 +122,33 @@ def settings(bench: Bench, suite: str) -> Iterator[tuple[str, torch.dtype, int]]
         yield size, dtype, threads
 
 
-def _run(call: Callable[[], Any], _x: Any, _batch: Any) -> Any:
-    return call()
-
-
-def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> DecoderJob:
-    """The job of one setting."""
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
+    """The job of one setting. The logits and the loss of the padded batch are what is expected."""
     size = SIZES[name]
     calls = {form: build(form, size, bench.device, dtype) for form in FORMS}
-    rows = lengths(size)
     contenders = [Contender(form, FORMS[form][2], functools.partial(_run, call)) for form, call in calls.items()]
+    rows = lengths(size)
     with torch.no_grad():
-        expected = calls[PADDED]()
-    return DecoderJob(
-        NAME, f"{len(rows)} samples", dtype, threads, contenders, [None], grads=[torch.ones(1)], strict=True, reps=7,
-        max_seconds=60, peak=lambda form, direction: in_process(peak, form, direction, threads, size),
+        wanted, its_loss = calls[PADDED]()
+
+    def check(name: str, x: Any, result: tuple[Tensor, Tensor], *_: Any) -> dict[str, Any]:
+        logits, loss = result
+        check_logits(name, logits, wanted, TOLERANCE[dtype])
+        if dtype == torch.float32 and not abs(loss - its_loss) <= 1e-4:
+            raise WrongResult(f"{name}: the loss is off by {abs(loss - its_loss):.2g}")
+        return {}
+
+    return Job(
+        NAME, f"{len(rows)} samples", dtype, threads, contenders, check, both=lambda form, x: form(x, None),
+        strict=True, reps=7, max_seconds=60,
+        peak=lambda form, direction: in_process(peak, form, direction, threads, size),
         details={"width": size.width, "layers": size.layers, "lengths": rows, "padding": padding(rows)},
-        expected=expected,
     )  # fmt: skip
+
+
+def _run(call: Callable[[], Any], _x: Any, _batch: Any) -> Any:
+    """A form of no input: the call holds it, and its gradients are those of the weights."""
+    return call()
 
 
 def run(bench: Bench) -> None:

@@ -112,11 +112,6 @@ def index_add(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     return out.index_add(0, ids, x) / offsets.diff().unsqueeze(1).to(x.dtype)
 
 
-def segment_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """``torch.segment_reduce``."""
-    return torch.segment_reduce(x, "mean", offsets=offsets, axis=0)
-
-
 def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """torch-scatter."""
     means: Tensor = importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")

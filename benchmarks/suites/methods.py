@@ -7,7 +7,7 @@ the number of tokens must agree, and their values to rounding.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import Tensor
 
 import fastcompress as fc
 from benchmarks.harness.cases import cu_seqlens, features, gradients, random_lengths
-from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Check, Contender, Job, WrongResult, compare
 from benchmarks.results import OURS
 from benchmarks.suites import published
 from benchmarks.suites.published import Batch, each
@@ -65,29 +65,23 @@ def merge(rate: float, window: int | None) -> Form:
 
 
 def fire(x: Tensor, batch: Batch) -> Tensor:
+    """``integrate_and_fire``."""
     return fc.integrate_and_fire(x, batch.alpha, cu_seqlens=batch.cu_seqlens, tail=None).values
 
 
 def greedy(x: Tensor, batch: Batch) -> Tensor:
+    """``greedy_segments``, pooled."""
     return fc.segment_reduce(x, fc.greedy_segments(x, 0.5, cu_seqlens=batch.cu_seqlens))
 
 
-def novelty(x: Tensor, batch: Batch) -> Tensor:
-    tokens: Tensor = fc.nn.NoveltyPool(0.2)(x, cu_seqlens=batch.cu_seqlens).values
-    return tokens
-
-
-def route(x: Tensor, batch: Batch) -> Tensor:
-    tokens: Tensor = batch.router(x, cu_seqlens=batch.cu_seqlens).values
-    return tokens
-
-
 def keep_speech(x: Tensor, batch: Batch) -> Tensor:
+    """``segment_pool``, which drops the rows of group -1."""
     groups = torch.where(batch.blank > 0.9, -1, 1).int()
     return fc.segment_pool(x, cu_seqlens=batch.cu_seqlens, rule="uniform:1", row_group=groups).values
 
 
 def fusion(x: Tensor, batch: Batch) -> Tensor:
+    """``iterative_fusion``."""
     return fc.iterative_fusion(x, batch.few, weights=batch.alpha, cu_seqlens=batch.cu_seqlens).values
 
 
@@ -104,10 +98,16 @@ METHODS: dict[str, tuple[Form, dict[str, Form]]] = {
     "FastAdaSP": (pool("top-k:rate=3"), {SEQUENCES: each(published.top_k)}),
     "FastLongSpeech": (fusion, {SEQUENCES: published.fusion}),
     "Affinity Pooling": (pool("lookback:3,threshold=0.5"), {FRAMES: each(published.lookback)}),
-    "AdaTS": (novelty, {FRAMES: each(published.novelty)}),
+    "AdaTS": (
+        lambda x, batch: fc.nn.NoveltyPool(0.2)(x, cu_seqlens=batch.cu_seqlens).values,
+        {FRAMES: each(published.novelty)},
+    ),
     "UnsupSeg": (pool(PROMINENT), {SEQUENCES: each(published.prominent_peaks)}),
     "Segmental CPC": (pool("peak-height:0.04"), {SEQUENCES: each(published.high_peaks)}),
-    "H-Net's router": (route, {"packed": published.route}),
+    "H-Net's router": (
+        lambda x, batch: batch.router(x, cu_seqlens=batch.cu_seqlens).values,
+        {"packed": published.route},
+    ),
     "CTC compression": (pool(fc.LabelChange(), labels=True), {BMM: published.label_change}),
     "CTC compression, weighted": (
         pool(fc.LabelChange(), labels=True, weighted=True),
@@ -133,23 +133,17 @@ def check(name: str, found: Tensor, wanted: Tensor) -> None:
             raise WrongResult(f"{name}: {int(wrong.sum())} of {len(wanted)} tokens differ by more than rounding")
 
 
-@dataclass
-class MethodJob(Job):
-    """One method. The tokens and the gradients of the library are what the published forms are compared with."""
+def checks() -> Check:
+    """A check of one method: what the library returns, which comes first, is what the others must return."""
+    first: dict[str, Tensor] = {}
 
-    tokens: Tensor | None = None
-    grad_x: Tensor | None = None
+    def check_both(name: str, x: Any, result: Tensor, grad: Any, grad_x: Tensor | None) -> dict[str, Any]:
+        check(name, result, first.setdefault("tokens", result))
+        if grad_x is not None and len(result) == len(first["tokens"]):
+            check(f"{name}, gradient", grad_x, first.setdefault("gradient", grad_x))
+        return {"tokens": len(first["tokens"])}
 
-    def check(self, name: str, x: Any, result: Tensor, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        if self.tokens is None:
-            self.tokens = result
-            self.details["tokens"] = len(result)
-        check(name, result, self.tokens)
-        if grad_x is not None and self.grad_x is None:
-            self.grad_x = grad_x
-        if grad_x is not None and self.grad_x is not None and len(result) == len(self.tokens):
-            check(f"{name}, gradient", grad_x, self.grad_x)
-        return {}
+    return check_both
 
 
 def jobs(bench: Bench, name: str, lengths: Sequence[int], dim: int, dtype: torch.dtype, threads: int) -> Iterator[Job]:
@@ -159,9 +153,10 @@ def jobs(bench: Bench, name: str, lengths: Sequence[int], dim: int, dtype: torch
     for method, (ours, forms) in METHODS.items():
         module = "scipy" if method == "UnsupSeg" else None
         theirs = [Contender(form, "published", call, module=module) for form, call in forms.items()]
-        yield MethodJob(
-            NAME, method, dtype, threads, [Contender(OURS, OURS, ours), *theirs], xs, batch, grads=grads, strict=True,
-            recall=2 * x.nbytes, reps=7, max_seconds=2.0, details={"batch": name, "lengths": lengths, "dim": dim},
+        yield Job(
+            NAME, method, dtype, threads, [Contender(OURS, OURS, ours), *theirs], checks(), xs, batch, grads=grads,
+            strict=True, recall=2 * x.nbytes, reps=7, max_seconds=2.0,
+            details={"batch": name, "lengths": lengths, "dim": dim},
         )  # fmt: skip
 
 

@@ -19,6 +19,7 @@ from torch.nn.utils.rnn import pad_sequence
 import fastcompress as fc
 from benchmarks.harness.cases import cu_seqlens, gradients, random_lengths
 from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.results import BOTH, FORWARD
 from benchmarks.suites import compiled
 from benchmarks.suites.segment_pool import ours
 
@@ -102,30 +103,13 @@ def fastcompress_pack(audio: Tensor, batch: Batch, compact: bool = True) -> Tens
     ).inputs_embeds  # fmt: skip
 
 
-def _pieces(audio: Tensor, batch: Batch) -> list[list[Tensor]]:
-    """Text, audio, text of each sample, with all ids looked up at once."""
-    texts = F.embedding(batch.ids.clamp_max(VOCABULARY - 1), batch.table)
-    return [
-        [row[:place], rows, row[place + 1 : text + 1]]
-        for row, rows, place, text in zip(
-            texts, audio.split(list(batch.case.audio)), batch.places, batch.case.text, strict=True
-        )
-    ]
-
-
 def flat_cat(audio: Tensor, batch: Batch) -> Tensor:
-    """One ``torch.cat`` of the pieces of all samples."""
-    return torch.cat([piece for pieces in _pieces(audio, batch) for piece in pieces])
-
-
-def cat_per_sample(audio: Tensor, batch: Batch) -> Tensor:
-    """One ``torch.cat`` per sample, and one of the samples."""
-    return torch.cat([torch.cat(pieces) for pieces in _pieces(audio, batch)])
-
-
-def cat_and_pad(audio: Tensor, batch: Batch) -> Tensor:
-    """One ``torch.cat`` per sample, padded."""
-    return pad_sequence([torch.cat(pieces) for pieces in _pieces(audio, batch)], batch_first=True)
+    """One ``torch.cat`` of text, audio and text of all samples, with all ids looked up at once."""
+    texts = F.embedding(batch.ids.clamp_max(VOCABULARY - 1), batch.table)
+    pieces = []
+    for row, rows, place, text in zip(texts, audio.split(batch.case.audio), batch.places, batch.case.text, strict=True):
+        pieces += [row[:place], rows, row[place + 1 : text + 1]]
+    return torch.cat(pieces)
 
 
 def masked_scatter(audio: Tensor, batch: Batch) -> Tensor:
@@ -133,22 +117,6 @@ def masked_scatter(audio: Tensor, batch: Batch) -> Tensor:
     is_audio = batch.long_ids == VOCABULARY
     embeds = F.embedding(batch.long_ids.masked_fill(is_audio, 0), batch.table)
     return embeds.masked_scatter(is_audio[..., None].expand_as(embeds), audio)
-
-
-def masked_scatter_packed(audio: Tensor, batch: Batch) -> Tensor:
-    """The same without the padding."""
-    ids, is_audio = batch.long()
-    embeds = F.embedding(ids, batch.table)
-    return embeds.masked_scatter(is_audio[:, None].expand_as(embeds), audio)
-
-
-def index_copy(audio: Tensor, batch: Batch) -> Tensor:
-    """Copy text and audio to their rows."""
-    ids, is_audio = batch.long()
-    text = (~is_audio).nonzero().squeeze(1)
-    out = batch.table.new_empty(len(ids), batch.table.shape[1])
-    out = out.index_copy(0, text, F.embedding(ids[text], batch.table))
-    return out.index_copy(0, is_audio.nonzero().squeeze(1), audio)
 
 
 def _gather(ids: Tensor, is_audio: Tensor, place: Tensor, audio: Tensor, table: Tensor) -> Tensor:
@@ -196,10 +164,6 @@ def jagged_select(audio: Tensor, batch: Batch) -> Tensor:
 
 _FORMS: dict[str, tuple[str, Callable[[Tensor, Batch], Tensor]]] = {
     "one flat cat": ("eager", flat_cat),
-    "cat per sample": ("eager", cat_per_sample),
-    "cat per sample, padded": ("eager", cat_and_pad),
-    "index_copy": ("eager", index_copy),
-    "masked_scatter, packed": ("eager", masked_scatter_packed),
     "masked_scatter, padded": ("transformers", masked_scatter),
     "compile, gather": ("compile", compiled_gather),
 }
@@ -212,29 +176,6 @@ def contenders(bench: Bench) -> list[Contender]:
     return ours("fastcompress.pack", fastcompress_pack, bench) + forms
 
 
-@dataclass
-class PackJob(Job):
-    """Packing of one case."""
-
-    wanted: Tensor | None = None
-
-    def check(self, name: str, x: Any, result: Tensor, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        if self.wanted is None:
-            self.wanted = _by_loop(x, self.batch)
-        mask, is_audio = self.batch.long_mask, self.batch.long()[1]
-        rows = result if result.dim() == 2 else result[mask]
-        if not torch.equal(rows[: len(self.wanted)], self.wanted):
-            raise WrongResult(f"{name}: rows differ from those of a loop over the samples")
-        if grad is not None and grad_x is not None:
-            if not torch.equal(grad_x, (grad if grad.dim() == 2 else grad[mask])[: len(is_audio)][is_audio]):
-                raise WrongResult(f"{name}: the gradient of the audio is not that of its rows")
-        return {}
-
-    def moved(self, direction: str) -> int | None:
-        once: int = (sum(self.batch.case.audio) + sum(self.batch.case.text)) * self.xs[0][0].nbytes
-        return 2 * once
-
-
 def _by_loop(audio: Tensor, batch: Batch) -> Tensor:
     """The packed rows, ``[T, H]``."""
     rows, first = [], 0
@@ -244,15 +185,28 @@ def _by_loop(audio: Tensor, batch: Batch) -> Tensor:
     return torch.cat(rows)
 
 
-def job(bench: Bench, case: Case, dtype: torch.dtype, threads: int) -> PackJob:
+def job(bench: Bench, case: Case, dtype: torch.dtype, threads: int) -> Job:
     """The job of one setting."""
     compiled.prepare(threads)
     audio, batch = batch_of(case, dtype, bench.device)
+    wanted, is_audio = _by_loop(audio, batch), batch.long()[1]
+
+    def packed(rows: Tensor) -> Tensor:
+        """Rows without padding, and without the unused room of an upper bound."""
+        return (rows if rows.dim() == 2 else rows[batch.long_mask])[: len(wanted)]
+
+    def check(name: str, x: Tensor, result: Tensor, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
+        if not torch.equal(packed(result), wanted):
+            raise WrongResult(f"{name}: rows differ from those of a loop over the samples")
+        if grad is not None and grad_x is not None and not torch.equal(grad_x, packed(grad)[is_audio]):
+            raise WrongResult(f"{name}: the gradient of the audio is not that of its rows")
+        return {}
+
     most = batch.ids.numel() + batch.long_ids.numel()  # rows of a result that has the size of an upper bound
-    return PackJob(
-        NAME, case.name, dtype, threads, contenders(bench), bench.rotation(audio), batch,
-        grads=gradients(most * case.width, dtype, 1, bench.device),
-        recall=4 * (sum(case.audio) + sum(case.text)) * audio[0].nbytes,
+    return Job(
+        NAME, case.name, dtype, threads, contenders(bench), check, bench.rotation(audio), batch,
+        grads=gradients(most * case.width, dtype, 1, bench.device), recall=4 * wanted.nbytes,
+        moved=dict.fromkeys((FORWARD, BOTH), 2 * wanted.nbytes),
         details={"width": case.width, "audio": case.audio, "text": case.text},
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,33 +115,26 @@ def peak(form: str, threads: int, size: Size) -> int:
     return high_water(functools.partial(first_token, compressed(stock, form), None, inputs))
 
 
-@dataclass
-class PrefillJob(Job):
-    """The model of one size, in the form of each name."""
+@torch.inference_mode()
+def check_form(form: str, model: Any, inputs: dict[str, Tensor], token: Tensor) -> dict[str, Any]:
+    """Check a form, and return the rows of its prompts and the bytes of its cache.
 
-    models: dict[str, Any] = field(default_factory=dict)
-
-    @torch.inference_mode()
-    def check(self, name: str, x: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        """Check a form, and return the rows of its prompts and the bytes of its cache.
-
-        ``generate`` must return the most likely token; the logits must be the same packed and with a cache; and those
-        of the stock model must be those of an identity compressor.
-        """
-        model = self.models[name]
-        out = model(**self.batch, use_cache=True)
-        cache = getattr(out, "cache", None)
-        cache = out.past_key_values if cache is None else cache
-        packed = (compressed(model, "uniform:1") if name == STOCK else model)(**self.batch)
-        tokens = self.batch["input_ids"].numel() if name == STOCK else len(packed.compressed.source)
-        check_logits(name, packed.logits[:, -1], out.logits[:, -1], TOLERANCE[self.dtype])
-        if not torch.equal(result, out.logits[:, -1].argmax(-1)):
-            raise WrongResult(f"{name}: generate returns another token than the most likely one")
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return {"tokens": tokens, "cache_bytes": size}
+    ``generate`` must return the most likely token; the logits must be the same packed and with a cache; and those of
+    the stock model must be those of an identity compressor.
+    """
+    out = model(**inputs, use_cache=True)
+    cache = getattr(out, "cache", None)
+    cache = out.past_key_values if cache is None else cache
+    packed = (compressed(model, "uniform:1") if form == STOCK else model)(**inputs)
+    tokens = inputs["input_ids"].numel() if form == STOCK else len(packed.compressed.source)
+    check_logits(form, packed.logits[:, -1], out.logits[:, -1], TOLERANCE[inputs["input_features"].dtype])
+    if not torch.equal(token, out.logits[:, -1].argmax(-1)):
+        raise WrongResult(f"{form}: generate returns another token than the most likely one")
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"tokens": tokens, "cache_bytes": size}
 
 
-def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> PrefillJob:
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
     """The job of one setting."""
     size = SIZES[name]
     stock, inputs = build(size, bench.device, dtype)
@@ -150,10 +143,11 @@ def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> PrefillJob
         Contender(form, STOCK if form == STOCK else OURS, functools.partial(first_token, model))
         for form, model in models.items()
     ]
-    return PrefillJob(
-        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders, [None], inputs, strict=True, reps=7,
+    return Job(
+        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders,
+        lambda form, x, token, *_: check_form(form, models[form], inputs, token), batch=inputs, strict=True, reps=7,
         max_seconds=60, wall=True, peak=lambda form, direction: in_process(peak, form, threads, size),
-        details=dict(vars(size)), models=models,
+        details=dict(vars(size)),
     )  # fmt: skip
 
 

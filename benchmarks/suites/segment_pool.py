@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from benchmarks.harness.bandwidth_bound import KINDS, BandwidthBound
 from benchmarks.harness.cases import Case, batch_of, gradients, random_lengths
 from benchmarks.harness.compare import TRITON, Bench, Contender, Job, compare
-from benchmarks.results import BOTH, OURS
+from benchmarks.results import BOTH, FORWARD, OURS
 from benchmarks.suites import compiled, eager
 from benchmarks.suites.checks import Expected, check_average_pool
 from benchmarks.suites.eager import Tokens
@@ -31,7 +30,7 @@ _GRADIENTS = 8
 _MODULES = {"segment_csr": "torch_scatter", "jagged": "fbgemm_gpu"}
 #: Scores with each pooling.
 _EAGER = (
-    *itertools.product(("cosine", "bmm"), ("embedding_bag", "scatter_reduce", "index_add", "segment_reduce")),
+    *itertools.product(("cosine", "bmm"), ("embedding_bag", "scatter_reduce", "index_add")),
     ("blocked", "embedding_bag"),
     *itertools.product(("cosine", "bmm"), ("segment_csr",)),
     ("bmm", "jagged"),
@@ -95,61 +94,48 @@ GPU_CASES = tuple(Case(f"{n} x {frames} x {dim}", (frames,) * n, dim) for n, fra
 DRY = Case("2 x 60 x 48", (60, 60), 48)
 
 
-@dataclass
-class PoolJob(Job):
-    """Segment pooling of one case. ``expected`` is what contenders are compared with."""
-
-    expected: Expected | None = None
-
-    def check(self, name: str, x: Any, result: Tokens, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        if x.dim() == 3:
-            if grad is None:
-                check_average_pool(name, x, self.batch, result)
-            return {}
-        self.expected = self.expected or Expected(x, self.batch)
-        if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
-            count = len(self.expected.segments.starts)
-            result = Tokens(result.values[:count], result.starts[:count])
-        differing = self.expected.check(name, result, grad, grad_x)
-        if result.starts is not None:
-            self.details.setdefault("tokens", len(result.starts))  # of ours, which comes first
-        return {"differing_boundaries": differing}
-
-    def moved(self, direction: str) -> int | None:
-        x = self.xs[0]
-        once: int = (x.shape[0] + self.details["tokens"]) * x.shape[1] * x.itemsize
-        return 2 * once if direction == BOTH else once
-
-    def bounds(self, bound: BandwidthBound, backward: bool) -> Mapping[str, Callable[[int], Any]]:
-        if self.calls > 1:
-            return {}
-        grads = [grad[: self.xs[0].numel()].view(self.xs[0].shape) for grad in self.grads]
-        arguments = self.xs, grads, self.details["tokens"], self.threads, backward
-        return {kind: bound.calls(kind, *arguments) for kind in KINDS}
-
-
 def job(
     bench: Bench, case: Case, dtype: torch.dtype, threads: int, chosen: Sequence[Contender], suite: str = NAME
-) -> PoolJob:
+) -> Job:
     """The job of one setting."""
     chosen = [one for one in chosen if case.contenders is None or one.name in case.contenders]
     if any(one.group in ("compile", "max-autotune") for one in chosen):
         compiled.prepare(threads)
     x, batch = batch_of(case, dtype, bench.device)
+    with x.device:
+        expected = Expected(x, batch)
+    tokens = len(expected.segments.starts)
     # A call of microseconds is timed on hot input: its cost is overhead, and thousands of buffers would hide that.
     once = case.calls == 1
     xs = bench.rotation(x) if once else [x]
     wide: list[Tensor] = []
     if any(one.padded for one in chosen):
         wide = bench.rotation(pad_sequence(list(x.split(list(case.lengths))), batch_first=True))
-    most = max(case.frames, *(len(padded) * padded.shape[1] // case.window for padded in wide[:1]), 0) * case.dim
-    grads = gradients(most, dtype, min(len(xs), _GRADIENTS), bench.device) if once else []
-    # What the slowest forms allocate: a few fp32 copies of the input.
-    recall = min(4 * case.frames * case.dim * 4, _MAX_RECALL) if once else 0
+    # Upper bounds of the rows of a result: of ours in a graph, and of the windows of a padded batch.
+    rows = max(case.frames + len(case.lengths), len(case.lengths) * max(case.lengths) // case.window)
+    grads = gradients(rows * case.dim, dtype, min(len(xs), _GRADIENTS), bench.device) if once else []
+
+    def check(name: str, x: Tensor, result: Tokens, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
+        if x.dim() == 3:
+            if grad is None:
+                check_average_pool(name, x, batch, result)
+            return {}
+        if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
+            inside = result.starts < len(x)
+            result = Tokens(result.values[inside], result.starts[inside])
+        return {"differing_boundaries": expected.check(name, result, grad, grad_x)}
+
+    def bounds(bound: BandwidthBound, backward: bool) -> dict[str, Callable[[int], Any]]:
+        rows = [grad[: x.numel()].view(x.shape) for grad in grads]
+        return {kind: bound.calls(kind, xs, rows, tokens, threads, backward) for kind in KINDS} if once else {}
+
+    moved = (case.frames + tokens) * case.dim * x.itemsize
     shape = {"sequences": len(case.lengths), "frames": case.frames, "dim": case.dim, "window": case.window}
-    return PoolJob(
-        suite, case.name, dtype, threads, chosen, xs, batch, wide, grads, calls=case.calls, recall=recall,
-        details=shape | {"input_buffers": len(xs)},
+    return Job(
+        suite, case.name, dtype, threads, chosen, check, xs, batch, wide, grads, bounds=bounds, calls=case.calls,
+        moved={FORWARD: moved, BOTH: 2 * moved}, details=shape | {"tokens": tokens, "input_buffers": len(xs)},
+        # What the slowest forms allocate: a few fp32 copies of the input.
+        recall=min(4 * case.frames * case.dim * 4, _MAX_RECALL) if once else 0,
     )  # fmt: skip
 
 

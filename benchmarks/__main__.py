@@ -86,7 +86,6 @@ def _bench(options: argparse.Namespace) -> Bench:
         reps=reps,
         tries=1 if small else clock.TRIES,
         bound=_bound(options),
-        cache=machine.last_level_cache(),
     )
 
 

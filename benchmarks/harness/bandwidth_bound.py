@@ -16,7 +16,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from torch.utils import cpp_extension
 
 KINDS = ("fresh", "huge", "warm")
 #: Bytes per row of memory that is read or copied.
@@ -39,10 +38,12 @@ def _build() -> ctypes.CDLL:
     source = str(Path(__file__).with_suffix(".cpp"))
     flags, linked = ["-O3", "-march=native", "-fopenmp"], [str(path) for path in openmp] or ["-fopenmp"]
     try:
+        from torch.utils import cpp_extension  # needs setuptools
+
         return ctypes.CDLL(
             cpp_extension.load(name, source, extra_cflags=flags, extra_ldflags=linked, is_python_module=False)
         )
-    except (OSError, RuntimeError) as error:  # no compiler, no ninja, or an error of the compiler
+    except (ImportError, OSError, RuntimeError) as error:  # no setuptools, ninja or compiler, or an error of it
         raise BoundUnavailable(str(error)) from error
 
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,11 +36,12 @@ class Samples:
     """Seconds per call, those taken on a quiet machine and those that were disturbed.
 
     Disturbed samples of one thread are its CPU time, without the time that it waited for a core; those of more threads
-    include the waits, which overlap.
+    include the waits, which overlap. ``busy`` is the CPU time of all threads, retries included.
     """
 
     quiet: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
@@ -71,10 +72,8 @@ class Disturbance:
     foreign: float = 0.0
 
 
-class Clock(Protocol):
-    """Takes one sample of a call, whose arguments come from ``numbers``."""
-
-    def __call__(self, call: Call, numbers: Iterator[int], samples: Samples, noted: Disturbance) -> None: ...
+#: Takes one sample of a call, whose arguments come from the numbers.
+Clock = Callable[[Call, Iterator[int], Samples, Disturbance], None]
 
 
 def _waited() -> float:
@@ -145,6 +144,7 @@ class CpuClock:
             elapsed, busy = time.perf_counter() - start, time.process_time() - busy
             wait = (_waited() - waited - _FREE_WAIT) / elapsed
             del result  # freeing the result is not part of any call
+            samples.busy.append(busy / self.calls)
             noted.samples += 1
             if wait < MAX_WAIT:
                 samples.quiet.append(elapsed / self.calls)

@@ -19,7 +19,7 @@ from tabulate import tabulate
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness import clock, device
+from benchmarks.harness import clock, device, machine
 from benchmarks.harness.bandwidth_bound import BandwidthBound
 from benchmarks.harness.cases import rotation
 from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, Recorder
@@ -95,7 +95,7 @@ class Bench:
     reps: int = 15
     tries: int = clock.TRIES
     bound: BandwidthBound | None = None
-    cache: int = 32 << 20
+    cache: int = field(default_factory=machine.last_level_cache)
 
     @property
     def on_gpu(self) -> bool:

@@ -39,7 +39,7 @@ def high_water(call: Callable[[], Any]) -> int:
 
 
 def in_process(function: Callable[..., T], *arguments: object) -> T | None:
-    """Call a function of a module in a fresh process; ``None`` if the system does not report memory, or has too little."""
+    """Call a function of a module in a fresh process; ``None`` if memory is not reported, or too small."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         try:
             return pool.submit(function, *arguments).result()

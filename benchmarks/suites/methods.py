@@ -6,6 +6,7 @@ the number of tokens must agree, and their values to rounding.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -108,10 +109,13 @@ METHODS: dict[str, tuple[Form, dict[str, Form]]] = {
         lambda x, batch: batch.router(x, cu_seqlens=batch.cu_seqlens).values,
         {"packed": published.route},
     ),
-    "CTC compression": (pool(fc.LabelChange(), labels=True), {BMM: published.label_change}),
+    "CTC compression": (
+        pool(fc.LabelChange(), labels=True),
+        {BMM: functools.partial(published.label_change, weighted=False)},
+    ),
     "CTC compression, weighted": (
         pool(fc.LabelChange(), labels=True, weighted=True),
-        {BMM: published.weighted_label_change},
+        {BMM: functools.partial(published.label_change, weighted=True)},
     ),
     "blank removal": (keep_speech, {SEQUENCES: published.speech}),
 }

@@ -255,13 +255,13 @@ def lookback(x: Tensor) -> Tensor:
     return means(x, starts)
 
 
-def label_change(x: Tensor, batch: Batch, posterior: Tensor | None = None) -> Tensor:
+def label_change(x: Tensor, batch: Batch, weighted: bool) -> Tensor:
     """As CTC compression: one matrix of weights per sequence, and a batched product.
 
-    Each frame of a segment weighs the same, or what is given, such as the CTC head's probability of its label.
+    Each frame of a segment weighs the same, or ``alpha``, in the place of the CTC head's probability of its label.
     """
     runs = [[len(list(run)) for _, run in itertools.groupby(row.tolist())] for row in batch.labels.split(batch.lengths)]
-    given = torch.ones(len(x), device=x.device) if posterior is None else posterior
+    given = batch.alpha if weighted else torch.ones_like(batch.alpha)
     frames = pad_sequence(list(x.split(batch.lengths)), True)
     weights = frames.new_zeros(len(frames), max(map(len, runs)), frames.shape[1])
     for matrix, sizes, row in zip(weights, runs, given.split(batch.lengths), strict=True):
@@ -271,11 +271,6 @@ def label_change(x: Tensor, batch: Batch, posterior: Tensor | None = None) -> Te
             begin += len(part)
     out = torch.bmm(weights, frames)
     return torch.cat([row[: len(sizes)] for row, sizes in zip(out, runs, strict=True)])
-
-
-def weighted_label_change(x: Tensor, batch: Batch) -> Tensor:
-    """The same, weighted."""
-    return label_change(x, batch, batch.alpha)
 
 
 def route(x: Tensor, batch: Batch) -> Tensor:

@@ -6,12 +6,10 @@ CPU only.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -70,17 +68,6 @@ def _profiled(training: Any, steps: int) -> dict[str, float]:
     return {name: statistics.median(seconds) * len(seconds) / steps for name, seconds in calls.items()}
 
 
-def _timed(training: Any, busy: list[float]) -> Callable[[int], None]:
-    """A step whose CPU time is appended to ``busy``."""
-
-    def step(_: int) -> None:
-        start = time.process_time()
-        training.update()
-        busy.append((time.process_time() - start) / torch.get_num_threads())
-
-    return step
-
-
 def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int = STEPS) -> list[dict[str, Any]]:
     """Time the steps of all rules in turn, unprofiled; then profile each.
 
@@ -93,20 +80,15 @@ def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int
     torch.set_num_threads(threads)
     reps = min(bench.reps, 7)
     found: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        folders = {rule: Path(stack.enter_context(tempfile.TemporaryDirectory())) for rule in rules}
-        trainings = {rule: _training(rule, folder, reps + steps + 8) for rule, folder in folders.items()}
-        for training in trainings.values():
-            for _ in range(3):
-                training.update()
-        busy: dict[str, list[float]] = {rule: [] for rule in rules}
-        functions = {rule: _timed(training, busy[rule]) for rule, training in trainings.items()}
-        samples, disturbance = interleave(functions, reps, CpuClock(tries=bench.tries))
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = {rule: _training(rule, Path(folder) / str(i), reps + steps + 8) for i, rule in enumerate(rules)}
+        functions = {rule: lambda _, training=training: training.update() for rule, training in trainings.items()}
+        samples, disturbance = interleave(functions, reps, CpuClock(tries=bench.tries), warm=4)
         for rule, training in trainings.items():
             counts = training.update()
             fields = {"tokens_per_frame": counts["audio_tokens"] / counts["audio_frames"]}
             timed = [(STEP, "step", fields | samples[rule].fields() | vars(disturbance))]
-            timed.append((BUSY, "step", {"median": statistics.median(busy[rule])}))
+            timed.append((BUSY, "step", {"median": statistics.median(samples[rule].busy) / threads}))
             timed += [(name, "op", {"median": seconds}) for name, seconds in _profiled(training, steps).items()]
             found += [
                 bench.recorder.add(NAME, rule, name, group, BOTH, threads=threads, **fields)

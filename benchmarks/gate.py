@@ -38,7 +38,7 @@ def multiples(rows: pd.DataFrame) -> pd.Series[float]:
 
 
 def compare(then: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
-    """One row per table of both results: the forms in both, and the median of now over then.
+    """Return a row per table of both results: the number of forms in both, and the median of now over then.
 
     Below 1 we have become slower next to the others.
     """
@@ -52,7 +52,7 @@ def _title(table: Sequence[object]) -> str:
 
 
 def text(changes: pd.DataFrame, least: float) -> str:
-    """One line per table, the worst first."""
+    """Return a line per table, the worst first."""
     lines = [
         [_title(one.Index), one.forms, one.factor, "lost ground" if one.factor < least else ""]
         for one in changes.sort_values("factor").itertuples()
@@ -61,7 +61,7 @@ def text(changes: pd.DataFrame, least: float) -> str:
 
 
 def missing(then: pd.DataFrame, changes: pd.DataFrame, suites: Sequence[str], threads: Sequence[int]) -> list[str]:
-    """Committed tables of the suites and threads measured now that have nothing of now to be compared with."""
+    """List committed tables of the measured suites and threads for which there is no new measurement."""
     wanted = then[then["suite"].isin(suites) & then["threads"].isin(threads)]
     wanted = wanted[(wanted["suite"] != MEASURED[0]) | (wanted["case"] == CASE)]
     tables = multiples(wanted).index.droplevel("contender").unique()
@@ -81,7 +81,7 @@ def _measure(suites: Sequence[str], then: pd.DataFrame, threads: Sequence[int], 
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where we have become slower or a committed table was not measured, 2 where there is nothing to compare with."""
+    """Return 1 if fastcompress is slower or a committed table was not measured, 2 if no table can be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("--committed", type=Path, help="results to compare with (default: those of this machine)")
     parser.add_argument("--now", type=Path, help="results of now (default: measures)")

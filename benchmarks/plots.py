@@ -37,13 +37,13 @@ _BARS: dict[str, Any] = {"elinewidth": 0.8, "capsize": 2}
 
 
 def digest(rows: pd.DataFrame) -> str:
-    """Digest of what is drawn."""
+    """Return a digest of what is drawn."""
     text: str = rows.dropna(axis="columns", how="all").to_json(orient="records")
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def sources(results: Results) -> dict[str, pd.DataFrame]:
-    """The name of each plot and the rows that it is drawn from."""
+    """Return the rows that each plot is drawn from, by its name."""
     rows, found = results.rows, {}
     for direction in results.suite(scaling.NAME)["direction"].unique():
         name = f"{results.name}-scaling-{direction}.png"
@@ -66,7 +66,7 @@ def write(folder: Path, results: Results) -> Iterator[Path]:
 
 
 def _scaling(figure: Figure, rows: pd.DataFrame, title: str) -> list[Line2D]:
-    """One panel per dtype and axis: GB/s against what changes."""
+    """Draw a panel per dtype and axis, GB/s against what changes; return the legend."""
     rows = with_places(rows)
     axes = [axis for axis in scaling.AXES if axis in set(rows["axis"])]
     dtypes, threads = rows["dtype"].unique(), sorted(set(rows["threads"]))
@@ -105,7 +105,7 @@ def _scaling_panel(panel: Axes, rows: pd.DataFrame, axis: str) -> None:
 
 
 def _roofline(figure: Figure, rows: pd.DataFrame, title: str) -> list[Line2D]:
-    """One panel of pooling per number of threads; and one of packing, which computes nothing."""
+    """Draw a panel of pooling per number of threads, and one of packing; return the legend."""
     rates = limits(rows).dropna()
     rows = timed(rows[rows["threads"].isin(rates.index)])
     pooled = with_work(rows[rows["suite"] == segment_pool.NAME], rates)
@@ -146,7 +146,7 @@ def _roofline_panel(panel: Axes, rates: pd.Series[float], rows: pd.DataFrame) ->
 
 
 def _pack_panel(panel: Axes, rates: pd.DataFrame, rows: pd.DataFrame) -> None:
-    """Labelled bars, one per form and number of threads."""
+    """Draw labelled bars, one per form and number of threads."""
     tables = {threads: table.set_index("contender") for threads, table in rows.groupby("threads")}
     names = next(iter(tables.values()))["median"].sort_values(ascending=False).index
     height = 0.8 / len(tables)

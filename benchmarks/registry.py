@@ -16,5 +16,5 @@ CPU_ONLY = (memory.NAME, training_step.NAME)
 
 
 def text(suite: ModuleType) -> str:
-    """What a suite measures, for ``--help``."""
+    """Return what a suite measures, for ``--help``."""
     return str(suite.__doc__).splitlines()[0].partition(": ")[2]

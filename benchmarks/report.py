@@ -88,7 +88,7 @@ def _pack_aims() -> Iterator[Aim]:
 
 
 def _aims(rows: pd.DataFrame, aims: Iterable[Aim]) -> Iterator[str]:
-    """A table: one line per aim, one column per case and number of threads."""
+    """Yield a table with a line per aim and a column per case and number of threads."""
     signs, lines, by = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}, {}, ["case", "threads"]
     for aim in aims:
         table = rows[(rows["dtype"] == aim.dtype) & (rows["direction"] == aim.direction) & rows["case"].isin(aim.cases)]
@@ -298,7 +298,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], Iterator[str]]]] = {
 
 
 def _runs(results: Results) -> Iterator[str]:
-    """What was measured when, with what, and how far other work got into it."""
+    """Yield a table of when each suite was measured, with what, and how far other work disturbed it."""
     lines = []
     for (suite, date), rows in results.rows.groupby(["suite", "run"], sort=False):
         run, once = results.runs[str(date)], rows.drop_duplicates(TABLE)
@@ -329,7 +329,7 @@ _OTHERS = {
 
 
 def _headlines(results: Results) -> dict[str, str]:
-    """The most important figures of a machine, forward on the most threads, by name."""
+    """Return the most important figures of a machine, forward on the most threads, by name."""
     found, rows = {}, timed(results.rows[results.rows["direction"] == FORWARD])
     rows = rows[rows["threads"] == rows.groupby("suite")["threads"].transform("max")]
 
@@ -352,7 +352,7 @@ def _headlines(results: Results) -> dict[str, str]:
 
 
 def _anchor(heading: str) -> str:
-    """The anchor that a heading gets."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
@@ -375,7 +375,7 @@ def _machine(name: str, results: Results) -> Iterator[str]:
 
 
 def text(machines: Mapping[str, Results]) -> str:
-    """The report."""
+    """Return the report."""
     parts = [part for name, results in machines.items() for part in _machine(name, results)]
     summary = pd.DataFrame({name: _headlines(results) for name, results in machines.items()})
     paragraphs = [

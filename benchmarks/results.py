@@ -92,7 +92,7 @@ class Results:
         return found
 
     def suite(self, name: str) -> pd.DataFrame:
-        """The rows of one suite, without columns that it does not have; whole numbers are integers."""
+        """Return the rows of one suite, without columns that it does not have; whole numbers are integers."""
         rows = self.rows[self.rows["suite"] == name]
         rows = rows if rows.empty else rows.dropna(axis="columns", how="all")
         whole = [key for key in rows.select_dtypes("float") if rows[key].notna().all() and (rows[key] % 1 == 0).all()]

@@ -22,20 +22,20 @@ LINES = {
 
 
 def figure(value: float, form: str = "{}") -> str:
-    """Three digits, without an exponent, in a form; nothing for a missing value."""
+    """Format three digits, without an exponent, in a form; return "" for a missing value."""
     if pd.isna(value):
         return ""
     return form.format(f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip("."))
 
 
 def markdown(table: pd.DataFrame) -> str:
-    """A table of texts whose first column, the index, is left-aligned and the others right-aligned."""
+    """Format a table of texts; the index is left-aligned, the columns are right-aligned."""
     align = ["left", *["right"] * table.shape[1]]
     return str(table.fillna("").to_markdown(tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have times, with columns ``short``, the dtype and direction, and ``setting``, threads as well."""
+    """Return the rows with times, with columns ``short``, the dtype and direction, and ``setting``, threads as well."""
     rows = rows[rows["median"].notna()].copy()
     rows["short"] = rows["dtype"].replace(DTYPES) + ", " + rows["direction"].map(DIRECTIONS)
     rows["setting"] = rows["short"] + rows["threads"].map(lambda threads: f", {threads} thr" if threads else "")
@@ -43,7 +43,7 @@ def timed(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
-    """One column per setting; our milliseconds and GB/s, and the other forms as multiples of our time.
+    """Return a column per setting: our milliseconds and GB/s, and the other forms as multiples of our time.
 
     Args:
         rows: One case, from ``timed``.
@@ -67,13 +67,13 @@ def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
 
 
 def seconds(rows: pd.DataFrame, names: Sequence[str], by: Sequence[str]) -> pd.Series[float]:
-    """Least median of the rows whose group or contender has one of some names, by columns."""
+    """Return the least median of the rows whose group or contender has one of some names, by columns."""
     found = rows[rows["group"].isin(names) | rows["contender"].isin(names)]
     return found.groupby(list(by), sort=False)["median"].min()
 
 
 def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
-    """The fastest row of each of ``LINES``, by columns, with a column ``line``; the bound is that in fresh memory."""
+    """Return the fastest row of each of ``LINES``, by columns, with a column ``line``; the bound is in fresh memory."""
     rows = rows[(rows["group"] != BOUND) | (rows["contender"] == FRESH)]
     rows = rows.assign(line=rows["group"].map({group: name for name, group in LINES.items()})).reset_index(drop=True)
     rows = rows.dropna(subset=["line", column])
@@ -81,7 +81,7 @@ def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
 
 
 def with_places(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``scaling``, once per axis, with columns ``axis`` and ``place``; axes with one place are left out."""
+    """Return the rows of ``scaling`` once per axis, with columns ``axis`` and ``place``; axes of one place are dropped."""
     rows = timed(rows).explode("axes").rename(columns={"axes": "axis"})
     rows["place"] = [
         scaling.value(row.axis, row.frames, row.dim, row.tokens, row.window, row.threads) for row in rows.itertuples()
@@ -91,12 +91,12 @@ def with_places(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def place_text(place: float) -> str:
-    """A place on an axis as a label."""
+    """Format a place on an axis."""
     return f"{place:,.0f}" if place >= 10 else f"{place:.2g}"
 
 
 def limits(rows: pd.DataFrame) -> pd.DataFrame:
-    """Rates of the machine: one row per number of threads, one column per limit; a GPU has that of copies alone."""
+    """Return the rates of the machine: a row per number of threads, a column per limit; a GPU has copies alone."""
     columns = [roofline.READ, roofline.COPY, roofline.SEPARATE, roofline.FUSED]
     rates = rows[rows["suite"] == roofline.NAME]
     found = rates.pivot(index="threads", columns="contender", values="rate") if len(rates) else pd.DataFrame()
@@ -104,7 +104,7 @@ def limits(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def with_work(rows: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
-    """Timed rows of ``segment_pool`` on threads whose limits are known, with columns ``intensity`` and ``speed``.
+    """Return rows of ``segment_pool`` on threads whose limits are known, with columns ``intensity`` and ``speed``.
 
     These are operations per byte and operations per second.
     """
@@ -117,5 +117,5 @@ def with_work(rows: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
 
 
 def roof(rates: pd.Series[float], intensity: float) -> float:
-    """Operations per second that the limits allow at some operations per byte."""
+    """Return the operations per second that the limits allow at some operations per byte."""
     return float(min(rates[roofline.SEPARATE], max(rates[roofline.READ], rates[roofline.COPY]) * intensity))

@@ -19,26 +19,26 @@ MIN_ROTATION = 256 << 20
 
 
 def rotation(x: Tensor, last_level_cache: int) -> list[Tensor]:
-    """Equal values in different memory to rotate through, so that no input is in a cache when its turn comes."""
+    """Copy an input so often that no copy is in a cache when its turn comes."""
     count = max(2, math.ceil(max(MIN_ROTATION, 4 * last_level_cache) / max(x.nbytes, 1)))
     return [x, *(x.clone() for _ in range(count - 1))]
 
 
 def gradients(numel: int, dtype: torch.dtype, count: int, device: torch.device | str = "cpu") -> list[Tensor]:
-    """Flat tensors of equal values to start backward passes from, to rotate through."""
+    """Make flat tensors of equal values to start backward passes from, to rotate through."""
     generator = torch.Generator(device).manual_seed(1)
     first = torch.randn(numel, generator=generator, device=device).to(dtype)
     return [first, *(first.clone() for _ in range(count - 1))]
 
 
 def random_lengths(count: int, low: int, high: int, seed: int) -> tuple[int, ...]:
-    """``count`` lengths, uniform in ``[low, high]``."""
+    """Draw ``count`` lengths, uniform in ``[low, high]``."""
     generator = random.Random(seed)
     return tuple(generator.randint(low, high) for _ in range(count))
 
 
 def cu_seqlens(lengths: Sequence[int]) -> Tensor:
-    """``[B + 1]`` int32, frames before each sequence."""
+    """Return the number of frames before each sequence, ``[B + 1]`` int32."""
     return torch.tensor([0, *lengths]).cumsum(0).int()
 
 
@@ -117,7 +117,7 @@ class Batch:
 
 
 def batch_of(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Batch]:
-    """The packed frames of a case, and the rest of its batch."""
+    """Make the packed frames of a case, and the rest of its batch."""
     x, cu = features(case.frames, case.dim, dtype, seed=3), cu_seqlens(case.lengths)
     rule = case.rule if case.mean_length is None else threshold_of(x, cu, case.mean_length)
     return x.to(device), Batch(cu.to(device), rule, case.window)

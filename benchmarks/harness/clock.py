@@ -49,7 +49,7 @@ class Samples:
         return self.quiet if len(self.quiet) >= _ENOUGH else self.quiet + self.disturbed
 
     def fields(self) -> dict[str, Any]:
-        """Median, 10th and 90th percentile, and the number of samples, as fields of a measurement."""
+        """Return median, 10th and 90th percentile, and the number of samples, as fields of a measurement."""
         p10, median, p90 = np.quantile(self.seconds, (0.1, 0.5, 0.9)).tolist()
         return {"median": median, "p10": p10, "p90": p90, "reps": len(self.seconds)}
 
@@ -77,7 +77,7 @@ Clock = Callable[[Call, Iterator[int], Samples, Disturbance], None]
 
 
 def _waited() -> float:
-    """Seconds that the threads of this process have waited for a core; 0 where the system does not report it."""
+    """Return the seconds that our threads have waited for a core; 0 if the system does not report it."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
@@ -86,7 +86,7 @@ def _waited() -> float:
 
 
 def _foreign() -> float:
-    """Core-seconds of other processes since some time; 0 where the system does not report it."""
+    """Return the core-seconds of other processes since boot; 0 if the system does not report them."""
     try:
         user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
     except (OSError, ValueError):

@@ -103,17 +103,17 @@ class Bench:
         return self.device.type == "cuda" or self.dry
 
     def settings(self, dtypes: Sequence[str] | None = None) -> Iterator[tuple[torch.dtype, int]]:
-        """Every dtype with every number of threads."""
+        """Yield every dtype with every number of threads."""
         for dtype in dtypes or self.dtypes:
             for threads in self.threads:
                 yield TORCH_DTYPES[dtype], threads
 
     def wants(self, contender: Contender) -> bool:
-        """Whether a contender takes part."""
+        """Return whether a contender takes part."""
         return contender.ours or self.contenders is None or any(text in contender.name for text in self.contenders)
 
     def rotation(self, x: Tensor) -> list[Tensor]:
-        """Copies of an input to rotate through; one on a GPU, whose cache is emptied instead."""
+        """Copy an input to rotate through; on a GPU, whose cache is emptied instead, return it alone."""
         return [x] if self.on_gpu else rotation(x, self.cache)
 
 
@@ -183,7 +183,7 @@ class Job:
         return result, grad, torch.autograd.grad(values, x, grad)[0]
 
     def function(self, contender: Contender, direction: str, graph: bool = False) -> Callable[[int], Any]:
-        """What is timed, as a function of a running number that picks the buffers."""
+        """Return what is timed, as a function of a running number that picks the buffers."""
         xs = self.padded if contender.padded else self.xs
         form = contender.graph if graph and contender.graph else contender.form
         leaves = [x.detach().requires_grad_() for x in xs if direction == BOTH and self.grads] or xs
@@ -304,7 +304,7 @@ def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: st
 def _in_graph(
     bench: Bench, job: Job, contender: Contender, function: Callable[[int], Any]
 ) -> tuple[Callable[[int], Any], dict[str, Any]]:
-    """What to time on a GPU, a replay where the contender can be in a graph, and how."""
+    """Return what to time on a GPU, a replay if the contender can be in a graph, and how."""
     if contender.graph is None:
         return function, {"how": "wall" if job.wall else "events"}
     try:
@@ -315,7 +315,7 @@ def _in_graph(
 
 
 def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for the terminal."""
+    """Format a table for the terminal."""
     one = rows[0]
     title = [one["suite"], one["case"], one["dtype"], one["direction"], f"{one['threads']} thr"]
     ours = next((row["median"] for row in rows if row["group"] == OURS), None)

@@ -101,7 +101,7 @@ class DeviceClock:
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call allocates at most; ``None`` on the CPU."""
+    """Return the peak of the bytes that a call allocates; ``None`` on the CPU."""
     if device.type != "cuda":
         return None
     synchronize(device)

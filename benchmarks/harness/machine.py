@@ -18,7 +18,7 @@ _ROOT = Path(__file__).resolve().parents[2]
 
 
 def _find(pattern: str, path: str | Path) -> str:
-    """The first group of a pattern in a file; empty where there is no such file or text."""
+    """Return the first group of a pattern in a file, or "" if there is no such file or text."""
     try:
         match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
     except OSError:
@@ -27,7 +27,7 @@ def _find(pattern: str, path: str | Path) -> str:
 
 
 def _caches() -> dict[str, int]:
-    """Bytes of each data cache of the first core, such as ``{"L1": 32768, "L2": 1048576, "L3": 33554432}``."""
+    """Return the bytes of each data cache of the first core, such as ``{"L1": 32768, "L2": 1048576}``."""
     caches = {}
     for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
         size = _find(r"(\d+)K", index / "size")
@@ -37,17 +37,17 @@ def _caches() -> dict[str, int]:
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache, 32 MiB when the system does not report it."""
+    """Return the bytes of the last-level cache; 32 MiB if the system does not report them."""
     return max(_caches().values(), default=32 << 20)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu() -> dict[str, Any]:
-    """The first GPU; empty without one, as in a dry run."""
+    """Describe the first GPU; empty without one, as in a dry run."""
     if not torch.cuda.is_available():
         return {}
     found = torch.cuda.get_device_properties(0)
@@ -108,7 +108,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what takes part, and whether the compiled library was loaded."""
+    """Return the versions of what takes part, and whether the compiled library was loaded."""
     import fastcompress
     from fastcompress.dispatch.library import COMPILED, cuda_archs, cuda_version
 
@@ -128,10 +128,10 @@ def _output(*command: str) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with ``-dirty`` when files differ from it."""
+    """Return the commit of the checkout, with ``-dirty`` if files differ from it."""
     return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Return the time in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -17,7 +17,7 @@ T = TypeVar("T")
 
 
 def _status(key: str) -> int:
-    """Bytes on one line of the process status."""
+    """Return the bytes on one line of the process status."""
     match = re.search(rf"^{key}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     if match is None:
         raise OSError(f"no {key} in {_STATUS}")

@@ -32,7 +32,7 @@ def prepare(threads: int) -> None:
 
 @functools.cache
 def compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
-    """``torch.compile``, which compiles anew after ``prepare``."""
+    """Compile a function, once more after ``prepare``."""
     return torch.compile(function, **how)
 
 
@@ -57,7 +57,7 @@ def _ends(scores: Callable[[Tensor], Tensor], x: Tensor, last: Tensor, rule: Any
 
 
 def _find(scores: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
-    """Offsets and the segment of each frame."""
+    """Return the offsets of the segments, and the segment of each frame."""
     with torch.no_grad():
         end, ids = compiled(_ends, dynamic=False, **how)(scores, x.detach(), last_frames(x, batch), batch.rule)
         return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), ids
@@ -72,7 +72,7 @@ def _gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
 
 
 def _expand(grad: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The adjoint of the segment mean: ``[M, D]`` to ``[N, D]``."""
+    """Compute the adjoint of the segment mean: ``[M, D]`` to ``[N, D]``."""
     return (grad.float() / lengths.unsqueeze(1))[ids].to(grad.dtype)
 
 
@@ -95,7 +95,7 @@ class _SegmentMean(torch.autograd.Function):
 
 
 def plain(x: Tensor, batch: Batch, **how: Any) -> Tokens:
-    """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
+    """Compile the form that one would write: ``cosine_similarity``, ``index_add``, autograd's backward.
 
     Args:
         how: Arguments of ``torch.compile``, such as ``mode="max-autotune"``.
@@ -105,7 +105,7 @@ def plain(x: Tensor, batch: Batch, **how: Any) -> Tokens:
 
 
 def tuned(x: Tensor, batch: Batch, gather: bool, **how: Any) -> Tokens:
-    """Scores and backward by hand, compiled; pooling by a compiled gather or the eager ``embedding_bag``.
+    """Compile scores and backward written by hand; pool by a compiled gather or the eager ``embedding_bag``.
 
     The gather is compiled for the longest segment of the batch; with other data it compiles again. ``how`` are
     arguments of ``torch.compile``.

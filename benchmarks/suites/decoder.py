@@ -44,14 +44,14 @@ SIZES = {"quick": Size(64, 2, 4, 60), "cpu": Size(256, 4, 16, 700), "gpu": Size(
 
 
 def lengths(size: Size) -> tuple[int, ...]:
-    """Rows of each sample: short commands and long answers in one batch, log-normal as utterances are."""
+    """Draw the rows of each sample: short commands and long answers, log-normal as utterances are."""
     g = random.Random(3)
     scale = size.longest / 3.5
     return tuple(max(8, min(size.longest, round(scale * g.lognormvariate(0, 0.6)))) for _ in range(size.count))
 
 
 def padding(sizes: Sequence[int]) -> float:
-    """Share of a padded batch that is padding."""
+    """Return the share of a padded batch that is padding."""
     return 1 - sum(sizes) / (len(sizes) * max(sizes))
 
 
@@ -94,7 +94,7 @@ def build(
 
 
 def peak(form: str, direction: str, threads: int, size: Size) -> int:
-    """Peak memory of one form in this process, which should be fresh."""
+    """Return the peak memory of one form in this process, which should be fresh."""
     torch.set_num_threads(threads)
     call = build(form, size)
     with torch.set_grad_enabled(direction == BOTH):
@@ -114,7 +114,7 @@ def check_logits(name: str, logits: Tensor, expected: Tensor, tolerance: float) 
 
 
 def settings(bench: Bench, suite: str) -> Iterator[tuple[str, torch.dtype, int]]:
-    """The size of the model to measure, its dtype, fp32 on the CPU and bf16 on a GPU, and the threads."""
+    """Yield the size of the model to measure, its dtype (fp32 on the CPU, bf16 on a GPU) and the threads."""
     if importlib.util.find_spec("transformers") is None:
         return print(f"{suite}: transformers is not installed")
     size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
@@ -123,7 +123,7 @@ def settings(bench: Bench, suite: str) -> Iterator[tuple[str, torch.dtype, int]]
 
 
 def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
-    """The job of one setting. The logits and the loss of the padded batch are what is expected."""
+    """Make the job of one setting. The logits and the loss of the padded batch are what is expected."""
     size = SIZES[name]
     calls = {form: build(form, size, bench.device, dtype) for form in FORMS}
     contenders = [Contender(form, FORMS[form][2], functools.partial(_run, call)) for form, call in calls.items()]
@@ -147,7 +147,7 @@ def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
 
 
 def _run(call: Callable[[], Any], _x: Any, _batch: Any) -> Any:
-    """A form of no input: the call holds it, and its gradients are those of the weights."""
+    """Run a call that holds its input, and whose gradients are those of the weights."""
     return call()
 
 

@@ -35,7 +35,7 @@ class Tokens:
 
 
 def fastcompress_pool(x: Tensor, batch: Batch, compact: bool = True) -> Tokens:
-    """The library; without ``compact`` it does not read the number of segments."""
+    """Run the library; without ``compact`` it does not read the number of segments."""
     pooled = fc.segment_pool(x, cu_seqlens=batch.cu_seqlens, rule=batch.rule, compact=compact)
     return Tokens(pooled.values, pooled.segments.starts)
 
@@ -68,7 +68,7 @@ def blocked(x: Tensor) -> Tensor:
 
 
 def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
-    """Whether a segment ends at each frame, ``[N]`` bool, from the scores and the last frames of sequences, ``[N]``.
+    """Return whether a segment ends at each frame, ``[N]`` bool, by scores and last frames of sequences, ``[N]``.
 
     Raises:
         ValueError: ``rule`` is neither local maxima nor a threshold.
@@ -86,7 +86,7 @@ def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
 
 
 def last_frames(x: Tensor, batch: Batch) -> Tensor:
-    """Whether a frame is the last of its sequence, ``[N]`` bool."""
+    """Return whether a frame is the last of its sequence, ``[N]`` bool."""
     last = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
     last[batch.cu_seqlens[1:].long() - 1] = True
     return last

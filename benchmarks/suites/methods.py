@@ -50,7 +50,7 @@ def batch_of(
 
 
 def pool(rule: str | fc.Rule, labels: bool = False, weighted: bool = False) -> Form:
-    """``segment_pool`` by a rule, which may need labels."""
+    """Return ``segment_pool`` by a rule, which may need labels."""
 
     def form(x: Tensor, batch: Batch) -> Tensor:
         given = batch.labels if labels else None
@@ -61,7 +61,7 @@ def pool(rule: str | fc.Rule, labels: bool = False, weighted: bool = False) -> F
 
 
 def merge(rate: float, window: int | None) -> Form:
-    """``bipartite_merge`` at a rate."""
+    """Return ``bipartite_merge`` at a rate."""
     return lambda x, batch: fc.bipartite_merge(x, rate, window=window, cu_seqlens=batch.cu_seqlens).values
 
 
@@ -138,7 +138,7 @@ def check(name: str, found: Tensor, wanted: Tensor) -> None:
 
 
 def checks() -> Check:
-    """A check of one method: what the library returns, which comes first, is what the others must return."""
+    """Return a check of one method: the others must return what the library returns, which comes first."""
     first: dict[str, Tensor] = {}
 
     def check_both(name: str, x: Any, result: Tensor, grad: Any, grad_x: Tensor | None) -> dict[str, Any]:
@@ -151,7 +151,7 @@ def checks() -> Check:
 
 
 def jobs(bench: Bench, name: str, lengths: Sequence[int], dim: int, dtype: torch.dtype, threads: int) -> Iterator[Job]:
-    """The jobs of one setting; a published form that differs from ours stops the suite, since either may be wrong."""
+    """Make the jobs of one setting; a form that differs from ours stops the suite, since either may be wrong."""
     x, batch = batch_of(lengths, dim, dtype, bench.device)
     xs, grads = bench.rotation(x), gradients(x.numel(), dtype, 1, bench.device)
     for method, (ours, forms) in METHODS.items():

@@ -66,14 +66,14 @@ class Batch:
     places: tuple[int, ...]
 
     def long(self) -> tuple[Tensor, Tensor]:
-        """The ids without padding, with 0 for audio, and whether each is audio."""
+        """Return the ids without padding, with 0 for audio, and whether each is audio."""
         ids = self.long_ids[self.long_mask]
         is_audio = ids == VOCABULARY
         return ids.masked_fill(is_audio, 0), is_audio
 
 
 def batch_of(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu") -> tuple[Tensor, Batch]:
-    """The audio of a batch and the rest of it, the same for the same arguments."""
+    """Make the audio of a batch and the rest of it, the same for the same arguments."""
     g = torch.Generator().manual_seed(0)
     places = tuple(text // 3 for text in case.text)
     texts = [torch.randint(0, VOCABULARY, (text,), generator=g) for text in case.text]
@@ -96,7 +96,7 @@ def batch_of(case: Case, dtype: torch.dtype, device: torch.device | str = "cpu")
 
 
 def fastcompress_pack(audio: Tensor, batch: Batch, compact: bool = True) -> Tensor:
-    """The library, which also makes offsets, positions and the map back."""
+    """Run the library, which also makes offsets, positions and the map back."""
     return fc.pack(
         batch.ids, batch.table, audio, audio_cu_seqlens=batch.cu_seqlens, placeholder=VOCABULARY,
         attention_mask=batch.mask, compact=compact,
@@ -170,14 +170,14 @@ _FORMS: dict[str, tuple[str, Callable[[Tensor, Batch], Tensor]]] = {
 
 
 def contenders(bench: Bench) -> list[Contender]:
-    """Ours first."""
+    """List the contenders, ours first."""
     forms = [Contender(name, *form) for name, form in _FORMS.items() if not (bench.dry and form[0] == "compile")]
     forms.append(Contender("FBGEMM, jagged_index_select", "library", jagged_select, module="fbgemm_gpu"))
     return ours("fastcompress.pack", fastcompress_pack, bench) + forms
 
 
 def _by_loop(audio: Tensor, batch: Batch) -> Tensor:
-    """The packed rows, ``[T, H]``."""
+    """Compute the packed rows, ``[T, H]``, sample by sample."""
     rows, first = [], 0
     for ids, text, count, place in zip(batch.ids, batch.case.text, batch.case.audio, batch.places, strict=True):
         rows += [batch.table[ids[:place]], audio[first : first + count], batch.table[ids[place + 1 : text + 1]]]
@@ -186,13 +186,13 @@ def _by_loop(audio: Tensor, batch: Batch) -> Tensor:
 
 
 def job(bench: Bench, case: Case, dtype: torch.dtype, threads: int) -> Job:
-    """The job of one setting."""
+    """Make the job of one setting."""
     compiled.prepare(threads)
     audio, batch = batch_of(case, dtype, bench.device)
     wanted, is_audio = _by_loop(audio, batch), batch.long()[1]
 
     def packed(rows: Tensor) -> Tensor:
-        """Rows without padding, and without the unused room of an upper bound."""
+        """Drop padding, and the unused room of an upper bound."""
         return (rows if rows.dim() == 2 else rows[batch.long_mask])[: len(wanted)]
 
     def check(name: str, x: Tensor, result: Tensor, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:

@@ -94,7 +94,7 @@ def build(
 
 
 def compressed(model: Any, form: str) -> Any:
-    """The model of a form, which shares the weights."""
+    """Return the model of a form, which shares the weights."""
     from fastcompress.integrations.transformers import apply_to
 
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -109,7 +109,7 @@ def first_token(model: Any, _: Any, inputs: dict[str, Tensor]) -> Tensor:
 
 
 def peak(form: str, threads: int, size: Size) -> int:
-    """Peak memory of one form in this process, which should be fresh."""
+    """Return the peak memory of one form in this process, which should be fresh."""
     torch.set_num_threads(threads)
     stock, inputs = build(size)
     return high_water(functools.partial(first_token, compressed(stock, form), None, inputs))
@@ -135,7 +135,7 @@ def check_form(form: str, model: Any, inputs: dict[str, Tensor], token: Tensor) 
 
 
 def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
-    """The job of one setting."""
+    """Make the job of one setting."""
     size = SIZES[name]
     stock, inputs = build(size, bench.device, dtype)
     models = {form: compressed(stock, form) for form in FORMS}

@@ -44,13 +44,13 @@ class Batch:
 
 
 def cosines(x: Tensor) -> Tensor:
-    """Cosines of neighbours, ``[T - 1]`` fp32."""
+    """Compute the cosines of neighbours, ``[T - 1]`` fp32."""
     x = x.float()
     return F.cosine_similarity(x[:-1], x[1:], dim=-1)
 
 
 def means(x: Tensor, starts: Sequence[int]) -> Tensor:
-    """Means of the segments that begin at ``starts``.
+    """Compute the means of the segments that begin at ``starts``.
 
     By ``split``, whose backward is one concatenation; the backward of a slice is as large as the sequence.
     """
@@ -66,12 +66,12 @@ def _kept(length: int, rate: float) -> int:
 
 
 def _most_similar(similarity: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` largest values, the first of equal ones."""
+    """Return the indices of the ``count`` largest values, the first of equal ones."""
     return similarity.argsort(descending=True, stable=True)[:count]
 
 
 def _sum(x: Tensor, ids: Tensor, count: int) -> Tensor:
-    """Sums in fp32 of the rows with the same id, ``[count, D]``."""
+    """Sum the rows with the same id in fp32, ``[count, D]``."""
     return x.new_zeros(count, x.shape[1], dtype=torch.float32).index_add(0, ids, x.float())
 
 
@@ -173,7 +173,7 @@ def nearby(x: Tensor) -> Tensor:
 
 
 def _chains(x: Tensor, keep: int) -> Tensor:
-    """The token of each frame when the most similar neighbours are merged until ``keep`` are left."""
+    """Return the token of each frame when the most similar neighbours are merged until ``keep`` are left."""
     merged = _most_similar(cosines(x), len(x) - keep)
     return torch.ones(len(x), dtype=torch.long, device=x.device).index_fill(0, merged + 1, 0).cumsum(0) - 1
 
@@ -215,7 +215,7 @@ def novelty(x: Tensor) -> Tensor:
 
 
 def _scaled(x: Tensor) -> Tensor:
-    """Distances of neighbours, ``[T - 1]`` fp32, scaled to 0 to 1 in the sequence."""
+    """Compute the distances of neighbours, ``[T - 1]`` fp32, scaled to 0 to 1 in the sequence."""
     d = 1 - cosines(x.detach())
     return (d - d.min()) / (d.max() - d.min())
 

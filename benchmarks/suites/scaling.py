@@ -29,7 +29,7 @@ FRAMES, WIDTH, LENGTH, WINDOW, THREADS = "frames", "width", "segment length", "w
 
 
 def _axes(base: Case, clips: Sequence[int], widths: Sequence[int], sizes: Sequence[int]) -> dict[str, list[Case]]:
-    """Cases in increasing order of what they differ in; that of threads is measured on several numbers of threads."""
+    """Return the cases of each axis, in increasing order; that of threads is one case on several threads."""
     clip, windowed = base.lengths[0], (OURS, AVERAGE_POOL)
     axes = {
         FRAMES: [replace(base, name=f"{n} clip" + "s" * (n > 1), lengths=(clip,) * n) for n in clips],
@@ -64,7 +64,7 @@ def plan(axes: Mapping[str, Sequence[Case]], threads: Sequence[int]) -> dict[tup
 
 
 def value(axis: str, frames: int, width: int, tokens: int, window: int, threads: int) -> float:
-    """The place of a table on an axis."""
+    """Return the place of a table on an axis."""
     length = float(f"{frames / tokens:.2g}")  # the same for dtypes that round a few boundaries differently
     places = {FRAMES: frames, WIDTH: width, LENGTH: length, WINDOW: window, THREADS: threads}
     return places[axis]

@@ -53,7 +53,7 @@ def _compiled(group: str, **how: Any) -> list[Contender]:
 
 
 def ours(name: str, form: Callable[..., Any], bench: Bench | None = None) -> list[Contender]:
-    """The library; on a GPU with a form for a CUDA graph, next to Triton's kernels."""
+    """Return the library; on a GPU with a form for a CUDA graph, next to Triton's kernels."""
     if bench is None or not bench.on_gpu:
         return [Contender(name, OURS, form)]
     found = [Contender(name, OURS, form, functools.partial(form, compact=False), None if bench.dry else "cuda")]
@@ -64,7 +64,7 @@ def ours(name: str, form: Callable[..., Any], bench: Bench | None = None) -> lis
 
 
 def contenders(bench: Bench | None = None) -> list[Contender]:
-    """Ours first. A GPU is timed without the Python loop and with ``max-autotune``; a dry run generates no code."""
+    """List the contenders, ours first; on a GPU without the Python loop and with ``max-autotune``."""
     rest = [_eager(scores, pool) for scores, pool in _EAGER]
     rest.append(Contender(AVERAGE_POOL, "less work", eager.average_pool, padded=True))
     if bench is None or not bench.on_gpu:
@@ -97,7 +97,7 @@ DRY = Case("2 x 60 x 48", (60, 60), 48)
 def job(
     bench: Bench, case: Case, dtype: torch.dtype, threads: int, chosen: Sequence[Contender], suite: str = NAME
 ) -> Job:
-    """The job of one setting."""
+    """Make the job of one setting."""
     chosen = [one for one in chosen if case.contenders is None or one.name in case.contenders]
     if any(one.group in ("compile", "max-autotune") for one in chosen):
         compiled.prepare(threads)

@@ -31,7 +31,7 @@ STEPS = 20
 
 
 def available() -> bool:
-    """Whether what trains is installed."""
+    """Return whether what trains is installed."""
     return all(importlib.util.find_spec(name) for name in ("accelerate", "av", "transformers"))
 
 
@@ -51,7 +51,7 @@ def _training(rule: str, folder: Path, steps: int) -> Any:
 
 
 def _profiled(training: Any, steps: int) -> dict[str, float]:
-    """Seconds per step in each op: calls per step times the median of a call, few of which are disturbed.
+    """Return the seconds per step in each op: calls per step times the median call, few of which are disturbed.
 
     Raises:
         WrongResult: No op ran.

@@ -17,4 +17,4 @@ CPU_ONLY = (memory.NAME, training_step.NAME)
 
 def text(suite: ModuleType) -> str:
     """Return what a suite measures, for ``--help``."""
-    return str(suite.__doc__).splitlines()[0].partition(": ")[2]
+    return str(suite.__doc__).splitlines()[0].partition(": ")[2].replace("``", "").rstrip(".")

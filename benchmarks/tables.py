@@ -73,7 +73,7 @@ def seconds(rows: pd.DataFrame, names: Sequence[str], by: Sequence[str]) -> pd.S
 
 
 def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
-    """Return the fastest row of each of ``LINES``, by columns, with a column ``line``; the bound is in fresh memory."""
+    """Return the fastest row of each of ``LINES`` by columns, with a column ``line``; the bound is the fresh one."""
     rows = rows[(rows["group"] != BOUND) | (rows["contender"] == FRESH)]
     rows = rows.assign(line=rows["group"].map({group: name for name, group in LINES.items()})).reset_index(drop=True)
     rows = rows.dropna(subset=["line", column])

@@ -81,7 +81,7 @@ def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
 
 
 def with_places(rows: pd.DataFrame) -> pd.DataFrame:
-    """Return the rows of ``scaling`` once per axis, with columns ``axis`` and ``place``; axes of one place are dropped."""
+    """Return the rows of ``scaling`` once per axis, with columns ``axis`` and ``place``, without axes of one place."""
     rows = timed(rows).explode("axes").rename(columns={"axes": "axis"})
     rows["place"] = [
         scaling.value(row.axis, row.frames, row.dim, row.tokens, row.window, row.threads) for row in rows.itertuples()

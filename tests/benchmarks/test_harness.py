@@ -91,9 +91,7 @@ def test_a_wrong_contender_is_refused(bench: Bench, breakage):
     (refused,) = (row for row in bench.recorder.measurements if row["contender"] == "broken")
     assert refused["not_timed"].startswith("fails: RuntimeError: no kernel" if breakage is _raises else "wrong: ")
     ours = Contender(OURS, OURS, broken.build)
-    with pytest.raises(
-        WrongResult, match="segment_pool, S1: fastcompress: "
-    ):  # nothing to compare with
+    with pytest.raises(WrongResult, match="segment_pool, S1: fastcompress: "):  # nothing to compare with
         run(bench, [ours, Contender("right", "eager", lambda: right)])
 
 

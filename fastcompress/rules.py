@@ -21,6 +21,9 @@ import torch
 
 from fastcompress.checks import check_number, check_whole
 
+#: Number of frames after which ``MinVariance`` begins a new block: those that the encoder of Whisper makes of 30 s.
+MIN_VARIANCE_BLOCK = 1500
+
 
 @dataclass(frozen=True)
 class Rule:
@@ -348,6 +351,52 @@ class TopK(Rule):
 
 
 @dataclass(frozen=True)
+class MinVariance(Rule):
+    """Cut each sequence into segments of the smallest variance, at an exact rate.
+
+    Of all segmentations of ``T`` frames into ``ceil(T / rate)`` segments of at most ``max_len`` frames, take the one
+    with the smallest sum of squared distances of the L2-normalized frames to the mean of their segment. Of equal
+    optima, take the one with the lexicographically smallest starts. Sequences of more than 1,500 frames are cut into
+    blocks of 1,500 frames, and each block is optimal and has an exact count. A frame that is not finite is as far from
+    every other frame as a zero frame is. ``fastcompress/reference/min_variance.py`` defines the order of operations.
+
+    Args:
+        rate: Frames per segment, from 1 to ``max_len``.
+        max_len: Largest length of a segment in frames, at least 1. The time to find the segments is proportional to it.
+
+    Examples:
+        >>> MinVariance(rate=4).num_segments(10)
+        3
+    """
+
+    rate: float = 4.0
+    max_len: int = 8
+
+    name: ClassVar[str] = "min-variance"
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_float(self, "rate")
+        _check_int(self, "max_len", 1)
+        if not 1 <= self.rate <= self.max_len:
+            raise ValueError(f"MinVariance: rate must be between 1 and max_len, {self.max_len}, got {self.rate}")
+
+    @property
+    def window(self) -> int:
+        """Number of later frames to which the distances of each frame are needed."""
+        return max(1, self.max_len - 1)
+
+    def num_segments(self, length: Any) -> Any:
+        """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
+        _check_length(length)
+        blocks, rest = length // MIN_VARIANCE_BLOCK, length % MIN_VARIANCE_BLOCK
+        per_block = math.ceil(MIN_VARIANCE_BLOCK / self.rate)
+        if isinstance(length, torch.Tensor):
+            return blocks * per_block + (rest.double() / self.rate).ceil().to(length.dtype)
+        return blocks * per_block + math.ceil(rest / self.rate)
+
+
+@dataclass(frozen=True)
 class LabelChange(Rule):
     """Start a segment wherever the label of a frame differs from the previous one (Gaido et al., EACL 2021).
 
@@ -452,7 +501,7 @@ def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int
     return num_rows // min_len + num_sequences
 
 
-_ALL = (Uniform, LocalMax, Threshold, TopK, LabelChange, Lookback, PeakHeight)
+_ALL = (Uniform, LocalMax, Threshold, TopK, MinVariance, LabelChange, Lookback, PeakHeight)
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 
 

@@ -6,6 +6,7 @@ frames and distances that the rule still needs. A token is final
 
 * with ``Uniform``, when its last frame has arrived;
 * with ``Threshold`` and ``Lookback``, one frame after its last frame;
+* with ``MinVariance``, when the block of 1,500 frames that contains it is complete, or at the end;
 * with ``LocalMax``, ``order + 1`` frames after its last frame, when the peak has been compared on both sides;
 * with integrate-and-fire, at the frame in which it fires.
 """
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.integrate_and_fire import (
     check_firing,
     fires_at_end,
@@ -30,9 +32,19 @@ from fastcompress.ops.integrate_and_fire import (
     usable,
 )
 from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.ops.select_boundaries import select_boundaries
 from fastcompress.reference.adjacent_distance import accumulate_dtype
 from fastcompress.reference.segment_reduce import BLOCK
-from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
+from fastcompress.rules import (
+    MIN_VARIANCE_BLOCK,
+    LocalMax,
+    Lookback,
+    MinVariance,
+    Rule,
+    Threshold,
+    Uniform,
+    as_rule,
+)
 from fastcompress.segments import row_segments
 
 
@@ -58,8 +70,8 @@ class StreamingSegmentPool:
     stream, bit for bit.
 
     Args:
-        rule: ``Uniform``, ``Threshold``, ``Lookback``, or ``LocalMax`` without ``prominence`` and ``normalize``; or the
-            text form of one. Other rules need the whole sequence.
+        rule: ``Uniform``, ``Threshold``, ``Lookback``, ``MinVariance``, or ``LocalMax`` without ``prominence`` and
+            ``normalize``; or the text form of one. Other rules need the whole sequence.
 
     Raises:
         NotImplementedError: If the rule needs the whole sequence.
@@ -74,7 +86,7 @@ class StreamingSegmentPool:
 
     def __init__(self, rule: Rule | str = LocalMax()) -> None:  # noqa: B008  (immutable)
         self.rule: Rule = as_rule(rule)
-        if not (self.rule.fused or isinstance(self.rule, Lookback)):
+        if not (self.rule.fused or isinstance(self.rule, (Lookback, MinVariance))):
             raise NotImplementedError(f"rule {self.rule} needs the whole sequence and cannot be streamed")
         self._reset()
 
@@ -146,7 +158,7 @@ class StreamingSegmentPool:
         is within the threshold of one of the ``k + 1`` frames before it.
         """
         rule, count = self.rule, x.shape[0]
-        if isinstance(rule, Uniform) or not count:
+        if isinstance(rule, (Uniform, MinVariance)) or not count:
             return []
         reach = rule.window if isinstance(rule, Lookback) else 1
         recent = x[:0] if self._recent is None else self._recent
@@ -174,6 +186,8 @@ class StreamingSegmentPool:
         """Return the frames that are now known to start a segment; with ``last``, decide all frames received."""
         rule, found, begin = self.rule, [], self._start
         assert self._frames is not None
+        if isinstance(rule, MinVariance):
+            return self._decide_blocks(rule, last)
         shortest, longest = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
         wide = self._frames.dtype == torch.float64
         threshold = self._threshold(torch.float64 if wide else torch.float32)
@@ -203,6 +217,20 @@ class StreamingSegmentPool:
             self._first_distance = keep
         if isinstance(rule, Uniform) and not last and self._seen > begin and self._seen % rule.size == 0:
             found.append(self._seen)  # the next frame starts a segment, so the open one is complete
+        return found
+
+    def _decide_blocks(self, rule: MinVariance, last: bool) -> list[int]:
+        """Like ``_decide``, for complete blocks; with ``last``, also for the rest."""
+        assert self._frames is not None
+        found: list[int] = []
+        while self._seen - self._decided >= MIN_VARIANCE_BLOCK or (last and self._seen > self._decided):
+            begin, end = self._decided, min(self._decided + MIN_VARIANCE_BLOCK, self._seen)
+            frames = self._frames[begin - self._origin : end - self._origin]
+            starts = select_boundaries(banded_distance(frames, rule.window), rule).starts.tolist()
+            found += [begin + start for start in starts[1:]]
+            if end - begin == MIN_VARIANCE_BLOCK:
+                found.append(end)  # the next frame starts a block
+            self._decided = end
         return found
 
     def _distance(self, t: int) -> float:

@@ -21,7 +21,7 @@ numbers = st.one_of(st.floats(allow_nan=False), st.integers(-1000, 1000))
 cuts = st.tuples(st.integers(1, 9), st.none() | st.integers(1, 12)).filter(lambda c: c[1] is None or c[0] <= c[1])
 
 
-NAMES = "uniform, local-max, threshold, top-k, label-change, lookback, peak-height"
+NAMES = "uniform, local-max, threshold, top-k, min-variance, label-change, lookback, peak-height"
 
 
 @st.composite
@@ -85,6 +85,9 @@ def test_equal_rules_have_equal_hashes(rule: Rule):
         ("local-max:threshold=-inf", fc.LocalMax(threshold=-math.inf)),
         ("local-max:prominence=1e-3", fc.LocalMax(prominence=0.001)),
         ("threshold:0.15", fc.Threshold(0.15)),
+        ("min-variance", fc.MinVariance(4.0, 8)),
+        ("min-variance:3", fc.MinVariance(3)),
+        ("min-variance:rate=6,max_len=12", fc.MinVariance(6, 12)),
         ("threshold:1,max_len=8", fc.Threshold(1, max_len=8)),
     ],
 )
@@ -100,6 +103,7 @@ def test_from_string(text: str, rule: Rule):
         (fc.LocalMax(), "local-max"),
         (fc.LocalMax(2, min_len=3), "local-max:order=2,min_len=3"),
         (fc.LocalMax(threshold=0.5, prominence=0.25, max_len=9), "local-max:threshold=0.5,prominence=0.25,max_len=9"),
+        (fc.MinVariance(2.5, max_len=6), "min-variance:rate=2.5,max_len=6"),
         (fc.Threshold(0.15, 2, 4), "threshold:0.15,min_len=2,max_len=4"),
     ],
 )

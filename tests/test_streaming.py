@@ -30,6 +30,7 @@ RULES = (
     fc.LocalMax(max_len=2),
     fc.Lookback(1, 0.3),
     fc.Lookback(3, 0.8, min_len=2, max_len=90),
+    fc.MinVariance(2.5, max_len=4),
 )
 CHUNKS = ("one by one", "whole", "random", "70")
 
@@ -123,6 +124,18 @@ def test_state_stays_small():
         assert sum(v.untyped_storage().nbytes() for v in held) < 4 * 4 * (64 + 25 + 60) + 64
         assert len(pool._distances) < 5 and pool.pending == 5000
         assert torch.equal(pool.flush().values, fc.segment_pool(x, rule=rule).values)
+
+
+def test_min_variance_returns_whole_blocks():
+    x = features("smooth", 3700, 4, torch.float32)
+    pool, parts = fc.StreamingSegmentPool("min-variance:rate=3"), []
+    for chunk in x.split(700):
+        parts.append(pool(chunk))
+        assert pool.pending == pool._seen % 1500
+    parts.append(pool.flush())
+    whole = fc.segment_pool(x, rule="min-variance:rate=3")
+    assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
+    assert torch.equal(torch.cat([part.starts for part in parts]), whole.segments.starts)
 
 
 def test_undecided_frames_are_not_summed():

@@ -1,6 +1,7 @@
 // Shared by the CPU ops: sequences of a batch, lists of segments, output memory and threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -25,6 +26,16 @@ struct Sequences {
 // `rows_dim` is the number of leading dimensions of `like` that index rows: 1 for packed input, 2 for padded input.
 Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::optional<Tensor>& cu_seqlens,
                          const std::optional<Tensor>& lengths);
+
+// Calls f(b, begin, end) for the parts of sequences that lie in rows [first, last).
+template <class F>
+void for_each_part(const Sequences& sequences, int64_t first, int64_t last, const F& f) {
+  int64_t b = std::upper_bound(sequences.end.begin(), sequences.end.end(), first) - sequences.end.begin();
+  for (; b < sequences.count() && sequences.begin[b] < last; ++b) {
+    const int64_t begin = std::max(first, sequences.begin[b]), end = std::min(last, sequences.end[b]);
+    if (begin < end) f(b, begin, end);
+  }
+}
 
 // Segments that read_segments has checked.
 struct CheckedSegments {

@@ -18,7 +18,9 @@ SEGMENTS = "Tensor starts, Tensor lengths"
 SCHEMAS = (
     f"adjacent_distance(Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
     f"adjacent_distance_backward(Tensor grad, Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
+    f"banded_distance(Tensor x, {LAYOUT}, SymInt window) -> Tensor",
     f"select_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, {RULE}, bool compact) -> (Tensor, Tensor, Tensor)",
+    f"min_variance_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, float rate, SymInt max_len) -> Tensor",
     f"greedy_boundaries(Tensor x, {LAYOUT}, float threshold, SymInt max_len) -> Tensor",
     f"segment_reduce(Tensor x, {SEGMENTS}, str reduce) -> Tensor",
     f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",

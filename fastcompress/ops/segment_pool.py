@@ -11,9 +11,10 @@ from torch import Tensor
 from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.segment_reduce import segment_reduce
 from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
-from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, as_rule
+from fastcompress.rules import LabelChange, LocalMax, Lookback, MinVariance, Rule, as_rule
 from fastcompress.segments import Pooled, Segments
 
 _op: Op[tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fastcompress.segment_pool.default
@@ -92,13 +93,10 @@ def segment_pool(
         scored = x if keys is None else keys
         with torch.no_grad():
             d: Tensor | None = None
-            if isinstance(rule, Lookback):
-                if not torch.compiler.is_compiling():  # no frame has more frames before it
-                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))
-                lags = range(1, rule.window + 1)
-                d = torch.stack(
-                    [adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in lags], -1
-                )
+            if isinstance(rule, (Lookback, MinVariance)):
+                if isinstance(rule, Lookback) and not torch.compiler.is_compiling():
+                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))  # no frame is further away
+                d = banded_distance(scored, rule.window, cu_seqlens=cu_seqlens, lengths=lengths)
             elif rule.needs_distance:
                 d = adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths)
             elif not isinstance(rule, LabelChange):

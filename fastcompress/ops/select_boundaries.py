@@ -8,7 +8,8 @@ from torch import Tensor
 from fastcompress.checks import check_float, check_integers, check_layout, check_layout_values, check_same_device
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops import scalar_rules
-from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
+from fastcompress.ops.min_variance import min_variance_boundaries
+from fastcompress.rules import LabelChange, LocalMax, Lookback, MinVariance, Rule, Threshold, as_rule, max_segments
 from fastcompress.segments import Segments
 
 _op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundaries.default
@@ -55,8 +56,9 @@ def select_boundaries(
 
     Args:
         d: Distance between each frame and the next (``adjacent_distance``), ``[N]`` packed or ``[B, T]`` padded;
-            the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` needs the
-            distances at lags 1 to ``window``, ``[N, window]`` or ``[B, T, window]``. ``LabelChange`` takes ``None``.
+            the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` and
+            ``MinVariance`` need the distances at lags 1 to ``rule.window`` ([`banded_distance`][]), ``[N, window]`` or
+            ``[B, T, window]``. ``LabelChange`` takes ``None``.
         rule: A rule or its text form.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
         cu_seqlens: See ``adjacent_distance``.
@@ -120,17 +122,21 @@ def _select_scalar(
         check_float("d", d)
         assert d is not None
         rows, flat = d.detach(), d.detach().reshape(-1)
-        if isinstance(rule, Lookback):
+        if isinstance(rule, (Lookback, MinVariance)):
             if d.dim() not in (2, 3) or d.shape[-1] != rule.window:
                 raise ValueError(f"d must have shape [..., {rule.window}], one distance per lag, got {list(d.shape)}")
             rows, flat = rows[..., 0], rows.reshape(-1, rule.window).T
-            min_len, max_len = 1, None  # scalar_rules.starts applies them for this rule
+            min_len, max_len = 1, None  # the rule has applied them itself
     row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LabelChange) and rule.blank is not None:
         kept = torch.ones_like(rows, dtype=torch.int32) if row_group is None else row_group
         row_group = torch.where(rows.long() == rule.blank, -1, kept)  # int64, because the blank may exceed the dtype
-    runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
-    mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
+    if isinstance(rule, MinVariance):
+        assert d is not None
+        mask = min_variance_boundaries(d.detach(), rule, cu_seqlens, lengths, row_group)
+    else:
+        runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
+        mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
         mask.view(rows.shape),
         cu_seqlens=cu_seqlens,

@@ -58,8 +58,11 @@ def samples() -> Iterator[Any]:
                 leaf = x.clone().requires_grad_()
                 yield sample("adjacent_distance", name, leaf, cu, lengths, 2)
                 yield sample("adjacent_distance_backward", name, torch.randn_like(d), x, cu, lengths, 2)
+                yield sample("banded_distance", name, x, cu, lengths, 3)
                 yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
                 yield sample("nearest_odd", name, x, cu, lengths)
+            near = d.new_zeros((*d.shape, 3))
+            yield sample("min_variance_boundaries", name, near, cu, lengths, group, 2.0, 4)
             if dtype == torch.bfloat16 and not name.startswith(("packed-bf", "padded-bf")):
                 continue
             for compact, rule in itertools.product((True, False), RULES if plain else RULES[1:2]):
@@ -113,8 +116,9 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("op, args", SAMPLES)
 def test_opcheck(op: str, args: tuple[Any, ...]):
-    # Distances without a pair are NaN, which the last check treats as different; the next test replaces it.
-    checks = CHECKS[:-1] if op == "adjacent_distance" else CHECKS
+    # Distances without a pair are NaN, which the last check treats as different. The next test, and the
+    # export of segment_pool, replace it.
+    checks = CHECKS[:-1] if op in ("adjacent_distance", "banded_distance") else CHECKS
     torch.library.opcheck(getattr(OPS, op).default, args, test_utils=checks)
 
 

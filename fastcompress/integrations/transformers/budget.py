@@ -19,7 +19,7 @@ from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
 from fastcompress.nn import SegmentPool
-from fastcompress.rules import TopK, Uniform
+from fastcompress.rules import MinVariance, TopK, Uniform
 
 #: Number of rows of each audio, which the patched encoder of Qwen2-Audio passes to its patched projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
@@ -33,10 +33,10 @@ def check(kind: str, family: Family, compressor: nn.Module) -> None:
     """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
-    if not (type(compressor) is SegmentPool and isinstance(compressor.rule, (Uniform, TopK))):
+    if not (type(compressor) is SegmentPool and isinstance(compressor.rule, (Uniform, TopK, MinVariance))):
         raise NotImplementedError(
-            "budget mode needs a rule whose number of tokens depends only on the length, uniform:N or top-k, got "
-            f"{compressor}; use mode='dynamic' for other rules"
+            "budget mode needs a rule whose number of tokens depends only on the length (uniform, min-variance or "
+            f"top-k), got {compressor}; use mode='dynamic' for other rules"
         )
 
 
@@ -86,7 +86,7 @@ def _merge(pool: SegmentPool) -> Callable[..., Any]:
 
 def _lengths(pool: SegmentPool) -> Callable[..., Any]:
     rule = pool.rule
-    assert isinstance(rule, Uniform | TopK)  # see `check`
+    assert isinstance(rule, Uniform | TopK | MinVariance)  # see `check`
 
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
@@ -134,7 +134,7 @@ class BudgetProcessor:
                 "apply_to(model, rule, mode='budget') first"
             )
         self.processor = processor
-        self._rule: Uniform | TopK = model.audio_compressor.rule
+        self._rule: Uniform | TopK | MinVariance = model.audio_compressor.rule
         self._window = None if settings.family.window is None else settings.family.window(model.config)
         self._token = model.config.audio_token_id
 

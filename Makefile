@@ -130,7 +130,8 @@ bench-report: $(READY)
 bench-check: build
 	$(BIN)/python -m benchmarks.gate
 
-# Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
+# Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja,
+# and for the benchmark pandas and tabulate.
 GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(OUT) $(if $(DRY),--dry) \
     $(if $(WHEEL),--wheel $(WHEEL))
 gpu:

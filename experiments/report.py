@@ -105,12 +105,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Plot the published methods after LoRA, with uniform pooling as a line.
+    """Plot the published methods after LoRA, numbered as in the legend, with uniform pooling as a line.
 
     The error axis is logarithmic, since many methods are close together at 3 frames per token and a few far above.
     """
     methods = ["local maxima", *(method.name for method in METHODS)]
-    markers = "o^vDPX*"
 
     def draw(axis: Any, of_task: dict[tuple[str, str, str], list[dict[str, Any]]], name: str) -> None:
         pooling = []
@@ -118,10 +117,9 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if stage != "lora":
                 continue
             if compression in methods:
-                number = methods.index(compression)
-                marker, colour = markers[number % len(markers)], f"C{number % 10}"
-                axis.plot([], [], marker, color=colour, label=compression)
-                _point(axis, same, name, "", marker, colour)
+                number = str(methods.index(compression) + 1)
+                axis.plot([], [], linestyle="", marker=f"${number}$", color="tab:blue", markersize=8, label=compression)
+                _point(axis, same, name, number, ".", "tab:blue")
             elif compression == "every frame" or compression.startswith("uniform pooling"):
                 _point(axis, same, name, "", "s", "tab:gray")
                 scores = [row["scores"][name] for row in same]
@@ -131,7 +129,7 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
         axis.minorticks_off()
 
-    _panels(rows, path, draw, beside=True)
+    _panels(rows, path, draw, from_zero=False)
 
 
 def _point(
@@ -155,9 +153,9 @@ def _panels(
     rows: Sequence[dict[str, Any]],
     path: Path,
     draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
-    beside: bool = False,
+    from_zero: bool = True,
 ) -> None:
-    """Draw one row of panels per task into ``path``; with ``beside``, they share one legend on the right."""
+    """Draw one row of panels per task into ``path``, with one legend below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -178,10 +176,10 @@ def _panels(
             axis.set_xticks([6, 8, 10, 13, 17, 25, 50], ["6", "8", "10", "13", "17", "25", "50"])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            if not beside:
+            if from_zero:
                 axis.set_ylim(bottom=0)
-                axis.legend(fontsize=8)
-    if beside:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(f"Mean of {seeds} seeds; bars span the lowest to the highest seed", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

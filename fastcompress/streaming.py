@@ -23,7 +23,7 @@ from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.integrate_and_fire import (
-    check_firing,
+    as_firing,
     fires_at_end,
     integrate_rows,
     left_over,
@@ -45,10 +45,10 @@ from fastcompress.rules import (
     Uniform,
     as_rule,
 )
-from fastcompress.segments import row_segments
+from fastcompress.segments import count_of, dtype_and_device, row_segments
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Streamed:
     """Tokens that became final in one call.
 
@@ -61,6 +61,10 @@ class Streamed:
     values: Tensor
     starts: Tensor
     lengths: Tensor
+
+    def __repr__(self) -> str:
+        tokens, width = self.values.shape
+        return f"Streamed({count_of(tokens, 'token')}, width {width}{dtype_and_device(self.values)})"
 
 
 class StreamingSegmentPool:
@@ -180,7 +184,7 @@ class StreamingSegmentPool:
     def _threshold(self, dtype: torch.dtype) -> float:
         """Return the threshold of the rule, rounded to the dtype of the distances."""
         threshold = getattr(self.rule, "threshold", None)
-        return -math.inf if threshold is None else torch.tensor(threshold, dtype=dtype).item()
+        return -math.inf if threshold is None else torch.tensor(threshold, dtype=dtype, device="cpu").item()
 
     def _decide(self, near: list[bool], last: bool) -> list[int]:
         """Return the frames that are now known to start a segment; with ``last``, decide all frames received."""
@@ -255,7 +259,7 @@ class StreamingSegmentPool:
         places = torch.tensor(starts, dtype=torch.int64, device=device)
         sizes = torch.tensor(lengths, dtype=torch.int64, device=device)
         if not bounds:
-            values = frames[:0]
+            values = frames.new_empty(0, frames.shape[1])
         else:
             parts = []
             whole = 0
@@ -300,9 +304,9 @@ class StreamingIntegrateAndFire:
     """
 
     def __init__(self, beta: float = 1.0, tail: float | None = 0.5) -> None:
-        check_firing(beta, tail)
-        self.beta: float = beta
-        self.tail: float | None = tail
+        self.beta: float
+        self.tail: float | None
+        self.beta, self.tail = as_firing(beta, tail)
         self._reset()
 
     def _reset(self) -> None:
@@ -342,7 +346,7 @@ class StreamingIntegrateAndFire:
         assert total is not None and rows is not None
         _check_like(x, like)
         if not x.shape[0]:
-            return x, torch.zeros(0, dtype=torch.int64, device=x.device)
+            return like, torch.zeros(0, dtype=torch.int64, device=x.device)
         weight = usable(alpha.detach())
         sums = torch.cat([total, weight]).cumsum(0)
         after = sums[1:]
@@ -353,7 +357,7 @@ class StreamingIntegrateAndFire:
             got = float(weight.sum())
             raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {self.beta:g}, got {got:g}")
         # The tokens that fire, followed by the one that stays open.
-        token = torch.arange(first, last + 1, device=x.device).double()
+        token = torch.arange(first, last + 1, dtype=torch.float64, device=x.device)
         ends = torch.searchsorted(right, token + 1)  # frame in which each token fires; the last does not
         begins = torch.searchsorted(right, token)  # first frame after which the token is open
         rest = opening(token, right[begins], after[begins], self.beta).to(wide)
@@ -400,7 +404,7 @@ class StreamingIntegrateAndFire:
             assert total is not None
             divisor = (remainder / self.beta).to(self._rows.dtype)
             values = (total / divisor).to(like.dtype)[None]
-            ends = torch.tensor([self._seen - 1], device=device)
+            ends = torch.tensor([self._seen - 1], dtype=torch.int64, device=device)
         self._reset()
         return values, ends
 
@@ -416,7 +420,7 @@ def _check_like(x: Tensor, before: Tensor) -> None:
 def _add(total: Tensor | None, frames: Tensor) -> Tensor | None:
     """Add frames ``[N, D]`` to a sum, block by block as in ``segment_reduce``; without any frame return ``total``."""
     wide = frames.to(accumulate_dtype(frames.dtype))
-    starts = torch.arange(0, len(wide), BLOCK, device=wide.device)
+    starts = torch.arange(0, len(wide), BLOCK, dtype=torch.int64, device=wide.device)
     lengths = (len(wide) - starts).clamp_max(BLOCK)
     for block in segment_reduce(wide, row_segments(starts, lengths, len(wide)), "sum"):
         total = block if total is None else total + block

@@ -88,7 +88,7 @@ def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
         # Each tensor has an allocation of its own, so that memcheck detects an access one element after its end.
         found.append(Command("sanitize", tool, words, skip, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     bench = [python, "-m", "benchmarks", "--device", "cuda", "--out", str(out), *(["--dry"] if dry else [])]
-    return [*found, Command("bench", "bench", bench, env=interpret)]
+    return [*found, Command("bench", "bench", bench, lacks("pandas", "tabulate"), interpret)]
 
 
 def run(command: Command, log: Path) -> None:

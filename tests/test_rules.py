@@ -116,9 +116,10 @@ def test_str(rule: Rule, text: str):
     [
         (fc.Uniform(3), ("uniform", 3, 0.0, 0.0, 1, 0, True)),
         (fc.Uniform(3, "drop"), ("uniform", 3, 0.0, 0.0, 1, 0, False)),
-        (fc.LocalMax(), ("local-max", 1, torch.finfo(torch.float32).min, 0.0, 1, 0, True)),
+        (fc.LocalMax(), ("local-max", 1, -torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
         (fc.LocalMax(2, 0.5, 0.25, 3, 4), ("local-max", 2, 0.5, 0.25, 3, 4, True)),
         (fc.Threshold(1, 2, 5), ("threshold", 1, 1.0, 0.0, 2, 5, True)),
+        (fc.Threshold(float("inf")), ("threshold", 1, torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
     ],
 )
 def test_op_args(rule: Rule, args: tuple):

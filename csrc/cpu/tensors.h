@@ -57,13 +57,15 @@ class OutputRows {
  public:
   OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size);
   void* data() const { return memory_.get(); }
-  // Returns the first `rows` rows as a tensor whose memory has exactly that size.
+  // Returns the first `rows` rows as a tensor that holds at most a tenth more memory than they need.
   Tensor finish(int64_t rows);
 
  private:
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
+  Tensor copy(int64_t rows) const;
+
   std::unique_ptr<void, Free> memory_;
   int64_t width_;
   ScalarType dtype_;

@@ -35,6 +35,9 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # Implemented with PyTorch's own kernels on every device.
     f"nearest_odd(Tensor keys, {LAYOUT}) -> (Tensor, Tensor)",
+    f"iterative_fusion(Tensor x, Tensor? weights, {LAYOUT}, SymInt count) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"iterative_fusion_backward(Tensor grad, Tensor grad_sizes, Tensor x, Tensor? weights, {LAYOUT}, SymInt count)"
+    " -> (Tensor, Tensor)",
     # Packing; see fastcompress/ops/pack.py.
     f"pack_map(Tensor row_group, Tensor? ids, {LAYOUT}, Tensor audio_cu_seqlens, SymInt num_embeddings,"
     " SymInt num_audio_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_whole
+from fastcompress.checks import as_whole, check_float, check_layout, check_layout_values, unnest
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.adjacent_distance import adjacent_distance
 
@@ -21,7 +21,7 @@ def banded_distance(
     ``x``. The distances are not differentiable.
 
     Args:
-        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
         window: Number of later frames, at least 1.
         cu_seqlens: See [`adjacent_distance`][].
         lengths: See [`adjacent_distance`][].
@@ -39,9 +39,10 @@ def banded_distance(
                 [0., nan],
                 [nan, nan]])
     """
+    x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    check_whole("window", window, 1)
+    window = as_whole("window", window, 1)
     x = x.detach()
     if x.device.type != "cpu":  # no other device has a kernel for all lags at once
         return torch.stack(

@@ -61,6 +61,12 @@ def samples() -> Iterator[Any]:
                 yield sample("banded_distance", name, x, cu, lengths, 3)
                 yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
                 yield sample("nearest_odd", name, x, cu, lengths)
+                weights = torch.rand_like(x[..., 0]).requires_grad_()
+                yield sample("iterative_fusion", name, leaf, weights, cu, lengths, 2)
+                yield sample("iterative_fusion", f"{name}-even", leaf, None, cu, lengths, 2)
+                tokens = torch.ops.fastcompress.iterative_fusion(x, weights.detach(), cu, lengths, 2)
+                grads = torch.randn_like(tokens[0]), torch.randn_like(tokens[2])
+                yield sample("iterative_fusion_backward", name, *grads, x, weights.detach(), cu, lengths, 2)
             near = d.new_zeros((*d.shape, 3))
             yield sample("min_variance_boundaries", name, near, cu, lengths, group, 2.0, 4)
             if dtype == torch.bfloat16 and not name.startswith(("packed-bf", "padded-bf")):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcompress.checks import IGNORED_LABEL
+from fastcompress.checks import IGNORED_LABEL, as_mask
 from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import Family
@@ -178,7 +178,9 @@ class BudgetProcessor:
         ids = inputs["input_ids"]
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids must be a tensor (return_tensors='pt'), got {type(ids).__name__}")
-        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if "attention_mask" in inputs:
+            mask = as_mask("attention_mask", inputs["attention_mask"])
         kept = [self._kept(row, real) for row, real in zip(ids, mask, strict=True)]
         tokenizer = getattr(self.processor, "tokenizer", None)
         side: str = getattr(tokenizer, "padding_side", "right")

@@ -140,7 +140,7 @@ def _parse_value(text: str) -> Any:
 
 
 def _set(rule: Rule, field: str, value: float | None) -> None:
-    """Set a field of a frozen rule to its plain form. Dynamo cannot trace this, and never needs it."""
+    """Set a field of a frozen rule to its Python form. Dynamo cannot trace this, and never needs to."""
     if value is not getattr(rule, field):
         object.__setattr__(rule, field, value)
 
@@ -496,7 +496,7 @@ class PeakHeight(Rule):
 
 def finite(value: float) -> float:
     """Return the finite float64 next to ``value``: AOTInductor cannot load a package with an infinite op argument."""
-    limit = torch.finfo(torch.float64).max  # no global, which a compiled graph would take for a variable
+    limit = torch.finfo(torch.float64).max  # not a global, which a compiled graph would treat as a variable
     return min(max(float(value), -limit), limit)
 
 

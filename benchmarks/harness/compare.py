@@ -43,8 +43,8 @@ class Contender:
     Attributes:
         name: Name of the row.
         group: Kind of contender; ``fastcompress`` for ours.
-        build: Function that returns the call to time; called anew in each setting. The call takes a batch and returns a
-            tensor, or an object whose ``values`` are one.
+        build: Function that returns the call to time; called again in each setting. The call takes a batch and returns
+            a tensor, or an object whose ``values`` are one.
         graph: A form for a CUDA graph, whose result has the size of an upper bound.
         both: Forward and backward in one call, for a contender whose gradient is not that of the batch's leaf.
         backend: Backend of the library to run on.

@@ -31,7 +31,7 @@ help:
 	@echo "  make test          run the tests"
 	@echo "  make test-slow     run only the slow tests"
 	@echo "  make test-full     run the tests and the slow tests"
-	@echo "  make test-emulated run the tests of the ops on the CUDA kernels, in an emulator on the CPU"
+	@echo "  make test-emulated run the CUDA kernels in an emulator, and the Triton kernels in its interpreter"
 	@echo "  make sanitize      run the tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "                     (KINDS=\"address thread\" skips the emulated CUDA kernels)"
 	@echo "  make fuzz          search for input that breaks an op or a reader (SECONDS=240)"
@@ -94,15 +94,16 @@ test: build
 	$(PYTEST) -n 2 --dist loadgroup
 
 test-slow: build
-	$(PYTEST) -n 2 --dist loadgroup --run-slow -m slow
+	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated -m slow
 
 test-full: build
-	$(PYTEST) -n 2 --dist loadgroup --run-slow
+	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated
 
 EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors \
     properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
+	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/triton
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
 # KINDS="address thread" skips the emulated CUDA kernels.

@@ -14,12 +14,11 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from numbers import Integral
 from typing import Any, ClassVar, Literal
 
 import torch
 
-from fastcompress.checks import as_number, as_whole
+from fastcompress.rule_fields import check_bool, take_float, take_int, take_length, take_lengths
 
 #: Number of frames after which ``MinVariance`` begins a new block: those that the encoder of Whisper makes of 30 s.
 MIN_VARIANCE_BLOCK = 1500
@@ -139,56 +138,6 @@ def _parse_value(text: str) -> Any:
     return text
 
 
-def _set(rule: Rule, field: str, value: float | None) -> None:
-    """Set a field of a frozen rule to its Python form. Dynamo cannot trace this, and never needs to."""
-    if value is not getattr(rule, field):
-        object.__setattr__(rule, field, value)
-
-
-def _take_int(rule: Rule, field: str, minimum: int, optional: bool = False) -> None:
-    value = getattr(rule, field)
-    if not (optional and value is None):
-        _set(rule, field, as_whole(f"{type(rule).__name__}: {field}", value, minimum))
-
-
-def _take_float(rule: Rule, field: str, optional: bool = False) -> None:
-    value = getattr(rule, field)
-    if optional and value is None:
-        return
-    try:
-        _set(rule, field, as_number(f"{type(rule).__name__}: {field}", value))
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _check_bool(rule: Rule, field: str) -> None:
-    if not isinstance(getattr(rule, field), bool):
-        raise ValueError(f"{type(rule).__name__}: {field} must be True or False, got {getattr(rule, field)!r}")
-
-
-def _take_lengths(rule: LocalMax | Threshold | LabelChange | Lookback | PeakHeight) -> None:
-    _take_int(rule, "min_len", 1)
-    _take_int(rule, "max_len", 1, optional=True)
-    min_len, max_len = rule.min_len, rule.max_len
-    if max_len is not None and min_len > max_len:
-        raise ValueError(f"{type(rule).__name__}: min_len must not exceed max_len, got {min_len} > {max_len}")
-
-
-def _take_length(length: Any) -> Any:
-    """Check the length of a sequence, or a tensor of lengths; return a tensor as int64, so that no sum overflows."""
-    if isinstance(length, torch.Tensor):
-        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
-            raise TypeError(f"length must be an integer or a tensor of integers, got {length.dtype}")
-        return length.long()
-    if type(length) not in (int, torch.SymInt):
-        if isinstance(length, bool) or not isinstance(length, Integral):
-            raise TypeError(f"length must be an integer or a tensor of integers, got {length!r}")
-        length = int(length)
-    if not torch.compiler.is_compiling() and length < 0:  # a traced length may be symbolic
-        raise ValueError(f"length must not be negative, got {length}")
-    return length
-
-
 @dataclass(frozen=True)
 class Uniform(Rule):
     """Start a segment every ``size`` frames, counted from the first frame of each sequence.
@@ -213,7 +162,7 @@ class Uniform(Rule):
     needs_distance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _take_int(self, "size", 1)
+        take_int(self, "size", 1)
         if self.tail not in ("keep", "drop"):
             raise ValueError(f"Uniform: tail must be 'keep' or 'drop', got {self.tail!r}")
 
@@ -233,7 +182,7 @@ class Uniform(Rule):
             TypeError: If ``length`` is neither an int nor an integer tensor.
             ValueError: If an int is negative. The values of a tensor are not read.
         """
-        frames = _take_length(length)
+        frames = take_length(length)
         if not isinstance(length, torch.Tensor):
             return (frames + self.size - 1) // self.size if self.tail == "keep" else frames // self.size
         count = frames // self.size
@@ -278,11 +227,11 @@ class LocalMax(Rule):
     name: ClassVar[str] = "local-max"
 
     def __post_init__(self) -> None:
-        _check_bool(self, "normalize")
-        _take_int(self, "order", 1)
-        _take_float(self, "threshold", optional=True)
-        _take_float(self, "prominence", optional=True)
-        _take_lengths(self)
+        check_bool(self, "normalize")
+        take_int(self, "order", 1)
+        take_float(self, "threshold", optional=True)
+        take_float(self, "prominence", optional=True)
+        take_lengths(self)
 
     @property
     def fused(self) -> bool:
@@ -314,8 +263,8 @@ class Threshold(Rule):
     name: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
-        _take_float(self, "threshold")
-        _take_lengths(self)
+        take_float(self, "threshold")
+        take_lengths(self)
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
         return (self.name, 1, finite(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
@@ -346,8 +295,8 @@ class TopK(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_float(self, "rate", optional=True)
-        _take_int(self, "count", 1, optional=True)
+        take_float(self, "rate", optional=True)
+        take_int(self, "count", 1, optional=True)
         if (self.rate is None) == (self.count is None):
             raise ValueError(f"TopK: one of rate and count must be given, got rate={self.rate}, count={self.count}")
         if self.rate is not None and not 1 <= self.rate < math.inf:
@@ -355,7 +304,7 @@ class TopK(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
-        frames = _take_length(length)
+        frames = take_length(length)
         if not isinstance(length, torch.Tensor):
             return torch.sym_min(frames, self.count) if self.rate is None else math.ceil(frames / self.rate)
         count = frames.clamp_max(self.count) if self.rate is None else (frames.double() / self.rate).ceil()
@@ -388,8 +337,8 @@ class MinVariance(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_float(self, "rate")
-        _take_int(self, "max_len", 1)
+        take_float(self, "rate")
+        take_int(self, "max_len", 1)
         if not 1 <= self.rate <= self.max_len:
             raise ValueError(f"MinVariance: rate must be between 1 and max_len, {self.max_len}, got {self.rate}")
 
@@ -400,11 +349,11 @@ class MinVariance(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
-        frames = _take_length(length)
+        frames = take_length(length)
         blocks, rest = frames // MIN_VARIANCE_BLOCK, frames % MIN_VARIANCE_BLOCK
         per_block = math.ceil(MIN_VARIANCE_BLOCK / self.rate)
         if isinstance(length, torch.Tensor):
-            return (blocks * per_block + (rest.double() / self.rate).ceil().to(frames.dtype)).to(length.dtype)
+            return (blocks * per_block + (rest.double() / self.rate).ceil().long()).to(length.dtype)
         return blocks * per_block + math.ceil(rest / self.rate)
 
 
@@ -431,8 +380,8 @@ class LabelChange(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_int(self, "blank", -(2**63), optional=True)
-        _take_lengths(self)
+        take_int(self, "blank", -(2**63), optional=True)
+        take_lengths(self)
 
 
 @dataclass(frozen=True)
@@ -462,9 +411,9 @@ class Lookback(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_int(self, "window", 1)
-        _take_float(self, "threshold")
-        _take_lengths(self)
+        take_int(self, "window", 1)
+        take_float(self, "threshold")
+        take_lengths(self)
 
 
 @dataclass(frozen=True)
@@ -490,8 +439,8 @@ class PeakHeight(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _take_float(self, "threshold")
-        _take_lengths(self)
+        take_float(self, "threshold")
+        take_lengths(self)
 
 
 def finite(value: float) -> float:

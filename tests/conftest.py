@@ -20,6 +20,9 @@ pytest_pycollect_makemodule = skip_without("av", "soundfile", "soxr", files=("te
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--run-slow", action="store_true", help="also run the slow tests")
+    parser.addoption(
+        "--run-emulated", action="store_true", help="run emulated CUDA and interpreted Triton kernels as well"
+    )
     parser.addoption("--run-sanitizers", action="store_true", help="also run the emulated kernels under sanitizers")
     parser.addoption(
         "--emulated",
@@ -39,7 +42,7 @@ def pytest_configure() -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for marker, option in (("slow", "--run-slow"), ("sanitizer", "--run-sanitizers")):
+    for marker, option in (("slow", "--run-slow"), ("emulated", "--run-emulated"), ("sanitizer", "--run-sanitizers")):
         if config.getoption(option):
             continue
         skip = pytest.mark.skip(reason=f"{marker}: needs {option}")

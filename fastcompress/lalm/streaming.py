@@ -1,8 +1,8 @@
 """Streaming transcription with a model whose encoder and decoder were trained on whole utterances.
 
 Every ``hop`` seconds the current utterance is encoded again from its start, because the encoder attends to all of its
-input. A frame is final once ``look_ahead`` seconds of audio follow it. Final frames go through
-``fastcompress.StreamingSegmentPool``, and the decoder continues from the final text. Text becomes final where two
+input. A frame is final once ``look_ahead`` seconds of audio follow it. ``fastcompress.StreamingSegmentPool`` pools
+final frames, and the decoder continues from the final text. Text becomes final where two
 consecutive hypotheses agree (LocalAgreement-2; Liu et al., Interspeech 2020; Machacek et al., 2023) and is never
 changed afterwards.
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.limits import Answers, counting_answers
 from fastcompress.lalm.encoders import window_length
 from fastcompress.segments import Pooled, row_segments
 from fastcompress.streaming import StreamingSegmentPool
@@ -39,7 +41,7 @@ LOOK_AHEAD, HOP = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Latency:
-    """Hold the latency of a stream, in seconds of audio; computing time is not included.
+    """Latency of a stream, in seconds of audio; computing time is not included.
 
     Attributes:
         seconds: Length of the stream.
@@ -65,8 +67,8 @@ class StreamingTranscriber:
         model: ``FastCompressForConditionalGeneration``, with or without LoRA, whose rule is ``None`` or supported by
             [`fastcompress.StreamingSegmentPool`][].
         processor: Processor of the model.
-        window: Longest audio that is encoded at once, and so the longest utterance, in seconds; ``None``: the
-            encoder's window, or 30.
+        window: Longest audio that is encoded in one call, and therefore the longest utterance, in seconds; ``None``:
+            the encoder's window, or 30.
         look_ahead: Seconds of audio after a frame until it is final.
         hop: Seconds of audio between two hypotheses.
         prompt: Text of the request.
@@ -124,6 +126,7 @@ class StreamingTranscriber:
         self._past = ""  # text of the completed utterances
         self._first: int | None = None
         self._laggings: list[float] = []
+        self._answers = Answers()
         self._begin(np.empty(0, np.float32))
 
     def _begin(self, samples: np.ndarray) -> None:
@@ -186,7 +189,7 @@ class StreamingTranscriber:
         """End the stream.
 
         Returns:
-            The rest of the text.
+            The remaining text. A warning counts the utterances that ``max_new_tokens`` cut.
 
         Raises:
             ValueError: The stream is shorter than one frame.
@@ -194,6 +197,12 @@ class StreamingTranscriber:
         before = self.text
         if not self._over and (self._filled >= self.processor.shortest or not self._origin):
             self._end(self._filled)
+        if self._answers.cut and not self._over:
+            warnings.warn(
+                f"{self._answers.cut} of {self._answers.total} utterances were cut at max_new_tokens="
+                f"{self._max_new_tokens}: pass a larger one",
+                stacklevel=2,
+            )
         self._over = True
         return self.text[len(before) :]
 
@@ -227,6 +236,8 @@ class StreamingTranscriber:
         self._tokens.append(self._pool(self._encode(count)[self._frames :]).values)
         self._tokens.append(self._pool.flush().values)
         self._final = self._decode()
+        self._answers.total += 1
+        self._answers.cut += len(self._final) >= self._max_new_tokens
         self._write(over=True)
         if self._delays:
             self._laggings.append(average_lagging(self._delays, count) / self.rate)
@@ -247,9 +258,9 @@ class StreamingTranscriber:
         rows = torch.arange(len(values), device=values.device)
         pooled = Pooled(values, row_segments(rows, torch.ones_like(rows), len(values)))
         ids = torch.tensor([self._prompt + self._final], device=values.device)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pooled=pooled, max_new_tokens=left, **self._generation
-        )
+        arguments = {"attention_mask": torch.ones_like(ids), "pooled": pooled, "max_new_tokens": left}
+        with counting_answers():  # no warning per hypothesis; `finish` warns
+            out = self.model.generate(input_ids=ids, **arguments, **self._generation)
         found = out[0, ids.shape[1] :].tolist()
         end = next((i for i, token in enumerate(found) if token in self._ends), len(found))
         return self._final + found[:end]
@@ -258,7 +269,7 @@ class StreamingTranscriber:
         """Append the text of the final ids; ``over`` is true at the end of the utterance."""
         text = self.processor.tokenizer.decode(self._final, skip_special_tokens=True).strip()
         if not over:
-            text = text.rstrip("\ufffd")  # the last character may lack bytes that the next token brings
+            text = text.rstrip("\ufffd")  # the next token may have the missing bytes of the last character
             if not text.startswith(self._written):  # some tokenizers render a token differently when others follow
                 return
         new = text[len(os.path.commonprefix([text, self._written])) :]

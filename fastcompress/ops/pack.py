@@ -9,6 +9,7 @@ labels from that. ``pack_rows`` copies the rows; its gradient is the copy in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -182,21 +183,23 @@ class PackedInputs:
         return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()
 
     def model_inputs(self) -> dict[str, Any]:
-        """Return keyword arguments for a transformers decoder whose attention is ``"fastcompress"``.
+        """Return keyword arguments for a transformers decoder that [`fastcompress.decoder.prepare`][] has prepared.
+
+        The attention of any other decoder raises an error when it reads ``attention_mask``.
 
         All tensors have a batch dimension of 1, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four
         dimensions, which transformers passes on unchanged instead of building a mask of T x T. To use the flash
         attention of transformers, set ``attention_mask`` to ``None``. ``use_cache`` is false, because packed rows are
         not a prompt that can be continued.
         """
-        cu_seqlens, max_seqlen = self.cu_seqlens, self.max_seqlen
+        cu_seqlens, max_seqlen, device = self.cu_seqlens, self.max_seqlen, self.inputs_embeds.device
         if not self.compact:  # attention must cover every row: the trailing rows become one more sequence
             count = self.inputs_embeds.shape[0]
             cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=count)
             max_seqlen = count
         kwargs: dict[str, Any] = {
             "inputs_embeds": self.inputs_embeds[None],
-            "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=self.inputs_embeds.device),
+            "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device).as_subclass(PackedMask),
             "position_ids": self.position_ids[None],
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -215,6 +218,30 @@ class PackedInputs:
         labels = "" if self.labels is None else ", with labels"
         what = f"{count_of(rows, 'row')} of {count_of(self.cu_seqlens.shape[0] - 1, 'sample')}, width {width}"
         return f"PackedInputs({what}{dtype_and_device(self.inputs_embeds)}{labels})"
+
+
+class PackedMask(Tensor):
+    """Empty attention mask, which raises an error where attention would apply it.
+
+    Only attention that knows where samples start may run on packed rows; any other fails on the mask's shape, with an
+    error that does not name the cause.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(value, Tensor) and not isinstance(value, cls) for value in (*args, *kwargs.values())):
+            raise ValueError(
+                "this decoder's attention does not know where packed samples start: call "
+                "fastcompress.decoder.prepare(decoder) before decoder(**packed.model_inputs()), or run the decoder "
+                "padded on the embeddings and mask of packed.unpack()"
+            )
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # of torch
+
+    def __deepcopy__(self, memo: Any) -> PackedMask:  # torch's own fails for empty tensors of a subclass
+        return torch.empty_like(self).as_subclass(PackedMask)
 
 
 torch.export.register_dataclass(PackedInputs, serialized_type_name="fastcompress.PackedInputs")

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from fastcompress.audio import AudioError
 from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.limits import counting_answers
 from fastcompress.files import write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
 from fastcompress.lalm.lora import lora_targets
@@ -298,6 +299,7 @@ def _read(path: str, settings: FinetuneSettings, say: Callable[[str], None]) -> 
     return usable
 
 
+@counting_answers()  # it counts them itself, over all batches
 @torch.no_grad()
 def score(
     model: Any, conversations: Conversations, utterances: Sequence[Utterance], batch_size: int, max_new_tokens: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from typing import Any
 
@@ -188,3 +190,31 @@ def test_sinks_are_refused():
     model.config._attn_implementation = "fastcompress"
     with pytest.raises(NotImplementedError, match="s_aux"):
         model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+# Packed rows in decoders that are not prepared
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3"])
+def test_a_decoder_that_is_not_prepared_says_what_to_do(kind: str, implementation: str):
+    model = decoder(kind, implementation)
+    packed = packed_batch(*samples(model))
+    with pytest.raises(ValueError, match=re.escape("fastcompress.decoder.prepare(decoder) before decoder(**packed")):
+        model(**packed.model_inputs())
+    assert attention.prepare(model)(**packed.model_inputs()).loss.isfinite()
+
+
+def test_the_mask_of_packed_rows_can_be_moved_and_copied():
+    mask = packed_batch(samples(decoder("qwen2"))[0]).model_inputs()["attention_mask"]
+    for moved in (mask.to("cpu", non_blocking=True), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask[0]):
+        with pytest.raises(ValueError, match="does not know where packed samples start"):
+            moved + torch.zeros(3)
+
+
+def test_a_compiled_decoder_takes_the_mask_of_packed_rows():
+    model = decoder("qwen2")
+    packed = packed_batch(samples(model)[0])
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**packed.model_inputs()).logits, model(**packed.model_inputs()).logits)

@@ -87,7 +87,7 @@ def test_models_that_cannot_be_compressed_are_refused():
         assert not hasattr(model, "fastcompress_settings") and not hasattr(model, "audio_compressor")
         assert model.model.language_model.config._attn_implementation == "sdpa"
     apply_to(model, "uniform:3")
-    with pytest.raises(ValueError, match="already compressed by SegmentPool"):
+    with pytest.raises(ValueError, match="already compressed by uniform:3, after the projector"):
         apply_to(model, "uniform:2")
 
 
@@ -102,10 +102,17 @@ def test_decoders_that_would_leak_are_not_packed():
 
 def test_versions(monkeypatch):
     model = make("qwen2_audio")
-    monkeypatch.setattr(transformers, "__version__", "5.1.0")
-    with pytest.raises(ImportError, match="needs transformers 5.24 or later, got 5.1.0"):
+    module = integration.families.transformers  # transformers replaces its own module while it is imported
+    monkeypatch.setattr(module, "__version__", "5.15.3")
+    with pytest.raises(ImportError, match="dynamic mode needs transformers 5.24 or later, got 5.15.3: install a newer"):
         apply_to(model, "uniform:3")
-    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    with pytest.raises(ImportError, match="budget mode needs transformers 5.16 or later, got 5.15.3: install a newer"):
+        apply_to(model, "uniform:3", "budget")
+    monkeypatch.setattr(module, "__version__", "5.16.0")
+    with pytest.raises(ImportError, match="or use budget mode, which needs 5.16"):
+        apply_to(model, "uniform:3")
+    revert(apply_to(model, "uniform:3", "budget"))
+    monkeypatch.setattr(module, "__version__", "6.0.0.dev0")
     with pytest.warns(UserWarning, match="transformers 6.0.0.dev0 is newer than the tested versions"):
         apply_to(model, "uniform:3")
 

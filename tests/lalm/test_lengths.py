@@ -6,6 +6,8 @@ import pytest
 import torch
 import transformers
 
+from fastcompress.lalm.encoders import encode
+from tests.lalm.test_excluded import encoder_of
 from tests.lalm.test_model import batch, build
 
 
@@ -37,3 +39,15 @@ def test_the_minimum_length():
     every = list(range(1, 60))  # all ids except 0 end the text
     out = model.generate(**full, min_length=asked + 2, max_length=asked + 4, do_sample=False, eos_token_id=every)
     assert out.shape[1] == asked + 3
+
+
+@pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "hubert", "wavlm"])
+def test_a_mask_of_the_input_becomes_lengths_of_frames_in_one_line(kind: str):
+    """The line of the guide; ``encode`` of the reference model does the same."""
+    encoder = encoder_of(kind).eval()
+    lengths = torch.tensor([100, 61, 37] if kind == "whisper" else [1800, 960, 1501])
+    mask = (torch.arange(int(lengths.max())) < lengths[:, None]).long()
+    x = torch.randn(3, 16, 100) if kind == "whisper" else torch.randn(mask.shape)
+    frames, wanted = encode(encoder, x, mask)
+    found = encoder._get_feat_extract_output_lengths(mask.sum(-1))
+    assert found.tolist() == wanted.tolist() and int(found.max()) == frames.shape[1]

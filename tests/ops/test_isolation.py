@@ -40,7 +40,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     **{
         f"segment_pool, {rule}": lambda x, cu, rule=rule: fc.segment_pool(x, rule, cu_seqlens=cu)
         for rule in ("uniform:3", "local-max", "threshold:0.9", "top-k:rate=2", "lookback:2,threshold=0.5",
-                     "peak-height", "local-max:normalize=True,prominence=0.1")
+                     "peak-height", "min-variance:2.5", "local-max:normalize=True,prominence=0.1")
     },
     "segment_pool, sum": lambda x, cu: fc.segment_pool(x, "uniform:3", cu_seqlens=cu, reduce="sum"),
     "segment_pool, padded": lambda y, lengths: fc.segment_pool(y, "local-max", lengths=lengths, compact=False),
@@ -48,6 +48,7 @@ CALLS: dict[str, Callable[..., Any]] = {
     "segment_pool, groups": lambda x, group: fc.segment_pool(x, "uniform:2", row_group=group),
     "segment_pool, mask": lambda y: fc.segment_pool(y, "uniform:2", attention_mask=IDS > 5),
     "adjacent_distance": lambda x, cu: fc.adjacent_distance(x, cu_seqlens=cu, lag=2).nan_to_num(),
+    "banded_distance": lambda x, cu: fc.banded_distance(x, 3, cu_seqlens=cu).nan_to_num(),
     "greedy_segments": lambda x, cu: fc.greedy_segments(x, 0.5, cu_seqlens=cu),
     "select_boundaries": lambda alpha, cu: fc.select_boundaries(alpha, "local-max", cu_seqlens=cu),
     "normalize_distance": lambda alpha, cu: fc.normalize_distance(alpha, cu_seqlens=cu),

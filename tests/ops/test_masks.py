@@ -23,6 +23,7 @@ ADDITIVE = torch.where(KEPT.bool(), 0.0, -1e9)
 CALLS: dict[str, Callable[[Tensor], Tensor]] = {
     "segment_pool": lambda mask: fc.segment_pool(X, "uniform:2", attention_mask=mask).values,
     "segment_pool, scalar rule": lambda mask: fc.segment_pool(X, "top-k:rate=2", attention_mask=mask).values,
+    "segment_pool, minimum variance": lambda mask: fc.segment_pool(X, "min-variance:2", attention_mask=mask).values,
     "select_boundaries": lambda mask: fc.select_boundaries(D, "local-max", attention_mask=mask).starts,
     "normalize_distance": lambda mask: fc.normalize_distance(D, attention_mask=mask),
     "segments_from_mask": lambda mask: fc.segments_from_mask(D > 1, attention_mask=mask).starts,

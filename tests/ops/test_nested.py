@@ -30,7 +30,7 @@ MODULES = [
 ]  # fmt: skip
 CALLS: dict[str, Callable[..., Any]] = {
     **{f"segment_pool, {rule}": lambda x, alpha, rule=rule, **cu: fc.segment_pool(x, rule, **cu)
-       for rule in ("uniform:2", "local-max", "top-k:rate=2", "lookback:2,threshold=0.9")},
+       for rule in ("uniform:2", "local-max", "top-k:rate=2", "lookback:2,threshold=0.9", "min-variance:2")},
     "segment_pool, weights": lambda x, alpha, **cu: fc.segment_pool(x, "uniform:2", weights=alpha, **cu),
     "segment_pool, keys": lambda x, alpha, **cu: fc.segment_pool(x, "threshold:0.9", keys=x, **cu),
     "segment_pool, groups": lambda x, alpha, **cu: fc.segment_pool(x, "uniform:2", row_group=LABELS.int(), **cu),

@@ -20,6 +20,7 @@ IDS = torch.tensor([3, 9, 9, 4])
 
 #: Each makes a result from a constructor of integers and one of floats.
 CALLS: dict[str, Callable[[Any, Any], Any]] = {
+    "window": lambda i, f: fc.banded_distance(X, i(2)).nan_to_num(),
     "lag": lambda i, f: fc.adjacent_distance(X, lag=i(2)).nan_to_num(),
     "seconds": lambda i, f: fc.segment_pool(X).segments.seconds(f(25)),
     "greedy": lambda i, f: fc.greedy_segments(X, f(0.25), max_len=i(5)).starts,
@@ -49,6 +50,7 @@ RULES: dict[str, Callable[[Any, Any], fc.Rule]] = {
     "threshold": lambda i, f: fc.Threshold(f(0.5), i(2), i(8)),
     "top-k": lambda i, f: fc.TopK(rate=f(2.5)),
     "top-k, count": lambda i, f: fc.TopK(count=i(3)),
+    "min-variance": lambda i, f: fc.MinVariance(f(2.5), i(6)),
     "label-change": lambda i, f: fc.LabelChange(i(0), i(1), i(8)),
     "lookback": lambda i, f: fc.Lookback(i(3), f(0.5), i(1), i(8)),
     "peak-height": lambda i, f: fc.PeakHeight(f(0.5), i(1), i(8)),
@@ -107,6 +109,7 @@ def test_counts_of_narrow_dtypes_do_not_overflow(dtype: torch.dtype):
     rules = [
         fc.Uniform(1), fc.Uniform(9), fc.Uniform(9, "drop"), fc.Uniform(2**40), fc.Uniform(2**62, "drop"),
         fc.TopK(count=3), fc.TopK(count=300), fc.TopK(count=2**40), fc.TopK(rate=1.0),
+        fc.MinVariance(1.0), fc.MinVariance(4.0),
     ]  # fmt: skip
     for rule in rules:
         got = rule.num_segments(tensor)

@@ -19,7 +19,14 @@ LEARNED, NOVELTY = fc.nn.LearnedBoundary(4), fc.nn.NoveltyPool(-1.0)  # every fr
 CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     **{
         f"segment_pool, {rule}": lambda x, cu, rule=rule: fc.segment_pool(x, rule, cu_seqlens=cu, compact=False).values
-        for rule in ("uniform:2", "local-max", "top-k:count=2", "lookback:2,threshold=0.9", "peak-height")
+        for rule in (
+            "uniform:2",
+            "local-max",
+            "top-k:count=2",
+            "lookback:2,threshold=0.9",
+            "peak-height",
+            "min-variance:2",
+        )
     },
     "adjacent_distance": lambda x, cu: fc.adjacent_distance(x, cu_seqlens=cu).nan_to_num(),
     "normalize_distance": lambda x, cu: fc.normalize_distance(x[:, 0], cu_seqlens=cu),

@@ -35,6 +35,7 @@ LAYERS = (
     ("reference",),
     ("segments",),
     ("rules",),
+    ("rule_fields",),
     ("checks",),
 )
 #: The modules of this package that each leaf imports. Every layer can import leaves.

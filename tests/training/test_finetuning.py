@@ -287,8 +287,10 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
     assert scores["utterances"] == 4 and 0 <= scores["cer"] and 7 < scores["tokens_per_second"] < 11  # 25 / 3
     assert "dev:" in capsys.readouterr().out
     model, processor = finetuning.load(str(stock / name), torch.float32)
-    apply_to(model, read_record(FinetuneSettings, out).rule, mode)
-    trained = peft.PeftModel.from_pretrained(model, out / "adapter")
+    trained = apply_to(peft.PeftModel.from_pretrained(model, out / "adapter"))  # with the rule that is saved beside it
+    for folder in ("adapter", "checkpoint-6"):
+        saved = json.loads((out / folder / "fastcompress.json").read_text())
+        assert (saved["rule"], saved["mode"]) == (read_record(FinetuneSettings, out).rule, mode)
     names = [n for n, p in trained.named_parameters() if "lora_B" in n]
     assert len(names) == 14 and all("language_model" in n for n in names)
     assert any("multi_modal_projector" in n and "modules_to_save" in n for n, _ in trained.named_parameters())

@@ -62,9 +62,11 @@ def run_tests(nodes: list[str], *options: str, timeout: float = 280) -> None:
     assert run.returncode == 0 and "passed" in run.stdout, run.stdout[-6000:] + run.stderr[-2000:]
 
 
+@pytest.mark.emulated
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("share", range(SHARES))
 def test_in_the_interpreter(share: int):
-    run_tests(QUICK[share::SHARES])
+    run_tests(QUICK[share::SHARES], timeout=880)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Checks of the fields of rules. Numbers of other types, such as those of NumPy, become plain ones.
+"""Checks of the fields of rules. Numbers of other types, such as those of NumPy, become Python numbers.
 
 Errors name the rule and the field.
 """

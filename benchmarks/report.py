@@ -52,7 +52,7 @@ def _runs(results: Results) -> Iterator[str]:
         lines.append([str(suite), run["run"][:10], commit, run["versions"]["torch"], rounds, *sums, foreign])
     yield markdown(lines)
     yield (
-        "*rounds*: as requested; slow forms and slow suites take fewer. *retried*: samples discarded because our "
+        "*rounds*: as asked for; slow forms and slow suites take fewer. *retried*: samples discarded because our "
         "threads waited for a core. *kept*: samples that waited and count all the same, because there were no others. "
         "*others*: cores that other processes kept busy on average. Times taken next to other work are too long, "
         "ratios less so, since all forms of a table are timed in turn."

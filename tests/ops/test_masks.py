@@ -1,4 +1,4 @@
-"""Masks hold bools or 0 and 1. An additive mask would be inverted: it raises an error that says how to convert it."""
+"""Masks contain bools or 0 and 1. An additive mask would be inverted, so it raises an error with the conversion."""
 
 from __future__ import annotations
 

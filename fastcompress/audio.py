@@ -55,7 +55,7 @@ def load_audio(
 
     Returns:
         float32 ``[S]``, full scale at 1.0, ``S = seconds * sample_rate`` to within a sample. A silent file gives zeros.
-        The length is that of ffmpeg: MP3, AAC and Opus lose the samples that the encoder added, where the file says so.
+        The length is that of ffmpeg: in MP3, AAC and Opus, samples that the encoder added and marked are removed.
 
     Raises:
         AudioError: As ``audio_blocks``.
@@ -161,7 +161,7 @@ def log_mel(
     """Whisper's log-mel spectrogram: what its feature extractor gives, without the padding to 30 s.
 
     Hann window of 25 ms, hop 10 ms, frame t centred on sample 160 t (the ends are mirrored), power, mel bands on the
-    Slaney scale with Slaney's equal-area normalisation from 0 to 8 kHz, log10, floor at 8 below the loudest value of
+    Slaney scale with Slaney's equal-area normalization from 0 to 8 kHz, log10, floor at 8 below the loudest value of
     the whole audio, then ``(x + 4) / 4``.
 
     Args:

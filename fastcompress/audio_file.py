@@ -101,7 +101,7 @@ class AudioFile:
         """Return the next samples, float32 ``[count]``, full scale at 1.0; fewer at the end, and then none.
 
         Raises:
-            AudioError: The decoder fails, or the file ends before its header says so.
+            AudioError: The decoder fails, or the file is shorter than its header declares.
         """
         while self._ready < count and (frame := next(self._frames, None)) is not None:
             self._add(frame)
@@ -166,7 +166,7 @@ class AudioFile:
         source, wav = self._source, self._source.wav
         source.rewind()
         options, form = {"protocol_whitelist": ""}, None  # playlists may not open other files
-        if wav is not None and wav.kind in (PCM, FLOAT):  # the header says all that probing could find
+        if wav is not None and wav.kind in (PCM, FLOAT):  # the header has everything that probing could find
             form = "wav"
             options |= {"probesize": "32"} | ({"max_size": str(_PACKET)} if self._is_file else {})
         try:

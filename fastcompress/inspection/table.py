@@ -23,7 +23,7 @@ from torch import Tensor
 from fastcompress import LocalMax, Rule, Segments, adjacent_distance, segment_pool
 from fastcompress.audio import FRAME_RATE, SAMPLE_RATE, AudioError, Progress, load_audio, log_mel
 
-# The values 0.15 and 0.4 were tuned on log-mel frames of 20 synthesised sentences with known phone onsets (5 English
+# The values 0.15 and 0.4 were tuned on log-mel frames of 20 synthesized sentences with known phone onsets (5 English
 # voices, 140 to 200 words per minute). Matches are within 25 ms:
 #
 #     rule                       tokens/s   boundaries near an onset   onsets near a boundary

@@ -89,7 +89,7 @@ def apply_to(
             [`fastcompress.nn`][]. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
             the model, and can be among peft's ``modules_to_save``. If it has a ``loss`` after the call, as
             [`fastcompress.nn.LearnedBoundary`][] has, that is added to the model's, times its ``loss_weight``.
-            ``None``: the rule that was saved with the weights. Another one than that causes a warning.
+            ``None``: the rule that was saved with the weights. A different one causes a warning.
         mode: ``"dynamic"`` or ``"budget"``. ``None``: the saved one if ``compressor`` is ``None``, else
             ``"dynamic"``.
         pack: Whether the decoder runs on packed rows, without padding, in ``forward`` with labels or without a cache.
@@ -174,7 +174,7 @@ def _install(
 
 
 def revert(model: Any) -> Any:
-    """Restore the stock model, in place, and forget the rule that would be saved with it.
+    """Restore the stock model, in place. The rule is no longer saved with it.
 
     Args:
         model: Model that [`apply_to`][] changed.
@@ -184,7 +184,7 @@ def revert(model: Any) -> Any:
 
     Raises:
         ValueError: The model is not compressed.
-        RuntimeError: Something else replaced a method after [`apply_to`][].
+        RuntimeError: Other code replaced a method after [`apply_to`][].
     """
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):

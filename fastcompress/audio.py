@@ -179,15 +179,19 @@ def float_samples(samples: Any) -> np.ndarray:
     if isinstance(samples, torch.Tensor):
         samples = samples.detach().cpu()
         samples = (samples.float() if samples.is_floating_point() else samples).numpy()
-    samples = np.asarray(samples)
-    if samples.dtype.kind == "f":
-        return samples.astype(np.float32, copy=False)
-    if samples.dtype in (np.int8, np.int16, np.int32):
-        return samples.astype(np.float32) / np.float32(2.0 ** (8 * samples.dtype.itemsize - 1))
-    if samples.dtype == np.uint8:
-        return (samples.astype(np.float32) - 128) / 128
+    values: np.ndarray = np.asarray(samples)
+    floats: np.ndarray = values.astype(np.float32, copy=False) if values.dtype.kind in "fiu" else values
+    if values.dtype.kind == "f":
+        return floats
+    if values.dtype in (np.int8, np.int16, np.int32):
+        floats *= np.float32(2.0 ** (1 - 8 * values.dtype.itemsize))
+        return floats
+    if values.dtype == np.uint8:
+        floats -= 128
+        floats *= np.float32(1 / 128)
+        return floats
     raise TypeError(
-        f"samples must be floating point with full scale at 1, or uint8, int8, int16 or int32, got {samples.dtype}"
+        f"samples must be floating point with full scale at 1, or uint8, int8, int16 or int32, got {values.dtype}"
     )
 
 

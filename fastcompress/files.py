@@ -100,13 +100,20 @@ def reason(error: BaseException) -> str:
     return " ".join(str(error).split())
 
 
+def named(path: object, message: str) -> str:
+    """Return a message that names a file, which other libraries' messages do or do not."""
+    return message if str(path) in message else f"{path}: {message}"
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line.
 
-    If the operating system raised an error earlier in the chain, return that message: ``torch.save`` hides it behind an
-    error of its own.
+    If the operating system raised an error earlier in the chain, return its cause and the last part of its path:
+    ``torch.save`` hides it behind an error of its own.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return " ".join(str(cause or error).split())
+    if isinstance(cause, OSError) and cause.strerror and isinstance(cause.filename, str):
+        return f"{reason(cause)}: {os.path.basename(cause.filename)}"
+    return reason(cause or error)

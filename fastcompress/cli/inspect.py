@@ -18,7 +18,9 @@ from fastcompress.cli.errors import (
     check_writable,
     print_error,
 )
+from fastcompress.files import reason
 
+_OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".pdf", ".ps", ".svg", ".tif", ".tiff", ".webp")
 _BAR_FROM_SECONDS = 60.0  # of audio; without a terminal, shorter audio shows no bar
 
 
@@ -99,12 +101,12 @@ def _run_inspect(options: argparse.Namespace) -> int:
                 print(f"picture: {pictures[number]}", flush=True)
             except (ValueError, OSError) as error:
                 failed.append(file)
-                print_error(f"{file}: {error}")
+                print_error(f"{file}: {reason(error)}")
     if options.json:
         try:
             options.json.write_text(json.dumps(tables), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
+            raise UserError(f"--json {options.json}: {reason(error)}") from error
     if failed and len(options.files) > 1:
         print_error(f"{len(failed)} of {len(options.files)} files failed: {', '.join(failed)}")
     if not failed:
@@ -135,6 +137,8 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
         return [png]
     if png.exists() and not png.is_dir():
         raise UserError(f"--png {png}: neither a folder nor a .png file")
+    if png.suffix.lower() in _OTHER_PICTURES and not png.is_dir():
+        raise UserError(f"--png {png}: pictures are PNG files; name {png.with_suffix('.png')}, or a folder")
     pictures: dict[Path, str] = {}
     for file in files:
         picture = png / f"{Path(file).stem}.png"

@@ -87,7 +87,7 @@ def test_mistakes_are_named_as_they_were_typed(tmp_path: Path, capsys: pytest.Ca
         assert "no run to resume" in fails([command, "--output-dir", str(tmp_path), "--resume"], capsys)
     config = tmp_path / "c.yaml"
     train = ["train", "--output-dir", str(tmp_path / "run"), "--data", "x", "--config", str(config)]
-    assert "c.yaml: [errno 2] no such file" in fails(train, capsys).lower()
+    assert "c.yaml: no such file or directory\n" in fails(train, capsys)
     for text, message in (
         ("max-stepz: 3", f"error: {config}: unknown key 'max-stepz'; the nearest known key is max_steps"),
         ("max-steps: x", f"error: {config}: `max_steps` must be a whole number, got 'x'"),

@@ -72,14 +72,8 @@ def audio_part(data: bytes) -> None:
 
 def manifest(data: bytes) -> None:
     from fastcompress.audio import AudioError
-    from fastcompress.training.manifest import (
-        ManifestError,
-        check_audio,
-        format_skipped,
-        load_utterance,
-        read_manifest,
-        write_manifest,
-    )
+    from fastcompress.training.manifest import ManifestError, read_manifest, warnings_of, write_manifest
+    from fastcompress.training.usable import check_audio, load_utterance
 
     with file(data, "a.jsonl") as path:
         try:
@@ -91,7 +85,7 @@ def manifest(data: bytes) -> None:
         assert read_manifest(path.with_name("b.jsonl")) == utterances
         good, skipped = check_audio(utterances)
         assert len(good) + len(skipped) == len(utterances)
-        format_skipped(skipped)
+        warnings_of(utterances)
         for utterance in filter(lambda u: u.has_audio, utterances):
             with contextlib.suppress(AudioError):
                 load_utterance(utterance, 16_000)

@@ -25,6 +25,7 @@ from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import unwrap
 from fastcompress.files import check_folder, named, reason, write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
+from fastcompress.integrations.transformers.prompts import processor_inputs
 from fastcompress.lalm.lora import lora_targets
 from fastcompress.training.evaluation import count_clipped, end_tokens
 from fastcompress.training.manifest import Utterance
@@ -83,18 +84,7 @@ class Conversations:
         audios = [load_utterance(u, self.sampling_rate) for u in utterances if u.has_audio]
         self.decoded += sum(map(len, audios))
         prompts = [self.prompt if u.prompt is None else u.prompt for u in utterances]
-        padded = {"text_kwargs": {"padding": True}, "return_tensors": "pt"}
-        if not (getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template):
-            texts = [f"{self.processor.audio_token if audios else ''}{prompt}" for prompt in prompts]
-            return self.processor(text=texts, audio=audios or None, **padded)
-        heard = [[{"type": "audio", "audio": audio}] for audio in audios] or [[] for _ in prompts]
-        conversations = [
-            [{"role": "user", "content": [*audio, {"type": "text", "text": prompt}]}]
-            for audio, prompt in zip(heard, prompts, strict=True)
-        ]
-        return self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=padded
-        )
+        return processor_inputs(self.processor, audios, prompts)
 
     def __call__(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """Return the model's inputs with the answers and their labels, padded on the right."""

@@ -1,5 +1,5 @@
-# `make demo` and `make test` work on a fresh machine: what they need is installed into $(VENV) first. `make help` lists
-# the targets.
+# `make demo` and `make test` work on a fresh machine: they first install their requirements into $(VENV). `make help`
+# lists the targets.
 PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
@@ -23,7 +23,7 @@ DRY ?=
 
 help:
 	@echo "Try it"
-	@echo "  make demo          compress speech and transcribe it; writes pictures to out/demo"
+	@echo "  make demo          compress speech, transcribe it and write pictures to out/demo"
 	@echo "  make experiment    train and score models with and without compression (hours; QUICK=1: minutes)"
 	@echo
 	@echo "Develop"
@@ -31,21 +31,21 @@ help:
 	@echo "  make test          run the tests"
 	@echo "  make test-slow     run only the slow tests"
 	@echo "  make test-full     run the tests and the slow tests"
-	@echo "  make test-emulated run the tests of the ops on the CUDA kernels in a CPU emulator"
+	@echo "  make test-emulated run the CUDA kernels in an emulator, and the Triton kernels in its interpreter"
 	@echo "  make sanitize      run the tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer"
-	@echo "                     (KINDS=\"address thread\" leaves out the emulated CUDA kernels)"
+	@echo "                     (KINDS=\"address thread\" skips the emulated CUDA kernels)"
 	@echo "  make fuzz          search for input that breaks an op or a reader (SECONDS=240)"
-	@echo "  make lint          run ruff, clang-format, mypy and the check of the prose"
+	@echo "  make lint          run ruff, clang-format, mypy and the style check of the prose"
 	@echo "  make docs          build the documentation in out/site"
 	@echo "  make clean         delete everything that was built"
 	@echo
 	@echo "Measure"
-	@echo "  make bench         compare with PyTorch on the CPU; SAVE=1 writes benchmarks/results"
-	@echo "  make bench-check   run a part of it and fail if we are slower than the committed results"
+	@echo "  make bench         compare with PyTorch on the CPU; SAVE=1 appends to benchmarks/results"
+	@echo "  make bench-check   run some of the benchmarks; fail if fastcompress is slower than in the committed results"
 	@echo "  make bench-report  write benchmarks/report.md and its plots from the committed results"
 	@echo
-	@echo "On a machine with a GPU (no network; logs and results in OUT=out/gpu; DRY=1: short forms, without a GPU)"
-	@echo "  make gpu           all of the following steps; WHEEL=... takes the library of a wheel"
+	@echo "On a machine with a GPU (needs no network; OUT=out/gpu: folder of logs and results; DRY=1: short forms, no GPU)"
+	@echo "  make gpu           run all of the following steps; WHEEL=... uses the library of a wheel"
 	@echo "  make gpu-build     compile for this GPU"
 	@echo "  make gpu-test      run the GPU tests and the tests of the ops on the CUDA and the Triton kernels"
 	@echo "  make gpu-sanitize  run short GPU tests under compute-sanitizer"
@@ -56,7 +56,7 @@ help:
 	@echo "  make wheels        build every wheel of wheels.json whose CUDA toolkit is available, and the sdist"
 	@echo "  make wheel-test    test the wheels in dist with several versions of torch (downloads gigabytes)"
 
-# An installed torch is used if it is 2.10 or later, and any installed triton; otherwise the pinned ones are installed.
+# Uses an installed torch of version 2.10 or later and any installed triton; otherwise installs the pinned ones.
 $(READY): pyproject.toml requirements-torch.txt requirements-triton.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
 	    { echo "fastcompress needs Python 3.10 or later, and $(PYTHON) is older: set PYTHON=..."; exit 1; }
@@ -94,18 +94,19 @@ test: build
 	$(PYTEST) -n 2 --dist loadgroup
 
 test-slow: build
-	$(PYTEST) -n 2 --dist loadgroup --run-slow -m slow
+	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated -m slow
 
 test-full: build
-	$(PYTEST) -n 2 --dist loadgroup --run-slow
+	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated
 
 EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors \
     properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
+	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/triton
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
-# KINDS="address thread" leaves out the emulated CUDA kernels.
+# KINDS="address thread" skips the emulated CUDA kernels.
 KINDS ?=
 sanitize: build
 	bash scripts/sanitize.sh $(BIN)/python $(KINDS)
@@ -116,12 +117,12 @@ fuzz: build
 	$(BIN)/python -m tests.fuzz $(SECONDS)
 
 SAVE ?=
-# The release of FBGEMM for the pinned torch; another may not load it.
+# This release of FBGEMM is the one for the pinned torch; another torch may not load it.
 bench: build
 	$(BIN)/python -m pip install -q --no-build-isolation torch-scatter || \
-	    echo "torch-scatter does not install here: its rows will be missing"
+	    echo "torch-scatter cannot be installed: its rows will be missing"
 	$(BIN)/python -m pip install -q --no-deps fbgemm-gpu-cpu==1.8.0 || \
-	    echo "fbgemm-gpu-cpu does not install here: its rows will be missing"
+	    echo "fbgemm-gpu-cpu cannot be installed: its rows will be missing"
 	$(BIN)/python -m benchmarks $(if $(SAVE),--save)
 
 bench-report: $(READY)
@@ -130,7 +131,8 @@ bench-report: $(READY)
 bench-check: build
 	$(BIN)/python -m benchmarks.gate
 
-# Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja.
+# Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja,
+# and for the benchmark pandas and tabulate.
 GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(OUT) $(if $(DRY),--dry) \
     $(if $(WHEEL),--wheel $(WHEEL))
 gpu:
@@ -160,7 +162,7 @@ $(DOCS_READY): $(READY)
 	$(BIN)/python -m pip install -q 'fastcompress[docs]'
 	@touch $@
 
-# Without -q, which makes mkdocs ignore `strict`.
+# No -q: it makes mkdocs ignore `strict`.
 docs: $(DOCS_READY)
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build
 	@echo "wrote out/site/index.html"

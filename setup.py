@@ -54,7 +54,7 @@ class Cuda:
 
     @property
     def label(self) -> str:
-        """The GPUs, as the library records them."""
+        """The GPUs, in the form that the library reports."""
         return ";".join(self.archs) + "+PTX"
 
     @property
@@ -98,7 +98,7 @@ def cuda() -> Cuda | None:
     archs = os.environ.get("FASTCOMPRESS_CUDA_ARCHS", "").split(";")
     if archs == [""]:
         if wanted not in wheels:
-            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS (80;90)")
+            sys.exit(f"fastcompress: wheels.json has no CUDA {wanted}: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90")
         archs = wheels[wanted]["archs"]
     for arch in archs:
         if not re.fullmatch(r"\d{2,3}[af]?", arch):
@@ -112,7 +112,7 @@ def cuda() -> Cuda | None:
     if release is None or release[1] != wanted:
         found = release[1] if release else "of an unknown version"
         sys.exit(f"fastcompress: FASTCOMPRESS_CUDA={wanted}, but {nvcc} is {found}")
-    if home is None:  # the nvcc on the PATH may be a link or a script, so ask it for its folder
+    if home is None:  # the nvcc on the PATH may be a link or a script; it prints its folder
         plan = subprocess.run([nvcc, "--dryrun", "-x", "cu", os.devnull], capture_output=True, text=True).stderr
         top = re.search(r"^#\$ TOP=(.+)$", plan, re.MULTILINE)
         home = top[1].strip() if top else str(Path(nvcc).resolve().parents[1])
@@ -129,7 +129,7 @@ def sources() -> list[str]:
 
 
 class NinjaBuildExt(build_ext):
-    """Compile with ninja. Python loads the library by path: no ABI tag in its name, no ``PyInit``."""
+    """Compile with ninja. The library has no ABI tag in its name and no ``PyInit``, since Python loads it by path."""
 
     def get_ext_filename(self, fullname: str) -> str:
         return os.path.join(*fullname.split(".")) + ".so"
@@ -167,8 +167,8 @@ def ninja_file(sources: list[str], output: Path) -> str:
         f"-DTORCH_TARGET_VERSION={TORCH_TARGET} "
         f"-isystem {quote(TORCH / 'include')} -I{quote(ROOT / 'csrc')}"
     )
-    # --no-as-needed keeps libtorch although no symbol refers to it: in a CUDA build of torch it loads libtorch_cuda,
-    # from which the CUDA kernels get the current stream through a weak reference.
+    # --no-as-needed links libtorch although no symbol refers to it: in a CUDA build of torch it loads libtorch_cuda,
+    # which defines the weak symbol that returns the current stream.
     ldflags = f"-shared -L{quote(TORCH / 'lib')} "
     ldflags += "-Wl,--no-as-needed -ltorch -ltorch_cpu -Wl,--as-needed -Wl,--exclude-libs,ALL"
     gpu = cuda()
@@ -227,7 +227,7 @@ class AnyPythonWheel(bdist_wheel):
 
 
 class SourceDistribution(sdist):
-    """Refuse to build a source distribution whose name has the label of a CUDA build."""
+    """Raise an error instead of building a source distribution whose name has the label of a CUDA build."""
 
     def run(self) -> None:
         if cuda():

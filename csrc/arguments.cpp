@@ -17,7 +17,8 @@ Rows read_rows(const Tensor& x) {
 const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder) {
   if (!row_group.has_value()) return nullptr;
   STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");
-  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have one value per row, ", rows);
+  STD_TORCH_CHECK(row_group->numel() == rows, "row_group must have one value per row, ", rows, ", got ",
+                  row_group->numel());
   holder = torch::stable::contiguous(*row_group);
   return static_cast<const int32_t*>(holder.const_data_ptr());
 }
@@ -51,7 +52,7 @@ Tensor empty_on(int32_t device_type, int32_t device_index, std::initializer_list
   AtenTensorHandle handle;
   const auto failed = aoti_torch_empty_strided(int64_t(sizes.size()), sizes.begin(), strides, shim_dtype(dtype),
                                                device_type, device_index, &handle);
-  if (failed) {  // torch's C functions do not pass its error message on
+  if (failed) {  // torch's C functions do not return torch's error message
     std::string shape;
     for (const int64_t size : sizes) shape += (shape.empty() ? "" : ", ") + std::to_string(size);
     STD_TORCH_CHECK(false, "cannot allocate a tensor of shape [", shape,
@@ -69,9 +70,11 @@ Rule make_rule(const std::string& rule, int64_t size, double threshold, double p
     kind = RuleKind::kThreshold;
   else
     STD_TORCH_CHECK(rule == "uniform", "unknown rule ", rule);
-  STD_TORCH_CHECK(size >= 1 && min_len >= 1 && max_len >= 0, "rule: size and min_len must be at least 1");
+  STD_TORCH_CHECK(size >= 1 && min_len >= 1, "rule: size and min_len must be at least 1, got ", size, " and ", min_len);
+  STD_TORCH_CHECK(max_len >= 0, "rule: max_len must not be negative, got ", max_len);
   // Otherwise there could be more segments than max_segments returns.
-  STD_TORCH_CHECK(max_len == 0 || min_len <= max_len, "rule: min_len must not exceed max_len");
+  STD_TORCH_CHECK(max_len == 0 || min_len <= max_len, "rule: min_len must not exceed max_len, got ", min_len, " > ",
+                  max_len);
   STD_TORCH_CHECK(kind != RuleKind::kUniform || (min_len == 1 && max_len == 0),
                   "rule: uniform takes neither min_len nor max_len");
   return {kind, size, threshold, prominence, min_len, max_len, keep_tail};

@@ -1,4 +1,4 @@
-"""``make demo``: Transcribe unseen speech with every frame and with compressed audio, side by side."""
+"""``make demo``: Transcribe unseen speech with every frame and with compressed audio, and print both."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Title, model, and the rule that replaces that of the model.
+#: Title, model, and the rule that replaces the model's own.
 COLUMNS: tuple[tuple[str, str, str | None], ...] = (
     ("every frame", "digits", None),
     ("4x, not trained for it", "digits", "uniform:4"),
@@ -63,7 +63,7 @@ def main() -> int:
 
 @torch.inference_mode()
 def _prefill(model: Any, examples: Examples) -> float:
-    """Measure milliseconds from the encoder's frames to the decoder's first token, the median over the utterances."""
+    """Return the median over utterances of the time, in ms, from the encoder's frames to the decoder's first token."""
     times = []
     for index in range(len(examples)):
         batch = examples.batch([index], targets=False)

@@ -1,12 +1,12 @@
-"""LoRA on a Qwen2-Audio whose decoder reads a third of the audio tokens: the experiment of arXiv 2511.20973.
+"""Train LoRA on a Qwen2-Audio whose decoder reads a third of the audio tokens, as in arXiv 2511.20973.
 
     python examples/qwen2_audio_lora.py --tiny
     python examples/qwen2_audio_lora.py --model Qwen/Qwen2-Audio-7B-Instruct --data train.jsonl --output-dir adapter
 
-`--tiny` uses random weights and random audio. It shows in seconds that all parts fit together, without a download.
-With `--model`, a name or a folder, `--data` is a manifest with one line of JSON per utterance (docs/speech.md).
-`fastcompress finetune` does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; this
-example has a loop to change. It has not been run with real weights.
+`--tiny` uses random weights and random audio. It runs the whole example in seconds, without a download. With `--model`,
+a name or a folder, `--data` is a manifest with one line of JSON per utterance (docs/speech.md). `fastcompress finetune`
+does the same with transformers' Trainer, on several GPUs, with checkpoints and scores; this example has a training loop
+that you can edit. It has not been run with real weights.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def tiny_model() -> Any:
 
 
 def tiny_batches(size: int) -> Iterator[dict[str, Tensor]]:
-    """Yield the same samples again and again: a second of noise, 25 placeholders, and an answer of four ids."""
+    """Yield the same samples repeatedly: one second of noise, 25 placeholders, and an answer of four ids."""
     prompt = torch.tensor([1, *[AUDIO] * 25, 2]).expand(size, -1)
     answer = torch.randint(3, 90, (size, 4))
     batch = {

@@ -1,4 +1,6 @@
-"""Pool frames that arrive in chunks: each token as soon as it is final, with the bits of the result for all frames.
+"""Pool frames that arrive in chunks. Each token is returned as soon as it is final.
+
+The tokens are bit-equal to those of one call on all frames.
 
 python examples/streaming.py
 python examples/streaming.py --rule uniform:3 --chunk 1
@@ -34,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     whole = fc.segment_pool(frames, rule=arguments.rule)
     assert torch.equal(streamed, whole.values)
     assert torch.equal(torch.cat([tokens.starts for tokens in found]), whole.segments.starts)
-    print(f"{len(streamed)} tokens, with the bits of all {len(frames)} frames at once")
+    print(f"{len(streamed)} tokens, bit-equal to pooling all {len(frames)} frames at once")
     return len(streamed)
 
 

@@ -1,10 +1,10 @@
-"""A training loop with `segment_pool` in the middle: an encoder, tokens of variable length, a head.
+"""A training loop for a model with `segment_pool` between its encoder and its head.
 
     python examples/train_with_segment_pool.py
     python examples/train_with_segment_pool.py --rule uniform:4
 
-The frames are synthetic: clips of "phones" that last 2 to 9 frames each. The model predicts the phone of every token.
-The label is the phone of the middle frame of the token's segment.
+The frames are synthetic: each clip is a sequence of "phones" of 2 to 9 frames. The model predicts the phone of every
+token. The label is the phone of the middle frame of the token's segment.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ PHONES, WIDTH = 12, 32
 
 
 def make_batch(clips: int, voices: Tensor, g: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
-    """Noisy frames [N, WIDTH] of clips one after another, `cu_seqlens` [B + 1] int32, and each frame's phone [N]."""
+    """Return noisy frames [N, WIDTH] of packed clips, `cu_seqlens` [B + 1] int32, and the phone of each frame [N]."""
     phones, offsets = [], [0]
     for _ in range(clips):
         said = torch.randint(0, PHONES, (int(torch.randint(5, 15, (), generator=g)),), generator=g)
@@ -39,7 +39,7 @@ class Model(nn.Module):
         self.head = nn.Linear(64, PHONES)
 
     def forward(self, frames: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, fc.Pooled]:
-        # The rule compares the raw frames and pools the encoder's rows, which get gradients.
+        # The rule compares the raw frames. The encoder output is pooled and gets gradients.
         pooled = self.pool(self.encoder(frames), cu_seqlens=cu_seqlens, keys=frames)
         return self.head(pooled.values), pooled
 

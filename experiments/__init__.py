@@ -1,1 +1,1 @@
-"""The experiment: what compression costs and saves, from data to plot (``make experiment``)."""
+"""The experiment: how much accuracy compression costs and how much time it saves (``make experiment``)."""

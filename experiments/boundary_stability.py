@@ -1,8 +1,8 @@
-"""Measure how the order of additions in the dot products moves boundaries.
+"""Measure how many boundaries the order of additions in the dot products changes.
 
-``python -m experiments.boundary_stability`` counts, for several numbers of partial sums and several precisions, the
-local maxima of the distance that differ from those of fp64 scores, the exact ties, and the sequences whose token count
-changes. docs/numerics.md uses this table.
+``python -m experiments.boundary_stability`` compares several numbers of partial sums and several precisions with fp64
+scores. It counts the local maxima of the distance that differ, the exact ties, and the sequences whose token count
+differs. docs/numerics.md contains the table.
 """
 
 from __future__ import annotations
@@ -32,8 +32,10 @@ def _recursion(noise: Tensor, memory: Tensor) -> Tensor:
 
 
 def features(kind: str, seed: int) -> Tensor:
-    """Make features ``[BATCH * FRAMES, WIDTH]`` fp32: ``speech`` jumps like phones, ``walk`` varies slowly,
-    ``outliers`` is a slow walk of low rank with four channels far larger than the rest, as in large encoders."""
+    """Return features ``[BATCH * FRAMES, WIDTH]`` in fp32.
+
+    ``speech`` changes abruptly, like phones; ``walk`` varies slowly; ``outliers`` is a slow walk of low rank with four
+    channels that are far larger than the others, as in large encoders."""
     g = torch.Generator().manual_seed(seed)
     frames = BATCH * FRAMES
     if kind == "speech":
@@ -83,7 +85,7 @@ def main() -> None:
     frames, sequences = batches * BATCH * FRAMES, batches * BATCH
     print(f"{frames} frames of {WIDTH}, {sequences} sequences; differences from fp64 scores")
     print(
-        f"{'features':9} {'dtype':9} {'L':>4}  {'precision':21} {'moved a million':>15} {'ties':>5} {'other count':>12}"
+        f"{'features':9} {'dtype':9} {'L':>4}  {'precision':21} {'moved/million':>15} {'ties':>5} {'other count':>12}"
     )
     for kind in ("speech", "walk", "outliers"):
         for dtype in (torch.float32, torch.bfloat16):

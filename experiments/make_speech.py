@@ -1,11 +1,11 @@
-"""Make the short speech recordings of assets/speech with the espeak-ng synthesiser.
+"""Synthesize the short utterances of assets/speech with espeak-ng.
 
     pip install espeakng-loader numpy soundfile soxr
     python experiments/make_speech.py [FOLDER]
 
-The result is the same bytes on every run: the synthesiser's random numbers (breath in the female voices) are seeded,
-and nothing else is added but a fixed faint noise floor. The floor matters: espeak's pauses are exact zeros, which no
-microphone gives, and which would show every rule a pause of perfectly equal frames.
+The files have the same bytes on every run: the random numbers of the synthesizer (breath in the female voices) and of
+the faint noise floor are seeded. The noise floor replaces the exact zeros in espeak's pauses. No microphone records
+exact zeros, and every rule would see a pause of equal frames.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOISE_FLOOR = 10 ** (-60 / 20)  # RMS, relative to full scale: a quiet room
 RANDOM_SEED = 1
 
 # espeak-ng's C interface (speak_lib.h)
-AUDIO_OUTPUT_SYNCHRONOUS = 2  # hand the samples to the callback inside the call, play nothing
+AUDIO_OUTPUT_SYNCHRONOUS = 2  # pass the samples to the callback during the call, and play nothing
 POS_CHARACTER = 1
 CHARS_UTF8 = 1
 PARAMETER_RATE = 1  # words per minute
@@ -42,7 +42,7 @@ SYNTH_CALLBACK = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.POINTER(ctypes.c_short), 
 
 @dataclass(frozen=True)
 class Utterance:
-    """One recording: espeak-ng voice (``language+variant``), words per minute, pitch (0 to 100), and what is said."""
+    """An utterance: espeak-ng voice (``language+variant``), words per minute, pitch (0 to 100) and text."""
 
     name: str
     voice: str
@@ -81,7 +81,7 @@ class Espeak:
         if self.sample_rate <= 0:
             raise RuntimeError(f"espeak_Initialize failed with {self.sample_rate}")
         self._blocks: list[np.ndarray] = []
-        self._callback = SYNTH_CALLBACK(self._collect)  # kept: C holds only the pointer
+        self._callback = SYNTH_CALLBACK(self._collect)  # keeps a reference, because C keeps only the pointer
         self._library.espeak_SetSynthCallback(self._callback)
 
     def _collect(self, samples: Any, count: int, events: Any) -> int:
@@ -90,7 +90,7 @@ class Espeak:
         return 0
 
     def speak(self, utterance: Utterance) -> np.ndarray:
-        """Samples of the utterance, int16 [S] at `self.sample_rate`."""
+        """Return the samples of the utterance, int16 [S] at `self.sample_rate`."""
         if self._library.espeak_SetVoiceByName(utterance.voice.encode()) != OK:
             raise ValueError(f"espeak-ng has no voice {utterance.voice!r}")
         self._library.espeak_SetParameter(PARAMETER_RATE, utterance.rate, 0)
@@ -105,7 +105,7 @@ class Espeak:
 
 
 def record(espeak: Espeak, utterance: Utterance) -> np.ndarray:
-    """The utterance as shipped: 16 kHz, int16 [S], level set, with short pauses around it and the noise floor."""
+    """Return the samples of a file: int16 [S] at 16 kHz, at a fixed level, with short pauses and the noise floor."""
     speech = espeak.speak(utterance).astype(np.float64)
     speech = soxr.resample(speech, espeak.sample_rate, SAMPLE_RATE)
     loud = np.flatnonzero(np.abs(speech) > 0.01 * np.abs(speech).max())
@@ -130,7 +130,7 @@ bytes on every run:
     python experiments/make_speech.py
 
 They use the espeak-ng library of `espeakng-loader` {version("espeakng-loader")}. In pauses, a noise floor
-({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) replaces the exact zeros of the synthesiser. We wrote the texts for
+({20 * np.log10(NOISE_FLOOR):.0f} dB of full scale) replaces the exact zeros of the synthesizer. We wrote the texts for
 this folder.
 
 | file | seconds | voice | words per minute | pitch | text |

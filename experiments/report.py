@@ -1,4 +1,4 @@
-"""The rows of all seeds as a table and a plot."""
+"""Write the results of all seeds as a table and a plot."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HEADS = {"test": "test", "test-voice": "new voices", "test-noise": "more noise",
 
 
 def load(paths: Sequence[Path]) -> list[dict[str, Any]]:
-    """The rows in the files of ``experiments.study.Study``."""
+    """Return the rows in the files that ``experiments.study.Study`` wrote."""
     return [row for path in paths for row in json.loads(path.read_text(encoding="utf-8"))]
 
 
 def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[dict[str, Any]]]:
-    """Rows of one task, stage and compression, over the seeds."""
+    """Return the rows of all seeds, grouped by task, stage and compression."""
     found: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["task"], row["stage"], row["compression"]), []).append(row)
@@ -34,9 +34,11 @@ def groups(rows: Sequence[dict[str, Any]]) -> dict[tuple[str, str, str], list[di
 
 
 def table(rows: Sequence[dict[str, Any]]) -> str:
-    """Markdown: a table per task and stage. It has word error rates as mean and standard deviation over the seeds, the
-    95 % interval of the first test set over its utterances (the mean over the seeds), and the share of utterances
-    without an error. A dash: not scored, such as the other engine where none was installed."""
+    """Return one Markdown table per task and stage.
+
+    The columns are word error rates as mean and standard deviation over the seeds, the 95 % interval of the first test
+    set over its utterances (the mean over the seeds), and the share of utterances without an error. A dash means that
+    a test set was not scored, for example because its synthesizer was not installed."""
     sets = [name for name in HEADS if any(name in row["scores"] for row in rows)]
     lines = []
     for task in dict.fromkeys(row["task"] for row in rows):
@@ -77,7 +79,7 @@ def _mean(rows: Sequence[dict[str, Any]], name: str, field: str, digits: int) ->
 
 
 def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Error against tokens per second, one panel per task and test set; bars from the lowest to the highest seed."""
+    """Plot error against tokens per second, one panel per task and test set; bars span the lowest to highest seed."""
     colours = {"lora": "tab:blue", "start": "tab:green"}
     markers = {
         "every frame": "o",
@@ -103,10 +105,11 @@ def plot(rows: Sequence[dict[str, Any]], path: Path) -> None:
 
 
 def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    """Published methods after LoRA, with uniform pooling as a line. The error axis is logarithmic, since many methods
-    lie close together at 3 frames per token and a few far above."""
+    """Plot the published methods after LoRA, numbered as in the legend, with uniform pooling as a line.
+
+    The error axis is logarithmic, since many methods are close together at 3 frames per token and a few far above.
+    """
     methods = ["local maxima", *(method.name for method in METHODS)]
-    markers = "o^vDPX*"
 
     def draw(axis: Any, of_task: dict[tuple[str, str, str], list[dict[str, Any]]], name: str) -> None:
         pooling = []
@@ -114,10 +117,9 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
             if stage != "lora":
                 continue
             if compression in methods:
-                number = methods.index(compression)
-                marker, colour = markers[number % len(markers)], f"C{number % 10}"
-                axis.plot([], [], marker, color=colour, label=compression)
-                _point(axis, same, name, "", marker, colour)
+                number = str(methods.index(compression) + 1)
+                axis.plot([], [], linestyle="", marker=f"${number}$", color="tab:blue", markersize=8, label=compression)
+                _point(axis, same, name, number, ".", "tab:blue")
             elif compression == "every frame" or compression.startswith("uniform pooling"):
                 _point(axis, same, name, "", "s", "tab:gray")
                 scores = [row["scores"][name] for row in same]
@@ -127,7 +129,7 @@ def plot_methods(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axis.set_yticks([0.5, 1, 2, 4, 8, 16], ["0.5", "1", "2", "4", "8", "16"])
         axis.minorticks_off()
 
-    _panels(rows, path, draw, beside=True)
+    _panels(rows, path, draw, from_zero=False)
 
 
 def _point(
@@ -151,9 +153,9 @@ def _panels(
     rows: Sequence[dict[str, Any]],
     path: Path,
     draw: Callable[[Any, dict[tuple[str, str, str], list[dict[str, Any]]], str], None],
-    beside: bool = False,
+    from_zero: bool = True,
 ) -> None:
-    """One row of panels per task; ``beside``: one legend at their side."""
+    """Draw one row of panels per task into ``path``, with one legend below."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -174,10 +176,10 @@ def _panels(
             axis.set_xticks([6, 8, 10, 13, 17, 25, 50], ["6", "8", "10", "13", "17", "25", "50"])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
-            if not beside:
+            if from_zero:
                 axis.set_ylim(bottom=0)
-                axis.legend(fontsize=8)
-    if beside:
-        figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside right upper", fontsize=8)
+    figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+    seeds = len({row["seed"] for row in rows})
+    figure.suptitle(f"Mean of {seeds} seeds; bars span the lowest to the highest seed", fontsize=10)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)

@@ -15,14 +15,14 @@ import fastcompress as fc
 
 
 class FrameSelection(torch.nn.Module):
-    """Base class: frames for which ``keep`` returns True become tokens unchanged."""
+    """Base class of compressors: each frame for which ``keep`` returns True becomes a token, unchanged."""
 
     def __init__(self) -> None:
         super().__init__()
         self._of: tuple[Any, ...] = ()
 
     def attach(self, model: Any) -> None:
-        """Set the model that scores. It is not a submodule, because that would share its parameters."""
+        """Set the model that scores. It is not registered as a submodule, which would register its parameters twice."""
         self._of = (model,)
 
     @property
@@ -43,7 +43,7 @@ class FrameSelection(torch.nn.Module):
 class BlankRemoval(FrameSelection):
     """Drop frames whose blank probability in the CTC head exceeds ``threshold`` (Speech-LLaMA, arXiv 2307.03917).
 
-    An audio of such frames alone gives no token.
+    An audio that has no other frames gives no token.
     """
 
     def __init__(self, threshold: float) -> None:

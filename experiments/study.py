@@ -1,4 +1,4 @@
-"""One seed of one task: a frame-level model, its compression with and without LoRA, and training with compression.
+"""Run one seed of one task: a frame-level model, its compression with and without LoRA, and training with compression.
 
 Every row is written to the results as soon as it is complete. A later run skips rows that are in the results.
 """
@@ -29,13 +29,13 @@ from fastcompress.training.recipes import build_small
 from fastcompress.training.settings import TrainerSettings
 from fastcompress.training.trainer import Training
 
-#: Manifests to score; ``dev`` serves to choose settings.
+#: Manifests to score; ``dev`` is for choosing settings.
 SETS = ("dev", "test", "test-voice", "test-noise", "test-engine")
 
 
 @dataclass(frozen=True)
 class Compression:
-    """How frames become tokens.
+    """A compression of frames into tokens.
 
     Attributes:
         rule, reduce, keys: Values for the model's configuration.
@@ -71,7 +71,7 @@ class Compression:
 
 FRAMES = Compression("every frame", "none")
 POOLING_3X = Compression("uniform pooling 3x", "uniform:3")
-#: Compressions to compare. The last was chosen on the development set of the digits with seed 0.
+#: Compressions to compare. The last one was chosen on the development set of the digits with seed 0.
 COMPRESSIONS = (
     FRAMES,
     Compression("uniform sampling 3x", "uniform:3", "first"),
@@ -81,9 +81,9 @@ COMPRESSIONS = (
     Compression("local maxima", "local-max"),
     Compression("CTC change", "threshold:0.3,min_len=2,max_len=5", "mean", "ctc"),
 )
-#: Published methods by name. Thresholds, the count and rates were chosen for 3 frames per token on the development set
-#: of the digits, by the number of tokens alone. A-ToMe merges one round; methods without such a setting keep their
-#: own rate.
+#: Published methods by name. Thresholds, the count and rates were chosen so that each method gives 3 frames per token
+#: on the development set of the digits; errors were not considered. A-ToMe merges one round. Methods without such a
+#: setting have their own rate.
 METHODS = (
     Compression("A-ToMe", module=partial(BipartiteMerge, 2.0)),
     Compression("FastAdaSP", "top-k:rate=3"),
@@ -101,7 +101,7 @@ METHODS = (
     Compression("CTC without blanks", "label-change:blank=0"),
     Compression("first-layer attention", module=partial(AttentionSelection, 3.0)),
 )
-FROM_THE_START = (
+FROM_SCRATCH = (
     Compression("uniform pooling 4x", "uniform:4"),
     Compression("uniform pooling 8x", "uniform:8"),
     Compression("local maxima", "local-max"),
@@ -110,7 +110,7 @@ FROM_THE_START = (
 
 @dataclass(frozen=True)
 class Budget:
-    """How much is trained and scored.
+    """Amounts of training and scoring.
 
     Attributes:
         steps: Steps of training from scratch, at 8 utterances.
@@ -120,7 +120,7 @@ class Budget:
         written: Maximum number of text ids per utterance.
         base: Folder of a trained frame-level model; None trains one from scratch.
         compressions, methods: Compressions to score, each with LoRA on the frame-level model.
-        from_the_start: Compressions for which a model is trained from scratch.
+        from_scratch: Compressions for which a model is trained from scratch.
     """
 
     steps: int = 6000
@@ -131,15 +131,15 @@ class Budget:
     base: str | None = None
     compressions: tuple[Compression, ...] = COMPRESSIONS
     methods: tuple[Compression, ...] = METHODS
-    from_the_start: tuple[Compression, ...] = FROM_THE_START
+    from_scratch: tuple[Compression, ...] = FROM_SCRATCH
 
 
 #: Budget per task. The digits have all compressions. On numbers, LoRA at 3x is worse than its control, so a model is
 #: trained from scratch at 3x.
 BUDGETS = {
     "digits": Budget(),
-    "numbers": Budget(methods=(), from_the_start=(POOLING_3X,)),
-    "commands": Budget(methods=(), from_the_start=()),
+    "numbers": Budget(methods=(), from_scratch=(POOLING_3X,)),
+    "commands": Budget(methods=(), from_scratch=()),
 }
 
 
@@ -161,7 +161,7 @@ class Study:
 
     def run(self) -> Path:
         """Compute the missing rows and return the file of all rows."""
-        for compression in self.budget.from_the_start:
+        for compression in self.budget.from_scratch:
             if not self._has("start", compression):
                 path, seconds = self._model(compression.name.replace(" ", "-"), compression)
                 model, processor = load_model(path)
@@ -202,9 +202,9 @@ class Study:
     def _model(self, name: str, compression: Compression) -> tuple[Path, float]:
         """Return the folder of a model, trained from scratch if missing, and the seconds of the training."""
         path = self.folder / "models" / f"{self.task}-{self.seed}-{name}"
-        return path, 0.0 if (path / "config.json").exists() else self._train_from_nothing(path, compression)
+        return path, 0.0 if (path / "config.json").exists() else self._train_from_scratch(path, compression)
 
-    def _train_from_nothing(self, path: Path, compression: Compression) -> float:
+    def _train_from_scratch(self, path: Path, compression: Compression) -> float:
         """Train a model and return the seconds that it took."""
         utterances = read_manifest(self._manifest("train"))
         model, processor = build_small(utterances, seed=self.seed)

@@ -3,6 +3,7 @@
 from fastcompress import nn
 from fastcompress.dispatch.backends import backend
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.greedy_segments import greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
 from fastcompress.ops.pack import PackedInputs, pack
@@ -17,7 +18,7 @@ from fastcompress.ops.select_boundaries import (
     select_boundaries,
 )
 from fastcompress.ops.token_merging import Merged, bipartite_merge, iterative_fusion
-from fastcompress.rules import LabelChange, LocalMax, Lookback, PeakHeight, Rule, Threshold, TopK, Uniform
+from fastcompress.rules import LabelChange, LocalMax, Lookback, MinVariance, PeakHeight, Rule, Threshold, TopK, Uniform
 from fastcompress.segments import Pooled, Segments
 from fastcompress.streaming import Streamed, StreamingIntegrateAndFire, StreamingSegmentPool
 from fastcompress.version import __version__
@@ -28,6 +29,7 @@ __all__ = [
     "LocalMax",
     "Lookback",
     "Merged",
+    "MinVariance",
     "PackedInputs",
     "PeakHeight",
     "Pooled",
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "adjacent_distance",
     "backend",
+    "banded_distance",
     "bipartite_merge",
     "greedy_segments",
     "integrate_and_fire",

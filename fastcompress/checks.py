@@ -7,11 +7,14 @@ raise an error that says why.
 
 from __future__ import annotations
 
+import numbers
+import os
 import sys
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 INDEX_DTYPES = (torch.int32, torch.int64)
@@ -27,7 +30,30 @@ def check_dense(name: str, x: Tensor | None) -> None:
     if x.layout != torch.strided:  # sparse, jagged
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
     if x.is_nested:  # whose layout is strided as well
-        raise TypeError(f"{name} must be a dense tensor, got a nested one")
+        raise TypeError(
+            f"{name} must be a dense tensor, got a nested one of the strided layout; make it jagged with "
+            f"torch.nested.as_nested_tensor(list({name}.unbind()), layout=torch.jagged)"
+        )
+
+
+def unnest(
+    name: str, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """Return a jagged nested tensor ``[B, j, ...]`` as packed rows and their offsets ``[B + 1]``.
+
+    Any other tensor is returned as it is, with ``cu_seqlens``.
+    """
+    if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
+        return x, cu_seqlens
+    nested: Any = x  # a subclass with more methods
+    if cu_seqlens is not None or lengths is not None:
+        raise ValueError(f"{name} is nested and has its own sequences: pass neither cu_seqlens nor lengths with it")
+    if nested.lengths() is not None or nested._ragged_idx != 1:
+        raise ValueError(
+            f"{name} must be nested as [B, j, ...] without holes; copy it with "
+            f"torch.nested.as_nested_tensor(list({name}.unbind()), layout=torch.jagged)"
+        )
+    return nested.values(), nested.offsets()
 
 
 def check_float(name: str, x: Tensor | None) -> None:
@@ -45,33 +71,99 @@ def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
         raise TypeError(f"{name} must be {'bool or integer' if bools else 'integers'}, got {x.dtype}")
 
 
-def check_number(name: str, value: float) -> None:
-    """Check a real number, which may be infinite. NaN and integers too large for float64 raise ``ValueError``."""
-    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymInt, torch.SymFloat)):
-        raise TypeError(f"{name} must be a number, got {value!r}")
+def as_number(name: str, value: float) -> float:
+    """Return a real number, which may be infinite, as a Python number: one of NumPy, for example, is converted.
+
+    NaN and numbers too large for float64 raise ``ValueError``.
+    """
+    if type(value) not in (int, float, torch.SymInt, torch.SymFloat):
+        if isinstance(value, bool) or not isinstance(value, numbers.Real):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+        value = int(value) if isinstance(value, numbers.Integral) else float(value)
     is_int = isinstance(value, int)
     if (isinstance(value, float) and value != value) or (is_int and abs(value) > sys.float_info.max):
         raise ValueError(f"{name} must be a number, got {value}")
+    return value
 
 
-def check_int64(name: str, value: int) -> None:
-    """Check an integer that is passed to an op as int64."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r}")
+def as_integer(name: str, value: int | None, error: type[Exception] = TypeError) -> int:
+    """Return an integer as a Python ``int``: one of NumPy, for example, is converted."""
+    if type(value) in (int, torch.SymInt):
+        return cast(int, value)
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise error(f"{name} must be an integer, got {value!r}")
+    return int(value)
+
+
+def as_int64(name: str, value: int | None) -> int:
+    """Return an integer that is passed to an op as int64."""
+    value = as_integer(name, value)
     if not -(2**63) <= value < 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
 
 
-def check_whole(name: str, value: int | None, least: int, optional: bool = False) -> None:
-    """Check an integer of at least ``least`` that is passed to an op as int64; ``optional`` allows ``None``."""
-    if optional and value is None:
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise ValueError(f"{name} must be an integer, got {value!r}")
+def as_whole(name: str, value: int | None, least: int) -> int:
+    """Return an integer of at least ``least`` that is passed to an op as int64."""
+    value = as_integer(name, value, ValueError)
     if value < least:
         raise ValueError(f"{name} must be at least {least}, got {value}")
     if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{name} must fit in 64 bits, got {value}")
+    return value
+
+
+def as_optional_whole(name: str, value: int | None, least: int) -> int | None:
+    """Return ``None``, or an integer like ``as_whole``."""
+    return None if value is None else as_whole(name, value, least)
+
+
+def is_readable(tensor: Tensor) -> bool:
+    """Return whether a tensor has values that the host can read: false while a program is traced."""
+    if torch.compiler.is_compiling() or isinstance(tensor, FakeTensor) or tensor.is_meta:
+        return False
+    return not torch._C._functorch.is_functorch_wrapped_tensor(tensor)
+
+
+def values_are_checked(tensor: Tensor) -> bool:
+    """Return whether to check the values of a tensor: always on the CPU, elsewhere if ``FASTCOMPRESS_CHECK=1``."""
+    if not is_readable(tensor):
+        return False
+    return tensor.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
+
+
+def as_mask(name: str, mask: Tensor) -> Tensor:
+    """Return a mask, which is 1 for rows to keep and 0 for others, as bool.
+
+    Other values raise ``ValueError``: additive masks, whose 0 keeps a row, would be inverted. A mask of bools is not
+    read. A mask of floats is read on every device, and by an assertion in a traced program; one of integers, which
+    additive masks never are, where ``values_are_checked``.
+    """
+    if mask.dtype == torch.bool:
+        return mask
+    if mask.is_complex():
+        raise TypeError(f"{name} must be bool, integers or floating point, got {mask.dtype}")
+    kept = mask != 0
+    fix = f"1 keeps a row and 0 drops it; an additive mask becomes one by `{name} >= 0`"
+    if torch.compiler.is_compiling():
+        if mask.is_floating_point():
+            torch._assert_async((mask == kept).all(), f"{name} must be bool or hold 0 and 1: {fix}")
+    elif values_are_checked(mask) or (mask.is_floating_point() and is_readable(mask) and not _is_captured(mask)):
+        wrong = mask != kept
+        if bool(wrong.any()):
+            raise ValueError(f"{name} must be bool or hold 0 and 1, got {mask[wrong][0].item():g}: {fix}")
+    return kept
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, where nothing can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+
+
+def check_not_batched(op: str, x: Tensor) -> None:
+    """Check that an op whose result has a size that depends on values does not run under ``torch.func.vmap``."""
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_batchedtensor(x):
+        raise NotImplementedError(f"{op} does not support torch.func.vmap: the size of its result depends on values")
 
 
 def read_count(count: Tensor) -> int:
@@ -104,14 +196,14 @@ def check_layout(
     attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
 ) -> Tensor | None:
-    """Check the layout arguments of a batch without reading tensor values.
+    """Check the layout arguments of a batch without reading tensor values, except those of a mask (``as_mask``).
 
     Args:
         rows: The input. Its leading dimensions are ``[N]`` (packed) or ``[B, T]`` (padded).
         rank: Number of dimensions of a packed input; a padded input has one more.
         cu_seqlens: ``[B + 1]`` int32 or int64, or ``None``.
         lengths: ``[B]`` int32 or int64, or ``None``.
-        attention_mask: ``[B, T]``, or ``None``.
+        attention_mask: ``[B, T]``, 1 for rows to keep and 0 for others (``as_mask``), or ``None``.
         row_group: int32 of the leading shape, or ``None``.
 
     Returns:
@@ -141,7 +233,7 @@ def check_layout(
         check_same_device("attention_mask", attention_mask, rows)
         if attention_mask.shape != rows.shape[:2]:
             raise ValueError(f"attention_mask must have shape {list(rows.shape[:2])}, got {list(attention_mask.shape)}")
-        return torch.where(attention_mask.bool(), 1, -1).int()
+        return torch.where(as_mask("attention_mask", attention_mask), 1, -1).int()
     if row_group is not None:
         check_same_device("row_group", row_group, rows)
         if row_group.dtype != torch.int32:

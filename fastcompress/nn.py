@@ -14,13 +14,22 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_dense, check_float, check_layout, check_number, check_whole
+from fastcompress.checks import (
+    as_number,
+    as_optional_whole,
+    as_whole,
+    check_dense,
+    check_float,
+    check_layout,
+    check_not_batched,
+    unnest,
+)
 from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.greedy_segments import greedy_segments
-from fastcompress.ops.integrate_and_fire import Fired, check_firing, integrate_and_fire, quantity_loss
+from fastcompress.ops.integrate_and_fire import Fired, as_firing, integrate_and_fire, quantity_loss
 from fastcompress.ops.scalar_rules import Runs, find_checked_runs, find_runs
 from fastcompress.ops.segment_pool import segment_pool
-from fastcompress.ops.segment_reduce import REDUCTIONS, segment_reduce
+from fastcompress.ops.segment_reduce import REDUCTIONS, Reduce, segment_reduce
 from fastcompress.ops.select_boundaries import frame_offsets, segments_from_mask, select_boundaries
 from fastcompress.ops.token_merging import Merged, bipartite_merge, follow_ids, iterative_fusion
 from fastcompress.rules import Rule, Threshold, as_rule
@@ -49,22 +58,48 @@ class SegmentPool(torch.nn.Module):
         compact: See [`fastcompress.segment_pool`][].
     """
 
-    def __init__(self, rule: Rule | str, reduce: str = "mean", compact: bool = True) -> None:
+    def __init__(self, rule: Rule | str, reduce: Reduce = "mean", compact: bool = True) -> None:
         super().__init__()
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
         self.rule: Rule = as_rule(rule)
-        self.reduce = reduce
-        self.compact = compact
+        self.reduce: Reduce = _as_reduce(reduce)
+        self.compact: bool = compact
 
-    def forward(self, x: Tensor, **layout: Any) -> Pooled:
+    def forward(
+        self,
+        x: Tensor,
+        cu_seqlens: Tensor | None = None,
+        lengths: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        row_group: Tensor | None = None,
+        keys: Tensor | None = None,
+        labels: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> Pooled:
         """Pool a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: Further arguments of [`fastcompress.segment_pool`][]: ``cu_seqlens=``, ``lengths=``, …
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
+            cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], as for the others.
+            lengths: Lengths of padded input, ``[B]``.
+            attention_mask: Mask of padded input, ``[B, T]``: 1 keeps a frame, 0 drops it.
+            row_group: Row groups, int32 ``[N]`` or ``[B, T]``.
+            keys: Features to compute the distances from instead of ``x``.
+            labels: Labels for ``LabelChange``.
+            weights: Weights of a weighted mean.
         """
-        return segment_pool(x, rule=self.rule, reduce=self.reduce, compact=self.compact, **layout)
+        return segment_pool(
+            x,
+            self.rule,
+            cu_seqlens=cu_seqlens,
+            lengths=lengths,
+            attention_mask=attention_mask,
+            row_group=row_group,
+            keys=keys,
+            labels=labels,
+            reduce=self.reduce,
+            weights=weights,
+            compact=self.compact,
+        )
 
     def extra_repr(self) -> str:
         return f"rule={self.rule}, reduce={self.reduce}, compact={self.compact}"
@@ -90,10 +125,11 @@ class NoveltyPool(torch.nn.Module):
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
             cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
+        x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
         check_float("x", x)
         d = adjacent_distance(x.detach(), cu_seqlens=cu_seqlens, lengths=lengths)
         segments = select_boundaries(d, self.rule, cu_seqlens=cu_seqlens, lengths=lengths)
@@ -106,10 +142,17 @@ class NoveltyPool(torch.nn.Module):
         return f"threshold={self.rule.threshold}"
 
 
-def _check_ratio(ratio: float) -> None:
-    check_number("ratio", ratio)
+def _as_ratio(ratio: float) -> float:
+    ratio = as_number("ratio", ratio)
     if not 1 < ratio < math.inf:
         raise ValueError(f"ratio must be more than 1 and finite, got {ratio}")
+    return ratio
+
+
+def _as_reduce(reduce: Reduce) -> Reduce:
+    if reduce not in REDUCTIONS:
+        raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
+    return reduce
 
 
 def _check_width(x: Tensor, width: int) -> None:
@@ -140,17 +183,15 @@ class LearnedCompressor(torch.nn.Module):
 
     def __init__(self, ratio: float, loss_weight: float) -> None:
         super().__init__()
-        _check_ratio(ratio)
-        check_number("loss_weight", loss_weight)
-        self.ratio: float = ratio
-        self.loss_weight: float = loss_weight
+        self.ratio: float = _as_ratio(ratio)
+        self.loss_weight: float = as_number("loss_weight", loss_weight)
         self.loss: Tensor | None = None
 
-    def _warn_without_gradient(self) -> None:
-        """Warn if the loss of a module in training cannot reach its parameters."""
+    def _warn_without_gradient(self, x: Tensor) -> None:
+        """Warn if the loss of a module in training cannot reach its parameters or its input."""
         if not self.training or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return
-        if any(parameter.requires_grad for parameter in self.parameters()):
+        if x.requires_grad or any(parameter.requires_grad for parameter in self.parameters()):
             warnings.warn(
                 f"the loss of {type(self).__name__} has no gradient: it was computed under torch.no_grad in training "
                 "mode, as reentrant checkpointing does; use checkpoint(..., use_reentrant=False)",
@@ -176,23 +217,22 @@ class BipartiteMerge(torch.nn.Module):
 
     def __init__(self, rate: float, window: int | None = 0) -> None:
         super().__init__()
-        check_number("rate", rate)
-        if not 1 <= rate < math.inf:
+        self.rate: float = as_number("rate", rate)
+        if not 1 <= self.rate < math.inf:
             raise ValueError(f"rate must be at least 1 and finite, got {rate}")
-        check_whole("window", window, 0, optional=True)
-        self.rate: float = rate
-        self.window: int | None = window
-        self.rounds: int = max(1, math.ceil(math.log2(rate)))
+        self.window: int | None = as_optional_whole("window", window, 0)
+        self.rounds: int = max(1, math.ceil(math.log2(self.rate)))
 
-    def forward(self, x: Tensor, **layout: Any) -> Merged:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Merged:
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
+            cu_seqlens: Offsets of packed input, ``[B + 1]``.
+            lengths: Lengths of padded input, ``[B]``.
         """
         rate = self.rate ** (1 / self.rounds)
-        merged = bipartite_merge(x, rate, window=self.window, **layout)
+        merged = bipartite_merge(x, rate, window=self.window, cu_seqlens=cu_seqlens, lengths=lengths)
         for _ in range(self.rounds - 1):
             further = bipartite_merge(
                 merged.values, rate, window=self.window, size=merged.sizes, cu_seqlens=merged.cu_seqlens
@@ -214,17 +254,17 @@ class IterativeFusion(torch.nn.Module):
 
     def __init__(self, count: int) -> None:
         super().__init__()
-        check_whole("count", count, 1)
-        self.count: int = count
+        self.count: int = as_whole("count", count, 1)
 
-    def forward(self, x: Tensor, **layout: Any) -> Merged:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Merged:
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
+            cu_seqlens: Offsets of packed input, ``[B + 1]``.
+            lengths: Lengths of padded input, ``[B]``.
         """
-        return iterative_fusion(x, self.count, **layout)
+        return iterative_fusion(x, self.count, cu_seqlens=cu_seqlens, lengths=lengths)
 
     def extra_repr(self) -> str:
         return f"count={self.count}"
@@ -240,19 +280,18 @@ class GreedySegments(torch.nn.Module):
 
     def __init__(self, threshold: float, max_len: int | None = None) -> None:
         super().__init__()
-        check_number("threshold", threshold)
-        check_whole("max_len", max_len, 1, optional=True)
-        self.threshold: float = threshold
-        self.max_len: int | None = max_len
+        self.threshold: float = as_number("threshold", threshold)
+        self.max_len: int | None = as_optional_whole("max_len", max_len, 1)
 
-    def forward(self, x: Tensor, **layout: Any) -> Pooled:
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded.
-            layout: ``cu_seqlens=`` with packed or ``lengths=`` with padded input.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
+            cu_seqlens: Offsets of packed input, ``[B + 1]``.
+            lengths: Lengths of padded input, ``[B]``.
         """
-        segments = greedy_segments(x, self.threshold, max_len=self.max_len, **layout)
+        segments = greedy_segments(x, self.threshold, max_len=self.max_len, cu_seqlens=cu_seqlens, lengths=lengths)
         return Pooled(segment_reduce(x, segments), segments)
 
     def extra_repr(self) -> str:
@@ -277,8 +316,7 @@ class IntegrateAndFire(LearnedCompressor):
 
     def __init__(self, width: int, ratio: float = 3.0, tail: float | None = 0.5, loss_weight: float = 0.1) -> None:
         super().__init__(ratio, loss_weight)
-        check_firing(1.0, tail)
-        self.tail: float | None = tail
+        self.tail: float | None = as_firing(1.0, tail)[1]
         self.weight: torch.nn.Linear = torch.nn.Linear(width, 1)
         self.reset_parameters()
 
@@ -291,10 +329,11 @@ class IntegrateAndFire(LearnedCompressor):
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
             cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
+        x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
         _check_width(x, self.weight.in_features)
         check_layout(x, 2, cu_seqlens, lengths)
         # A frame that is not finite weighs nothing: as a part of its token it spoils that token and no other.
@@ -313,7 +352,7 @@ class IntegrateAndFire(LearnedCompressor):
         )
         per_sequence = (wanted.double().sum() / torch.sym_max(1, wanted.shape[0])).clamp_min(1.0)
         self.loss: Tensor | None = (quantity_loss(fired, wanted) / per_sequence).float()
-        self._warn_without_gradient()
+        self._warn_without_gradient(x)
         return fired
 
     def extra_repr(self) -> str:
@@ -363,7 +402,7 @@ def ratio_loss(probability: Tensor, boundary: Tensor, ratio: float) -> Tensor:
     if wrong or not torch.compiler.is_compiling() and probability.shape != boundary.shape:
         shapes = f"{list(probability.shape)} and {list(boundary.shape)}"
         raise ValueError(f"probability and boundary must have the same shape [N], got {shapes}")
-    _check_ratio(ratio)
+    ratio = _as_ratio(ratio)
     count: int = torch.sym_max(1, probability.shape[0])
     f, g = boundary.to(probability.dtype).sum() / count, probability.sum() / count
     loss = ratio / (ratio - 1) * ((ratio - 1) * f * g + (1 - f) * (1 - g))
@@ -387,11 +426,9 @@ class LearnedBoundary(LearnedCompressor):
         loss_weight: Factor for the caller to apply to ``loss``, which is [`ratio_loss`][].
     """
 
-    def __init__(self, width: int, ratio: float = 3.0, reduce: str = "mean", loss_weight: float = 0.1) -> None:
+    def __init__(self, width: int, ratio: float = 3.0, reduce: Reduce = "mean", loss_weight: float = 0.1) -> None:
         super().__init__(ratio, loss_weight)
-        if reduce not in REDUCTIONS:
-            raise ValueError(f"reduce must be one of {', '.join(REDUCTIONS)}, got {reduce!r}")
-        self.reduce: str = reduce
+        self.reduce: Reduce = _as_reduce(reduce)
         self.query: torch.nn.Linear = torch.nn.Linear(width, width, bias=False)
         self.key: torch.nn.Linear = torch.nn.Linear(width, width, bias=False)
         self.reset_parameters()
@@ -411,11 +448,13 @@ class LearnedBoundary(LearnedCompressor):
         """Compress a batch.
 
         Args:
-            x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+            x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged).
             cu_seqlens: Offsets of packed input, ``[B + 1]``; see [`fastcompress.segment_pool`][], also for errors.
             lengths: Lengths of padded input, ``[B]``.
         """
+        x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
         _check_width(x, self.query.in_features)
+        check_not_batched("LearnedBoundary", x)
         check_layout(x, 2, cu_seqlens, lengths)
         runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
         rows, usable = _usable_rows(x, runs)
@@ -425,7 +464,7 @@ class LearnedBoundary(LearnedCompressor):
         probability = torch.where(runs.first, 1.0, torch.where(pair, probability, 0.5))
         boundary = probability.detach() > 0.5
         self.loss: Tensor | None = ratio_loss(probability[runs.inside], boundary[runs.inside], self.ratio)
-        self._warn_without_gradient()
+        self._warn_without_gradient(x)
         mask = boundary.view(x.shape[:-1])
         segments = segments_from_mask(mask, cu_seqlens=cu_seqlens, lengths=lengths)
         values = segment_reduce(x, segments, self.reduce)

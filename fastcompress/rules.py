@@ -15,12 +15,14 @@ import dataclasses
 import difflib
 import math
 from dataclasses import dataclass
-from numbers import Integral
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
-from fastcompress.checks import check_number, check_whole
+from fastcompress.rule_fields import check_bool, take_float, take_int, take_length, take_lengths
+
+#: Number of frames after which ``MinVariance`` begins a new block: those that the encoder of Whisper makes of 30 s.
+MIN_VARIANCE_BLOCK = 1500
 
 
 @dataclass(frozen=True)
@@ -138,43 +140,6 @@ def _parse_value(text: str) -> Any:
     return text
 
 
-def _check_int(rule: Rule, field: str, minimum: int, optional: bool = False) -> None:
-    check_whole(f"{type(rule).__name__}: {field}", getattr(rule, field), minimum, optional)
-
-
-def _check_float(rule: Rule, field: str, optional: bool = False) -> None:
-    value = getattr(rule, field)
-    if optional and value is None:
-        return
-    try:
-        check_number(f"{type(rule).__name__}: {field}", value)
-    except TypeError as error:
-        raise ValueError(str(error)) from None
-
-
-def _check_bool(rule: Rule, field: str) -> None:
-    if not isinstance(getattr(rule, field), bool):
-        raise ValueError(f"{type(rule).__name__}: {field} must be True or False, got {getattr(rule, field)!r}")
-
-
-def _check_lengths(rule: LocalMax | Threshold | LabelChange | Lookback | PeakHeight) -> None:
-    _check_int(rule, "min_len", 1)
-    _check_int(rule, "max_len", 1, optional=True)
-    min_len, max_len = rule.min_len, rule.max_len
-    if max_len is not None and min_len > max_len:
-        raise ValueError(f"{type(rule).__name__}: min_len must not exceed max_len, got {min_len} > {max_len}")
-
-
-def _check_length(length: Any) -> None:
-    if isinstance(length, torch.Tensor):
-        if length.is_floating_point() or length.is_complex() or length.dtype == torch.bool:
-            raise TypeError(f"length must be an integer or a tensor of integers, got {length.dtype}")
-    elif isinstance(length, bool) or not isinstance(length, (Integral, torch.SymInt)):
-        raise TypeError(f"length must be an integer or a tensor of integers, got {length!r}")
-    elif not torch.compiler.is_compiling() and length < 0:  # a traced length may be symbolic
-        raise ValueError(f"length must not be negative, got {length}")
-
-
 @dataclass(frozen=True)
 class Uniform(Rule):
     """Start a segment every ``size`` frames, counted from the first frame of each sequence.
@@ -193,13 +158,13 @@ class Uniform(Rule):
     """
 
     size: int
-    tail: str = "keep"
+    tail: Literal["keep", "drop"] = "keep"
 
     name: ClassVar[str] = "uniform"
     needs_distance: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        _check_int(self, "size", 1)
+        take_int(self, "size", 1)
         if self.tail not in ("keep", "drop"):
             raise ValueError(f"Uniform: tail must be 'keep' or 'drop', got {self.tail!r}")
 
@@ -210,7 +175,7 @@ class Uniform(Rule):
         """Return the number of segments of a sequence.
 
         Args:
-            length: Frames of the sequence, an int; or of several sequences, an integer tensor of any shape.
+            length: Frames of the sequence, an int; or of several sequences, an integer tensor of any shape and dtype.
 
         Returns:
             An int, or a tensor of the shape and dtype of ``length``.
@@ -219,8 +184,13 @@ class Uniform(Rule):
             TypeError: If ``length`` is neither an int nor an integer tensor.
             ValueError: If an int is negative. The values of a tensor are not read.
         """
-        _check_length(length)
-        return (length + self.size - 1) // self.size if self.tail == "keep" else length // self.size
+        frames = take_length(length)
+        if not isinstance(length, torch.Tensor):
+            return (frames + self.size - 1) // self.size if self.tail == "keep" else frames // self.size
+        count = frames // self.size
+        if self.tail == "keep":
+            count = count + (frames % self.size > 0)  # adding size - 1 could overflow
+        return count.to(length.dtype)
 
 
 @dataclass(frozen=True)
@@ -259,22 +229,19 @@ class LocalMax(Rule):
     name: ClassVar[str] = "local-max"
 
     def __post_init__(self) -> None:
-        _check_bool(self, "normalize")
-        _check_int(self, "order", 1)
-        _check_float(self, "threshold", optional=True)
-        _check_float(self, "prominence", optional=True)
-        _check_lengths(self)
+        check_bool(self, "normalize")
+        take_int(self, "order", 1)
+        take_float(self, "threshold", optional=True)
+        take_float(self, "prominence", optional=True)
+        take_lengths(self)
 
     @property
     def fused(self) -> bool:
         return self.prominence is None and not self.normalize
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        # Every distance is above the least threshold. It is finite because a package of AOTInductor does not load an
-        # infinity, and no global because a compiled graph would take a global float for a variable.
-        least = torch.finfo(torch.float32).min
-        threshold = least if self.threshold is None else max(float(self.threshold), least)
-        prominence = 0.0 if self.prominence is None else float(self.prominence)  # 0 accepts every peak
+        threshold = finite(-math.inf if self.threshold is None else self.threshold)  # every distance is above -inf
+        prominence = 0.0 if self.prominence is None else finite(self.prominence)  # 0 accepts every peak
         return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
 
 
@@ -298,11 +265,11 @@ class Threshold(Rule):
     name: ClassVar[str] = "threshold"
 
     def __post_init__(self) -> None:
-        _check_float(self, "threshold")
-        _check_lengths(self)
+        take_float(self, "threshold")
+        take_lengths(self)
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
-        return (self.name, 1, float(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
+        return (self.name, 1, finite(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
 
 
 @dataclass(frozen=True)
@@ -330,8 +297,8 @@ class TopK(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_float(self, "rate", optional=True)
-        _check_int(self, "count", 1, optional=True)
+        take_float(self, "rate", optional=True)
+        take_int(self, "count", 1, optional=True)
         if (self.rate is None) == (self.count is None):
             raise ValueError(f"TopK: one of rate and count must be given, got rate={self.rate}, count={self.count}")
         if self.rate is not None and not 1 <= self.rate < math.inf:
@@ -339,14 +306,57 @@ class TopK(Rule):
 
     def num_segments(self, length: Any) -> Any:
         """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
-        _check_length(length)
-        if self.count is not None:
-            least = torch.clamp_max if isinstance(length, torch.Tensor) else torch.sym_min
-            return least(length, self.count)
-        assert self.rate is not None  # exactly one of rate and count is given
+        frames = take_length(length)
+        if not isinstance(length, torch.Tensor):
+            return torch.sym_min(frames, self.count) if self.rate is None else math.ceil(frames / self.rate)
+        count = frames.clamp_max(self.count) if self.rate is None else (frames.double() / self.rate).ceil()
+        return count.to(length.dtype)
+
+
+@dataclass(frozen=True)
+class MinVariance(Rule):
+    """Cut each sequence into segments of the smallest variance, at an exact rate.
+
+    Of all segmentations of ``T`` frames into ``ceil(T / rate)`` segments of at most ``max_len`` frames, take the one
+    with the smallest sum of squared distances of the L2-normalized frames to the mean of their segment. Of equal
+    optima, take the one with the lexicographically smallest starts. Sequences of more than 1,500 frames are cut into
+    blocks of 1,500 frames, and each block is optimal and has an exact count. A frame that is not finite is as far from
+    every other frame as a zero frame is. ``fastcompress/reference/min_variance.py`` defines the order of operations.
+
+    Args:
+        rate: Frames per segment, from 1 to ``max_len``.
+        max_len: Largest length of a segment in frames, at least 1. The time to find the segments is proportional to it.
+
+    Examples:
+        >>> MinVariance(rate=4).num_segments(10)
+        3
+    """
+
+    rate: float = 4.0
+    max_len: int = 8
+
+    name: ClassVar[str] = "min-variance"
+    scalar: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        take_float(self, "rate")
+        take_int(self, "max_len", 1)
+        if not 1 <= self.rate <= self.max_len:
+            raise ValueError(f"MinVariance: rate must be between 1 and max_len, {self.max_len}, got {self.rate}")
+
+    @property
+    def window(self) -> int:
+        """Number of later frames to which the distances of each frame are needed."""
+        return max(1, self.max_len - 1)
+
+    def num_segments(self, length: Any) -> Any:
+        """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""
+        frames = take_length(length)
+        blocks, rest = frames // MIN_VARIANCE_BLOCK, frames % MIN_VARIANCE_BLOCK
+        per_block = math.ceil(MIN_VARIANCE_BLOCK / self.rate)
         if isinstance(length, torch.Tensor):
-            return (length.double() / self.rate).ceil().to(length.dtype)
-        return math.ceil(length / self.rate)
+            return (blocks * per_block + (rest.double() / self.rate).ceil().long()).to(length.dtype)
+        return blocks * per_block + math.ceil(rest / self.rate)
 
 
 @dataclass(frozen=True)
@@ -372,8 +382,8 @@ class LabelChange(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_int(self, "blank", -(2**63), optional=True)
-        _check_lengths(self)
+        take_int(self, "blank", -(2**63), optional=True)
+        take_lengths(self)
 
 
 @dataclass(frozen=True)
@@ -403,9 +413,9 @@ class Lookback(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_int(self, "window", 1)
-        _check_float(self, "threshold")
-        _check_lengths(self)
+        take_int(self, "window", 1)
+        take_float(self, "threshold")
+        take_lengths(self)
 
 
 @dataclass(frozen=True)
@@ -431,8 +441,14 @@ class PeakHeight(Rule):
     scalar: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        _check_float(self, "threshold")
-        _check_lengths(self)
+        take_float(self, "threshold")
+        take_lengths(self)
+
+
+def finite(value: float) -> float:
+    """Return the finite float64 next to ``value``: AOTInductor cannot load a package with an infinite op argument."""
+    limit = torch.finfo(torch.float64).max  # no global, which a compiled graph would take for a variable
+    return min(max(float(value), -limit), limit)
 
 
 def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int, num_sequences: int) -> int:
@@ -454,7 +470,7 @@ def max_segments(rule: str, size: int, min_len: int, max_len: int, num_rows: int
     return num_rows // min_len + num_sequences
 
 
-_ALL = (Uniform, LocalMax, Threshold, TopK, LabelChange, Lookback, PeakHeight)
+_ALL = (Uniform, LocalMax, Threshold, TopK, MinVariance, LabelChange, Lookback, PeakHeight)
 RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 
 

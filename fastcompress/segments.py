@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_number, check_same_device
+from fastcompress.checks import as_integer, as_number, check_same_device, read_count
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Segments:
     """The segments of a batch, in order.
 
@@ -42,7 +43,7 @@ class Segments:
 
     def ids(self) -> Tensor:
         """Return the segment index of each row, ``[num_rows]`` int64; -1 for padding and dropped rows."""
-        rows = torch.arange(self.num_rows, device=self.starts.device)
+        rows = torch.arange(self.num_rows, dtype=torch.int64, device=self.starts.device)
         # Append an empty segment, so that indexing works even without any segment.
         starts = torch.cat([self.starts, self.starts.new_full((1,), self.num_rows)])
         ends = starts + torch.cat([self.lengths, self.lengths.new_zeros(1)])
@@ -62,13 +63,13 @@ class Segments:
             TypeError: If ``frame_rate`` is not a number.
             ValueError: If ``frame_rate`` is not positive.
         """
-        check_number("frame_rate", frame_rate)
+        frame_rate = as_number("frame_rate", frame_rate)
         if not frame_rate > 0:
             raise ValueError(f"frame_rate must be positive, got {frame_rate}")
         num_sequences = self.cu_segments.shape[0] - 1
         if num_sequences == 0:
             return self.starts.new_zeros((self.starts.shape[0], 2), dtype=torch.float64)
-        index = torch.arange(self.starts.shape[0], device=self.starts.device, dtype=torch.int32)
+        index = torch.arange(self.starts.shape[0], dtype=torch.int32, device=self.starts.device)
         sequence = torch.searchsorted(self.cu_segments, index, right=True) - 1
         sequence = sequence.clamp(0, num_sequences - 1)  # trailing empty segments of a result that is not compact
         if self.padded_length is None:
@@ -77,6 +78,13 @@ class Segments:
             origin = sequence * self.padded_length
         start = self.starts - origin
         return torch.stack([start, start + self.lengths], dim=1).double() / frame_rate
+
+    def __repr__(self) -> str:
+        if not isinstance(self.starts, Tensor):  # in a tree of torch.export
+            return object.__repr__(self)
+        what = f"{count_of(self.num_rows, 'row')} in {count_of(self.cu_segments.shape[0] - 1, 'sequence')}"
+        device = "" if self.starts.device.type == "cpu" else f", {self.starts.device}"
+        return f"Segments({count_of(self.starts.shape[0], 'segment')} of {what}{device})"
 
 
 def row_segments(starts: Tensor, lengths: Tensor, num_rows: int) -> Segments:
@@ -95,8 +103,8 @@ def check_segments(segments: Segments, like: Tensor) -> None:
             raise TypeError(f"{name} must be int64, got {tensor.dtype}")
         if tensor.dim() != 1:
             raise ValueError(f"{name} must have shape [M], got {list(tensor.shape)}")
-    if not isinstance(segments.num_rows, (int, torch.SymInt)) or segments.num_rows < 0:
-        raise ValueError(f"segments.num_rows must be a whole number, got {segments.num_rows!r}")
+    if as_integer("segments.num_rows", segments.num_rows, ValueError) < 0:
+        raise ValueError(f"segments.num_rows must not be negative, got {segments.num_rows}")
     if segments.starts.shape != segments.lengths.shape:
         raise ValueError(
             f"segments.starts and segments.lengths must have the same shape, got {list(segments.starts.shape)} "
@@ -104,8 +112,77 @@ def check_segments(segments: Segments, like: Tensor) -> None:
         )
 
 
-@dataclass(eq=False)
-class Pooled:
+class Tokens:
+    """Base class of packed results: tokens ``values`` ``[M, D]`` and their offsets ``cu_seqlens`` ``[B + 1]``.
+
+    ``len()`` of a result is the number ``M`` of its tokens. Its text form has only sizes, so that printing reads
+    nothing from the device.
+    """
+
+    if TYPE_CHECKING:  # at run time, dataclasses would take a property for the default of a field
+        values: Tensor
+
+        @property
+        def cu_seqlens(self) -> Tensor: ...
+
+    @property
+    def max_seqlen(self) -> int:
+        """Largest number of tokens of a sequence, as variable-length attention expects it; read from the device."""
+        counts = self.cu_seqlens.diff()
+        return read_count(counts.max()) if counts.shape[0] else 0
+
+    @property
+    def mask(self) -> Tensor:
+        """True for the tokens of ``to_padded``, ``[B, S]`` bool; false for padding."""
+        column = torch.arange(self.max_seqlen, dtype=torch.int64, device=self.cu_seqlens.device)
+        return column < self.cu_seqlens.diff()[:, None]
+
+    def to_padded(self, return_mask: bool = False) -> tuple[Tensor, Tensor]:
+        """Return the tokens as a padded batch.
+
+        Args:
+            return_mask: Whether to return a mask instead of the numbers of tokens.
+
+        Returns:
+            The tokens ``[B, S, D]``, with trailing zeros for padding, and the number of tokens of each sequence,
+            ``[B]`` int32, or ``mask``. ``S`` is the largest number of tokens of a sequence; it is read from the device.
+        """
+        mask = self.mask
+        # All padding reads one appended zero row, which also exists if there is no token.
+        rows = torch.cat([self.values, self.values.new_zeros((1, self.values.shape[1]))])
+        column = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)
+        index = torch.where(mask, self.cu_seqlens[:-1, None].long() + column, self.values.shape[0])
+        return rows[index], mask if return_mask else self.cu_seqlens.diff()
+
+    def to_nested(self) -> Tensor:
+        """Return the tokens as a jagged nested tensor ``[B, j, D]``; their number is read from the device."""
+        offsets = self.cu_seqlens.long()
+        return torch.nested.nested_tensor_from_jagged(self.values[: read_count(offsets[-1])], offsets)
+
+    def __len__(self) -> int:
+        return self.values.shape[0]
+
+    def __repr__(self) -> str:
+        if not isinstance(self.values, Tensor):  # in a tree of torch.export
+            return object.__repr__(self)
+        tokens, width = self.values.shape
+        what = f"{count_of(tokens, 'token')} of {count_of(self.cu_seqlens.shape[0] - 1, 'sequence')}, width {width}"
+        return f"{type(self).__name__}({what}{dtype_and_device(self.values)})"
+
+
+def count_of(count: int, what: str) -> str:
+    """Return a count with its noun: ``"1 token"``, ``"2 tokens"``."""
+    return f"{count} {what}" if count == 1 else f"{count} {what}s"
+
+
+def dtype_and_device(tensor: Tensor) -> str:
+    """Return the dtype of a tensor, and its device unless that is the CPU, each after a comma."""
+    device = "" if tensor.device.type == "cpu" else f", {tensor.device}"
+    return f", {str(tensor.dtype).removeprefix('torch.')}{device}"
+
+
+@dataclass(eq=False, repr=False)
+class Pooled(Tokens):
     """Pooled tokens, packed, and the segments they were pooled from.
 
     Attributes:
@@ -120,25 +197,6 @@ class Pooled:
     def cu_seqlens(self) -> Tensor:
         """Number of tokens before each sequence, ``[B + 1]`` int32, as variable-length attention expects it."""
         return self.segments.cu_segments
-
-    def to_padded(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
-
-        ``S`` is the largest number of tokens of a sequence; it is read from the device.
-        """
-        return pad_tokens(self.values, self.cu_seqlens)
-
-
-def pad_tokens(values: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
-    """Return packed tokens ``[M, D]`` as ``[B, S, D]``, padded with trailing zeros, and their counts ``[B]`` int32."""
-    counts = cu_seqlens.diff()
-    longest = int(counts.max()) if counts.numel() else 0
-    column = torch.arange(longest, device=counts.device)
-    inside = column < counts[:, None]
-    # All padding reads one appended zero row, which also exists if there is no token.
-    rows = torch.cat([values, values.new_zeros((1, values.shape[1]))])
-    index = torch.where(inside, cu_seqlens[:-1, None].long() + column, values.shape[0])
-    return rows[index], counts
 
 
 for _cls in (Segments, Pooled):

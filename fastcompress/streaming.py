@@ -6,6 +6,7 @@ frames and distances that the rule still needs. A token is final
 
 * with ``Uniform``, when its last frame has arrived;
 * with ``Threshold`` and ``Lookback``, one frame after its last frame;
+* with ``MinVariance``, when the block of 1,500 frames that contains it is complete, or at the end;
 * with ``LocalMax``, ``order + 1`` frames after its last frame, when the peak has been compared on both sides;
 * with integrate-and-fire, at the frame in which it fires.
 """
@@ -20,8 +21,9 @@ from torch import Tensor
 
 from fastcompress.checks import check_float
 from fastcompress.ops.adjacent_distance import adjacent_distance
+from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.integrate_and_fire import (
-    check_firing,
+    as_firing,
     fires_at_end,
     integrate_rows,
     left_over,
@@ -30,13 +32,23 @@ from fastcompress.ops.integrate_and_fire import (
     usable,
 )
 from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.ops.select_boundaries import select_boundaries
 from fastcompress.reference.adjacent_distance import accumulate_dtype
 from fastcompress.reference.segment_reduce import BLOCK
-from fastcompress.rules import LocalMax, Lookback, Rule, Threshold, Uniform, as_rule
-from fastcompress.segments import row_segments
+from fastcompress.rules import (
+    MIN_VARIANCE_BLOCK,
+    LocalMax,
+    Lookback,
+    MinVariance,
+    Rule,
+    Threshold,
+    Uniform,
+    as_rule,
+)
+from fastcompress.segments import count_of, dtype_and_device, row_segments
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class Streamed:
     """Tokens that became final in one call.
 
@@ -50,6 +62,10 @@ class Streamed:
     starts: Tensor
     lengths: Tensor
 
+    def __repr__(self) -> str:
+        tokens, width = self.values.shape
+        return f"Streamed({count_of(tokens, 'token')}, width {width}{dtype_and_device(self.values)})"
+
 
 class StreamingSegmentPool:
     """Pool the frames of one stream into segments, chunk by chunk (mean pooling).
@@ -58,8 +74,8 @@ class StreamingSegmentPool:
     stream, bit for bit.
 
     Args:
-        rule: ``Uniform``, ``Threshold``, ``Lookback``, or ``LocalMax`` without ``prominence`` and ``normalize``; or the
-            text form of one. Other rules need the whole sequence.
+        rule: ``Uniform``, ``Threshold``, ``Lookback``, ``MinVariance``, or ``LocalMax`` without ``prominence`` and
+            ``normalize``; or the text form of one. Other rules need the whole sequence.
 
     Raises:
         NotImplementedError: If the rule needs the whole sequence.
@@ -74,7 +90,7 @@ class StreamingSegmentPool:
 
     def __init__(self, rule: Rule | str = LocalMax()) -> None:  # noqa: B008  (immutable)
         self.rule: Rule = as_rule(rule)
-        if not (self.rule.fused or isinstance(self.rule, Lookback)):
+        if not (self.rule.fused or isinstance(self.rule, (Lookback, MinVariance))):
             raise NotImplementedError(f"rule {self.rule} needs the whole sequence and cannot be streamed")
         self._reset()
 
@@ -146,7 +162,7 @@ class StreamingSegmentPool:
         is within the threshold of one of the ``k + 1`` frames before it.
         """
         rule, count = self.rule, x.shape[0]
-        if isinstance(rule, Uniform) or not count:
+        if isinstance(rule, (Uniform, MinVariance)) or not count:
             return []
         reach = rule.window if isinstance(rule, Lookback) else 1
         recent = x[:0] if self._recent is None else self._recent
@@ -168,12 +184,14 @@ class StreamingSegmentPool:
     def _threshold(self, dtype: torch.dtype) -> float:
         """Return the threshold of the rule, rounded to the dtype of the distances."""
         threshold = getattr(self.rule, "threshold", None)
-        return -math.inf if threshold is None else torch.tensor(threshold, dtype=dtype).item()
+        return -math.inf if threshold is None else torch.tensor(threshold, dtype=dtype, device="cpu").item()
 
     def _decide(self, near: list[bool], last: bool) -> list[int]:
         """Return the frames that are now known to start a segment; with ``last``, decide all frames received."""
         rule, found, begin = self.rule, [], self._start
         assert self._frames is not None
+        if isinstance(rule, MinVariance):
+            return self._decide_blocks(rule, last)
         shortest, longest = getattr(rule, "min_len", 1), getattr(rule, "max_len", None)
         wide = self._frames.dtype == torch.float64
         threshold = self._threshold(torch.float64 if wide else torch.float32)
@@ -205,6 +223,20 @@ class StreamingSegmentPool:
             found.append(self._seen)  # the next frame starts a segment, so the open one is complete
         return found
 
+    def _decide_blocks(self, rule: MinVariance, last: bool) -> list[int]:
+        """Like ``_decide``, for complete blocks; with ``last``, also for the rest."""
+        assert self._frames is not None
+        found: list[int] = []
+        while self._seen - self._decided >= MIN_VARIANCE_BLOCK or (last and self._seen > self._decided):
+            begin, end = self._decided, min(self._decided + MIN_VARIANCE_BLOCK, self._seen)
+            frames = self._frames[begin - self._origin : end - self._origin]
+            starts = select_boundaries(banded_distance(frames, rule.window), rule).starts.tolist()
+            found += [begin + start for start in starts[1:]]
+            if end - begin == MIN_VARIANCE_BLOCK:
+                found.append(end)  # the next frame starts a block
+            self._decided = end
+        return found
+
     def _distance(self, t: int) -> float:
         return self._distances[t - self._first_distance]
 
@@ -227,7 +259,7 @@ class StreamingSegmentPool:
         places = torch.tensor(starts, dtype=torch.int64, device=device)
         sizes = torch.tensor(lengths, dtype=torch.int64, device=device)
         if not bounds:
-            values = frames[:0]
+            values = frames.new_empty(0, frames.shape[1])
         else:
             parts = []
             whole = 0
@@ -272,9 +304,9 @@ class StreamingIntegrateAndFire:
     """
 
     def __init__(self, beta: float = 1.0, tail: float | None = 0.5) -> None:
-        check_firing(beta, tail)
-        self.beta: float = beta
-        self.tail: float | None = tail
+        self.beta: float
+        self.tail: float | None
+        self.beta, self.tail = as_firing(beta, tail)
         self._reset()
 
     def _reset(self) -> None:
@@ -314,7 +346,7 @@ class StreamingIntegrateAndFire:
         assert total is not None and rows is not None
         _check_like(x, like)
         if not x.shape[0]:
-            return x, torch.zeros(0, dtype=torch.int64, device=x.device)
+            return like, torch.zeros(0, dtype=torch.int64, device=x.device)
         weight = usable(alpha.detach())
         sums = torch.cat([total, weight]).cumsum(0)
         after = sums[1:]
@@ -325,7 +357,7 @@ class StreamingIntegrateAndFire:
             got = float(weight.sum())
             raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {self.beta:g}, got {got:g}")
         # The tokens that fire, followed by the one that stays open.
-        token = torch.arange(first, last + 1, device=x.device).double()
+        token = torch.arange(first, last + 1, dtype=torch.float64, device=x.device)
         ends = torch.searchsorted(right, token + 1)  # frame in which each token fires; the last does not
         begins = torch.searchsorted(right, token)  # first frame after which the token is open
         rest = opening(token, right[begins], after[begins], self.beta).to(wide)
@@ -372,7 +404,7 @@ class StreamingIntegrateAndFire:
             assert total is not None
             divisor = (remainder / self.beta).to(self._rows.dtype)
             values = (total / divisor).to(like.dtype)[None]
-            ends = torch.tensor([self._seen - 1], device=device)
+            ends = torch.tensor([self._seen - 1], dtype=torch.int64, device=device)
         self._reset()
         return values, ends
 
@@ -388,7 +420,7 @@ def _check_like(x: Tensor, before: Tensor) -> None:
 def _add(total: Tensor | None, frames: Tensor) -> Tensor | None:
     """Add frames ``[N, D]`` to a sum, block by block as in ``segment_reduce``; without any frame return ``total``."""
     wide = frames.to(accumulate_dtype(frames.dtype))
-    starts = torch.arange(0, len(wide), BLOCK, device=wide.device)
+    starts = torch.arange(0, len(wide), BLOCK, dtype=torch.int64, device=wide.device)
     lengths = (len(wide) - starts).clamp_max(BLOCK)
     for block in segment_reduce(wide, row_segments(starts, lengths, len(wide)), "sum"):
         total = block if total is None else total + block

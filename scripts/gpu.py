@@ -1,8 +1,8 @@
 """Build, test, sanitize and benchmark on a machine with a GPU. No step needs a network.
 
-A command that needs what the machine lacks, such as nvcc or compute-sanitizer, is skipped with the reason; that is no
-failure. Output goes to the terminal and to OUT/<command>.log as it arises, and OUT/summary.json is rewritten after each
-command. The exit code is 1 if a command failed.
+A command is skipped, with the reason, if a program that it needs is missing, such as nvcc or compute-sanitizer. A
+skipped command is not a failure. Output is written to the terminal and to OUT/<command>.log while a command runs, and
+OUT/summary.json is rewritten after each command. The exit code is 1 if a command failed.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FEW = "hostile_segments"  # tests that Triton's interpreter runs in seconds
 
 @dataclass
 class Command:
-    """A command of a step; ``skip`` says why it cannot run."""
+    """A command of a step; ``skip`` is the reason why it cannot run."""
 
     step: str
     name: str
@@ -41,7 +41,7 @@ class Command:
 
 
 def lacks(*packages: str) -> str:
-    """Return which packages are not installed, as a reason to skip."""
+    """Return the reason to skip a command that needs these packages, or "" if all are installed."""
     absent = [name for name in packages if importlib.util.find_spec(name) is None]
     return f"not installed: {', '.join(absent)}" if absent else ""
 
@@ -64,7 +64,7 @@ def build(dry: bool, wheel: Path | None) -> Command:
 
 
 def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
-    """Return the commands of every step; with ``dry`` short forms that run on the CPU."""
+    """Return the commands of every step. With ``dry``, return short forms that run on the CPU."""
     python, parallel = sys.executable, [] if dry or lacks("xdist") else ["-n", "6"]
     device, cuda, interpret = ("cpu", "reference", {"TRITON_INTERPRET": "1"}) if dry else ("cuda", "cuda", {})
 
@@ -72,7 +72,7 @@ def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
         return [python, "-m", "pytest", "-q", "-rs", *files, "-k", only, "--device", device, "--backend", backend]
 
     every = f"{FEW} or short_parts or test_module or on_request or other_stream" if dry else ""
-    # A direct call of an op skips the checks of the wrappers; the compiled kernels repeat them, Triton's do not.
+    # A direct call of an op skips the checks of the wrappers. The compiled kernels repeat the checks; Triton's do not.
     triton = test("triton", TESTS, FEW if dry else "not ops_refuse") + parallel
     no_triton, no_pytest = lacks("pytest", "triton", *(["numpy"] if dry else [])), lacks("pytest")
     found = [
@@ -85,10 +85,10 @@ def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
         sanitizer = f"compute-sanitizer --tool {tool} --report-api-errors no --error-exitcode 99".split()
         skip = no_pytest or ("" if dry or shutil.which(sanitizer[0]) else "compute-sanitizer is not on the PATH")
         words = [*([] if dry else sanitizer), *test(cuda, TESTS[:1], f"short and {FEW}" if dry else "short")]
-        # With every tensor an allocation of its own, memcheck sees an access one element past the end.
+        # Each tensor has an allocation of its own, so that memcheck detects an access one element after its end.
         found.append(Command("sanitize", tool, words, skip, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
     bench = [python, "-m", "benchmarks", "--device", "cuda", "--out", str(out), *(["--dry"] if dry else [])]
-    return [*found, Command("bench", "bench", bench, env=interpret)]
+    return [*found, Command("bench", "bench", bench, lacks("pandas", "tabulate"), interpret)]
 
 
 def run(command: Command, log: Path) -> None:
@@ -107,11 +107,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("steps", nargs="*", metavar="STEP", help=f"of {', '.join(STEPS)}; default: all of them")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "gpu", help="folder of the logs and results")
-    parser.add_argument("--wheel", type=Path, help="take the library from this wheel instead of building it")
+    parser.add_argument("--wheel", type=Path, help="use the library of this wheel instead of building it")
     parser.add_argument("--dry", action="store_true", help="run a short form of each step on a machine without a GPU")
     options = parser.parse_args()
     if unknown := set(options.steps) - set(STEPS):
-        parser.error(f"{', '.join(sorted(unknown))}: the steps are {', '.join(STEPS)}")
+        parser.error(f"unknown step {', '.join(sorted(unknown))}; the steps are {', '.join(STEPS)}")
     if not options.dry and not torch.cuda.is_available():
         sys.exit("torch finds no CUDA device; `make gpu DRY=1` runs a short form of each step without one")
     out = options.out.resolve()

@@ -1,4 +1,4 @@
-"""Report phrases that the style sheet (CONTRIBUTING.md) replaces, in the given files or in the whole checkout."""
+"""Report phrases that the style sheet (CONTRIBUTING.md) rules out, in the given files or in the whole checkout."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ UNIT = (
     "backend|batch|block|call|case|chunk|clip|frame|head|hour|kernel|lane|layer|line|minute|repetition|row|sample"
     "|second|segment|sequence|step|thread|tile|token|utterance|warp|window"
 )
-#: What is replaced, and what to write. Few patterns, none of which matches plain English.
+#: Patterns of phrases, and what to write instead. No pattern may match plain English.
 PHRASES = {
     rf"\b(?!rows a row)({COUNTED}) an? ({UNIT})\b": "per: frames per token",
     rf"\ban? (thread|warp|block|lane|word) an? ({UNIT})\b": "per: one thread per row",
@@ -31,7 +31,7 @@ PATTERNS = [(re.compile(pattern, re.IGNORECASE), advice) for pattern, advice in 
 
 
 def problems(path: Path) -> list[str]:
-    """Return a line for each phrase that a file should not have."""
+    """Return a message for each phrase in a file that the style sheet rules out."""
     lines = path.read_text(encoding="utf-8").splitlines()
     return [
         f"{path}:{number}: instead of {found[0]!r} write {advice}"

@@ -1,7 +1,9 @@
 #!/usr/bin/env bash
-# Run the tests of the ops under AddressSanitizer and UBSan (KIND address), the tests of threads under ThreadSanitizer
-# (thread), both with a CPU library that is built in build/sanitize-KIND, and the emulated CUDA kernels (emulated).
-# usage: scripts/sanitize.sh PYTHON [KIND ...]; the default is all kinds
+# Run tests under sanitizers. usage: scripts/sanitize.sh PYTHON [KIND ...]; the default is all kinds.
+#   address   the tests of the ops under AddressSanitizer and UBSan
+#   thread    the tests of threads under ThreadSanitizer
+#   emulated  the emulated CUDA kernels under all three
+# The first two build the CPU library in build/sanitize-KIND.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "$1")
@@ -14,7 +16,7 @@ OPS="tests/ops/test_adjacent_distance.py tests/ops/test_greedy_segments.py tests
 BY_ISA="tests/ops/test_adjacent_distance.py tests/ops/test_segment_reduce.py tests/ops/test_segment_pool.py"
 THREADS="tests/ops/test_threads.py tests/ops/test_concurrency.py"
 
-# build KIND SANITIZERS SYMBOL: change to a copy of the sources and build the library there; it must contain SYMBOL.
+# build KIND SANITIZERS SYMBOL: copy the sources, change to the copy and build the library, which must contain SYMBOL.
 build() {
     local copy=$root/build/sanitize-$1
     mkdir -p "$copy"
@@ -27,7 +29,7 @@ build() {
     export PYTHONPATH=$PWD
 }
 
-# Python itself is not instrumented, so the runtime of the sanitizer is loaded before it.
+# Python itself is not instrumented, so the runtime of the sanitizer must be preloaded.
 runtime() { gcc -print-file-name="$1.so"; }
 
 loads_the_copy() {
@@ -35,21 +37,21 @@ loads_the_copy() {
 from fastcompress.dispatch.library import COMPILED; assert COMPILED'
 }
 
-# must_find TEXT COMMAND: a bug was put into the sources, so the command must fail and print TEXT. This shows that the
+# must_find TEXT COMMAND: run the command, which must fail and print TEXT because of a seeded bug. This shows that the
 # sanitizer works.
 must_find() {
     local words=$1
     shift
     if "$@" >found.txt 2>&1 || ! grep -q "$words" found.txt; then
         tail -n 50 found.txt
-        echo "the sanitizer did not find the bug that was put in: $words"
+        echo "the sanitizer did not find the seeded bug: $words"
         exit 1
     fi
-    echo "found the bug that was put in: $words"
+    echo "found the seeded bug: $words"
 }
 
-# Leaks are not detected, since Python never frees all its memory. The second run uses the portable kernels; those of
-# other instruction sets differ from them only in the width of a step.
+# Leak detection is off, since Python never frees all its memory. The second run uses the portable kernels, which differ
+# from those of other instruction sets only in the width of a step.
 address() (
     build address address,undefined __asan_report_load
     export LD_PRELOAD="$(runtime libasan) $(runtime libubsan) $(runtime libstdc++)"

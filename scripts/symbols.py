@@ -1,6 +1,6 @@
 """Check that the compiled library needs only C functions of torch's stable ABI and the system's libraries.
 
-Any other symbol would tie a wheel to one build of torch, or to one version of Python.
+With any other symbol a wheel would work only with one build of torch or one version of Python.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def stable_functions(oldest: bool = True) -> frozenset[str]:
     """Return the names that torch's headers declare for its stable ABI.
 
     Args:
-        oldest: Only those that the oldest supported torch has.
+        oldest: Return only those that the oldest supported torch has.
     """
     import torch
 
@@ -56,7 +56,7 @@ def problems(library: Path) -> list[str]:
         if version.lstrip("@").startswith(_SYSTEM) or (kind != "U" and name in _COMPILER):
             continue
         if kind == "w" and re.fullmatch(r"(aoti_)?torch_\w+", name):
-            continue  # in a newer torch, or one with CUDA; the library tests for it before calling it
+            continue  # weak, for functions of newer torch versions and of CUDA builds; the library tests for it
         if name not in stable_functions():
             known = name in stable_functions(oldest=False)
             why = ", which the oldest supported torch lacks" if known else ""

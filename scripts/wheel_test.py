@@ -3,9 +3,9 @@
 usage: python scripts/wheel_test.py [WHEEL ...] [--dry-run] [--torch SPEC ...]
 
 The default is every repaired wheel in dist/ with torch 2.10 (the oldest supported one), 2.11, the version of
-requirements-torch.txt and the newest release. On Linux each download with CUDA has several gigabytes. ``===`` selects
-exactly that build when an index has several of a version. No GPU and no driver are needed. ``--torch here`` uses the
-torch of this Python instead of downloading one.
+requirements-torch.txt and the newest release. On Linux, each torch with CUDA is a download of several gigabytes. In a
+SPEC, ``===`` selects exactly that build if an index has several builds of a version. No GPU or driver is needed.
+``--torch here`` uses the torch of this Python instead of downloading one.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 ENVIRONMENTS = ROOT / "build" / "wheel-test"
 
-# Runs every op on the CPU, compiled and in the reference. It must not import files of the checkout.
+# Runs every op on the CPU, with the compiled kernels and with the reference. It must not import files of the checkout.
 USE = """
 import json, pathlib, torch, fastcompress as fc
 from fastcompress.cli import info
@@ -96,7 +96,7 @@ def pip(python: Path) -> list[str]:
 
 
 def share_torch(folder: Path) -> None:
-    """Let the environment import the torch of this Python, after its own packages."""
+    """Make the torch of this Python importable in the environment, after the environment's own packages."""
     site = next(folder.glob("lib/python*/site-packages"))
     import torch
 
@@ -124,12 +124,12 @@ def test(wheels: list[Path], spec: str, dry_run: bool) -> list[str]:
                 problems.append(f"{wheel.name} with {spec}: {problem}")
                 break
     if not dry_run:
-        shutil.rmtree(folder)  # gigabytes
+        shutil.rmtree(folder)  # frees gigabytes
     return problems
 
 
 def run(command: list[str], dry_run: bool) -> tuple[str, str | None]:
-    """Run a command, and return its output and its error."""
+    """Run a command, and return its output and its error message."""
     print(f"$ {show(command)}", flush=True)
     if dry_run:
         return "", None

@@ -2,10 +2,10 @@
 
 usage: python scripts/wheels.py [VERSION ...] [--sdist] [--matrix]
 
-The default is every version whose toolkit is installed or can be installed. A toolkit of the right version is taken
-from CUDA_HOME, /usr/local/cuda-VERSION, the nvcc on the PATH, or the packages that wheels.json names. The script
-reports each version that it leaves out. auditwheel repairs each wheel and finds the oldest system that it supports. A
-wheel whose library needs more than torch's stable ABI and the system's libraries is an error.
+The default is every version whose toolkit is installed or can be installed. The script looks for a toolkit in
+CUDA_HOME, in /usr/local/cuda-VERSION and at the nvcc on the PATH, and otherwise installs the packages that wheels.json
+names. It reports each version that it skips. auditwheel repairs each wheel and finds the oldest system that it
+supports. The script fails if a library needs more than torch's stable ABI and the system's libraries.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ class Wheel:
         version: ``"cpu"``, or the version of the CUDA toolkit.
         archs: Compute capabilities without the dot; the wheel also has PTX of the last one.
         image: A container with an old C library and the toolkit, for the wheels of a release.
-        toolkit: Packages that contain the toolkit, if there are any.
-        untested: Why the wheel has never been built, or None.
+        toolkit: Packages that contain the toolkit; empty if there are none.
+        untested: Reason why the wheel has never been built, or None.
     """
 
     version: str
@@ -99,7 +99,7 @@ def build(wheel: Wheel, home: Path | None, source: Path = ROOT, isolated: bool =
         wheel: The entry of wheels.json.
         home: The folder of the CUDA toolkit, or None for the CPU.
         source: A checkout or an sdist.
-        isolated: Install the build requirements into an environment of its own.
+        isolated: Whether to install the build requirements into a separate environment.
 
     Raises:
         RuntimeError: If the library needs a symbol or library that it must not need.
@@ -107,7 +107,7 @@ def build(wheel: Wheel, home: Path | None, source: Path = ROOT, isolated: bool =
     env = {**os.environ, "FASTCOMPRESS_CUDA": "none", "FASTCOMPRESS_CUDA_ARCHS": ""}
     if home is not None:
         env |= {"FASTCOMPRESS_CUDA": wheel.version, "CUDA_HOME": str(home)}
-    for old in ROOT.glob("build/lib*"):  # files of an earlier build would go into the wheel
+    for old in ROOT.glob("build/lib*"):  # the wheel would include files of an earlier build
         shutil.rmtree(old)
     with tempfile.TemporaryDirectory() as folder:
         how = [] if isolated else ["--no-build-isolation"]
@@ -126,7 +126,7 @@ def build(wheel: Wheel, home: Path | None, source: Path = ROOT, isolated: bool =
         check(path_of_wheel)
         DIST.mkdir(exist_ok=True)
         for old in DIST.glob(f"{'-'.join(path_of_wheel.name.split('-')[:2])}-*manylinux*.whl"):
-            old.unlink()  # else `make wheel-test` would test it, too
+            old.unlink()  # otherwise `make wheel-test` would test it, too
         return Path(shutil.move(path_of_wheel, DIST / path_of_wheel.name))
 
 
@@ -161,7 +161,7 @@ def main() -> int:
     parser.add_argument("--matrix", action="store_true", help="print the matrix of a workflow and build nothing")
     options = parser.parse_args()
     if unknown := [version for version in options.versions if version not in wheels]:
-        parser.error(f"{', '.join(unknown)}: not in wheels.json, which has {', '.join(wheels)}")
+        parser.error(f"{', '.join(unknown)}: not in wheels.json; its versions are {', '.join(wheels)}")
     if options.matrix:
         print(json.dumps(matrix()))
         return 0
@@ -171,7 +171,7 @@ def main() -> int:
         home = None if version == "cpu" else toolkit(wheels[version])
         if version != "cpu" and home is None:
             left_out.append(version)
-            print(f"{version}: left out: CUDA toolkit {version} is not installed and cannot be installed", flush=True)
+            print(f"{version}: skipped: CUDA toolkit {version} is not installed and cannot be installed", flush=True)
             continue
         made = build(wheels[version], home, *((source, True) if version == "cpu" and options.sdist else ()))
         print(f"{version}: {made.relative_to(ROOT)}, {made.stat().st_size / 1e6:.2f} MB", flush=True)

@@ -19,27 +19,30 @@ pytest_pycollect_makemodule = skip_without("av", "soundfile", "soxr", files=("te
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--run-slow", action="store_true", help="run the long forms of the tests as well")
-    parser.addoption("--run-sanitizers", action="store_true", help="run the emulated kernels under sanitizers as well")
+    parser.addoption("--run-slow", action="store_true", help="also run the slow tests")
+    parser.addoption(
+        "--run-emulated", action="store_true", help="run emulated CUDA and interpreted Triton kernels as well"
+    )
+    parser.addoption("--run-sanitizers", action="store_true", help="also run the emulated kernels under sanitizers")
     parser.addoption(
         "--emulated",
         metavar="SEED",
         type=int,
-        help="run the CUDA kernels, emulated, in place of the CPU's; 0: threads in their order",
+        help="run emulated CUDA kernels instead of the CPU kernels, with this seed of the order of threads",
     )
     parser.addoption("--device", help="run the ops of CPU tensors on this device, such as cuda")
     parser.addoption("--backend", choices=BACKENDS, help="run every op by this backend")
-    parser.addoption("--fuzz-seconds", type=float, help="how long each test of tests/fuzz/test_ops.py looks")
+    parser.addoption("--fuzz-seconds", type=float, help="search time of each test in tests/fuzz/test_ops.py")
 
 
 def pytest_configure() -> None:
-    """Share the cores among the workers of pytest-xdist: with too many threads tests take ten times as long."""
+    """Divide the cores among the workers of pytest-xdist: with too many threads tests take ten times as long."""
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
     torch.set_num_threads(max(1, torch.get_num_threads() // workers))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    for marker, option in (("slow", "--run-slow"), ("sanitizer", "--run-sanitizers")):
+    for marker, option in (("slow", "--run-slow"), ("emulated", "--run-emulated"), ("sanitizer", "--run-sanitizers")):
         if config.getoption(option):
             continue
         skip = pytest.mark.skip(reason=f"{marker}: needs {option}")
@@ -50,8 +53,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.fixture(autouse=True)
 def poisoned_memory():
-    """Every uninitialized tensor is NaN, or the largest integer, also those that the compiled library allocates through
-    torch: what a kernel leaves unwritten shows. (Its own output buffers are covered by tests/csrc/test_isa.py.)"""
+    """Fill every uninitialized tensor with NaN or the largest integer, so that elements that a kernel does not write
+    are detected. This includes tensors that the compiled library allocates through torch. (tests/csrc/test_isa.py
+    covers its own output buffers.)"""
     torch.use_deterministic_algorithms(True, warn_only=True)
     yield
     torch.use_deterministic_algorithms(False)
@@ -59,7 +63,7 @@ def poisoned_memory():
 
 @pytest.fixture(autouse=True, scope="session")
 def cuda_kernels(pytestconfig: pytest.Config):
-    """With ``--emulated`` every op of a CPU tensor is the CUDA one. What kernels find wrong is raised at once."""
+    """With ``--emulated`` run the CUDA kernels for every op of CPU tensors. The call raises errors of kernels."""
     seed = pytestconfig.getoption("--emulated")
     if seed is None:
         yield
@@ -73,8 +77,8 @@ def cuda_kernels(pytestconfig: pytest.Config):
 
 @pytest.fixture(autouse=True, scope="session")
 def device(pytestconfig: pytest.Config):
-    """With ``--device`` every op of a CPU tensor runs there, with ``--backend`` by that backend. What kernels find
-    wrong is raised at once. With ``--emulated`` the emulator is the device."""
+    """With ``--device`` run every op of CPU tensors on that device, and with ``--backend`` on that backend. Errors of
+    kernels are raised by the call. With ``--emulated`` the emulator is the device."""
     name, backend = pytestconfig.getoption("--device"), pytestconfig.getoption("--backend")
     device = torch.device(name) if name else None
     with contextlib.ExitStack() as stack:
@@ -88,8 +92,8 @@ def device(pytestconfig: pytest.Config):
 
 @pytest.fixture
 def fuzz(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``fuzz(check, strategy)``, for as long as ``--fuzz-seconds`` says."""
-    from tests.support.fuzzing import fuzz  # not above: hypothesis is not everywhere where the tests of a GPU run
+    """Return the function ``fuzz(check, strategy)``, which runs for ``--fuzz-seconds``."""
+    from tests.support.fuzzing import fuzz  # imported here, since machines with a GPU may lack hypothesis
 
     seconds = request.config.getoption("--fuzz-seconds")
     return functools.partial(fuzz, test=request.node.name, seconds=seconds)

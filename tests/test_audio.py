@@ -1,4 +1,4 @@
-"""Read audio as samples (`load_audio`), and samples as log-mel frames (`log_mel`)."""
+"""`load_audio`, which reads samples, and `log_mel`, which computes frames from them."""
 
 import subprocess
 import sys
@@ -31,7 +31,7 @@ def noise(count: int, seed: int = 0) -> np.ndarray:
     return 0.1 * np.random.default_rng(seed).standard_normal(count, dtype=np.float32)
 
 
-# Lossless formats must give the samples back; MP3 and Vorbis may be 2 % off in level.
+# Lossless formats must return the same samples; for MP3 and Vorbis the level may differ by 2 %.
 @pytest.mark.parametrize(
     "suffix, level_error, wave_error",
     [
@@ -48,12 +48,12 @@ def test_every_format_and_rate_keeps_frequency_level_and_time(tmp_path, suffix, 
     soundfile.write(path, stereo, rate)
     samples = load_audio(path)
     assert samples.dtype == np.float32 and samples.ndim == 1
-    # ffmpeg decodes Vorbis to within a block.
+    # ffmpeg decodes Vorbis up to a part of a block.
     assert abs(len(samples) - 24_000) <= (512 if suffix == "ogg" else 1)
     middle = samples[4_000:20_000]  # one second, so that a bin of the spectrum is 1 Hz
     assert np.abs(np.fft.rfft(middle)).argmax() == 440
     assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.4, rel=level_error)  # the mean of 0.6 and 0.2
-    if wave_error:  # no delay, not even of part of a sample
+    if wave_error:  # there is no delay, not even by a part of a sample
         np.testing.assert_allclose(middle, sine(440, 1.5, 16_000)[4_000:20_000], atol=wave_error)
 
 
@@ -122,7 +122,7 @@ def test_blocks_join_without_a_seam(tmp_path, monkeypatch, count, rate):
     assert abs(len(whole) - count * 16_000 / rate) <= 1
 
 
-def test_another_sample_rate_can_be_asked_for(tmp_path):
+def test_another_sample_rate(tmp_path):
     soundfile.write(tmp_path / "a.wav", sine(440, 1, 16_000), 16_000)
     samples = load_audio(tmp_path / "a.wav", sample_rate=24_000)
     assert len(samples) == 24_000 and np.abs(np.fft.rfft(samples)).argmax() == 440
@@ -167,14 +167,14 @@ def broken_file(folder: Path, kind: str) -> Path:
         ("folder", "is a directory"),
         ("empty", "the file is empty (0 bytes)"),
         ("text", "not an audio file that can be read (Invalid data found when processing input)"),
-        ("headerless", "has no audio stream"),  # by its name, ffmpeg takes it for pictures
+        ("headerless", "has no audio stream"),  # by its name, ffmpeg detects images
         ("no-samples", "holds no audio (0 seconds)"),
         ("nan", "holds NaN or infinite samples before 0.0 s"),
         ("infinite", "holds NaN or infinite samples before 0.0 s"),
         ("cut-flac", "decoding failed after "),
     ],
 )
-def test_a_file_that_cannot_be_used_says_which_and_why(tmp_path, kind, cause):
+def test_errors_name_the_file_and_the_reason(tmp_path, kind, cause):
     path = broken_file(tmp_path, kind)
     with pytest.raises(AudioError) as caught:
         load_audio(path)
@@ -210,7 +210,7 @@ def test_log_mel_is_whispers():
 def test_a_tone_is_loudest_in_the_band_around_it(frequency):
     frames = log_mel(sine(frequency, 1, 16_000))
     nearest = (mel_centres() - frequency).abs().argmin()
-    allowed = 1 if frequency == 200 else 0  # down there the bands (37 Hz) are narrower than the spectrum's bins (40 Hz)
+    allowed = 1 if frequency == 200 else 0  # at low frequencies, bands (37 Hz) are narrower than the FFT's bins (40 Hz)
     assert (frames[5:-5].argmax(1) - nearest).abs().max() <= allowed
 
 
@@ -224,12 +224,13 @@ def test_frame_t_is_centred_on_sample_160_t():
 
 @pytest.mark.parametrize("chunk", [1, 7, 64, 149])
 def test_chunks_do_not_change_the_result(chunk):
-    # Loud only at the end, quiet before: a floor taken chunk by chunk would lie 60 dB lower there.
+    # The signal is quiet and then loud at the end. If the floor were computed per chunk, it would be 60 dB lower in the
+    # quiet part.
     samples = noise(24_000 + 77)
     samples[:20_000] *= 1e-5
     whole = log_mel(samples, chunk_frames=10**6)
     assert whole.shape == (150, 80)
-    assert (whole[:120] == whole.min()).float().mean() > 0.9  # the global floor is at work
+    assert (whole[:120] == whole.min()).float().mean() > 0.9  # most values are at the global floor
     torch.testing.assert_close(log_mel(samples, chunk_frames=chunk), whole, atol=5e-7, rtol=0)
 
 
@@ -251,7 +252,7 @@ def test_log_mel_takes_tensors_and_float64_and_names_a_wrong_shape():
         log_mel(samples, chunk_frames=0)
 
 
-# Prints by how many MB the peak of this process's memory grew over load_audio, and over log_mel after it.
+# Prints the growth of the peak memory of this process in MB, in load_audio and then in log_mel.
 PEAK_SCRIPT = """
 import sys
 from fastcompress.audio import load_audio, log_mel
@@ -271,9 +272,9 @@ print(len(samples), loaded - before, peak_mb() - loaded)
 
 
 def peak_growth(folder: Path, seconds: int, rate: int, channels: int) -> tuple[int, float, float]:
-    """Samples, and peak memory growth in MB of `load_audio` and `log_mel`, for a file of this kind."""
+    """Return the samples of a file of this kind, and the growth of peak memory in `load_audio` and `log_mel` in MB."""
     block = noise(rate * channels).reshape(rate, channels)
-    soundfile.write(folder / "small.wav", np.concatenate([block] * 40), rate)  # more than one chunk of log-mel
+    soundfile.write(folder / "small.wav", np.concatenate([block] * 40), rate)  # longer than one chunk of log-mel
     with soundfile.SoundFile(folder / "large.wav", "w", rate, channels) as file:
         for _ in range(seconds):
             file.write(block)
@@ -283,7 +284,7 @@ def peak_growth(folder: Path, seconds: int, rate: int, channels: int) -> tuple[i
     return int(count), float(loading), float(encoding)
 
 
-linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads the peak from /proc")
+linux_only = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc for the peak memory")
 
 
 @linux_only

@@ -1,4 +1,4 @@
-"""Files and streams in every format, compared with what libsndfile reads or with what was encoded."""
+"""Files and streams in every format, compared with the samples of libsndfile or with the encoded samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ LOSSLESS = [
 ]
 
 
-# Mono and 2 channels are common, 3 have no name, 8 are the most that FLAC holds. A pipe of 7 bytes splits every header.
+# 1 and 2 channels are common, 3 have no name, and 8 are the maximum of FLAC. Reads of 7 bytes split every header.
 @pytest.mark.parametrize("kind, subtype", LOSSLESS)
 @pytest.mark.parametrize(
     "channels, rate, most", [(1, 8_000, 7), (2, 44_100, 1 << 20), (3, 16_000, 999), (8, 192_000, 5000)]
@@ -56,7 +56,7 @@ def test_every_encoding(tmp_path: Path, kind: str, subtype: str, channels: int, 
     wanted = soundfile.read(tmp_path / "a", dtype="float32", always_2d=True)[0].mean(1)
     found = load_audio(tmp_path / "a", rate)
     assert found.dtype == np.float32
-    # From 8 channels on, numpy adds in another order.
+    # With 8 or more channels, numpy adds in another order.
     np.testing.assert_allclose(found, wanted, rtol=0, atol=0 if channels < 8 else 1e-7)
     if kind != "CAF":  # ffmpeg seeks in it
         np.testing.assert_array_equal(piped(content, rate, most), found)
@@ -64,18 +64,18 @@ def test_every_encoding(tmp_path: Path, kind: str, subtype: str, channels: int, 
 
 
 def with_size(content: bytes, size: int) -> bytes:
-    """Let the header promise so many bytes."""
+    """Return content whose header declares this number of bytes of samples."""
     place = content.index(b"data") + 4
     return content[:place] + struct.pack("<I", size) + content[place + 4 :]
 
 
 def as_riff(content: bytes, size: int) -> bytes:
-    """Let the header promise so many bytes of the whole."""
+    """Return content whose header declares this number of bytes of the whole file."""
     return content[:4] + struct.pack("<I", size) + content[8:]
 
 
 def read_both(path: Path, content: bytes) -> np.ndarray:
-    """Read content as a file and as a stream, which must be equal."""
+    """Read content as a file and as a stream, assert equal samples, and return them."""
     path.write_bytes(content)
     found = load_audio(path)
     for most in (1 << 20, 7):
@@ -84,7 +84,7 @@ def read_both(path: Path, content: bytes) -> np.ndarray:
 
 
 def refused(path: Path, content: bytes, message: str) -> None:
-    """Both a file and a stream of this content raise an error that matches."""
+    """Assert that both a file and a stream with this content raise an error that matches."""
     path.write_bytes(content)
     with pytest.raises(AudioError, match=message) as caught:
         load_audio(path)
@@ -94,7 +94,7 @@ def refused(path: Path, content: bytes, message: str) -> None:
     assert str(caught.value).startswith("<stdin>: ") and "\n" not in str(caught.value)
 
 
-def test_a_length_that_lies_takes_no_memory(tmp_path: Path):
+def test_a_wrong_length_takes_no_memory(tmp_path: Path):
     content = written(tmp_path / "a.wav")
     pipe = Pipe(content[:12] + b"LIST" + struct.pack("<I", 2**32 - 2) + content[12:])
     with pytest.raises(AudioError):
@@ -102,13 +102,13 @@ def test_a_length_that_lies_takes_no_memory(tmp_path: Path):
     assert pipe.asked <= 1 << 20
 
 
-# 0: a recorder that was killed. Others: sox, arecord (signed and unsigned), ffmpeg.
+# 0 is written by a recorder that was killed; the others by sox, arecord (signed and unsigned) and ffmpeg.
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0x7FFFFFFF, 0x80000000, 0xFFFFFFFF])
 @pytest.mark.parametrize("subtype", ["PCM_16", "FLOAT", "PCM_24"])
 def test_wav_of_unknown_length_is_read_to_the_end(tmp_path: Path, size: int, subtype: str):
     content = written(tmp_path / "a.wav", 1_234, subtype=subtype)
     wanted = load_audio(tmp_path / "a.wav")
-    found = read_both(tmp_path / "a.wav", with_size(content, size) + b"\0\0\1")  # less than a sample of both channels
+    found = read_both(tmp_path / "a.wav", with_size(content, size) + b"\0\0\1")  # less than one sample of two channels
     np.testing.assert_array_equal(found, wanted)
     assert audio_seconds(tmp_path / "a.wav") == 1_234 / RATE
 
@@ -129,7 +129,7 @@ LIST = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b
 @pytest.mark.parametrize("riff", [0, 36, 36 + len(LIST), 236 + len(LIST), 0x7FFFF024, 0xFFFFFFFF])
 @pytest.mark.parametrize("size", [0, 0x7FFFF000, 0xFFFFFFFF])
 def test_as_ffmpeg_writes_to_a_pipe(tmp_path: Path, riff: int, size: int):
-    """The name of the program lies between format and samples, and no length is known."""
+    """The name of the program is between format and samples, and the length is unknown."""
     content = written(tmp_path / "a.wav", channels=1, subtype="PCM_16")
     wanted = load_audio(tmp_path / "a.wav")
     place = content.index(b"data")
@@ -138,8 +138,8 @@ def test_as_ffmpeg_writes_to_a_pipe(tmp_path: Path, riff: int, size: int):
 
 
 @pytest.mark.parametrize("size, heard", [(0, 0), (1, 0), (3, 0), (4, 1), (400, 100)])
-def test_chunks_after_the_samples_are_not_heard(tmp_path: Path, size: int, heard: int):
-    content = written(tmp_path / "a.wav", subtype="PCM_16")  # a sample of both channels has four bytes
+def test_chunks_after_the_samples_are_ignored(tmp_path: Path, size: int, heard: int):
+    content = written(tmp_path / "a.wav", subtype="PCM_16")  # a sample of two channels has four bytes
     begin = content.index(b"data") + 8
     whole = with_size(content, size)[: begin + size] + b"\0" * (size % 2) + LIST
     whole = as_riff(whole, len(whole) - 8)
@@ -149,7 +149,7 @@ def test_chunks_after_the_samples_are_not_heard(tmp_path: Path, size: int, heard
         refused(tmp_path / "a.wav", whole, r"holds no audio \(0 seconds\)")
 
 
-# CAF is read from files alone.
+# CAF can be read from files only.
 @pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "AU", "CAF", "NIST"])
 def test_fewer_samples_than_promised_are_an_error(tmp_path: Path, kind: str):
     content = written(tmp_path / "a", 60_000, format=kind, subtype="PCM_16")
@@ -161,7 +161,7 @@ def test_fewer_samples_than_promised_are_an_error(tmp_path: Path, kind: str):
     if kind != "CAF":
         with pytest.raises(AudioError, match=f"^<stdin>: {message}"):
             piped(content)
-    assert len(load_audio(tmp_path / "a", duration=1.0)) == RATE  # what is there can be read as a part
+    assert len(load_audio(tmp_path / "a", duration=1.0)) == RATE  # existing samples can be read as a part
     if kind in ("WAV", "RF64"):
         with pytest.raises(AudioError, match=message):
             audio_seconds(tmp_path / "a")
@@ -182,7 +182,7 @@ def test_flac_that_is_cut_short_is_an_error(tmp_path: Path):
 
 
 def without_length(flac: bytes) -> bytes:
-    """Set the number of samples in STREAMINFO to 0: the writer did not know."""
+    """Set the number of samples in STREAMINFO to 0, which means unknown."""
     return flac[:21] + bytes([flac[21] & 0xF0, 0, 0, 0, 0]) + flac[26:]
 
 
@@ -211,7 +211,7 @@ def test_damage_in_the_middle_is_an_error(tmp_path: Path, kind: str, codec: str)
 
 
 def mp3_without_xing(path: Path, seconds: float) -> Path:
-    """Write MP3 of variable bit rate, and remove the frame that holds its length."""
+    """Write MP3 with a variable bit rate, and remove the frame that contains its length."""
     quiet_then_loud = np.concatenate([1e-4 * signal(round(seconds * RATE) // 2), signal(round(seconds * RATE) // 2)])
     soundfile.write(path, quiet_then_loud, RATE, format="MP3", bitrate_mode="VARIABLE")
     content = path.read_bytes()
@@ -225,7 +225,7 @@ def mp3_without_xing(path: Path, seconds: float) -> Path:
 def test_mp3_of_variable_rate_without_a_length_is_read_to_the_end(tmp_path: Path):
     path = mp3_without_xing(tmp_path / "a.mp3", 6.0)
     found = read_both(path, path.read_bytes())
-    assert 6.0 <= len(found) / RATE < 6.2  # and what the encoder adds
+    assert 6.0 <= len(found) / RATE < 6.2  # the encoder adds padding
     assert np.abs(found[4 * RATE :]).max() > 0.3
     assert audio_seconds(path) == pytest.approx(len(found) / RATE, abs=0.1)
 
@@ -256,7 +256,7 @@ def test_other_formats(tmp_path: Path, kind: str, codec: str, rate: int):
     assert -0.03 <= len(found) / rate - 1.5 <= 0.13
     middle = found[rate // 4 : rate // 4 + rate]
     assert np.abs(np.fft.rfft(middle)).argmax() == 440
-    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.4, rel=0.2)  # AMR is the worst
+    assert np.sqrt(2 * np.mean(middle**2)) == pytest.approx(0.4, rel=0.2)  # AMR has the largest error
     assert audio_seconds(path) == pytest.approx(len(found) / rate, abs=0.1)
 
 
@@ -288,7 +288,7 @@ def test_lengths_of_odd_files_are_those_of_ffmpeg(tmp_path: Path, kind: str):
     [*ENCODED, ("aiff", "pcm_s16be", 8_000), ("caf", "pcm_s16be", 44_100), ("au", "pcm_mulaw", 8_000)],
 )
 def test_a_part_is_that_of_the_whole(tmp_path: Path, kind: str, codec: str, rate: int):
-    # No noise: AAC replaces it by random numbers.
+    # The signal has no noise, which AAC would replace by random numbers.
     path = encode(tmp_path / f"a.{kind}", codec, 0.4 * np.sin(np.linspace(0, 400, 6 * rate) ** 2), rate)
     whole = load_audio(path)
     for offset, duration in ((0.0313, 0.5), (2.34567, 1.0), (5.5, 9.0), (3.0, 0.0), (8.0, None)):
@@ -309,10 +309,10 @@ def test_a_part_is_all_that_is_decoded(tmp_path: Path, monkeypatch: pytest.Monke
     decoded, mono = [], audio_file._mono
     monkeypatch.setattr(audio_file, "_mono", lambda frame: (decoded.append(frame.samples), mono(frame))[1])
     audio_seconds(path)
-    assert sum(decoded) <= 65_536  # the first packet, which tells the rate
+    assert sum(decoded) <= 65_536  # the first packet, from which the rate is read
     decoded.clear()
     assert len(load_audio(path, offset=50.0, duration=1.0)) == RATE
-    assert sum(decoded) < 2 * 65_536 + 3 * RATE  # and a lead-in, and the block that is read
+    assert sum(decoded) < 2 * 65_536 + 3 * RATE  # the part, a lead-in and one block
 
 
 @pytest.mark.parametrize("kind", ["flac", "mp3"])
@@ -321,7 +321,7 @@ def test_cover_art(tmp_path: Path, kind: str):
     wanted = load_audio(tmp_path / f"a.{kind}")
     (tmp_path / f"b.{kind}").write_bytes(with_cover(content))
     np.testing.assert_array_equal(load_audio(tmp_path / f"b.{kind}"), wanted)
-    found = piped(with_cover(content))  # of MP3 with the encoder's padding at the end
+    found = piped(with_cover(content))  # MP3 has the encoder's padding at the end
     np.testing.assert_array_equal(found[: len(wanted)], wanted)
     assert len(found) == len(wanted) or (kind == "mp3" and len(found) < len(wanted) + 1_200)
 
@@ -330,7 +330,7 @@ def test_video_and_several_streams(tmp_path: Path):
     path = encode(tmp_path / "a.mp4", "aac", tone(), video=True)
     assert 24_000 <= len(load_audio(path)) <= 26_000
     path = encode(tmp_path / "a.mka", "flac", tone(), streams=2)
-    np.testing.assert_allclose(load_audio(path), tone(), atol=1e-4)  # the first of two alike
+    np.testing.assert_allclose(load_audio(path), tone(), atol=1e-4)  # the first of two equal streams
     path = encode(tmp_path / "b.mp4", "aac", tone(), video=True, streams=0)
     with pytest.raises(AudioError, match="b.mp4: has no audio stream"):
         load_audio(path)
@@ -349,7 +349,7 @@ def test_a_rate_that_changes_is_an_error(tmp_path: Path):
 
 
 def test_playlists_open_no_other_file(tmp_path: Path):
-    """ffmpeg would follow these names, to anywhere on the machine or the network."""
+    """ffmpeg would open the files and addresses that a playlist names."""
     written(tmp_path / "a.wav")
     for content in (
         b"ffconcat version 1.0\nfile a.wav\n",
@@ -358,7 +358,7 @@ def test_playlists_open_no_other_file(tmp_path: Path):
         refused(tmp_path / "list", content, "not an audio file that can be read")
 
 
-def test_names_are_names_of_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_names_are_not_addresses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     for name in ("a:b.wav", "pipe:0", "file:c.wav", "-", os.fsdecode(b"\xff.wav"), "100%d.wav"):
         Path("x.wav").write_bytes(written(Path("x.wav"), 50))
@@ -373,7 +373,7 @@ def test_tags_need_not_be_utf8(tmp_path: Path):
     assert len(read_both(tmp_path / "a.wav", content[:place] + tag + content[place:])) == 100
 
 
-def test_a_file_that_may_not_be_read(tmp_path: Path):
+def test_a_file_without_permission(tmp_path: Path):
     written(tmp_path / "a.wav")
     (tmp_path / "a.wav").chmod(0)
     if os.access(tmp_path / "a.wav", os.R_OK):
@@ -383,7 +383,7 @@ def test_a_file_that_may_not_be_read(tmp_path: Path):
 
 
 @pytest.mark.parametrize("channels, rate", [(1, 16_000), (2, 44_100), (2, 8_000)])
-def test_blocks_are_the_whole(tmp_path: Path, channels: int, rate: int):
+def test_blocks_join_to_the_whole(tmp_path: Path, channels: int, rate: int):
     content = written(tmp_path / "a.wav", 3_011, channels, rate, subtype="PCM_16")
     wanted = load_audio(tmp_path / "a.wav")
     for seconds in (0.001, 0.01, None):
@@ -406,10 +406,10 @@ def test_content_that_is_not_audio(tmp_path: Path):
     refused(tmp_path / "b.wav", (tmp_path / "c.wav").read_bytes(), "holds NaN")
 
 
-# PCM of 16 bits: ffmpeg looks for S/PDIF in its first 64 KiB, 2 s of audio. Floats: it does not.
+# In 16-bit PCM, ffmpeg looks for S/PDIF in the first 64 KiB, which are 2 s of audio. In floats it does not.
 @pytest.mark.parametrize("subtype", ["PCM_16", "PCM_24", "FLOAT"])
 @pytest.mark.parametrize("kind", ["WAV", "WAVEX"])
-def test_a_block_comes_before_the_writer_closes(tmp_path: Path, kind: str, subtype: str):
+def test_a_block_is_returned_before_the_writer_closes(tmp_path: Path, kind: str, subtype: str):
     content = with_size(written(tmp_path / "a.wav", 8_000, 1, format=kind, subtype=subtype), 0xFFFFFFFF)
     wanted = load_audio(tmp_path / "a.wav")
     begin = content.index(b"data") + 8
@@ -438,7 +438,7 @@ def test_a_block_comes_before_the_writer_closes(tmp_path: Path, kind: str, subty
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(5, "Input/output error")])
 @pytest.mark.parametrize("after", [0, 44, 3_000])
-def test_errors_while_reading_are_not_taken_for_the_end(tmp_path: Path, error: BaseException, after: int):
+def test_errors_while_reading_are_not_treated_as_the_end(tmp_path: Path, error: BaseException, after: int):
     content = written(tmp_path / "a.wav", 2_000, subtype="PCM_16")
 
     class Broken(Pipe):

@@ -1,4 +1,4 @@
-"""Learned boundaries: probabilities, losses, and that training moves them."""
+"""Learned boundaries: probabilities, losses and training."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def test_straight_through_is_one_with_a_gradient():
 
 
 def test_ratio_loss():
-    """1 at the aim, and more on both sides of it."""
+    """The loss is 1 at the target ratio and larger on both sides of it."""
     for ratio in (2.0, 3.0, 8.0):
 
         def at(share: float, ratio: float = ratio) -> float:
@@ -31,7 +31,7 @@ def test_ratio_loss():
         assert at(0.0) > 1.05 and at(1.0) > 1.05
         p = torch.full((100,), 0.3, requires_grad=True)
         few, many = torch.zeros(100, dtype=torch.bool), torch.ones(100, dtype=torch.bool)
-        assert torch.autograd.grad(ratio_loss(p, few, ratio), p)[0].sum() < 0  # too few: raise p
+        assert torch.autograd.grad(ratio_loss(p, few, ratio), p)[0].sum() < 0  # too few: increase p
         assert torch.autograd.grad(ratio_loss(p, many, ratio), p)[0].sum() > 0
     with pytest.raises(ValueError, match="ratio must be more than 1 and finite, got 1"):
         ratio_loss(p, few, 1)
@@ -63,14 +63,14 @@ def test_definition(reduce: str):
         again = module(padded, lengths=torch.tensor([17, 0, 1, 22]))
         torch.testing.assert_close(again.values, pooled.values)
         torch.testing.assert_close(again.cu_seqlens, pooled.cu_seqlens)
-    if not trained:  # H-Net's router at its beginning is a threshold of 1
+    if not trained:  # H-Net's untrained router is a threshold of 1
         assert starts == fc.segment_pool(x, cu_seqlens=cu, rule="threshold:1.0").segments.starts.tolist()
     assert module(torch.zeros(0, 6)).values.shape == (0, 6)
 
 
-def test_it_leaves_the_collapse_it_begins_in():
-    """Frames that are all alike in one direction: no boundaries at first. The loss of the ratio brings them, the task
-    learns on, and every parameter takes part."""
+def test_training_recovers_from_a_state_without_boundaries():
+    """All frames are similar, so there are no boundaries at first. The ratio loss adds boundaries, the loss of the task
+    decreases, and every parameter changes."""
     torch.manual_seed(0)
     sounds = torch.randn(4, 12) + 3 * torch.randn(12)
     module = LearnedBoundary(12, 5.0)
@@ -94,7 +94,7 @@ def test_it_leaves_the_collapse_it_begins_in():
 
 
 def test_the_task_alone_moves_boundaries():
-    """By the straight-through factor, a token that lowers the loss makes its boundary more likely."""
+    """With the straight-through factor, the boundary of a token that lowers the loss becomes more likely."""
     module = LearnedBoundary(4, 2.0)
     x = torch.tensor([[1.0, 0, 0, 0], [-1, 0.2, 0, 0], [1, 0, 0.3, 0]])
     pooled = module(x)
@@ -104,7 +104,7 @@ def test_the_task_alone_moves_boundaries():
     with torch.no_grad():
         for p in module.parameters():
             p -= 0.01 * p.grad
-    # Descending on the sum, which is -0.8: more of the token lowers it.
+    # The sum is -0.8, so a larger factor lowers it.
     assert module.probability(x)[1] > before
 
 
@@ -129,7 +129,7 @@ def test_integrate_and_fire_begins_as_a_mean():
 def test_integrate_and_fire_on_odd_batches():
     module = fc.nn.IntegrateAndFire(4, 3.0).train()
     x = torch.randn(20, 4)
-    x[7] = torch.nan  # spoils its own token, and no other
+    x[7] = torch.nan  # affects its own token and no other
     fired = module(x, cu_seqlens=torch.tensor([0, 12, 20]))
     assert fired.values.isnan().any(1).sum() == 1 and module.loss.isfinite()
     for empty, layout in ((torch.zeros(0, 4), {}), (torch.zeros(0, 5, 4), {"lengths": torch.zeros(0).long()})):

@@ -49,7 +49,7 @@ def kinds(kind: str, dtype: torch.dtype) -> Tensor:
 KINDS = ("smooth", "silence", "constant", "repeats", "nan")
 
 
-# Kinds: distances that are 0, equal or NaN. Dtypes: tolerances. Thresholds: many, some and few tokens.
+# Kinds: distances that are 0, equal or NaN. Dtypes: they have different tolerances. Thresholds: many, some, few tokens.
 @pytest.mark.parametrize(
     ("threshold", "kind", "dtype"),
     [

@@ -1,4 +1,4 @@
-"""Rules: text and dict forms, refusals, and the bound on the number of segments."""
+"""Rules: text and dict forms, errors, and the bound on the number of segments."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ numbers = st.one_of(st.floats(allow_nan=False), st.integers(-1000, 1000))
 cuts = st.tuples(st.integers(1, 9), st.none() | st.integers(1, 12)).filter(lambda c: c[1] is None or c[0] <= c[1])
 
 
-NAMES = "uniform, local-max, threshold, top-k, label-change, lookback, peak-height"
+NAMES = "uniform, local-max, threshold, top-k, min-variance, label-change, lookback, peak-height"
 
 
 @st.composite
@@ -85,6 +85,9 @@ def test_equal_rules_have_equal_hashes(rule: Rule):
         ("local-max:threshold=-inf", fc.LocalMax(threshold=-math.inf)),
         ("local-max:prominence=1e-3", fc.LocalMax(prominence=0.001)),
         ("threshold:0.15", fc.Threshold(0.15)),
+        ("min-variance", fc.MinVariance(4.0, 8)),
+        ("min-variance:3", fc.MinVariance(3)),
+        ("min-variance:rate=6,max_len=12", fc.MinVariance(6, 12)),
         ("threshold:1,max_len=8", fc.Threshold(1, max_len=8)),
     ],
 )
@@ -100,6 +103,7 @@ def test_from_string(text: str, rule: Rule):
         (fc.LocalMax(), "local-max"),
         (fc.LocalMax(2, min_len=3), "local-max:order=2,min_len=3"),
         (fc.LocalMax(threshold=0.5, prominence=0.25, max_len=9), "local-max:threshold=0.5,prominence=0.25,max_len=9"),
+        (fc.MinVariance(2.5, max_len=6), "min-variance:rate=2.5,max_len=6"),
         (fc.Threshold(0.15, 2, 4), "threshold:0.15,min_len=2,max_len=4"),
     ],
 )
@@ -112,9 +116,10 @@ def test_str(rule: Rule, text: str):
     [
         (fc.Uniform(3), ("uniform", 3, 0.0, 0.0, 1, 0, True)),
         (fc.Uniform(3, "drop"), ("uniform", 3, 0.0, 0.0, 1, 0, False)),
-        (fc.LocalMax(), ("local-max", 1, torch.finfo(torch.float32).min, 0.0, 1, 0, True)),
+        (fc.LocalMax(), ("local-max", 1, -torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
         (fc.LocalMax(2, 0.5, 0.25, 3, 4), ("local-max", 2, 0.5, 0.25, 3, 4, True)),
         (fc.Threshold(1, 2, 5), ("threshold", 1, 1.0, 0.0, 2, 5, True)),
+        (fc.Threshold(float("inf")), ("threshold", 1, torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
     ],
 )
 def test_op_args(rule: Rule, args: tuple):
@@ -138,7 +143,7 @@ def test_as_rule():
         assert str(error.value) == f"rule must be a fastcompress.Rule or a string, got {type(wrong).__name__}"
 
 
-def test_base_class_is_no_rule():
+def test_base_class_is_not_a_rule():
     with pytest.raises(NotImplementedError):
         Rule().op_args()
 
@@ -150,7 +155,7 @@ def test_frozen(rule: Rule):
             setattr(rule, field.name, 1)
 
 
-# Refusals: the whole message
+# Errors: the whole message
 
 
 @pytest.mark.parametrize(
@@ -225,13 +230,13 @@ def counts(d: torch.Tensor, rule: Rule) -> torch.Tensor:
 
 
 def most_segments(rule: Rule, frames: int) -> int:
-    """The largest number of segments of one sequence without ``max_len``, from where boundaries can lie."""
+    """Return the maximum number of segments of one sequence without ``max_len``, from the possible boundaries."""
     if isinstance(rule, fc.Uniform):
         return frames // rule.size if rule.tail == "drop" else -(-frames // rule.size)
     if isinstance(rule, fc.Threshold):
         return -(-frames // rule.min_len)
-    # The first boundary is at frame 2 at the earliest (the first distance is no peak), the last at frame T - 2; peaks
-    # are more than `order` apart.
+    # The first possible boundary is at frame 2, since the first distance is not a peak, and the last one at frame
+    # T - 2. Peaks are more than `order` apart.
     first, step = max(2, rule.min_len), max(rule.order + 1, rule.min_len)
     return 1 + (0 if frames - 2 < first else 1 + (frames - 2 - first) // step)
 
@@ -253,7 +258,7 @@ CUT = [
 
 @pytest.fixture(scope="module")
 def orderings() -> dict[int, torch.Tensor]:
-    """For each number of frames T, every ordering of T - 1 distances as ``[(T - 1)!, T]``."""
+    """Return every ordering of T - 1 distances as ``[(T - 1)!, T]``, for each number of frames T."""
     result = {}
     for frames in range(1, 9):
         rows = [(*row, math.nan) for row in itertools.permutations(range(frames - 1))]
@@ -263,7 +268,7 @@ def orderings() -> dict[int, torch.Tensor]:
 
 @pytest.mark.parametrize("rule", UNCUT, ids=str)
 def test_most_segments_over_every_ordering(rule: Rule, orderings: dict[int, torch.Tensor]):
-    if isinstance(rule, fc.Threshold):  # every distance may exceed it
+    if isinstance(rule, fc.Threshold):  # every distance can exceed the threshold
         rule = dataclasses.replace(rule, threshold=-1)
     for frames, d in orderings.items():
         most = int(counts(d, rule).max())
@@ -295,7 +300,7 @@ def test_bound_holds_for_every_ordering(rule: Rule, orderings: dict[int, torch.T
     ids=str,
 )
 def test_bound_is_reached(rule: Rule, frames: int, sequences: int):
-    """One long sequence and several of one frame reach the bound, if flooring loses nothing in their sum."""
+    """One long sequence and several of one frame reach the bound if the division in it has no remainder."""
     lengths = (frames, *(1,) * (sequences - 1)) if sequences else ()
     d = torch.arange(sum(lengths), dtype=torch.float32)
     segments = fc.select_boundaries(d, rule, cu_seqlens=offsets(lengths))
@@ -305,7 +310,7 @@ def test_bound_is_reached(rule: Rule, frames: int, sequences: int):
 @given(rules(), st.lists(st.integers(0, 40), max_size=5), st.integers(2, 50), st.integers(0, 2**32))
 @settings(deadline=None, max_examples=300)
 def test_bound_holds(rule: Rule, lengths: list[int], levels: int, seed: int):
-    """Ties give no more segments than the bound, which ``compact=False`` allocates."""
+    """With ties there are at most as many segments as the bound, which ``compact=False`` allocates."""
     if isinstance(rule, fc.Uniform):
         rule = dataclasses.replace(rule, size=rule.size % 7 + 1)
     total = sum(lengths)

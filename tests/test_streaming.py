@@ -1,4 +1,4 @@
-"""Frames in chunks give the tokens of the whole stream, bit for bit, and as soon as they can be known."""
+"""Streaming returns the tokens of the whole sequence, bit for bit, and as soon as they are final."""
 
 from __future__ import annotations
 
@@ -30,6 +30,7 @@ RULES = (
     fc.LocalMax(max_len=2),
     fc.Lookback(1, 0.3),
     fc.Lookback(3, 0.8, min_len=2, max_len=90),
+    fc.MinVariance(2.5, max_len=4),
 )
 CHUNKS = ("one by one", "whole", "random", "70")
 
@@ -73,7 +74,7 @@ def test_the_same_tokens(kind: str, rule: fc.Rule):
 @given(st.integers(0, 90), st.integers(0, 10_000), st.integers(1, 6), st.integers(1, 3), st.integers(0, 3))
 def test_any_chunks_and_rules(rows: int, seed: int, order: int, shortest: int, more: int):
     g = torch.Generator().manual_seed(seed)
-    x = torch.randint(-1, 2, (rows, 3), generator=g).float()  # many ties, zero rows, equal rows
+    x = torch.randint(-1, 2, (rows, 3), generator=g).float()  # includes ties, zero rows and equal rows
     longest = None if more == 0 else shortest + more
     for rule in (
         fc.LocalMax(order=order, min_len=shortest, max_len=longest),
@@ -99,8 +100,8 @@ def test_any_chunks_and_rules(rows: int, seed: int, order: int, shortest: int, m
         ("lookback:2,threshold=0.5", 1),
     ],
 )
-def test_tokens_come_as_soon_as_they_are_final(rule: str, latency: int):
-    """A token comes ``latency`` frames after the last frame of its segment, and not later."""
+def test_tokens_are_returned_as_soon_as_they_are_final(rule: str, latency: int):
+    """A token is returned ``latency`` frames after the last frame of its segment, and not later."""
     x = features("iid", 120, 6, torch.float32)
     pool, seen = fc.StreamingSegmentPool(rule), 0
     delays = []
@@ -125,8 +126,20 @@ def test_state_stays_small():
         assert torch.equal(pool.flush().values, fc.segment_pool(x, rule=rule).values)
 
 
-def test_what_is_not_decided_is_not_summed():
-    """A block of a sum ends inside frames that a later peak moves into the next segment."""
+def test_min_variance_returns_whole_blocks():
+    x = features("smooth", 3700, 4, torch.float32)
+    pool, parts = fc.StreamingSegmentPool("min-variance:rate=3"), []
+    for chunk in x.split(700):
+        parts.append(pool(chunk))
+        assert pool.pending == pool._seen % 1500
+    parts.append(pool.flush())
+    whole = fc.segment_pool(x, rule="min-variance:rate=3")
+    assert torch.equal(torch.cat([part.values for part in parts]), whole.values)
+    assert torch.equal(torch.cat([part.starts for part in parts]), whole.segments.starts)
+
+
+def test_undecided_frames_are_not_summed():
+    """A block of the sum ends among frames that belong to the next segment after a later peak."""
     for seed in range(40):
         x = torch.randn(200, 3, generator=torch.Generator().manual_seed(seed))
         rule = fc.LocalMax(order=30)
@@ -145,7 +158,7 @@ def test_one_stream_after_another():
         pool.flush()
 
 
-def test_rules_that_look_at_everything_are_refused():
+def test_rules_that_need_the_whole_sequence_are_refused():
     for rule in ("top-k:3", "peak-height", "label-change", "local-max:prominence=0.1", "local-max:normalize=True"):
         with pytest.raises(NotImplementedError, match="needs the whole sequence and cannot be streamed"):
             fc.StreamingSegmentPool(rule)
@@ -199,7 +212,7 @@ def test_integrate_and_fire_with_any_beta(beta: float):
         assert torch.cat([ends for _, ends in parts]).tolist() == whole.ends.tolist()
 
 
-def test_no_state_holds_on_to_a_chunk():
+def test_the_state_keeps_no_chunk_alive():
     chunk = torch.randn(20_000, 16)
     rules = ("local-max", "uniform:3", "threshold:9", "lookback:2,threshold=0")
     pools = [fc.StreamingSegmentPool(rule) for rule in rules]
@@ -212,7 +225,7 @@ def test_no_state_holds_on_to_a_chunk():
         assert held and max(held) < 100_000, (state, held)
 
 
-def test_no_graph_grows_with_the_stream():
+def test_the_graph_does_not_grow_with_the_stream():
     encoder = torch.nn.Linear(4, 4)
     for rule in ("local-max", "uniform:3", "threshold:9", "lookback:2,threshold=0.5"):
         pool = fc.StreamingSegmentPool(rule)

@@ -11,16 +11,6 @@
 namespace fastcompress::cpu {
 namespace {
 
-// Calls f(b, begin, end) for the parts of sequences that lie in rows [first, last).
-template <class F>
-void for_each_part(const Sequences& sequences, int64_t first, int64_t last, const F& f) {
-  int64_t b = std::upper_bound(sequences.end.begin(), sequences.end.end(), first) - sequences.end.begin();
-  for (; b < sequences.count() && sequences.begin[b] < last; ++b) {
-    const int64_t begin = std::max(first, sequences.begin[b]), end = std::min(last, sequences.end[b]);
-    if (begin < end) f(b, begin, end);
-  }
-}
-
 // A lag of at least the number of rows leaves no pair, so it is clipped to keep sums with it from overflowing.
 int64_t bounded_lag(int64_t lag, const Rows& rows) { return std::min(lag, std::max<int64_t>(1, rows.count)); }
 

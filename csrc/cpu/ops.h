@@ -7,5 +7,6 @@
 namespace fastcompress::cpu {
 
 FASTCOMPRESS_DECLARE_OPS
+FASTCOMPRESS_DECLARE_CPU_OPS
 
 }  // namespace fastcompress::cpu

@@ -45,7 +45,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
                   "audio_cu_seqlens must start at 0 and not decrease");
   const int64_t used_audio_rows = audio_begin[num_audios];
   STD_TORCH_CHECK(compact ? used_audio_rows == num_audio_rows : used_audio_rows <= num_audio_rows,
-                  "audio_cu_seqlens must end at the number of audio rows, ", num_audio_rows);
+                  "audio_cu_seqlens must end at the number of audio rows, ", num_audio_rows, ", got ", used_audio_rows);
 
   const int64_t bound = pack_bound(num_rows, num_audios, num_audio_rows);
   std::vector<int64_t> sources;

@@ -23,6 +23,8 @@ struct RowKernels {
   // squares[i] = x[i] . x[i] for i < rows; dots[i] = x[i] . x[i + 1] for i < rows - 1. Row i starts at x + i * stride.
   void (*dots)(const T* x, int64_t stride, int64_t rows, int64_t width, double* dots, double* squares);
   double (*dot)(const T* a, const T* b, int64_t width);
+  // products[i] = x[0] . x[i] for i < rows.
+  void (*products)(const T* x, int64_t stride, int64_t rows, int64_t width, double* products);
   // out[m] = mean, sum or maximum of the rows of segment m; 0 for an empty segment. `weights` (one per row) may be
   // null; with weights the mean is weighted, and 0 if they sum to zero. Rows `rows_ahead` after the current one are
   // prefetched into the second-level cache.

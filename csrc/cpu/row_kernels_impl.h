@@ -133,6 +133,49 @@ struct Impl {
     for (; i < rows; ++i) score_rows<1>(x + i * stride, stride, width, dots + i - 1, squares + i);
   }
 
+  // Multiplies one row with R rows, so that it is loaded once for all of them.
+  template <int R>
+  static FASTCOMPRESS_INLINE void add_products(const T* row, const T* others, int64_t stride, Sums (&sums)[R]) {
+#pragma GCC unroll 8
+    for (int h = 0; h < kHalves; ++h) {
+      V a0, a1, b0, b1;
+      X::load2(row, h, a0, a1);
+#pragma GCC unroll 8
+      for (int r = 0; r < R; ++r) {
+        X::load2(others + r * stride, h, b0, b1);
+        sums[r].add(h, a0, a1, b0, b1);
+      }
+    }
+  }
+
+  // Prefetches the elements at `ahead`, which follows `row`.
+  template <int R>
+  static FASTCOMPRESS_INLINE void multiply_rows(const T* row, const T* others, int64_t stride, int64_t width,
+                                                const T* ahead, double* products) {
+    Sums sums[R];
+    for (Sums& sum : sums) sum.clear();
+    const int64_t whole = width - width % kUnit;
+    for (int64_t k = 0; k < whole; k += kUnit) {
+      prefetch_unit(ahead + k);
+      add_products<R>(row + k, others + k, stride, sums);
+    }
+    if (whole < width) {
+      Tail tail, tails[R];
+      tail.read(row + whole, width - whole);
+      for (int r = 0; r < R; ++r) tails[r].read(others + r * stride + whole, width - whole);
+      add_products<R>(tail.v, tails[0].v, kUnit, sums);
+    }
+    for (int r = 0; r < R; ++r) products[r] = X::tree(sums[r].v);
+  }
+
+  static void products(const T* x, int64_t stride, int64_t rows, int64_t width, double* products) {
+    const T* ahead = x + (rows + kRowsAhead) * stride;
+    int64_t i = 0;
+    for (; i + X::kPartners <= rows; i += X::kPartners)
+      multiply_rows<X::kPartners>(x, x + i * stride, stride, width, ahead, products + i);
+    for (; i < rows; ++i) multiply_rows<1>(x, x + i * stride, stride, width, ahead, products + i);
+  }
+
   // ---- reductions ----
 
   enum class Mode { kSum, kWeighted, kMax };
@@ -371,7 +414,7 @@ struct Impl {
       extend_row<false>(total, scale, x, stride, width, dot, square);
   }
 
-  static constexpr RowKernels<T> table() { return {dots, dot, reduce, integrate, expand, combine, extend}; }
+  static constexpr RowKernels<T> table() { return {dots, dot, products, reduce, integrate, expand, combine, extend}; }
 };
 
 }  // namespace

@@ -38,6 +38,7 @@ struct ArraySimd {
   static constexpr int kWidth = FASTCOMPRESS_VECTOR_BYTES / sizeof(S);
   static constexpr int kHalves = 16 / kWidth;
   static constexpr int kRows = 1;
+  static constexpr int kPartners = 1;
   static constexpr int kStrip = kHalves;
 
   static V set1(S value) { return value - V{}; }  // x - 0 is x in every bit, also for -0

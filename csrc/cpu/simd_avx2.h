@@ -27,6 +27,7 @@ struct Avx2Simd {
   using V = __m256;
   static constexpr int kHalves = 2;
   static constexpr int kRows = 1;
+  static constexpr int kPartners = 3;  // sums, a row and a partner take all 16 registers
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm256_set1_ps(value); }

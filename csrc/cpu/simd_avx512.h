@@ -31,6 +31,7 @@ struct Avx512Simd {
   using V = __m512;
   static constexpr int kHalves = 1;
   static constexpr int kRows = 4;
+  static constexpr int kPartners = 8;
   static constexpr int kStrip = 4;
 
   static V set1(float value) { return _mm512_set1_ps(value); }

@@ -1,6 +1,7 @@
 // Shared by the CPU ops: sequences of a batch, lists of segments, output memory and threads.
 #pragma once
 
+#include <algorithm>
 #include <cstdlib>
 #include <memory>
 #include <optional>
@@ -26,6 +27,16 @@ struct Sequences {
 Sequences read_sequences(const Tensor& like, int64_t rows_dim, const std::optional<Tensor>& cu_seqlens,
                          const std::optional<Tensor>& lengths);
 
+// Calls f(b, begin, end) for the parts of sequences that lie in rows [first, last).
+template <class F>
+void for_each_part(const Sequences& sequences, int64_t first, int64_t last, const F& f) {
+  int64_t b = std::upper_bound(sequences.end.begin(), sequences.end.end(), first) - sequences.end.begin();
+  for (; b < sequences.count() && sequences.begin[b] < last; ++b) {
+    const int64_t begin = std::max(first, sequences.begin[b]), end = std::min(last, sequences.end[b]);
+    if (begin < end) f(b, begin, end);
+  }
+}
+
 // Segments that read_segments has checked.
 struct CheckedSegments {
   Tensor starts, lengths;  // contiguous int64
@@ -46,13 +57,15 @@ class OutputRows {
  public:
   OutputRows(int64_t max_rows, int64_t width, ScalarType dtype, size_t element_size);
   void* data() const { return memory_.get(); }
-  // Returns the first `rows` rows as a tensor whose memory has exactly that size.
+  // Returns the first `rows` rows as a tensor that holds at most a tenth more memory than they need.
   Tensor finish(int64_t rows);
 
  private:
   struct Free {
     void operator()(void* p) const { std::free(p); }
   };
+  Tensor copy(int64_t rows) const;
+
   std::unique_ptr<void, Free> memory_;
   int64_t width_;
   ScalarType dtype_;
@@ -71,7 +84,7 @@ constexpr int64_t kThreadBytes = 1 << 20;
 // Calls f(begin, end) on torch's threads for parts of [0, count) of at least `grain`. f must not throw.
 template <class F>
 void on_threads(int64_t count, int64_t grain, const F& f) {
-#ifdef FASTCOMPRESS_STD_THREADS  // for ThreadSanitizer, which does not see the synchronisation of OpenMP
+#ifdef FASTCOMPRESS_STD_THREADS  // for ThreadSanitizer, which does not see the synchronization of OpenMP
   const int64_t most = torch::stable::get_num_threads(), parts = std::max<int64_t>(1, std::min(most, count / grain));
   std::vector<std::thread> threads;
   for (int64_t i = 0; i < parts; ++i)

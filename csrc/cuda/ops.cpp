@@ -1,5 +1,6 @@
 // Host code of the CUDA ops that take sequences: checks tensors, allocates outputs, and launches kernels on the current
-// stream. It reads from the device, and so waits, only if the caller wants an exact size or FASTCOMPRESS_CHECK=1.
+// stream. It reads from the device, and therefore waits, only if the caller requests an exact size or sets
+// FASTCOMPRESS_CHECK=1.
 #include "ops.h"
 
 #include <algorithm>
@@ -98,13 +99,13 @@ Found allocate_segments(const Tensor& like, int64_t num_sequences, int64_t bound
   return found;
 }
 
-// Returns the first `count` rows: a view if they are at least half of the memory, else a copy, so that the rest is
-// freed.
+// Returns the first `count` rows: a view if they are at least nine tenths of the memory, else a copy, so that the rest
+// is freed.
 Tensor first_rows(const Tensor& tensor, int64_t count) {
   if (count == tensor.size(0)) return tensor;
   Tensor rows = tensor;
   rows = torch::stable::narrow(rows, 0, 0, count);
-  return 2 * count >= tensor.size(0) ? rows : torch::stable::clone(rows);
+  return 10 * count >= 9 * tensor.size(0) ? rows : torch::stable::clone(rows);
 }
 
 // Finds the segments of distances; the outputs still have the size of the upper bound. `workspace` must be prepared.

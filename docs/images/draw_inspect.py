@@ -1,7 +1,6 @@
-"""Draws docs/images/inspect.png: `python docs/images/draw_inspect.py [folder]`.
+"""Draw docs/images/inspect.png: `python docs/images/draw_inspect.py [folder]`.
 
-The picture is that of `fastcompress inspect`, for the frames of the shipped model's encoder: 50 frames per second, the
-rate at which a model reads them.
+The picture is that of `fastcompress inspect`, for the encoder output of the shipped model, at 50 frames per second.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ RULES = ("uniform:2", "uniform:3", "uniform:4", "top-k:rate=3", "local-max", "th
 
 
 class ShippedEncoder:
-    """Frames of the encoder in `assets/models/digits`."""
+    """The encoder of the model in `assets/models/digits`."""
 
     name = "encoder of assets/models/digits"
     default_rules = RULES

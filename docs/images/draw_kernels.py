@@ -1,6 +1,6 @@
-"""Draws docs/images/tiles.svg and look-back.svg: `python docs/images/draw_kernels.py [folder]`.
+"""Draw docs/images/tiles.svg and look-back.svg: `python docs/images/draw_kernels.py [folder]`.
 
-The segments of the first are those that `segment_pool` finds in the rows whose distances are shown.
+tiles.svg shows the segments that `segment_pool` finds in 32 rows, and the distances of these rows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ OWN, SO_FAR, NOTHING = "#ccbb44", "#228833", "#ffffff"
 
 
 def walk(seed: int = 52) -> tuple[torch.Tensor, fc.Segments]:
-    """Distances and segments of rows that change slowly, now and then fast."""
+    """Return distances and segments of rows that change slowly most of the time."""
     g = torch.Generator().manual_seed(seed)
     steps = torch.randn(ROWS, 16, generator=g) * torch.rand(ROWS, 1, generator=g) ** 2
     x = torch.randn(16, generator=g) + steps.cumsum(0)
@@ -68,7 +68,7 @@ def draw_tiles(path: Path) -> None:
         ax.text(ROWS + 0.5, y + 0.4, f"publishes {count}", ha="left", va="center")
         final = [m for m, s in enumerate(starts) if begin <= s < end][-1:]
         stop = starts[final[0]] + int(segments.lengths[final[0]]) if final else end
-        if stop > last:  # the segment is longer than the window: the block reads on
+        if stop > last:  # the segment is longer than the window: the block reads further rows
             arrow(ax, (last, y + 0.4), (stop, y + 0.4))
             ax.text(stop + 0.2, y + 0.4, "reads on", va="center", fontsize=9.5, color=GREY)
     averaged = "in colour: rows that the block averages; their segments start in its tile (underlined)"
@@ -81,7 +81,7 @@ def draw_tiles(path: Path) -> None:
 def draw_look_back(path: Path) -> None:
     counts = [3, 2, 4, 1, 3, 2]
     so_far = [sum(counts[: i + 1]) for i in range(len(counts))]
-    moments = [  # which tiles have published what: 0 nothing, 1 their own count, 2 the count so far
+    moments = [  # what each tile has published: 0 nothing, 1 its own count, 2 the count so far
         ("tile 0 has no tile before it", [2, 0, 0, 0, 0, 0]),
         ("tiles 1, 3 and 4 have scored", [2, 1, 0, 1, 1, 0]),
         ("tile 1 looked back at tile 0", [2, 2, 0, 1, 1, 0]),

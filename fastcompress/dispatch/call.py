@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
@@ -52,12 +53,24 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
         if torch._C._functorch.peek_interpreter_stack() is not None:
             with contextlib.suppress(RuntimeError):  # values of wrapped tensors cannot be read
                 explain()
-            name = op.name().removeprefix("fastcompress::")
-            raise NotImplementedError(
-                f"{name} does not support this transform of torch.func; use torch.autograd.grad instead"
-            ) from error
+            _explain_under_transform(op.name().removeprefix("fastcompress::"), error)
         explain()
         raise
+
+
+def _explain_under_transform(name: str, error: RuntimeError) -> NoReturn:
+    """Raise an error that says why an op failed under a transform of ``torch.func``."""
+    text = str(error)
+    of_kernel = re.match(r"\w+, .*?:\d+, (.*)", text)  # function, file and line, message
+    if of_kernel is not None and not of_kernel[1].startswith("out of memory"):
+        raise ValueError(of_kernel[1]) from error
+    if text.startswith("stack expects each tensor to be equal size"):
+        raise ValueError(
+            f"{name} found different numbers of segments in the samples of vmap: pass compact=False"
+        ) from error
+    raise NotImplementedError(
+        f"{name} does not support this transform of torch.func; use torch.autograd.grad instead"
+    ) from error
 
 
 def _refuse_tangents(op: Op[Any], args: tuple[Any, ...]) -> None:

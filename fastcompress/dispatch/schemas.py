@@ -18,7 +18,9 @@ SEGMENTS = "Tensor starts, Tensor lengths"
 SCHEMAS = (
     f"adjacent_distance(Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
     f"adjacent_distance_backward(Tensor grad, Tensor x, {LAYOUT}, SymInt lag) -> Tensor",
+    f"banded_distance(Tensor x, {LAYOUT}, SymInt window) -> Tensor",
     f"select_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, {RULE}, bool compact) -> (Tensor, Tensor, Tensor)",
+    f"min_variance_boundaries(Tensor d, {LAYOUT}, Tensor? row_group, float rate, SymInt max_len) -> Tensor",
     f"greedy_boundaries(Tensor x, {LAYOUT}, float threshold, SymInt max_len) -> Tensor",
     f"segment_reduce(Tensor x, {SEGMENTS}, str reduce) -> Tensor",
     f"segment_max_backward(Tensor grad, Tensor x, Tensor y, {SEGMENTS}) -> Tensor",
@@ -33,6 +35,9 @@ SCHEMAS = (
     " -> (Tensor, Tensor, Tensor, Tensor)",
     # Implemented with PyTorch's own kernels on every device.
     f"nearest_odd(Tensor keys, {LAYOUT}) -> (Tensor, Tensor)",
+    f"iterative_fusion(Tensor x, Tensor? weights, {LAYOUT}, SymInt count) -> (Tensor, Tensor, Tensor, Tensor)",
+    f"iterative_fusion_backward(Tensor grad, Tensor grad_sizes, Tensor x, Tensor? weights, {LAYOUT}, SymInt count)"
+    " -> (Tensor, Tensor)",
     # Packing; see fastcompress/ops/pack.py.
     f"pack_map(Tensor row_group, Tensor? ids, {LAYOUT}, Tensor audio_cu_seqlens, SymInt num_embeddings,"
     " SymInt num_audio_rows, bool compact) -> (Tensor, Tensor, Tensor, Tensor)",

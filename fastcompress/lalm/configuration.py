@@ -58,6 +58,7 @@ class FastCompressConfig(PreTrainedConfig):
 
     model_type = "fastcompress"
     sub_configs: ClassVar[dict[str, Any]] = {"audio_config": AutoConfig, "text_config": AutoConfig}
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["cache", "past_key_values", "packed"]
 
     def __init__(
         self,

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastcompress.checks import as_mask
+
 #: Log-mel features ``[A, bins, T]`` in windows of twice ``max_source_positions``.
 WHISPER = frozenset({"whisper", "voxtral_encoder"})
 #: Samples ``[A, S]``.
@@ -70,7 +72,8 @@ def encode(
     Args:
         encoder: Encoder returned by ``build_encoder`` or ``load_encoder``.
         features: Log-mel features ``[A, bins, T]`` or samples ``[A, S]``, floating point.
-        mask: ``[A, T]`` or ``[A, S]``, 0 after the end of each audio; ``None``: all audios fill the whole length.
+        mask: ``[A, T]`` or ``[A, S]`` bool or numbers: 1 for audio, 0 after the end of each audio; ``None``: all audios
+            fill the whole length.
         padding: ``audio_padding`` of ``FastCompressConfig``.
         normalize: ``normalize_features`` of ``FastCompressConfig``.
 
@@ -94,13 +97,23 @@ def encode(
         raise ValueError(
             f"feature_attention_mask must have shape {[features.shape[0], features.shape[-1]]}, got {list(mask.shape)}"
         )
-    lengths = mask.sum(1).long()
-    if lengths.device.type == "cpu" and bool((lengths < 1).any()):
-        raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is empty: its feature_attention_mask is all 0")
+    mask = as_mask("feature_attention_mask", mask).long()
+    lengths = mask.sum(1)
+    inside = torch.arange(mask.shape[1], device=mask.device) < lengths[:, None]
+    if lengths.device.type == "cpu":
+        if bool((mask != inside).any()):
+            raise ValueError(
+                "feature_attention_mask must be 1 for each audio and 0 after its end, got 0 before 1 in audio "
+                f"{int((mask != inside).any(1).nonzero()[0])}"
+            )
+        if bool((lengths < 1).any()):
+            raise ValueError(f"audio {int((lengths < 1).nonzero()[0])} is empty: its feature_attention_mask is all 0")
     if kind in WHISPER:
         return _encode_windows(encoder, features, lengths, padding, normalize), (lengths - 1) // 2 + 1
     if normalize:
         raise ValueError(f"normalize_features must be False for {kind}: only Whisper's log-mel features are normalized")
+    # Before the encoder, whose convolutions, norms and attention also run over what the mask excludes.
+    features = torch.where(inside if wanted == 2 else inside[:, None], features, 0.0)
     if kind in WAVEFORM:
         frames = encoder(features, attention_mask=mask).last_hidden_state
         return frames, _checked(encoder._get_feat_extract_output_lengths(lengths), frames)

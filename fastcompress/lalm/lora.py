@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from fastcompress.decoder import saved_rule
+
 
 def lora_targets(decoder: Any) -> str:
     """Return a regular expression that matches the linear layers of the decoder's attention and MLP.
@@ -37,11 +39,12 @@ def add_lora(model: Any, rank: int = 16, alpha: float = 32.0, dropout: float = 0
         kwargs: Further arguments of ``peft.LoraConfig``.
 
     Returns:
-        A ``PeftModel``. Its ``save_pretrained`` writes the adapter and the weights trained in full, and
-        ``PeftModel.from_pretrained`` loads them.
+        A ``PeftModel``. Its ``save_pretrained`` writes the adapter and the weights trained in full, with the rule in
+        ``fastcompress.json``. ``PeftModel.from_pretrained`` loads them, and warns if the model has another rule.
     """
     from peft import LoraConfig, get_peft_model
 
+    saved_rule.watch()
     learns = model.compressor is not None and any(True for _ in model.compressor.parameters())
     saved = ["projector"] + (["compressor"] if learns else [])
     if model.config.train_encoder:
@@ -77,6 +80,7 @@ def load_lora(model: Any, path: str | Path) -> Any:
     """
     from peft import PeftConfig, PeftModel
 
+    saved_rule.watch()
     for name in PeftConfig.from_pretrained(str(path)).modules_to_save or ():
         getattr(model, name).float()
     return PeftModel.from_pretrained(model, str(path))

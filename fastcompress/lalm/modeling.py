@@ -14,10 +14,11 @@ from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import decoder
-from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt
+from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
 from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
+from fastcompress.lalm.ctc import ctc_logits, ctc_loss
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
@@ -291,14 +292,14 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
         if isinstance(self._rule, LabelChange):
             with torch.no_grad():
-                labels = self._ctc_logits(frames).argmax(-1)
+                labels = ctc_logits(self.ctc_head, frames).argmax(-1)
             return fc.segment_pool(frames, lengths=lengths, rule=self._rule, labels=labels, reduce=self.config.reduce)
         keys = None
         if self.config.keys == "ctc":
             if self.ctc_head is None:
                 raise ValueError("keys='ctc' needs ctc_tokens, which is None in the configuration")
             with torch.no_grad():
-                keys = self._ctc_logits(frames).softmax(-1)
+                keys = ctc_logits(self.ctc_head, frames).softmax(-1)
         return fc.segment_pool(frames, lengths=lengths, rule=self._rule, keys=keys, reduce=self.config.reduce)
 
     def pack(
@@ -383,24 +384,24 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 raise ValueError("pass input_features or frames, not both")
             frames, frame_lengths = self.encode(input_features, feature_attention_mask)
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, labels)
-        ctc_loss = None
+        ctc = None
         if ctc_labels is not None:
-            ctc_loss = self._ctc_loss(frames, frame_lengths, ctc_labels)
+            ctc = self._ctc_loss(frames, frame_lengths, ctc_labels)
         logits, lm_loss = self._decode(packed, num_items_in_batch, kwargs)
         compressor_loss = None if frames is None else getattr(self.compressor, "loss", None)
         loss = None
         if lm_loss is not None:
             loss = lm_loss
             share = batch_share(logits.shape[1], num_items_in_batch)
-            if ctc_loss is not None:
-                loss = loss + self.config.ctc_weight * share * ctc_loss
+            if ctc is not None:
+                loss = loss + self.config.ctc_weight * share * ctc
             if compressor_loss is not None:
                 loss = loss + self.compressor_weight * share * compressor_loss
-            unused = self._unused(frames is not None, ctc_loss is not None)
+            unused = self._unused(frames is not None, ctc is not None)
             loss, lm_loss = loss + unused, lm_loss + unused
         count = packed.source >= input_ids.numel()
         frame_count = torch.zeros((), dtype=torch.int64) if frame_lengths is None else frame_lengths.sum()
-        return FastCompressOutput(loss, logits, lm_loss, ctc_loss, compressor_loss, packed, count.sum(), frame_count)
+        return FastCompressOutput(loss, logits, lm_loss, ctc, compressor_loss, packed, count.sum(), frame_count)
 
     def prefill(self, packed: fc.PackedInputs) -> Tensor:
         """Run the decoder over prompts from [`pack`][], as ``generate`` does before the first new token.
@@ -418,6 +419,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> tuple[Tensor, Tensor | None]:
         """Return logits ``[1, T, V]`` and ``None``; with labels, logits ``[1, K, V]`` and the loss."""
         labels = packed.labels
+        warn_of_positions(self.config, packed)
         if self._runs_packed:
             inputs = packed.model_inputs() | kwargs
             inputs.pop("labels", None)
@@ -437,21 +439,13 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             logits = logits[:, rows]
         return logits, next_token_loss(logits[0], labels, rows, num_items)
 
-    def _ctc_logits(self, frames: Tensor) -> Tensor:
-        """Return CTC logits ``[A, F, units + 1]`` of frames ``[A, F, D]``."""
-        assert self.ctc_head is not None
-        return self.ctc_head(frames.to(self.ctc_head.weight.dtype))
-
     def _ctc_loss(self, frames: Tensor | None, lengths: Tensor | None, labels: Tensor) -> Tensor:
-        """Return the CTC loss: each audio's loss divided by its number of units, averaged over the audios."""
         if self.ctc_head is None:
             raise ValueError("ctc_labels need ctc_tokens, which is None in the configuration")
         if frames is None or lengths is None or labels.shape[0] != frames.shape[0]:
             audios = 0 if frames is None else frames.shape[0]
             raise ValueError(f"ctc_labels must have one row per audio, {audios}, got shape {list(labels.shape)}")
-        log_probs = self._ctc_logits(frames).float().log_softmax(-1).transpose(0, 1)  # [F, A, units]
-        counts = (labels != IGNORED_LABEL).sum(1)
-        return nn.functional.ctc_loss(log_probs, labels.clamp_min(0), lengths, counts, blank=0, zero_infinity=True)
+        return ctc_loss(self.ctc_head, frames, lengths, labels)
 
     def _unused(self, has_audio: bool, has_ctc: bool) -> Tensor:
         """Return 0 with a gradient path to the parameters that this batch did not use (see ``zero_of``)."""
@@ -492,7 +486,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds, mask = packed.unpack(side="left")  # new tokens must follow the last row of every prompt
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
-        return prepend_prompt(out, input_ids)
+        out = prepend_prompt(out, input_ids)
+        warn_of_limits(self.language_model, kwargs, out, input_ids.shape[1], packed)
+        return out
 
 
 AutoModel.register(FastCompressConfig, FastCompressForConditionalGeneration, exist_ok=True)

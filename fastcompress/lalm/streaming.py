@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.limits import Answers, counting_answers
 from fastcompress.lalm.encoders import window_length
 from fastcompress.segments import Pooled, row_segments
 from fastcompress.streaming import StreamingSegmentPool
@@ -124,6 +126,7 @@ class StreamingTranscriber:
         self._past = ""  # text of the completed utterances
         self._first: int | None = None
         self._laggings: list[float] = []
+        self._answers = Answers()
         self._begin(np.empty(0, np.float32))
 
     def _begin(self, samples: np.ndarray) -> None:
@@ -186,7 +189,7 @@ class StreamingTranscriber:
         """End the stream.
 
         Returns:
-            The rest of the text.
+            The rest of the text. A warning counts the utterances that ``max_new_tokens`` cut.
 
         Raises:
             ValueError: The stream is shorter than one frame.
@@ -194,6 +197,12 @@ class StreamingTranscriber:
         before = self.text
         if not self._over and (self._filled >= self.processor.shortest or not self._origin):
             self._end(self._filled)
+        if self._answers.cut and not self._over:
+            warnings.warn(
+                f"{self._answers.cut} of {self._answers.total} utterances were cut at max_new_tokens="
+                f"{self._max_new_tokens}: pass a larger one",
+                stacklevel=2,
+            )
         self._over = True
         return self.text[len(before) :]
 
@@ -227,6 +236,8 @@ class StreamingTranscriber:
         self._tokens.append(self._pool(self._encode(count)[self._frames :]).values)
         self._tokens.append(self._pool.flush().values)
         self._final = self._decode()
+        self._answers.total += 1
+        self._answers.cut += len(self._final) >= self._max_new_tokens
         self._write(over=True)
         if self._delays:
             self._laggings.append(average_lagging(self._delays, count) / self.rate)
@@ -247,9 +258,9 @@ class StreamingTranscriber:
         rows = torch.arange(len(values), device=values.device)
         pooled = Pooled(values, row_segments(rows, torch.ones_like(rows), len(values)))
         ids = torch.tensor([self._prompt + self._final], device=values.device)
-        out = self.model.generate(
-            input_ids=ids, attention_mask=torch.ones_like(ids), pooled=pooled, max_new_tokens=left, **self._generation
-        )
+        arguments = {"attention_mask": torch.ones_like(ids), "pooled": pooled, "max_new_tokens": left}
+        with counting_answers():  # no warning per hypothesis; `finish` warns
+            out = self.model.generate(input_ids=ids, **arguments, **self._generation)
         found = out[0, ids.shape[1] :].tolist()
         end = next((i for i, token in enumerate(found) if token in self._ends), len(found))
         return self._final + found[:end]

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values
+from fastcompress.checks import as_integer, check_float, check_layout, check_layout_values, unnest
 from fastcompress.dispatch.call import Op, call, differentiable_once
 
 _op: Op[Tensor] = torch.ops.fastcompress.adjacent_distance.default
@@ -24,14 +24,14 @@ def adjacent_distance(
     NaN if a frame is not finite, and for the last ``lag`` frames of a sequence, which have no partner.
 
     Args:
-        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
         cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
         lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
         lag: Offset of the partner in frames, at least 1.
 
     Returns:
-        Distances, ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64 input). They have first-order gradients; the incoming
-        gradient of a frame without a partner is ignored.
+        Distances, ``[N]`` or ``[B, T]``, fp32 (fp64 for fp64 input); packed if ``x`` is nested. They have first-order
+        gradients; the incoming gradient of a frame without a partner is ignored.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -41,10 +41,10 @@ def adjacent_distance(
         >>> adjacent_distance(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.0, 2.0]]))
         tensor([1., 0., nan])
     """
+    x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    if isinstance(lag, bool) or not isinstance(lag, (int, torch.SymInt)):
-        raise TypeError(f"lag must be an integer, got {lag!r}")
+    lag = as_integer("lag", lag)
     if lag < 1:
         raise ValueError(f"lag must be at least 1, got {lag}")
     needs_grad = torch.is_grad_enabled() and x.requires_grad
@@ -65,7 +65,8 @@ def _(grad: Tensor, x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     x, cu_seqlens, lengths, ctx.lag = inputs
-    ctx.save_for_backward(x, cu_seqlens, lengths)
+    # Copies, because the caller may change its offsets before the backward pass.
+    ctx.save_for_backward(x, *(None if t is None else t.clone() for t in (cu_seqlens, lengths)))
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:

@@ -6,14 +6,16 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import (
+    as_number,
+    as_optional_whole,
     check_float,
     check_layout,
     check_layout_values,
-    check_number,
-    check_whole,
+    unnest,
 )
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.select_boundaries import segments_from_mask
+from fastcompress.rules import finite
 from fastcompress.segments import Segments
 
 _greedy_op: Op[Tensor] = torch.ops.fastcompress.greedy_boundaries.default
@@ -37,7 +39,8 @@ def greedy_segments(
     differentiable; pool the segments with ``segment_reduce``.
 
     Args:
-        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64. Sums are fp32 (fp64 for fp64).
+        x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
+            Sums are fp32 (fp64 for fp64).
         threshold: Largest mean distance, 1 - cosine, within a segment; 0.15 for the cosine of 0.85 of SA-MAP.
         max_len: Largest length of a segment in frames; ``None`` for no limit.
         cu_seqlens: See ``adjacent_distance``.
@@ -52,10 +55,11 @@ def greedy_segments(
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value is invalid; the message names it.
     """
+    x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     check_float("x", x)
     check_layout(x, 2, cu_seqlens, lengths)
-    check_number("threshold", threshold)
-    check_whole("max_len", max_len, 1, optional=True)
+    threshold = finite(as_number("threshold", threshold))
+    max_len = as_optional_whole("max_len", max_len, 1)
     mask = call(
         _greedy_op,
         (x.detach(), cu_seqlens, lengths, threshold, max_len or 0),

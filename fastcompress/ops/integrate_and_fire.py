@@ -17,25 +17,29 @@ import torch
 from torch import Tensor
 
 from fastcompress.checks import (
+    as_number,
     check_float,
     check_layout,
     check_layout_values,
-    check_number,
+    check_not_batched,
     check_token_values,
     check_values_of_rows,
+    is_readable,
     read_count,
+    unnest,
+    values_are_checked,
 )
 from fastcompress.dispatch.call import Op, call, differentiable_once
 from fastcompress.ops.select_boundaries import frame_offsets
 from fastcompress.reference.adjacent_distance import accumulate_dtype
-from fastcompress.segments import pad_tokens
+from fastcompress.segments import Tokens
 
 _op: Op[Tensor] = torch.ops.fastcompress.integrate_rows.default
 _backward_op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.integrate_rows_backward.default
 
 
-@dataclass(eq=False)
-class Fired:
+@dataclass(eq=False, repr=False)
+class Fired(Tokens):
     """Packed tokens of [`integrate_and_fire`][].
 
     Attributes:
@@ -53,13 +57,6 @@ class Fired:
     ends: Tensor
     total: Tensor
     remainder: Tensor
-
-    def to_padded(self) -> tuple[Tensor, Tensor]:
-        """Return the tokens as ``[B, S, D]``, with zeros for padding, and their number per sequence, ``[B]`` int32.
-
-        ``S`` is the largest number of tokens of a sequence; it is read from the device.
-        """
-        return pad_tokens(self.values, self.cu_seqlens)
 
 
 torch.export.register_dataclass(Fired, serialized_type_name="fastcompress.Fired")
@@ -85,8 +82,9 @@ def integrate_and_fire(
       it is at least ``tail * beta``; that token is scaled up as if the weight had reached ``beta``.
 
     Args:
-        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
-        alpha: Weights, ``[N]`` or ``[B, T]`` floating point, finite and not negative; accumulated in fp64.
+        x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
+        alpha: Weights, ``[N]`` or ``[B, T]`` (or nested like ``x``) floating point, finite and not negative;
+            accumulated in fp64.
         cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
         lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
         beta: Weight per token; positive.
@@ -108,11 +106,14 @@ def integrate_and_fire(
         tensor([[1.5000],
                 [2.5000]])
     """
+    x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
+    alpha, _ = unnest("alpha", alpha)
     check_float("x", x)
+    check_not_batched("integrate_and_fire", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
     check_values_of_rows("alpha", alpha, x)
-    check_firing(beta, tail)
+    beta, tail = as_firing(beta, tail)
     check_layout(x, 2, cu_seqlens, lengths)
     offsets = frame_offsets(x, x.dim() == 3, cu_seqlens, lengths)
     count = offsets.shape[0] - 1
@@ -120,9 +121,9 @@ def integrate_and_fire(
     rows = x.flatten(0, -2)
     if rows.shape[0] == 0 or count == 0:
         nothing = (alpha.double() * 0).sum() * x.new_zeros(count, dtype=torch.float64)
-        return Fired(rows[:0], offsets * 0, offsets[:0].long(), nothing, nothing.detach())
+        return Fired(rows[:0].clone(), offsets * 0, offsets[:0].long(), nothing, nothing.detach())
     begin, end = _bounds(x, offsets)
-    row = torch.arange(rows.shape[0], device=x.device)
+    row = torch.arange(rows.shape[0], dtype=torch.int64, device=x.device)
     sequence = torch.searchsorted(begin[1:].contiguous(), row, right=True)
     inside = (row >= begin[sequence]) & (row < end[sequence])
     weight = usable(alpha.reshape(-1)) * inside
@@ -134,7 +135,7 @@ def integrate_and_fire(
         before, after, reached = _sums(x, weight, begin, end, sequence, row, inside)
     fired, remainder = left_over(reached, beta)
     if target_lengths is None:
-        if not torch.compiler.is_compiling() and x.device.type == "cpu" and float(fired.detach().sum()) >= 2**31:
+        if values_are_checked(fired) and float(fired.detach().sum()) >= 2**31:
             much = float(total.detach().sum())
             raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {beta:g}, got {much:g}")
         tokens = fired.long() if tail is None else (fired + fires_at_end(remainder, beta, tail)).long()
@@ -143,14 +144,14 @@ def integrate_and_fire(
     most = tokens[sequence].double()
     _, right, share = shares(before, after, weight, beta)
     right = torch.where(inside, torch.minimum(right, most), most)
-    token = torch.arange(read_count(cu_tokens[-1]), device=x.device)
+    token = torch.arange(read_count(cu_tokens[-1]), dtype=torch.int64, device=x.device)
     owner = torch.searchsorted(cu_tokens[1:].contiguous(), token, right=True)
     local = token - cu_tokens[owner]
     # Each token has a slot, and each sequence one more for the unused weight. The open slot never decreases from frame
     # to frame, so a binary search finds the first frame after which a token is open, and the first after which it is
     # not.
     slot = token + owner
-    opened = (cu_tokens[:-1] + torch.arange(count, device=x.device))[sequence] + right.long()
+    opened = (cu_tokens[:-1] + torch.arange(count, dtype=torch.int64, device=x.device))[sequence] + right.long()
     # On a GPU the order of additions can make a sum decrease by a rounding error; the clamps keep runs of frames valid.
     ends = torch.minimum(torch.searchsorted(opened, slot + 1), end[owner] - 1)
     begins = torch.where(local > 0, torch.minimum(torch.searchsorted(opened, slot), ends), begin[owner])
@@ -263,7 +264,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
         return *_backward_op(grad, x, weights, first, starts, lengths), None, None, None
     # Fold the divisor of each token into the weights of its rows; the token of a row is the last that starts before it.
     of_row = torch.nn.functional.pad(divisors, (1, 0), value=1.0)[
-        torch.searchsorted(starts, torch.arange(x.shape[0], device=x.device))
+        torch.searchsorted(starts, torch.arange(x.shape[0], dtype=torch.int64, device=x.device))
     ]
     grad_x, slopes, first_slopes = _backward_op(grad, x, weights / of_row, first / divisors, starts, lengths)
     grad_divisors = -(grad.to(divisors.dtype) * y.to(divisors.dtype)).sum(-1) / divisors
@@ -296,16 +297,16 @@ def quantity_loss(fired: Fired, target_lengths: Tensor) -> Tensor:
     return (fired.total - target_lengths.to(fired.total.device)).abs().sum() / max(1, fired.total.shape[0])
 
 
-def check_firing(beta: float, tail: float | None) -> None:
-    """Check ``beta`` (positive and finite) and ``tail`` (in [0, 1], or ``None``)."""
-    check_number("beta", beta)
+def as_firing(beta: float, tail: float | None) -> tuple[float, float | None]:
+    """Return ``beta`` (positive and finite) and ``tail`` (in [0, 1], or ``None``) as Python numbers."""
+    beta = as_number("beta", beta)
     if not 0 < beta < math.inf:
         raise ValueError(f"beta must be positive and finite, got {beta}")
-    if tail is None:
-        return
-    check_number("tail", tail)
-    if not 0 <= tail <= 1:
-        raise ValueError(f"tail must lie in [0, 1], got {tail}")
+    if tail is not None:
+        tail = as_number("tail", tail)
+        if not 0 <= tail <= 1:
+            raise ValueError(f"tail must lie in [0, 1], got {tail}")
+    return beta, tail
 
 
 def _check_target_lengths(target_lengths: Tensor, count: int) -> None:
@@ -326,7 +327,7 @@ def _check_values(
 ) -> None:
     if target_lengths is not None:
         _check_target_lengths(target_lengths, count)
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not all(t is None or values_are_checked(t) for t in (alpha, cu_seqlens, lengths, target_lengths)):
         return
     check_layout_values(x.shape, cu_seqlens, lengths)
     if target_lengths is not None and count:
@@ -337,7 +338,7 @@ def _check_values(
             raise ValueError(f"target_lengths must add up to fewer than 2**31 tokens, got {tokens}")
     wrong = ~((alpha >= 0) & (alpha < torch.inf))
     if lengths is not None:
-        wrong &= torch.arange(alpha.shape[1]) < lengths[:, None]
+        wrong &= torch.arange(alpha.shape[1], dtype=torch.int64, device=alpha.device) < lengths[:, None]
     if bool(wrong.any()):
         raise ValueError(f"alpha must be finite and not negative, got {float(alpha[wrong][0])}")
 
@@ -347,7 +348,7 @@ def _bounds(x: Tensor, offsets: Tensor) -> tuple[Tensor, Tensor]:
     if x.dim() == 2:
         inside = offsets.long().clamp(0, x.shape[0]).cummax(0).values
         return inside[:-1], inside[1:]
-    begin = torch.arange(x.shape[0], device=x.device) * x.shape[1]
+    begin = torch.arange(x.shape[0], dtype=torch.int64, device=x.device) * x.shape[1]
     return begin, begin + offsets.diff().clamp(0, x.shape[1])
 
 
@@ -364,7 +365,7 @@ def _sums(
     else:
         place = torch.where(inside, row - begin[sequence], 0)
         # Tracing does not know the longest sequence; it reserves more memory instead, which is small for scalars.
-        longest = weight.shape[0] if torch.compiler.is_compiling() else int((end - begin).max())
+        longest = int((end - begin).max()) if is_readable(end) else weight.shape[0]
         slots = torch.where(inside, sequence * longest + place, begin.shape[0] * longest)
         flat = weight.new_zeros(begin.shape[0] * longest + 1).index_add(0, slots, weight)
         padded = flat[:-1].view(begin.shape[0], longest)

@@ -9,6 +9,7 @@ labels from that. ``pack_rows`` copies the rows; its gradient is the copy in the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -22,14 +23,15 @@ from fastcompress.checks import (
     check_pack_values,
     check_same_device,
     read_count,
+    values_are_checked,
 )
 from fastcompress.dispatch.call import Op, call
-from fastcompress.ops.row_groups import check_ids, find_row_groups, values_are_checked
+from fastcompress.ops.row_groups import check_ids, find_row_groups
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.select_boundaries import num_sequences
 from fastcompress.reference.pack import pack_bound
 from fastcompress.rules import Rule, Uniform, as_rule
-from fastcompress.segments import Pooled, Segments
+from fastcompress.segments import Pooled, Segments, count_of, dtype_and_device
 
 _ops = torch.ops.fastcompress
 
@@ -108,7 +110,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
 torch.library.register_autograd("fastcompress::pack_rows", _backward, setup_context=_setup_context)
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, repr=False)
 class PackedInputs:
     """A packed batch for a decoder.
 
@@ -168,10 +170,10 @@ class PackedInputs:
         longest = cast(int, lengths.max().item()) if lengths.shape[0] else 0
         torch._check(longest >= 0)  # a hint for torch.export
         first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # first column of each sample
-        column = torch.arange(longest, device=values.device) - first[:, None]
+        column = torch.arange(longest, dtype=torch.int64, device=values.device) - first[:, None]
         mask = (column >= 0) & (column < lengths[:, None])
         index = torch.where(mask, self.cu_seqlens[:-1, None] + column, -1).reshape(-1)
-        packed = torch.arange(count, device=values.device)
+        packed = torch.arange(count, dtype=torch.int64, device=values.device)
         sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), packed.int(), right=True)
         place = torch.cat([first, first.new_zeros(1)])[sequence] + self.position_ids
         target = torch.where(sequence < lengths.shape[0], sequence * longest + place, -1)
@@ -181,21 +183,23 @@ class PackedInputs:
         return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()
 
     def model_inputs(self) -> dict[str, Any]:
-        """Return keyword arguments for a transformers decoder whose attention is ``"fastcompress"``.
+        """Return keyword arguments for a transformers decoder that [`fastcompress.decoder.prepare`][] has prepared.
+
+        The attention of any other decoder raises an error when it reads ``attention_mask``.
 
         All tensors have a batch dimension of 1, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four
         dimensions, which transformers passes on unchanged instead of building a mask of T x T. To use the flash
         attention of transformers, set ``attention_mask`` to ``None``. ``use_cache`` is false, because packed rows are
         not a prompt that can be continued.
         """
-        cu_seqlens, max_seqlen = self.cu_seqlens, self.max_seqlen
+        cu_seqlens, max_seqlen, device = self.cu_seqlens, self.max_seqlen, self.inputs_embeds.device
         if not self.compact:  # attention must cover every row: the trailing rows become one more sequence
             count = self.inputs_embeds.shape[0]
             cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=count)
             max_seqlen = count
         kwargs: dict[str, Any] = {
             "inputs_embeds": self.inputs_embeds[None],
-            "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=self.inputs_embeds.device),
+            "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device).as_subclass(PackedMask),
             "position_ids": self.position_ids[None],
             "cu_seq_lens_q": cu_seqlens,
             "cu_seq_lens_k": cu_seqlens,
@@ -207,13 +211,45 @@ class PackedInputs:
             kwargs["labels"] = self.labels[None]
         return kwargs
 
+    def __repr__(self) -> str:
+        if not isinstance(self.inputs_embeds, Tensor):  # in a tree of torch.export
+            return object.__repr__(self)
+        rows, width = self.inputs_embeds.shape
+        labels = "" if self.labels is None else ", with labels"
+        what = f"{count_of(rows, 'row')} of {count_of(self.cu_seqlens.shape[0] - 1, 'sample')}, width {width}"
+        return f"PackedInputs({what}{dtype_and_device(self.inputs_embeds)}{labels})"
+
+
+class PackedMask(Tensor):
+    """Empty attention mask, which raises an error where attention would apply it.
+
+    Only attention that knows where samples start may run on packed rows; any other fails on the mask's shape, with an
+    error that does not name the cause.
+    """
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if any(isinstance(value, Tensor) and not isinstance(value, cls) for value in (*args, *kwargs.values())):
+            raise ValueError(
+                "this decoder's attention does not know where packed samples start: call "
+                "fastcompress.decoder.prepare(decoder) before decoder(**packed.model_inputs()), or run the decoder "
+                "padded on the embeddings and mask of packed.unpack()"
+            )
+        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # of torch
+
+    def __deepcopy__(self, memo: Any) -> PackedMask:  # torch's own fails for empty tensors of a subclass
+        return torch.empty_like(self).as_subclass(PackedMask)
+
 
 torch.export.register_dataclass(PackedInputs, serialized_type_name="fastcompress.PackedInputs")
 
 
 def pack(
     input_ids: Tensor | None = None,
-    embedding: Tensor | None = None,
+    embedding: Tensor | torch.nn.Embedding | None = None,
     audio: Pooled | Tensor | None = None,
     *,
     inputs_embeds: Tensor | None = None,
@@ -243,8 +279,9 @@ def pack(
 
     Args:
         input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
-        embedding: Embedding table of the ids, ``[V, H]``. The row of a ``padding_idx`` gets a gradient if it is kept.
-            If the model scales its embeddings, pass ``inputs_embeds`` instead.
+        embedding: Embedding table of the ids, ``[V, H]``, or the ``torch.nn.Embedding`` that has it. The row of a
+            ``padding_idx`` gets a gradient if it is kept. If the model scales its embeddings, pass ``inputs_embeds``
+            instead.
         audio: [`Pooled`][] with one sequence per audio, or its values ``[M, H]`` with ``audio_cu_seqlens``; in the
             dtype of the text.
         inputs_embeds: Embeddings, ``[B, L, H]`` padded or ``[N, H]`` packed.
@@ -256,7 +293,8 @@ def pack(
         placeholder_counts: Placeholders per audio; see ``row_groups``.
         row_group: Row groups, int32 ``[B, L]`` or ``[N]``, instead of a placeholder. Negative: dropped; 0: text; k > 0:
             audio, where each run of neighbouring rows with the same k is one audio.
-        attention_mask: Mask ``[B, L]``; rows where it is 0 are dropped.
+        attention_mask: Mask ``[B, L]`` bool or numbers: 1 keeps a row, 0 drops it. Other values raise an error; an
+            additive mask becomes such a mask by ``mask >= 0``.
         lengths: Rows of each sample of a padded batch, ``[B]`` int32 or int64.
         cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
         labels: Labels, int32 or int64, one per row of the input.
@@ -279,6 +317,7 @@ def pack(
     """
     if not isinstance(compact, bool):
         raise TypeError(f"compact must be True or False, got {compact!r}")
+    embedding = _as_table(embedding)
     shape = _check_text(input_ids, embedding, inputs_embeds)
     like = inputs_embeds if inputs_embeds is not None else embedding
     assert like is not None
@@ -355,6 +394,23 @@ def pack(
     )
 
 
+def _as_table(embedding: Tensor | torch.nn.Embedding | None) -> Tensor | None:
+    """Return the table of an embedding module; a module that does more than look up rows raises ``ValueError``."""
+    if not isinstance(embedding, torch.nn.Module):
+        return embedding
+    name = type(embedding).__name__
+    if not isinstance(embedding, torch.nn.Embedding):
+        raise TypeError(
+            f"embedding must be a tensor or a torch.nn.Embedding, got {name}; pass inputs_embeds=embedding(input_ids)"
+        )
+    if type(embedding).forward is not torch.nn.Embedding.forward or embedding.max_norm is not None:
+        raise ValueError(
+            f"embedding must only look up rows, but {name} has a forward or a max_norm of its own; pass "
+            "inputs_embeds=embedding(input_ids)"
+        )
+    return embedding.weight
+
+
 def _check_text(input_ids: Tensor | None, embedding: Tensor | None, inputs_embeds: Tensor | None) -> torch.Size:
     """Check the text arguments and return the leading shape of the input, ``[B, L]`` or ``[N]``."""
     if inputs_embeds is not None:
@@ -407,14 +463,14 @@ def _find_row_group(
             check_layout(input_ids, 1, cu_seqlens, lengths)
             if values_are_checked(input_ids):
                 check_layout_values(shape, None, lengths)
-            mask: Tensor | None = torch.arange(shape[-1], device=device) < lengths[:, None]
+            mask: Tensor | None = torch.arange(shape[-1], dtype=torch.int64, device=device) < lengths[:, None]
         else:
             mask = attention_mask
             if lengths is not None:
                 raise ValueError("attention_mask and lengths cannot be combined: pass one of them")
         reads_values = values_are_checked(input_ids) or (compact and not torch.compiler.is_compiling())
         return find_row_groups(input_ids, placeholder, mask, cu_seqlens, placeholder_counts, reads_values)
-    rows = torch.empty(shape, device=device) if input_ids is None else input_ids
+    rows = torch.empty(shape, dtype=torch.int32, device=device) if input_ids is None else input_ids
     row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if row_group is None:
         return torch.zeros(shape, dtype=torch.int32, device=device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+from numbers import Integral
 from typing import NoReturn
 
 import torch
@@ -10,12 +10,14 @@ from torch import Tensor
 
 from fastcompress.checks import (
     INDEX_DTYPES,
+    as_int64,
+    as_mask,
     check_dense,
-    check_int64,
     check_layout,
     check_layout_values,
     check_same_device,
     sequence_ranges,
+    values_are_checked,
 )
 
 
@@ -26,13 +28,6 @@ def check_ids(name: str, ids: Tensor, shape: torch.Size | None = None) -> None:
         raise TypeError(f"{name} must be int32 or int64, got {ids.dtype}")
     if shape is not None and ids.shape != shape:
         raise ValueError(f"{name} must have shape {list(shape)}, got {list(ids.shape)}")
-
-
-def values_are_checked(tensor: Tensor) -> bool:
-    """Return whether to check the values of a tensor: always on the CPU, elsewhere if ``FASTCOMPRESS_CHECK=1``."""
-    if torch.compiler.is_compiling():
-        return False
-    return tensor.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
 
 
 def row_groups(
@@ -50,7 +45,8 @@ def row_groups(
     Args:
         input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
         placeholder: Token id that stands for audio.
-        attention_mask: Mask ``[B, L]``, 0 for padding on either side.
+        attention_mask: Mask ``[B, L]`` bool or numbers: 1 keeps a row, 0 marks padding, on either side. Other values
+            raise an error; an additive mask becomes such a mask by ``mask >= 0``.
         cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
         placeholder_counts: Number of placeholders per audio. ``None``: each run of placeholders in a sample is one
             audio. 1: each placeholder is one audio. ``[A]`` int32 or int64: audio ``i`` has ``placeholder_counts[i]``
@@ -85,11 +81,11 @@ def find_row_groups(
     reads_values: bool,
 ) -> Tensor:
     """Compute row groups as ``row_groups`` does; ``reads_values`` allows a synchronization to check counts."""
-    check_int64("placeholder", placeholder)
+    placeholder = as_int64("placeholder", placeholder)
     if input_ids.dim() not in (1, 2):
         raise ValueError(f"input_ids must have shape [B, L] or [N], got {list(input_ids.shape)}")
     check_layout(input_ids, 1, cu_seqlens, None, attention_mask)
-    kept = None if attention_mask is None else attention_mask.bool()
+    kept = None if attention_mask is None else as_mask("attention_mask", attention_mask)
     is_audio = input_ids.long() == placeholder  # int64, because the placeholder may exceed int32
     if placeholder_counts is None:
         group = is_audio.int()
@@ -109,12 +105,12 @@ def find_row_groups(
         if reads_values:
             if not matches:
                 _explain_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
-        elif group.is_cuda:
-            group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
-        else:
+        elif torch.compiler.is_compiling() and not group.is_cuda:
             torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
+        else:  # where an assertion would end the use of the GPU, or cannot run
+            group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
         group = group.view(input_ids.shape)
-    elif isinstance(placeholder_counts, int) and not isinstance(placeholder_counts, bool) and placeholder_counts == 1:
+    elif isinstance(placeholder_counts, Integral) and placeholder_counts is not True and placeholder_counts == 1:
         number = torch.arange(1, input_ids.numel() + 1, dtype=torch.int32, device=input_ids.device)
         group = number.view(input_ids.shape) * is_audio
     else:
@@ -124,7 +120,7 @@ def find_row_groups(
 
 def _counts_match(group: Tensor, counts: Tensor, shape: torch.Size, cu_seqlens: Tensor | None) -> Tensor:
     """Return whether every audio has its placeholders consecutively in one sample, as a bool tensor on the device."""
-    row = torch.arange(group.shape[0], device=group.device)
+    row = torch.arange(group.shape[0], dtype=torch.int64, device=group.device)
     if len(shape) == 2:
         first = row % max(shape[1], 1) == 0
     else:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_layout_values
+from fastcompress.checks import check_layout_values, is_readable, values_are_checked
 from fastcompress.rules import LabelChange, Lookback, PeakHeight, Rule, TopK
 
 
@@ -51,7 +51,7 @@ def find_runs(
 ) -> Runs:
     """Find the runs of a batch of rows of shape ``[N]`` or ``[B, T]``."""
     count = math.prod(shape)  # Size.numel() would make a traced length a constant
-    row = torch.arange(count, device=device)
+    row = torch.arange(count, dtype=torch.int64, device=device)
     if len(shape) == 2:
         sequence = row // max(1, shape[1])
         inside = row >= 0 if lengths is None else row - sequence * shape[1] < lengths.long()[sequence]
@@ -86,7 +86,7 @@ def find_checked_runs(
     Raises:
         ValueError: If ``cu_seqlens`` or ``lengths`` are invalid.
     """
-    if device.type == "cpu" and not torch.compiler.is_compiling():
+    if all(t is None or values_are_checked(t) for t in (cu_seqlens, lengths)):
         check_layout_values(shape, cu_seqlens, lengths)
     return find_runs(shape, device, cu_seqlens, lengths, row_group)
 
@@ -114,7 +114,7 @@ def ranks(score: Tensor, kind: Tensor, runs: Runs) -> Tensor:
     order = torch.sort(score, descending=True, stable=True).indices
     for key in (kind, torch.where(runs.inside, runs.ids, count)):  # stable sorts: the last key is the most significant
         order = order[torch.sort(key[order], stable=True).indices]
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, device=score.device))
+    rank = torch.empty_like(order).scatter_(0, order, torch.arange(count, dtype=torch.int64, device=score.device))
     # Subtract the rows of earlier runs, which precede this run in the order.
     return rank - (runs.inside.long().cumsum(0) - 1 - runs.place)
 
@@ -175,14 +175,14 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
     count, device = d.shape[1], d.device
     max_len = rule.max_len
     # `states` is the number of lengths to distinguish: 1, 2, ..., and `states` or more.
-    if torch.compiler.is_compiling():  # must not depend on the number of rows
+    if not is_readable(d):  # a traced program must not depend on the number of rows
         states = max(rule.window, rule.min_len, max_len or 1)
     else:  # no segment is longer than the longest run; finding that would synchronize with a GPU
         longest = int(runs.length.max()) if device.type == "cpu" else count
         if max_len is not None and max_len >= longest:
             max_len = None
         states = max(1, min(max(rule.window, rule.min_len, max_len or 1), longest))
-    length = torch.arange(1, states + 1, device=device)
+    length = torch.arange(1, states + 1, dtype=torch.int64, device=device)
     near: list[Tensor] = []  # per row, close to one of the last 1, 2, ... rows
     threshold = torch.tensor(rule.threshold, dtype=d.dtype, device=device)
     for lag in range(1, rule.window + 1):
@@ -206,7 +206,7 @@ def _lookback(rule: Lookback, d: Tensor, runs: Runs) -> Tensor:
 def _peak_height(rule: PeakHeight, d: Tensor, runs: Runs) -> Tensor:
     """Find the starts of segments by ``PeakHeight``, for all rows at once."""
     z = normalize(d, runs)
-    row = torch.arange(d.shape[0], device=d.device)
+    row = torch.arange(d.shape[0], dtype=torch.int64, device=d.device)
     begin = row - runs.place
     end = begin + runs.length - 2  # the last distance of the run
     heights = []

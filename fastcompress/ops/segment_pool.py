@@ -8,12 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device
+from fastcompress.checks import check_float, check_layout, check_layout_values, check_same_device, is_readable, unnest
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops.adjacent_distance import adjacent_distance
-from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.ops.banded_distance import banded_distance
+from fastcompress.ops.segment_reduce import Reduce, segment_reduce
 from fastcompress.ops.select_boundaries import fake_segments, frame_offsets, num_sequences, select_boundaries
-from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, as_rule
+from fastcompress.rules import LabelChange, LocalMax, Lookback, MinVariance, Rule, as_rule
 from fastcompress.segments import Pooled, Segments
 
 _op: Op[tuple[Tensor, Tensor, Tensor, Tensor]] = torch.ops.fastcompress.segment_pool.default
@@ -22,15 +23,15 @@ _expand_op: Op[Tensor] = torch.ops.fastcompress.segment_expand.default
 
 def segment_pool(
     x: Tensor,
+    rule: Rule | str = LocalMax(),  # noqa: B008  (immutable)
     *,
     cu_seqlens: Tensor | None = None,
     lengths: Tensor | None = None,
     attention_mask: Tensor | None = None,
     row_group: Tensor | None = None,
-    rule: Rule | str = LocalMax(),  # noqa: B008  (immutable)
     keys: Tensor | None = None,
     labels: Tensor | None = None,
-    reduce: str = "mean",
+    reduce: Reduce = "mean",
     weights: Tensor | None = None,
     compact: bool = True,
 ) -> Pooled:
@@ -41,13 +42,15 @@ def segment_pool(
     in one pass over ``x``. Everything else, and ``keys`` of another dtype than ``x``, runs as these three ops.
 
     Args:
-        x: Frames, ``[N, D]`` packed or ``[B, T, D]`` padded; fp32, fp16, bf16 or fp64.
+        x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
+            The other arguments of nested frames are packed or nested.
+        rule: A rule or its text form, such as ``"local-max:order=2"``.
         cu_seqlens: Frames before each sequence of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sequence.
         lengths: Frames of each sequence of padded input, ``[B]`` int32 or int64; ``None`` if there is no padding.
-        attention_mask: Mask of padded input, ``[B, T]``; frames where it is 0 are dropped.
+        attention_mask: Mask of padded input, ``[B, T]`` bool or numbers: 1 keeps a frame, 0 drops it. Other values
+            raise an error; an additive mask becomes such a mask by ``mask >= 0``.
         row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
             own; k > 0: the rule pools it with its neighbours of the same k.
-        rule: A rule or its text form, such as ``"local-max:order=2"``.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
         keys: Features to compute the distances from instead of ``x``, ``[..., K]`` with the leading shape of ``x``.
         reduce: See [`segment_reduce`][].
@@ -56,7 +59,8 @@ def segment_pool(
             the upper bound of the rule; the trailing segments are empty and their values 0.
 
     Returns:
-        The packed tokens and their segments. Gradients go to ``x`` and ``weights``; boundaries have no gradient.
+        The packed tokens and their segments; [`Pooled`][] makes them padded or nested. Gradients go to ``x`` and
+        ``weights``; boundaries have no gradient.
 
     Raises:
         TypeError: If an argument has a wrong type or dtype.
@@ -64,7 +68,9 @@ def segment_pool(
 
     Examples:
         >>> x = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]])
-        >>> pooled = segment_pool(x, rule="threshold:0.5")
+        >>> pooled = segment_pool(x, "threshold:0.5")
+        >>> pooled
+        Pooled(2 tokens of 1 sequence, width 2, float32)
         >>> pooled.values
         tensor([[2., 0.],
                 [0., 2.]])
@@ -72,17 +78,22 @@ def segment_pool(
         tensor([2, 1])
     """
     rule = as_rule(rule)
+    x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
     check_float("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
     if keys is not None:
+        keys, _ = unnest("keys", keys)
         check_float("keys", keys)
         check_same_device("keys", keys, x)
         if keys.dim() != x.dim() or keys.shape[:-1] != x.shape[:-1]:
             wanted = ", ".join(map(str, x.shape[:-1]))
             raise ValueError(f"keys must have shape [{wanted}, K], one row per row of x, got {list(keys.shape)}")
         keys = keys.detach()
+    if weights is not None:
+        weights, _ = unnest("weights", weights)
     if labels is not None:
+        labels, _ = unnest("labels", labels)
         check_same_device("labels", labels, x)
         if labels.shape != x.shape[:-1]:
             raise ValueError(f"labels must have shape {list(x.shape[:-1])}, one per row, got {list(labels.shape)}")
@@ -92,17 +103,14 @@ def segment_pool(
         scored = x if keys is None else keys
         with torch.no_grad():
             d: Tensor | None = None
-            if isinstance(rule, Lookback):
-                if not torch.compiler.is_compiling():  # no frame has more frames before it
-                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))
-                lags = range(1, rule.window + 1)
-                d = torch.stack(
-                    [adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in lags], -1
-                )
+            if isinstance(rule, (Lookback, MinVariance)):
+                if isinstance(rule, Lookback) and is_readable(x):
+                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))  # no frame is further away
+                d = banded_distance(scored, rule.window, cu_seqlens=cu_seqlens, lengths=lengths)
             elif rule.needs_distance:
                 d = adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths)
             elif not isinstance(rule, LabelChange):
-                d = torch.zeros(x.shape[:-1], device=x.device)
+                d = torch.zeros(x.shape[:-1], dtype=torch.float32, device=x.device)
         segments = select_boundaries(
             d,
             rule,

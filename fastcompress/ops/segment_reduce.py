@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_segment_values, check_values_of_rows
+from fastcompress.checks import as_integer, check_float, check_segment_values, check_values_of_rows, unnest
 from fastcompress.dispatch.call import Op, call, differentiable_once
 from fastcompress.segments import Segments, check_segments
 
@@ -18,17 +18,18 @@ _weighted_op: Op[Tensor] = _ops.segment_weighted_mean.default
 _weighted_backward_op: Op[tuple[Tensor, Tensor]] = _ops.segment_weighted_mean_backward.default
 _expand_op: Op[Tensor] = _ops.segment_expand.default
 
-REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
+Reduce = Literal["mean", "sum", "max", "first", "last", "middle"]
+REDUCTIONS: tuple[str, ...] = get_args(Reduce)
 
 
-def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights: Tensor | None = None) -> Tensor:
+def segment_reduce(x: Tensor, segments: Segments, reduce: Reduce = "mean", weights: Tensor | None = None) -> Tensor:
     """Reduce each segment to one row.
 
     Sums are computed in fp32 (fp64 for fp64 input) in a fixed order and rounded once, so the result has the same bits
     on every backend and with any number of threads. An empty segment gives 0.
 
     Args:
-        x: Rows that were segmented, ``[N, D]`` or ``[B, T, D]``; fp32, fp16, bf16 or fp64.
+        x: Rows that were segmented, ``[N, D]``, ``[B, T, D]`` or jagged nested ``[B, j, D]``; fp32, fp16, bf16 or fp64.
         segments: Segments of these rows.
         reduce: ``"mean"``, ``"sum"``, ``"max"`` (NaN if any frame is NaN), or one frame of the segment: ``"first"``,
             ``"last"`` or ``"middle"`` (the earlier of the two middle frames).
@@ -44,6 +45,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
         TypeError: If an argument has a wrong type or dtype.
         ValueError: If a shape, device or value is invalid; the message names it.
     """
+    x, _ = unnest("x", x)
     check_float("x", x)
     if x.dim() not in (2, 3):
         raise ValueError(f"x must have shape [N, D] or [B, T, D], got {list(x.shape)}")
@@ -61,6 +63,7 @@ def segment_reduce(x: Tensor, segments: Segments, reduce: str = "mean", weights:
     else:
         if reduce != "mean":
             raise ValueError(f"weights need reduce='mean', got reduce={reduce!r}")
+        weights, _ = unnest("weights", weights)
         check_values_of_rows("weights", weights, x)
         weights = weights.reshape(-1).to(torch.float64 if x.dtype == torch.float64 else torch.float32)
         op, args = _weighted_op, (rows, weights, starts, lengths)
@@ -84,7 +87,7 @@ def segment_expand(y: Tensor, segments: Segments) -> Tensor:
     """
     check_float("y", y)
     check_segments(segments, y)
-    starts, lengths, num_rows = segments.starts, segments.lengths, segments.num_rows
+    starts, lengths, num_rows = segments.starts, segments.lengths, as_integer("num_rows", segments.num_rows)
     if y.dim() != 2 or y.shape[0] != starts.shape[0]:
         raise ValueError(f"y must have shape [{starts.shape[0]}, D], one row per segment, got {list(y.shape)}")
     return call(

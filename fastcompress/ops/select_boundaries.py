@@ -5,17 +5,26 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastcompress.checks import check_float, check_integers, check_layout, check_layout_values, check_same_device
+from fastcompress.checks import (
+    as_integer,
+    check_float,
+    check_integers,
+    check_layout,
+    check_layout_values,
+    check_same_device,
+    values_are_checked,
+)
 from fastcompress.dispatch.call import Op, call
 from fastcompress.ops import scalar_rules
-from fastcompress.rules import LabelChange, LocalMax, Lookback, Rule, Threshold, as_rule, max_segments
+from fastcompress.ops.min_variance import min_variance_boundaries
+from fastcompress.rules import LabelChange, LocalMax, Lookback, MinVariance, Rule, Threshold, as_rule, max_segments
 from fastcompress.segments import Segments
 
 _op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundaries.default
 
 
 def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Return the number of frames before each sequence, ``[B + 1]`` int32.
+    """Return the number of frames before each sequence, ``[B + 1]`` int32, in memory of its own.
 
     Args:
         rows: The input, ``[N, ...]`` packed or ``[B, T, ...]`` padded.
@@ -31,10 +40,9 @@ def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths
         raise ValueError(f"the input must have fewer than 2**31 rows, the limit of int32 offsets, got {count}")
     if not padded:
         if cu_seqlens is None:
-            if rows.is_cuda:  # a copy from the host would synchronize, and is not allowed in a CUDA graph
-                return torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
-            return torch.tensor([0, rows.shape[0]], dtype=torch.int32, device=rows.device)
-        return cu_seqlens.int()
+            # A copy from the host would synchronize, and is not allowed in a CUDA graph.
+            return torch.arange(2, dtype=torch.int32, device=rows.device) * rows.shape[0]
+        return cu_seqlens.to(torch.int32, copy=True)
     if lengths is None:
         return torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device) * rows.shape[1]
     return torch.nn.functional.pad(lengths.cumsum(0, dtype=torch.int32), (1, 0))
@@ -55,13 +63,14 @@ def select_boundaries(
 
     Args:
         d: Distance between each frame and the next (``adjacent_distance``), ``[N]`` packed or ``[B, T]`` padded;
-            the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` needs the
-            distances at lags 1 to ``window``, ``[N, window]`` or ``[B, T, window]``. ``LabelChange`` takes ``None``.
+            the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` and
+            ``MinVariance`` need the distances at lags 1 to ``rule.window`` ([`banded_distance`][]), ``[N, window]`` or
+            ``[B, T, window]``. ``LabelChange`` takes ``None``.
         rule: A rule or its text form.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
         cu_seqlens: See ``adjacent_distance``.
         lengths: See ``adjacent_distance``.
-        attention_mask: Mask of padded input, ``[B, T]``; frames where it is 0 are dropped.
+        attention_mask: Mask of padded input, ``[B, T]``: 1 keeps a frame, 0 drops it; see [`segment_pool`][].
         row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
             own; k > 0: the rule is applied to each run of neighbouring frames of the same k as if it were a sequence.
         compact: If true, size the result exactly, which reads the number of segments from the device. If false, return
@@ -120,17 +129,21 @@ def _select_scalar(
         check_float("d", d)
         assert d is not None
         rows, flat = d.detach(), d.detach().reshape(-1)
-        if isinstance(rule, Lookback):
+        if isinstance(rule, (Lookback, MinVariance)):
             if d.dim() not in (2, 3) or d.shape[-1] != rule.window:
                 raise ValueError(f"d must have shape [..., {rule.window}], one distance per lag, got {list(d.shape)}")
             rows, flat = rows[..., 0], rows.reshape(-1, rule.window).T
-            min_len, max_len = 1, None  # scalar_rules.starts applies them for this rule
+            min_len, max_len = 1, None  # the rule has applied them itself
     row_group = check_layout(rows, 1, cu_seqlens, lengths, attention_mask, row_group)
     if isinstance(rule, LabelChange) and rule.blank is not None:
         kept = torch.ones_like(rows, dtype=torch.int32) if row_group is None else row_group
         row_group = torch.where(rows.long() == rule.blank, -1, kept)  # int64, because the blank may exceed the dtype
-    runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
-    mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
+    if isinstance(rule, MinVariance):
+        assert d is not None
+        mask = min_variance_boundaries(d.detach(), rule, cu_seqlens, lengths, row_group)
+    else:
+        runs = scalar_rules.find_runs(rows.shape, rows.device, cu_seqlens, lengths, row_group)
+        mask = scalar_rules.starts(rule, flat, None if labels is None else labels.reshape(-1), runs)
     return segments_from_mask(
         mask.view(rows.shape),
         cu_seqlens=cu_seqlens,
@@ -287,15 +300,14 @@ def segments_from_starts(
         raise TypeError(f"starts must be an int32 or int64 tensor, got {got}")
     if starts.dim() != 1:
         raise ValueError(f"starts must have shape [S], got {list(starts.shape)}")
-    if isinstance(num_rows, bool) or not isinstance(num_rows, (int, torch.SymInt)):
-        raise TypeError(f"num_rows must be an integer, got {num_rows!r}")
+    num_rows = as_integer("num_rows", num_rows)
     if num_rows < 0:
         raise ValueError(f"num_rows must not be negative, got {num_rows}")
     if not torch.compiler.is_compiling() and num_rows >= 2**31:
         raise ValueError(f"num_rows must be less than 2**31, the limit of int32 offsets, got {num_rows}")
     if cu_seqlens is not None:
         check_same_device("cu_seqlens", cu_seqlens, starts)
-    if starts.device.type == "cpu" and not torch.compiler.is_compiling() and starts.numel():
+    if values_are_checked(starts) and starts.numel():
         low, high = int(starts.min()), int(starts.max())
         if low < 0 or high >= num_rows:
             wrong = low if low < 0 else high

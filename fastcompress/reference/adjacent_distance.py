@@ -67,11 +67,11 @@ def cosine_distance(a: Tensor, b: Tensor) -> Tensor:
 def pair_mask(x: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, lag: int) -> Tensor:
     """Return whether rows ``t`` and ``t + lag`` are frames of the same sequence, bool of shape ``x.shape[:-1]``."""
     if x.dim() == 3:
-        row = torch.arange(x.shape[1], device=x.device)
+        row = torch.arange(x.shape[1], dtype=torch.int64, device=x.device)
         if lengths is None:
             return (row + lag < x.shape[1]).expand(x.shape[:2])
         return row + lag < lengths[:, None]
-    row = torch.arange(x.shape[0], device=x.device)
+    row = torch.arange(x.shape[0], dtype=torch.int64, device=x.device)
     if cu_seqlens is None:
         return row + lag < x.shape[0]
     ends = cu_seqlens[1:].long()

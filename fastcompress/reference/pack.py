@@ -32,10 +32,10 @@ def _sequence_rows(
         position = row % max(shape[1], 1)
         inside = torch.ones_like(row, dtype=torch.bool)
         if lengths is not None:
-            inside = (torch.arange(shape[1], device=row.device) < lengths[:, None]).reshape(-1)
-        return inside, position == 0, torch.arange(shape[0] + 1, device=row.device) * shape[1]
+            inside = (torch.arange(shape[1], dtype=torch.int64, device=row.device) < lengths[:, None]).reshape(-1)
+        return inside, position == 0, torch.arange(shape[0] + 1, dtype=torch.int64, device=row.device) * shape[1]
     if cu_seqlens is None:
-        return row >= 0, row == 0, torch.arange(2, device=row.device) * shape[0]
+        return row >= 0, row == 0, torch.arange(2, dtype=torch.int64, device=row.device) * shape[0]
     bounds = cu_seqlens.long().clamp(0, shape[0])
     first = torch.zeros(shape[0] + 1, dtype=torch.bool, device=row.device).index_fill(0, bounds, True)[:-1]
     return (row >= bounds[0]) & (row < bounds[-1]), first, bounds
@@ -76,7 +76,7 @@ def pack_map(
     device, num_audios = row_group.device, audio_cu_seqlens.shape[0] - 1
     group = row_group.reshape(-1)
     num_rows = group.shape[0]
-    row = torch.arange(num_rows, device=device)
+    row = torch.arange(num_rows, dtype=torch.int64, device=device)
     inside, first, bounds = _sequence_rows(row_group.shape, cu_seqlens, lengths, row)
     text = inside & (group == KEEP)
     run = inside & (group > KEEP) & (first | (group != group.roll(1)))
@@ -88,7 +88,7 @@ def pack_map(
     place = torch.where(run, runs_before[:-1], num_audios)
     texts_before_audio = torch.zeros(num_audios + 1, dtype=torch.int64, device=device)
     texts_before_audio = texts_before_audio.scatter(0, place, texts_before[:-1])
-    audio_row = torch.arange(num_audio_rows, device=device)
+    audio_row = torch.arange(num_audio_rows, dtype=torch.int64, device=device)
     audio = torch.searchsorted(audio_begin[1:], audio_row, right=True)
     used = audio < runs_before[-1]
     target = torch.cat(
@@ -114,7 +114,9 @@ def pack_map(
         size = count if compact else size
     target = torch.where(target < size, target, -1)
     source = torch.full((size + 1,), -1, dtype=torch.int64, device=device)
-    source = source.scatter(0, torch.where(target < 0, size, target), torch.arange(len(target), device=device))[:-1]
+    source = source.scatter(
+        0, torch.where(target < 0, size, target), torch.arange(len(target), dtype=torch.int64, device=device)
+    )[:-1]
     index = source.clone()
     if ids is not None:
         rows_of_table = ids.reshape(-1).long()
@@ -130,7 +132,7 @@ def pack_labels(source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: T
     Positions are 0 after the last sequence. Labels are kept for text rows, except the first row of each sequence, which
     no row precedes to predict it from; all others are ``IGNORED_LABEL``.
     """
-    packed = torch.arange(source.shape[0], device=source.device)
+    packed = torch.arange(source.shape[0], dtype=torch.int64, device=source.device)
     begins = cu_seqlens[:-1].long()
     sequence = torch.searchsorted(cu_seqlens[1:].contiguous(), packed.int(), right=True)
     in_sequence = sequence < begins.shape[0]

@@ -102,7 +102,7 @@ def select_boundaries(
     distances = d.reshape(-1).tolist()
     row_group_list = None if row_group is None else row_group.reshape(-1).tolist()
     if threshold != -math.inf:
-        threshold = torch.tensor(threshold, dtype=d.dtype).item() if d.is_floating_point() else threshold
+        threshold = torch.tensor(threshold, dtype=d.dtype, device="cpu").item() if d.is_floating_point() else threshold
     segments: list[tuple[int, int]] = []
     counts = [0]
     for begin, end in sequence_ranges(d.shape, cu_seqlens, lengths):

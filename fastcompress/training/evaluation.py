@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fastcompress.audio import AudioError
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.limits import counting_answers
 from fastcompress.training.examples import Examples
 from fastcompress.training.normalization import normalizer
 
@@ -67,6 +68,7 @@ class Result:
     clipped: int
 
 
+@counting_answers()  # it counts them itself, over all batches
 @torch.inference_mode()
 def transcribe(
     model: Any,

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.limits import counting_answers
 from fastcompress.files import check_folder, named, reason, write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
 from fastcompress.integrations.transformers.prompts import processor_inputs
@@ -291,6 +292,7 @@ def _read(path: str, settings: FinetuneSettings, skipped: Skipped, training: boo
     return skipped.decode(path, skipped.read(path, settings.max_seconds, training), 16000)
 
 
+@counting_answers()  # it counts them itself, over all batches
 @torch.no_grad()
 def score(
     model: Any,

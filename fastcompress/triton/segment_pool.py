@@ -34,7 +34,7 @@ def segment_pool(
     work. Otherwise five launches: sequences twice, distances, boundaries, means; six with ``min_len`` or ``max_len``.
 
     ``compact`` reads the number of segments from the device once. Buffers have the size of the upper bound; their head
-    is returned, as a copy if it is less than half. Without ``compact`` nothing is read.
+    is returned, as a copy if that saves more than a tenth. Without ``compact`` nothing is read.
 
     Returns:
         Values [M, D], starts and lengths [M] int64, and ``cu_segments`` [B + 1] int32.

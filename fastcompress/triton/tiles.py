@@ -197,9 +197,9 @@ def collect_segments(
 
 
 def first_rows(tensor: Tensor, count: int) -> Tensor:
-    """Return the first ``count`` rows; a copy if less than half is kept, which frees the memory of the upper bound."""
+    """Return the first ``count`` rows; a copy if that saves more than a tenth of the memory of the upper bound."""
     rows = tensor[:count]
-    return rows if 2 * count >= tensor.shape[0] else rows.clone()
+    return rows if 10 * count >= 9 * tensor.shape[0] else rows.clone()
 
 
 @triton.jit

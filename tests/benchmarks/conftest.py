@@ -1,4 +1,4 @@
-"""What the tests of the benchmarks share."""
+"""Fixtures of the tests of the benchmarks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def _threads() -> Iterator[None]:
 
 @pytest.fixture
 def bench(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Bench:
-    """Two rounds on small caches; measurements go to ``out.jsonl``."""
+    """Return a harness with two rounds and small caches that writes measurements to ``out.jsonl``."""
     monkeypatch.setattr(cases, "MIN_ROTATION", 1 << 20)
     recorder = Recorder(tmp_path / "out.jsonl", {"reps": 2})
     return Bench(recorder, quick=True, reps=2, tries=1, cache=1 << 10)

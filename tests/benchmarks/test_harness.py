@@ -1,4 +1,4 @@
-"""The harness: it interleaves, refuses wrong contenders, and writes down what it measured."""
+"""The harness: it interleaves contenders, rejects wrong ones, and records measurements."""
 
 from __future__ import annotations
 
@@ -91,12 +91,12 @@ def test_a_wrong_contender_is_refused(bench: Bench, breakage):
     (refused,) = (row for row in bench.recorder.measurements if row["contender"] == "broken")
     assert refused["not_timed"].startswith("fails: RuntimeError: no kernel" if breakage is _raises else "wrong: ")
     ours = Contender(OURS, OURS, broken.build)
-    with pytest.raises(WrongResult, match="segment_pool, S1: fastcompress: "):  # then there is nothing to compare with
+    with pytest.raises(WrongResult, match="segment_pool, S1: fastcompress: "):  # nothing to compare with
         run(bench, [ours, Contender("right", "eager", lambda: right)])
 
 
 def test_what_the_checks_refuse():
-    def native(x: torch.Tensor) -> torch.Tensor:  # finds other segments: timing it would compare different work
+    def native(x: torch.Tensor) -> torch.Tensor:  # finds other segments, so its time is not comparable
         return (1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)).float()
 
     inputs = Inputs(features(1500, 256, torch.bfloat16), cu_seqlens((1500,)))
@@ -122,7 +122,7 @@ def test_functions_are_timed_in_turn():
     order: list[str] = []
     functions = {name: lambda i, name=name: (numbers.append(i), order.append(name)) for name in "abc"}
     samples, disturbance = interleave(functions, reps=5, calls=2, tries=1)
-    assert numbers == list(range(len(numbers)))  # no buffer comes twice before all others
+    assert numbers == list(range(len(numbers)))  # each buffer is used once before any is reused
     rounds = ["".join(dict.fromkeys(order[start : start + 6])) for start in range(3, len(order), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 1
     assert {len(s.quiet) + len(s.disturbed) for s in samples.values()} == {5} and disturbance.samples == 15
@@ -135,7 +135,7 @@ def test_functions_are_timed_in_turn():
 
 @pytest.mark.parametrize("threads, seconds", [(1, 0.1), (2, 1.0)])
 def test_disturbed_samples(monkeypatch: pytest.MonkeyPatch, threads: int, seconds: float):
-    """A second, of which another process had the core for 0.9; waiting is subtracted on one thread."""
+    """Another process had the core for 0.9 of a second. On one thread, waiting time is subtracted."""
     assert Samples([1.0, 2.0, 3.0], [100.0]).median == 2.0 and Samples([1.0], [5.0, 6.0]).median == 5.0
     torch.set_num_threads(threads)
     monkeypatch.setattr(clock, "_waited", iter([5.0, 5.9, 7.0, 7.0]).__next__)

@@ -1,4 +1,4 @@
-"""The report, its plots and the gate: what is committed is what the measurements give."""
+"""The report, its plots and the gate. The committed report and plots match the committed measurements."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import aims, gate, plots, report, tables
 from benchmarks.harness import machine
 from benchmarks.measurement import BOTH, FORWARD, OURS, RESULTS, Results, parse, read, read_all
 
-MOST = 200_000  # bytes of a plot
+MOST = 200_000  # maximum bytes of a plot
 MACHINE = {
     "cpu": "Some CPU", "cores": 4, "caches": {"L1": 32 << 10}, "memory": 1 << 30, "isa": "AVX2", "system": "Linux"
 }  # fmt: skip
@@ -39,8 +39,8 @@ def results(*rows: Row) -> Results:
     return parse(map(json.dumps, [header("2026"), *rows]), "test")
 
 
-def test_the_committed_report_is_what_the_results_give():
-    """If it is not: `make bench-report`."""
+def test_the_committed_report_matches_the_results():
+    """If this fails, run `make bench-report`."""
     machines = read_all()
     text = report.REPORT.read_text(encoding="utf-8")
     assert text == report.text(machines)
@@ -77,7 +77,7 @@ def test_the_committed_plots_are_drawn_from_the_results(tmp_path: Path):
 
 
 def test_committed_measurements():
-    """Times are positive and in order, and the gate finds every table again in itself."""
+    """Times are positive and in order, and the gate passes when it compares the measurements with themselves."""
     found = 0
     for path in RESULTS.glob("*.jsonl"):
         for line in map(json.loads, path.read_text().splitlines()):
@@ -112,9 +112,9 @@ def test_a_table_of_pooling():
         and "| b | | 0.500x |" in text
     )
     assert "Not timed: `c` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
-    assert "| fp32 forward against compile | >= 3.2 | 2.00 | |" in text  # an aim that was missed
+    assert "| fp32 forward against compile | >= 3.2 | 2.00 | |" in text  # a missed target
     assert "| fp32 forward / bandwidth bound, fresh | <= 1.25 | 2.00 | |" in text
-    # A table that was measured in stages has the multiples of each stage.
+    # A table that was measured in several runs has the multiples of each run.
     rows = [row("fastcompress", OURS, 1.0, stage="eager"), row("a", "eager", 2.0, stage="eager")]
     rows += [row("fastcompress", OURS, 2.0, stage="compile"), row("b", "compile", 6.0, stage="compile")]
     found = tables.timed(results(*rows).rows)
@@ -149,7 +149,7 @@ def test_the_roof_and_figures():
 
 
 def write(path: Path, change: Callable[[Row], Row | None] = lambda one: one) -> Path:
-    """Two tables of pooling and one of a method, changed row by row."""
+    """Write two tables of pooling and one of a method, with a change of each row."""
     rows = [
         row(name, OURS if i == 0 else "eager", s)
         for i, (name, s) in enumerate((("fastcompress", 1), ("a", 2), ("b", 8), ("c", 4)))
@@ -165,7 +165,7 @@ def write(path: Path, change: Callable[[Row], Row | None] = lambda one: one) -> 
 
 
 def slower(one: Row) -> Row:
-    """Our method takes 1.5 times as long."""
+    """Return the measurement, with 1.5 times the time if it is of our method."""
     return one | {"p10": one["p10"] * 1.5} if (one["case"], one["group"]) == ("CIF", OURS) else one
 
 
@@ -175,7 +175,7 @@ def test_the_gate_compares_ratios_and_not_times(tmp_path: Path, capsys: pytest.C
     now = write(tmp_path / "now.jsonl", lambda one: one | {"p10": one["p10"] * 3})  # a slower machine
     assert [change.factor for change in gate.compare(read(then).rows, read(now).rows)] == [1, 1, 1]
     write(now, lambda one: one | {"p10": one["p10"] / 1.5} if one["contender"] == "b" else one)
-    assert gate.main([*arguments, str(now)]) == 0  # one baseline does not move it
+    assert gate.main([*arguments, str(now)]) == 0  # a change of one baseline does not fail
     assert "lost ground" not in capsys.readouterr().out
     write(now, slower)
     assert gate.main([*arguments, str(now)]) == 1
@@ -197,7 +197,7 @@ def test_the_gate_compares_with_this_machine_only(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_gate_measures_and_misses(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
-    """Suites and dtypes of the committed tables; a table of those that was not measured again fails."""
+    """The gate measures the suites and dtypes of the committed tables. A table that is not measured again fails."""
     then, calls = write(tmp_path / "then.jsonl"), []
     missing: list[str] = []
 
@@ -213,7 +213,7 @@ def test_the_gate_measures_and_misses(monkeypatch: pytest.MonkeyPatch, tmp_path:
     missing[:] = ["CIF"]
     assert gate.main(["--committed", str(then)]) == 1
     assert capsys.readouterr().err == "not measured any more: methods, CIF, float32, 1 thr, forward\n"
-    missing[:] = ["S2"]  # which is not asked for
+    missing[:] = ["S2"]  # this case is not requested
     assert gate.main(["--committed", str(then)]) == 0
     monkeypatch.setattr(gate, "measure", lambda arguments: 3)
     assert gate.main(["--committed", str(then)]) == 3

@@ -1,4 +1,4 @@
-"""The suites: every form gives the right result, a wrong one is refused, and the harness of the GPU runs dry."""
+"""The suites: every form gives the right result, a wrong one is rejected, and the GPU harness has a dry run."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def test_every_form_of_packing(bench: Bench, dtype: torch.dtype, monkeypatch: py
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_published_methods(bench: Bench, dtype: torch.dtype):
-    """Every published form gives our tokens and our gradients; one that does not stops the suite."""
+    """Every published form gives our tokens and gradients. A form that does not stops the suite."""
     bench.reps = 1
     batch = methods.batch(methods.QUICK, dtype)
     for method in methods.METHODS:
@@ -94,11 +94,11 @@ def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
         return right(self) | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": count}
 
     expected = decoder.build(decoder.PADDED, decoder.SIZES["quick"])(False)[0]
-    monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)  # samples that see each other
+    monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)  # attends across samples
     with pytest.raises(WrongResult, match="packed, fastcompress: .*logits are off"):
         compare(bench, one)
     wrong = decoder.build(decoder.PACKED, decoder.SIZES["quick"])(False)[0]
-    with pytest.raises(WrongResult, match="logits are off"):  # also by what is allowed in bf16
+    with pytest.raises(WrongResult, match="logits are off"):  # also with the tolerance for bf16
         decoder.check_logits("packed", wrong, expected, decoder.TOLERANCE[torch.bfloat16])
 
 

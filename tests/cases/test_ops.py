@@ -1,7 +1,4 @@
-"""Inputs that users of similar projects reported, with the right value, for the ops and modules.
-
-A case that is marked as an expected failure is an open fault. The mark is strict: whoever fixes the fault removes it.
-"""
+"""Inputs that users of similar projects reported, with the right value, for the ops and modules."""
 
 from __future__ import annotations
 
@@ -18,14 +15,6 @@ from torch.utils.checkpoint import checkpoint
 import fastcompress as fc
 
 SCALAR_RULES = ("top-k:rate=2", "lookback:3,threshold=0.5", "peak-height", "local-max:normalize=True")
-
-
-def fault(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=reason, raises=errors or AssertionError, strict=True)
-
-
-#: The number of rounds follows the length.
-FUSION = pytest.param(fc.nn.IterativeFusion(7), marks=fault("the length is made a constant", AssertionError))
 
 
 @pytest.mark.parametrize("module", [fc.nn.IterativeFusion(2), fc.nn.BipartiteMerge(4.0)], ids=["fusion", "merge"])
@@ -45,7 +34,7 @@ def test_export_keeps_the_length_dynamic(rule: str):
 @pytest.mark.parametrize(
     "module",
     [
-        fc.nn.BipartiteMerge(2.0), fc.nn.BipartiteMerge(4.0, window=4), FUSION,
+        fc.nn.BipartiteMerge(2.0), fc.nn.BipartiteMerge(4.0, window=4), fc.nn.IterativeFusion(7),
         fc.nn.GreedySegments(0.9), fc.nn.NoveltyPool(0.9), fc.nn.LearnedBoundary(16), fc.nn.IntegrateAndFire(16),
     ],
     ids=str,
@@ -67,8 +56,9 @@ def test_a_symbolic_trace_keeps_the_length_dynamic():
 
 
 @pytest.mark.skipif("config.getoption('--device') or config.getoption('--emulated') is not None", reason="of the CPU")
-@fault("small results keep the buffer of the upper bound")
-@pytest.mark.parametrize("how", ["threshold:1.9", "threshold:1.05", "local-max:order=3", "row_group"])
+@pytest.mark.parametrize(
+    "how", ["threshold:1.9", "threshold:1.05", "threshold:0.95", "local-max", "local-max:order=3", "row_group"]
+)
 def test_a_result_holds_the_memory_it_needs(how: str):
     usable = ctypes.CDLL(None).malloc_usable_size
     usable.restype, usable.argtypes = ctypes.c_size_t, [ctypes.c_void_p]
@@ -112,7 +102,6 @@ def test_an_error_under_vmap_is_that_of_the_input():
         torch.vmap(lambda x: fc.segment_pool(x, rule="uniform:4", cu_seqlens=torch.tensor([0, 99])).values)(batch)
 
 
-@fault("NumPy's numbers are refused", TypeError, ValueError)
 @pytest.mark.parametrize("case", range(5))
 def test_numbers_of_numpy_are_taken(case: int):
     np, x = pytest.importorskip("numpy"), torch.randn(40, 16)
@@ -126,15 +115,20 @@ def test_numbers_of_numpy_are_taken(case: int):
     assert calls[case]()
 
 
-@pytest.mark.parametrize("layout", [torch.jagged, torch.strided], ids=str)
-def test_a_nested_tensor_is_refused_by_name(layout: torch.layout):
-    nested = torch.nested.nested_tensor([torch.randn(3, 4), torch.randn(2, 4)], layout=layout)
-    with pytest.raises(TypeError, match="x must be a dense tensor"):
+def test_a_strided_nested_tensor_is_refused_with_the_fix():
+    parts = [torch.randn(3, 4), torch.randn(2, 4)]
+    nested = torch.nested.nested_tensor(parts, layout=torch.strided)
+    with pytest.raises(TypeError, match="x must be a dense tensor, .*layout=torch.jagged") as error:
         fc.segment_pool(nested)
+    fixed = eval(str(error.value).partition("make it jagged with ")[2], {"torch": torch, "x": nested})
+    assert torch.equal(
+        fc.segment_pool(fixed, "uniform:2").values,
+        fc.segment_pool(nested.to_padded_tensor(0.0), "uniform:2", lengths=torch.tensor([3, 2])).values,
+    )
 
 
 @pytest.mark.slow  # it compiles C++
-@pytest.mark.parametrize("rule", ["threshold:0.8", "local-max"])
+@pytest.mark.parametrize("rule", ["threshold:0.8", "threshold:inf", "local-max"])
 def test_a_package_of_aot_inductor_loads(rule: str, tmp_path: Path):
     class Model(torch.nn.Module):
         def forward(self, x: torch.Tensor) -> torch.Tensor:

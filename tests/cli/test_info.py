@@ -33,7 +33,7 @@ def text(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, archs: str, *devices: backends.Device, no_triton: str | None = None):
-    """A compiled library with CUDA kernels for ``archs``, and these GPUs."""
+    """Pretend that the compiled library has CUDA kernels for ``archs`` and that these GPUs are installed."""
     for module in (backends, info):
         monkeypatch.setattr(module, "COMPILED", True)
         monkeypatch.setattr(module, "cuda_archs", lambda: archs)
@@ -117,7 +117,7 @@ def test_machines(
     assert [line for line in expected if line not in lines] == []
     library = next(line for line in lines if line.startswith("library"))
     assert library.endswith(f"CUDA 13.0 kernels for {archs}" if archs else "no CUDA kernels")
-    assert backends.undecided and backends._override is None  # telling does not choose
+    assert backends.undecided and backends._override is None  # `info` does not choose a backend
 
 
 def test_a_choice_shows(capsys: pytest.CaptureFixture[str]):

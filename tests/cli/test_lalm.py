@@ -1,4 +1,4 @@
-"""``fastcompress make-data``, ``train``, ``evaluate`` and ``transcribe``, as one types them."""
+"""``fastcompress make-data``, ``train``, ``evaluate`` and ``transcribe`` on the command line."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def run(data: Path) -> Path:
-    """A model that has learnt the tones, trained as one would."""
+    """Train a model on the tones with the command, and return its folder."""
     config = data / "run.yaml"
     config.write_text(yaml.safe_dump({"data": str(data / "train.jsonl"), "max-steps": 9, "learning_rate": 2e-3}))
     more = flags(max_steps=150, warmup_steps=10, rule="uniform:2", threads=1, save_steps=100)
@@ -76,7 +76,7 @@ def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
 
 
 def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """By the words of another utterance, for one. Its header is fine: it shows when it is decoded."""
+    """A file with a valid header is damaged inside, which is found when it is decoded. It must not be scored."""
     good = read_manifest(data / "test.jsonl")[:4]
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
     bad = replace(good[1], audio_filepath=tmp_path / "nan.wav", duration=0.5, target="low low low low")
@@ -103,7 +103,7 @@ def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, caps
 
 
 def test_choices_of_make_data_are_those_that_there_are():
-    """They are declared a second time so that ``--help`` need not import the synthesis."""
+    """The command repeats the choices, so that ``--help`` need not import the synthesis."""
     assert cli_make_data._TASKS == tuple(TASKS) and cli_make_data._DIRECTIONS == DIRECTIONS
 
 

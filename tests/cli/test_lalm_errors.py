@@ -1,4 +1,4 @@
-"""Mistakes that end the commands in one line, and not in a traceback."""
+"""Mistakes that end a command with one line instead of a traceback."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.lalm_data import write_tones
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Tones, and ``model``, which has learnt nothing."""
+    """Write tones, and an untrained model in the folder ``model``."""
     folder = tmp_path_factory.mktemp("errors")
     model, processor = build_small(read_manifest(write_tones(folder, 4)))
     for part in (model, processor):
@@ -50,7 +50,7 @@ def test_parts_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.Cap
 
 
 def test_a_name_that_is_no_text(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Of a file system whose names are bytes: in Python what is no UTF-8 is half of a pair."""
+    """A file name that is not UTF-8 contains lone surrogates in Python."""
     name = os.fsdecode(b"bad\xff.wav")
     try:
         shutil.copy(data / "audio" / "train-0.wav", tmp_path / name)

@@ -1,4 +1,4 @@
-"""Flags and files of ``train`` and ``finetune`` as a user meets them: help, errors, and what starting costs."""
+"""Flags and YAML files of ``train`` and ``finetune``: help, errors, and imported modules."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_help(command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     assert "--max-steps INT Updates of the weights (default: 1000)" in words
     assert "--data MANIFEST Manifest to train on (required)" in words
     assert "--bf16, --no-bf16" in text
-    assert not any(line.rstrip().endswith("-") for line in lines)  # no flag is broken
+    assert not any(line.rstrip().endswith("-") for line in lines)  # no line ends inside a flag
     assert words.endswith(EXIT_CODES)
 
 

@@ -1,4 +1,4 @@
-"""The emulated kernels are bound by pybind11."""
+"""Skip the tests of the emulated kernels if pybind11, which binds them, is not installed."""
 
 from tests.support.skips import skip_without
 

@@ -1,7 +1,8 @@
-"""Gates of the CUDA build that need nvcc and no GPU. The kernels run in tests/gpu/test_ops.py, and emulated.
+"""Tests of the CUDA build that need nvcc but no GPU. Other tests run the kernels on a GPU and in the emulator.
 
-Short: one architecture. Slow: those of a wheel. Registers, shared memory and 128-bit instructions are held to
-tests/csrc/cuda_resources.json; after a change that is meant, ``python -m tests.support.cuda_build`` rewrites it.
+``make test`` compiles for one architecture, and the slow tests for those of a wheel. Registers, shared memory and
+128-bit instructions are compared with tests/csrc/cuda_resources.json. After an intended change,
+``python -m tests.support.cuda_build`` rewrites this table.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from tests.support import cuda_build
 from tests.support.cuda_build import ARCHS, Kernel
 
 PACKAGE = Path(fastcompress.__file__).parent
-# Division, square root and reciprocal that are not rounded as IEEE 754 has it, and results that lose subnormals.
+# Instructions for division, square root and reciprocal that do not round by IEEE 754, or that flush subnormals.
 INEXACT = re.compile(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx|rcp\.approx|\w+(?:\.\w+)*\.ftz)\S*")
 FUSED = re.compile(r"\bfma\.\S+")
 
@@ -51,7 +52,7 @@ def aligned(name: str) -> bool:
 
 
 def test_loads_without_cuda(library: Path, tmp_path: Path):
-    """It loads under a CPU build of torch as well; CUDA is looked up at the first call with a CUDA tensor."""
+    """The library also loads with a CPU build of torch. It initializes CUDA at the first call with a CUDA tensor."""
     shutil.copytree(PACKAGE, tmp_path / "fastcompress", ignore=shutil.ignore_patterns("*.so", "__pycache__"))
     shutil.copy(library, tmp_path / "fastcompress")
     env = {**os.environ, "PYTHONPATH": str(tmp_path), "FASTCOMPRESS_BACKEND": "cuda", "CUDA_VISIBLE_DEVICES": ""}
@@ -70,21 +71,21 @@ def test_loads_without_cuda(library: Path, tmp_path: Path):
     assert run("-c", pool).split() == ["3"]
 
 
-def test_nothing_of_cuda_is_needed_to_load(library: Path):
+def test_library_needs_no_cuda_library(library: Path):
     dynamic = subprocess.check_output(["readelf", "-d", library], text=True)
     needed = re.findall(r"\(NEEDED\).*\[(.+)\]", dynamic)
-    assert "libtorch.so" in needed  # brings libtorch_cuda along where there is one
+    assert "libtorch.so" in needed  # it loads libtorch_cuda in CUDA builds of torch
     assert [name for name in needed if "cuda" in name or "cudart" in name] == []
     symbols = subprocess.check_output(["nm", "-D", "--undefined-only", library], text=True).split("\n")
     pairs = [line.split() for line in symbols if line]
-    # The current stream is asked for weakly; the number of CUDA among the kinds of devices is in libtorch_cpu.
+    # The function for the current stream is a weak symbol. The other one, in libtorch_cpu, returns the device type.
     assert ["w", "aoti_torch_get_current_cuda_stream"] in pairs
     strong = [name for kind, name in pairs if kind == "U" and "cuda" in name]
     assert set(strong) <= {"aoti_torch_device_type_cuda"}
     assert [name for _, name in pairs if name.startswith(("Py", "_Py"))] == []
 
 
-def test_registers_that_spill_fail_the_build(library: Path, tmp_path: Path):
+def test_a_register_spill_fails_the_build(library: Path, tmp_path: Path):
     source = tmp_path / "spills.cu"
     source.write_text(
         "__global__ void __launch_bounds__(1024, 2) spills(float* x) {\n"
@@ -109,35 +110,35 @@ def test_every_architecture_has_every_kernel(kernels: dict[str, dict[str, Kernel
 def test_resources_are_no_worse_than_in_the_table(kernels: dict[str, dict[str, Kernel]]):
     table = cuda_build.read_table()
     if table["nvcc"] != cuda_build.nvcc_version():
-        pytest.skip(f"the table is of nvcc {table['nvcc']}, this is {cuda_build.nvcc_version()}")
+        pytest.skip(f"the table is for nvcc {table['nvcc']}, the installed one is {cuda_build.nvcc_version()}")
     problems = []
     for arch, by_name in kernels.items():
         expected = table["kernels"].get(arch, {})
         problems += [f"{arch} {name}: not in the table" for name in sorted(set(by_name) - set(expected))]
-        problems += [f"{arch} {name}: in the table only" for name in sorted(set(expected) - set(by_name))]
+        problems += [f"{arch} {name}: only in the table" for name in sorted(set(expected) - set(by_name))]
         for name in sorted(set(expected) & set(by_name)):
             now, before = by_name[name], expected[name]
             for what in ("registers", "stack", "shared"):
                 if getattr(now, what) > getattr(before, what):
                     problems.append(f"{arch} {name}: {what} {getattr(before, what)} -> {getattr(now, what)}")
             if lost := set(before.wide) - set(now.wide):
-                problems.append(f"{arch} {name}: no 128-bit {', '.join(sorted(lost))} any more")
-    assert not problems, "\n".join(["if this is meant, run python -m tests.support.cuda_build", *problems])
+                problems.append(f"{arch} {name}: lost 128-bit {', '.join(sorted(lost))}")
+    assert not problems, "\n".join(["if the change is intended, run python -m tests.support.cuda_build", *problems])
 
 
 @needs_cuobjdump
-def test_what_is_worse_is_noticed(kernels: dict[str, dict[str, Kernel]]):
+def test_worse_resources_are_detected(kernels: dict[str, dict[str, Kernel]]):
     arch, by_name = next(iter(kernels.items()))
     name = "adjacent_distance_fwd_kernel<float, true>"
     before = by_name[name]
     for now, message in (
         (dataclasses.replace(before, registers=before.registers + 50), f"{name}: registers {before.registers} ->"),
         (dataclasses.replace(before, stack=8), f"{name}: stack 0 -> 8"),
-        (dataclasses.replace(before, wide=()), f"{name}: no 128-bit LDG any more"),
+        (dataclasses.replace(before, wide=()), f"{name}: lost 128-bit LDG"),
     ):
         with pytest.raises(AssertionError, match=re.escape(message)):
             test_resources_are_no_worse_than_in_the_table({arch: {**by_name, name: now}})
-    with pytest.raises(AssertionError, match="in the table only"):
+    with pytest.raises(AssertionError, match="only in the table"):
         test_resources_are_no_worse_than_in_the_table({arch: {}})
     with pytest.raises(AssertionError, match="no 128-bit load"):
         test_aligned_kernels_move_16_bytes_at_a_time({arch: {name: dataclasses.replace(before, wide=())}})
@@ -153,7 +154,7 @@ def test_aligned_kernels_move_16_bytes_at_a_time(kernels: dict[str, dict[str, Ke
             checked += 1
             if not {"LDG", "LDGSTS"} & set(kernel.wide):
                 problems.append(f"{arch} {name}: no 128-bit load from global memory")
-            # Distances, norms and boundaries, a number a row, are the only results that are no row.
+            # Distances, norms and boundaries are one number per row, so their kernels store no rows.
             if "STG" not in kernel.wide and not name.startswith(("adjacent_distance_fwd", "greedy_")):
                 problems.append(f"{arch} {name}: no 128-bit store to global memory")
     assert not problems, "\n".join(problems)
@@ -162,13 +163,13 @@ def test_aligned_kernels_move_16_bytes_at_a_time(kernels: dict[str, dict[str, Ke
 
 @needs_cuobjdump
 def test_floats_are_computed_as_the_reference_does(library: Path, kernels: dict[str, dict[str, Kernel]]):
-    """fp32 and fp64 multiply and add apart; nobody divides or takes roots but by IEEE 754 (docs/numerics.md)."""
+    """fp32 and fp64 products and sums are not fused; divisions and roots follow IEEE 754 (docs/numerics.md)."""
     found = cuda_build.ptx(library)
     assert set(found) == set(next(iter(kernels.values())))
     problems = []
     for name, text in found.items():
         wrong = set(INEXACT.findall(text))
-        # Products of half types are exact, so that fusing changes nothing; not so those with a sum.
+        # Products of half types are exact, so fusing does not change them. Products with the fp32 sum are not exact.
         if not re.search(r"<(Half|BFloat16)\b", name) or name.startswith("greedy_walk"):
             wrong |= set(FUSED.findall(text))
         problems += [f"{name}: {instruction}" for instruction in sorted(wrong)]

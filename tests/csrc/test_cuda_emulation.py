@@ -1,7 +1,8 @@
-"""The CUDA kernels, run by an emulator on the CPU: the same bits as the CPU kernels, in every order of threads, and
-what they make of hostile input. test_cuda_emulator.py has whether the emulator finds bugs.
+"""The CUDA kernels in an emulator on the CPU.
 
-``make test-emulated`` runs the whole correctness suite on them.
+They return the bits of the CPU kernels in every order of threads, and handle invalid input without an access out of
+bounds. test_cuda_emulator.py tests that the emulator finds bugs. ``make test-emulated`` runs the tests of the ops on
+the emulated kernels.
 """
 
 from __future__ import annotations
@@ -36,17 +37,19 @@ from tests.support.sample_inputs import (
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
+    pytest.mark.emulated,
     pytest.mark.xdist_group("emulated"),  # one worker compiles
-    pytest.mark.timeout(900),  # the first test waits for the compiler
+    pytest.mark.timeout(900),  # the first test includes the compilation
 ]
 
-SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, blocks that are resident at once
-# GPUs that cut the rows of 64 fp32 columns into tiles of many rows, of few, and too little shared memory to stage any.
+SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, number of resident blocks
+# For rows of 64 fp32 columns, these GPUs have tiles of many rows, tiles of few rows, and too little shared memory to
+# stage rows.
 DEVICES = ((1, 100 << 10, 99 << 10), (64, 100 << 10, 99 << 10), (4, 1 << 10, 1 << 10))
 
 
 def assert_same(f: Callable[[], Tensor | tuple[Tensor, ...] | fc.Pooled], schedules=SCHEDULES) -> None:
-    """``f`` on the CPU kernels and on the emulated ones."""
+    """Assert that ``f`` returns the same bits on the CPU kernels and on the emulated ones."""
 
     def outputs() -> tuple[Tensor, ...]:
         result = f()
@@ -68,7 +71,7 @@ def assert_same(f: Callable[[], Tensor | tuple[Tensor, ...] | fc.Pooled], schedu
 
 @pytest.mark.parametrize(("dtype", "rule"), DTYPES_AND_RULES, ids=str)
 def test_segment_pool(dtype: torch.dtype, rule: fc.Rule):
-    for width in (7, 64):  # rows that are moved by elements, and by 16 bytes
+    for width in (7, 64):  # rows that are moved by elements and by 16 bytes
         for batch in batches(width, dtype):
             for compact in (True, False):
                 assert_same(
@@ -103,7 +106,7 @@ LONG_RULES = (fc.LocalMax(), fc.Threshold(0.5), fc.Uniform(400), fc.Uniform(1), 
 
 @pytest.mark.parametrize("rule", LONG_RULES, ids=str)
 def test_segments_longer_than_tiles(rule: fc.Rule):
-    """One segment spans many tiles, with or without another after it; or each row is a segment."""
+    """One segment spans many tiles, with or without another one after it, or each row is a segment."""
     for length in (1, 63, 64, 65, 129, 400):
         flat = torch.ones(length, 32)
         steps = torch.cat([flat, -flat, features("smooth", 5, 32, torch.float32)])
@@ -160,7 +163,7 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
     mean = ops.segment_weighted_mean(rows, weights, starts, sizes)
     yield "weighted mean", lambda: ops.segment_weighted_mean(rows, weights, starts, sizes)
     yield "weighted mean backward", lambda: ops.segment_weighted_mean_backward(grad, rows, mean, weights, starts, sizes)
-    # Tokens in those rows alone; a row that opens many, or is in none.
+    # The tokens that lie inside the rows. Some rows are the first of many tokens, and some are in no token.
     tokens = tuple(part[TOKENS[0] + TOKENS[1] <= len(rows)] for part in TOKENS)
     slopes = features("iid", len(tokens[0]), x.shape[-1], x.dtype, seed=7)
     first, divisors = features("iid", len(tokens[0]), 2, wide, seed=8).T
@@ -169,7 +172,7 @@ def calls(x: Tensor, layout: dict[str, Tensor]) -> Iterator[tuple[str, Callable[
     yield "integrate backward", lambda: ops.integrate_rows_backward(slopes, rows, weights, first, *tokens)
 
 
-# Widths: rows that are moved by elements or by 16 bytes, in one step of a block or several. Kinds: the values.
+# Widths: rows that are moved by elements or by 16 bytes, in one step of a block or several. Kinds: special values.
 @pytest.mark.parametrize(
     ("kind", "widths"), [("smooth", (1, 33, 64, 320)), ("nonfinite", (33,)), ("zeros", (33,))], ids=str
 )
@@ -269,7 +272,7 @@ def test_wrong_packings(message: str, monkeypatch: pytest.MonkeyPatch):
             torch.ops.fastcompress.pack_rows(table, audio, torch.tensor([0, -2, BIG_ID]), packed.source, True)
 
 
-# Hostile input: a clear error where the count is read, never an access out of bounds (make sanitize runs this too)
+# Invalid input: an error where the count is read, and never an access out of bounds (`make sanitize` checks this)
 
 
 BAD_OFFSETS = (
@@ -294,7 +297,7 @@ BAD_SEGMENTS = (  # starts, lengths
 )
 
 
-# Offsets are read in the same way for every rule, whose kernels differ.
+# The kernels of all rules read offsets in the same way, so one rule gets all offsets and the others get one.
 @pytest.mark.parametrize(
     ("values", "rule"),
     [
@@ -336,7 +339,7 @@ def test_row_groups_of_any_value():
 
 
 def test_long_runs_of_row_groups():
-    """How far a row looks back in its run depends on the rule."""
+    """The number of earlier rows of its run that a row reads depends on the rule."""
     d = features("iid", 700, 1, torch.float32)[:, 0]
     groups = torch.ones(700, dtype=torch.int32)
     groups[[0, 300, 301, 650]] = torch.tensor([0, -1, 2, 0], dtype=torch.int32)
@@ -351,11 +354,11 @@ def test_long_runs_of_row_groups():
 
 @pytest.mark.parametrize("name", ["segment_max_backward", "segment_weighted_mean_backward"])
 def test_backward_of_wrong_segments(name: str):
-    """Regression: one of them looped over each row of a gap of 2**62."""
+    """Regression: one of the two looped over each row of a gap of 2**62."""
     op, x, grad = getattr(torch.ops.fastcompress, name), torch.randn(20, 16), torch.randn(2, 16)
     weights = [torch.ones(20)] if "weighted" in name else []
     for starts, sizes in (*BAD_SEGMENTS, ([2**62], [1]), ([0, 2**62], [1, 1]), ([-BIG - 1, BIG], [BIG, BIG])):
-        with emulated(9):  # whatever it gives, from memory of its own
+        with emulated(9):  # any result is valid, but no access may be out of bounds
             op(grad[: len(starts)], x, grad[: len(starts)], *weights, torch.tensor(starts), torch.tensor(sizes))
 
 
@@ -370,7 +373,7 @@ def test_wrong_segments(name: str, monkeypatch: pytest.MonkeyPatch):
             "segment_expand": lambda g=segments, s=s: fc.segment_expand(rows[: len(s)], g),
         }[name]
         with emulated(9):
-            call()  # whatever it gives, from memory of its own
+            call()  # any result is valid, but no access may be out of bounds
             with monkeypatch.context() as patch, pytest.raises(ValueError, match="segments"):
                 patch.setenv("FASTCOMPRESS_CHECK", "1")
                 call()
@@ -382,7 +385,7 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
     starts, lengths = map(torch.tensor, values)
     first = torch.ones(len(starts))
     with emulated(9):
-        integrate_rows(x, weights, first, None, starts, lengths).sum().backward()  # from memory of their own
+        integrate_rows(x, weights, first, None, starts, lengths).sum().backward()  # no access may be out of bounds
         torch.ops.fastcompress.integrate_rows_backward(x[:0], x[:0], weights[:0], first[:0], starts[:0], lengths[:0])
         monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
         with pytest.raises(ValueError, match="starts must|lengths must|tokens must"):
@@ -402,7 +405,7 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
     ids=["address", "thread"],
 )
 def test_kernels_are_clean(kind: str, sanitizer: str, selection: str):
-    """The tests above with every kernel under a sanitizer."""
+    """The tests above pass with the kernels under a sanitizer."""
     command = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", __file__, "-k", selection]
     done = run(command, build(kind), sanitizer)
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, (done.stdout[-2000:], done.stderr[-4000:])

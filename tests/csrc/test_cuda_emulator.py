@@ -1,6 +1,6 @@
-"""Whether the emulator of CUDA kernels finds bugs that are put in on purpose.
+"""The emulator of CUDA kernels finds seeded bugs.
 
-Each is put into a copy of a source, and the op is run in a process of its own.
+Each bug is put into a copy of a source file, and a separate process runs the op.
 """
 
 from __future__ import annotations
@@ -17,8 +17,9 @@ from tests.support.slow import some
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
+    pytest.mark.emulated,
     pytest.mark.xdist_group("emulated"),  # one worker compiles
-    pytest.mark.timeout(900),  # the first test waits for the compiler
+    pytest.mark.timeout(900),  # the first test includes the compilation
 ]
 
 PROBE = """
@@ -77,7 +78,7 @@ BUGS = {
         "k < audio_begin(audio + 1)",
         "k + 1 < audio_begin(audio + 1)",
     ),
-    "a halo row too few": (
+    "one halo row too few": (
         "params.h",
         "rule.needs_distance() ? 1 + rule.lookahead() : 0",
         "rule.needs_distance() ? rule.lookahead() : 0",
@@ -98,13 +99,13 @@ RACES = {
     ),
 }
 OVERRUNS = {
-    "a row behind the last": (
+    "a row after the last one": (
         "segment_pool.cuh",
         "length < rows - window.first ? window.first + length : rows",
         "window.first + length",
     ),
 }
-# The result is the same, since what overflows wraps around.
+# The overflow wraps around to 0, so the result is the same.
 OVERFLOWS = {
     "a product that overflows": (
         "params.h",

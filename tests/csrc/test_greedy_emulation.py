@@ -1,4 +1,4 @@
-"""The CUDA kernels of ``greedy_boundaries`` in the emulator (test_cuda_emulation.py has the rest of what it is for)."""
+"""The CUDA kernels of ``greedy_boundaries`` in the emulator. test_cuda_emulation.py tests those of the other ops."""
 
 from __future__ import annotations
 
@@ -16,8 +16,9 @@ from tests.support.slow import some
 
 pytestmark = [
     pytest.mark.skipif(sys.platform != "linux" or os.uname().machine != "x86_64", reason="the emulator is x86-64 code"),
+    pytest.mark.emulated,
     pytest.mark.xdist_group("emulated"),  # one worker compiles
-    pytest.mark.timeout(900),  # the first test waits for the compiler
+    pytest.mark.timeout(900),  # the first test includes the compilation
 ]
 
 op = torch.ops.fastcompress.greedy_boundaries
@@ -25,7 +26,7 @@ op = torch.ops.fastcompress.greedy_boundaries
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_rows_in_shared_memory_and_elsewhere(dtype: torch.dtype):
-    """One GPU has shared memory for the rows and one does not; a thread has one vector, several or none."""
+    """One GPU has enough shared memory for the rows, the other does not. A thread has one vector, several or none."""
     for device in (DEFAULT_DEVICE, (4, 1 << 10, 1 << 10)):
         load().set_device(*device)
         try:
@@ -50,7 +51,7 @@ def test_strides():
 
 @pytest.mark.parametrize("values", [*BAD_OFFSETS, [7]], ids=str)
 def test_wrong_cu_seqlens(values: list[int], monkeypatch: pytest.MonkeyPatch):
-    """All rows become one sequence. The error is raised when the count is read, or at once if checks are on."""
+    """All rows become one sequence. The error is raised when the count is read, or by the call if checks are on."""
     x = features("smooth", 60, 16, torch.float32)
     cu = torch.tensor(values, dtype=torch.int32)
     expected = op(x, None, None, 0.3, 0) if len(values) > 1 else torch.zeros(60, dtype=torch.bool)
@@ -80,13 +81,13 @@ for width in (64, 7):
 print("no bug found")
 """
 BUGS = {
-    "products that are not waited for": ("    __syncthreads();\n    const double dot", "    const double dot"),
-    "a row that is not waited for": ("    if (kStaged) wait_for_copies();\n", ""),
+    "no barrier before products are read": ("    __syncthreads();\n    const double dot", "    const double dot"),
+    "a row that is read before its copy is complete": ("    if (kStaged) wait_for_copies();\n", ""),
     "the norm of the wrong frame": ("last_inverse = inverse;", "last_inverse = last_inverse;"),
 }
 RACES = {
-    "products that are not waited for": BUGS["products that are not waited for"],
-    "products that are not read before others come": ("    __syncthreads();  // the rows are there", "    // the rows"),
+    "no barrier before products are read": BUGS["no barrier before products are read"],
+    "products overwritten before they are read": ("    __syncthreads();  // the rows are there", "    // the rows"),
 }
 
 
@@ -95,7 +96,7 @@ def test_probe_passes_without_a_bug():
     assert "no bug found" in done.stdout, done.stderr
 
 
-@pytest.mark.parametrize("bug", some(BUGS, "products that are not waited for"))
+@pytest.mark.parametrize("bug", some(BUGS, "no barrier before products are read"))
 def test_seeded_bugs_are_found(bug: str):
     done = run(["-c", PROBE], build(change=("greedy_segments.cuh", *BUGS[bug])))
     assert done.returncode != 0
@@ -115,7 +116,7 @@ def test_thread_sanitizer(race: str | None):
 @pytest.mark.sanitizer
 @pytest.mark.timeout(1000)
 def test_kernels_are_clean():
-    """The tests above under AddressSanitizer."""
+    """The tests above pass under AddressSanitizer."""
     command = ["-m", "pytest", "-q", "-x", "--capture=sys", "-p", "no:cacheprovider", __file__]
     done = run([*command, "-k", "rows or strides or wrong"], build("address"), "asan")
     assert done.returncode == 0 and "Sanitizer" not in done.stderr, (done.stdout[-2000:], done.stderr[-4000:])

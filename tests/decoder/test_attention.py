@@ -1,4 +1,4 @@
-"""Packed decoders against the same decoders sample by sample: equal, and no sample sees another."""
+"""Packed decoders give the results of the same decoders run sample by sample, and samples do not affect each other."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from tests.decoder.test_packed_attention import reference
 from tests.support.decoders import DECODERS, LENGTHS, SIZES, decoder, packed_batch, samples
 
 
-# In fp32 a stock decoder itself is up to 1.8e-5 off what it gives in fp64 (gemma, logits up to 7, AVX2).
-# torch multiplies the rows of experts in no dtype as wide as fp64.
+# In fp32 a stock decoder differs by up to 1.8e-5 from its own fp64 result (gemma, logits up to 7, AVX2). qwen2_moe runs
+# in fp32, since torch's grouped matrix product does not support fp64.
 @pytest.mark.parametrize(
     ("kind", "dtype", "atol"),
     [
@@ -74,7 +74,7 @@ def test_an_upper_bound_changes_nothing(kind: str):
 
 
 class PackingModel(torch.nn.Module):
-    """A model as users write one: a padded batch in, packed inside."""
+    """A model that takes a padded batch and packs it, as a user would write it."""
 
     def __init__(self, decoder: Any):
         super().__init__()
@@ -95,7 +95,7 @@ class PackingModel(torch.nn.Module):
 
 @contextlib.contextmanager
 def never_a_full_mask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Nothing of T x T is built by the masks of transformers."""
+    """Assert that transformers builds no T x T mask."""
     from transformers import masking_utils
 
     def refuse(*args: Any, **kwargs: Any) -> None:
@@ -108,7 +108,7 @@ def never_a_full_mask(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def batches(other_length: bool) -> Iterator[dict[str, Tensor]]:
-    """Two batches: the second has another first sample."""
+    """Return two batches that differ in the first sample."""
     g = torch.Generator().manual_seed(3)
     rows, labels = torch.randn(3, 40, 64, generator=g), torch.randint(0, 60, (3, 40), generator=g)
     lengths = torch.tensor([[31], [40], [12]])
@@ -130,8 +130,8 @@ def check_no_leak(before: Tensor, after: Tensor, other_length: bool) -> None:
             assert torch.equal(a, b)
 
 
-# Kinds: full attention, a window, a window and a soft cap. Lengths: whether the other samples move to other rows. Modes:
-# whether the decoder would keep a cache, and runs its layers again for their gradients.
+# Kinds: full attention, a window, a window and a soft cap. Lengths: the other samples keep their rows, or move. Modes:
+# with and without a cache and gradient checkpointing.
 @pytest.mark.parametrize(
     ("kind", "mode", "other_length"),
     [
@@ -139,7 +139,7 @@ def check_no_leak(before: Tensor, after: Tensor, other_length: bool) -> None:
         *((kind, mode, False) for kind in ("qwen2", "gemma2") for mode in ("train", "checkpointing")),
     ],
 )
-def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkeypatch: pytest.MonkeyPatch):
+def test_samples_are_independent(kind: str, mode: str, other_length: bool, monkeypatch: pytest.MonkeyPatch):
     model = PackingModel(decoder(kind)).train(mode != "eval")
     if mode == "checkpointing":
         model.gradient_checkpointing_enable()
@@ -147,7 +147,7 @@ def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkey
         for batch in batches(other_length):
             batch["inputs_embeds"].requires_grad_()
             out = model(**batch)
-            # What sample 1 says has nothing to do with the others.
+            # Neither the logits nor the gradients of sample 1 depend on the other samples.
             first = int(batch["attention_mask"][0].sum())
             (grad,) = torch.autograd.grad(out.logits[0, first + 30 : first + 40].square().sum(), batch["inputs_embeds"])
             assert grad[1].abs().sum() > 0 and not grad[[0, 2]].any()
@@ -155,7 +155,7 @@ def test_no_sample_sees_another(kind: str, mode: str, other_length: bool, monkey
 
 
 @pytest.mark.parametrize("other_length", [False, True], ids=["same length", "other length"])
-def test_no_sample_sees_another_under_trainer(other_length: bool, tmp_path, monkeypatch: pytest.MonkeyPatch):
+def test_samples_are_independent_under_trainer(other_length: bool, tmp_path, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("accelerate", reason="Trainer needs accelerate")
     logits = []
     for batch in batches(other_length):
@@ -195,7 +195,7 @@ def test_the_leak_test_finds_leaks():
         check_no_leak(*logits, False)
 
 
-# What is not packed
+# Input that is not packed
 
 
 @pytest.mark.parametrize("kind", DECODERS)
@@ -213,7 +213,7 @@ def test_padded_batches_and_generation_are_stock(kind: str):
 
 @pytest.mark.parametrize("causal", [True, False])
 def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatch):
-    """Which stock SDPA does not know: in blocks, so that nothing of T x T appears."""
+    """Stock SDPA does not support soft caps. Ours computes them in blocks, without a T x T matrix."""
     monkeypatch.setattr(sys.modules[packed_attention.__module__], "BLOCK", 16)
     query, key, value = (torch.randn(2, h, 50, 8, dtype=torch.float64) for h in (4, 2, 2))
     module = torch.nn.Module()
@@ -227,7 +227,7 @@ def test_a_soft_cap_without_packing(causal: bool, monkeypatch: pytest.MonkeyPatc
         module, query, key, value, mask[None, None].expand(2, 1, 50, 50), softcap=2.0
     )
     torch.testing.assert_close(masked, out)
-    # One decoded row sees all of the cache, and so do rows of another sequence.
+    # A single decoded row attends to the whole cache; rows of another sequence attend to all of its rows.
     for rows in (1, 20):
         part, _ = attention.attention_forward(
             module, query[:, :, -rows:], key, value, None, softcap=2.0, is_causal=rows == 1
@@ -256,7 +256,7 @@ def test_an_encoder_with_a_soft_cap_is_not_causal():
 
 
 def test_a_decoder_under_autocast():
-    """Rotary embeddings leave queries and keys in fp32 beside values in bf16."""
+    """Rotary embeddings return queries and keys in fp32, while values are in bf16."""
     model = decoder("qwen2")
     packed = packed_batch(samples(model)[0])
     with torch.autocast("cpu", torch.bfloat16):
@@ -264,8 +264,8 @@ def test_a_decoder_under_autocast():
     torch.testing.assert_close(logits.float(), model(**packed.model_inputs()).logits, rtol=0.1, atol=0.5)
 
 
-def test_flash_attention_of_transformers_takes_the_same_without_a_mask(monkeypatch: pytest.MonkeyPatch):
-    """Its kernels are not here; what it does with its arguments is its own."""
+def test_flash_attention_of_transformers_runs_model_inputs_without_a_mask(monkeypatch: pytest.MonkeyPatch):
+    """Its kernels are not installed here; ``packed_attention`` replaces them."""
     from transformers import modeling_flash_attention_utils as flash
 
     def varlen(q: Tensor, k: Tensor, v: Tensor, cu_seqlens_q: Tensor, **_: Any) -> Tensor:

@@ -1,4 +1,4 @@
-"""Attention over packed sequences, without a decoder around it: against attention written out."""
+"""``packed_attention`` against plain attention with a full mask."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tests.support.sample_inputs import offsets
 
 
 def reference(query: Tensor, key: Tensor, value: Tensor, cu: list[int], **options: Any) -> Tensor:
-    """Attention written out, with one mask over everything."""
+    """Return attention computed with one mask over all rows."""
     rows, groups = query.shape[0], query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
     scale = options.get("scale") or query.shape[2] ** -0.5
@@ -67,7 +67,7 @@ def test_nothing_to_attend_to():
 
 
 def test_autocast():
-    """Rotary embeddings leave queries and keys in fp32: every tensor is cast, as SDPA would."""
+    """Rotary embeddings return queries and keys in fp32. All tensors are cast, as SDPA does."""
     q = torch.randn(40, 2, 8)
     with torch.autocast("cpu", torch.bfloat16):
         out = packed_attention(q, q, q.bfloat16(), torch.tensor([0, 30, 40]))
@@ -124,11 +124,11 @@ def test_errors(call: Any, error: type[Exception], message: str):
         call()
 
 
-# The kernels of a GPU, whose arguments are others in every torch
+# The kernels of a GPU, whose arguments differ between versions of torch
 
 
 def varlen_of(version: str) -> Any:
-    """A function with the arguments of that version of torch, which computes what they say."""
+    """Return a function with the signature of a version of torch, which computes attention on the CPU."""
 
     def compute(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, causal, window, scale, gqa):
         assert gqa or query.shape[1] == key.shape[1]

@@ -1,7 +1,9 @@
-"""Decoders, arguments and rotary embeddings that cannot run packed rows are refused."""
+"""Decoders, arguments and rotary embeddings that do not support packed rows raise an error."""
 
 from __future__ import annotations
 
+import copy
+import pickle
 import re
 from typing import Any
 
@@ -14,7 +16,7 @@ from fastcompress.decoder.attention import check_decoder
 from tests.support.decoders import DECODERS, SIZES, WINDOW, decoder, packed_batch, samples
 
 
-def test_what_transformers_must_not_do():
+def test_invalid_arguments_of_transformers():
     model = decoder("llama")
     packed = packed_batch(samples(model)[0])
     inputs = packed.model_inputs()
@@ -56,7 +58,7 @@ def test_the_routers_loss_is_refused():
         model(**packed.model_inputs())
 
 
-# Rotary embeddings whose frequencies are chosen by the longest sample of a batch
+# Rotary embeddings whose frequencies depend on the longest sample of a batch
 
 
 LONGROPE = {
@@ -74,7 +76,7 @@ def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str
     sizes = (
         SIZES | {"max_position_embeddings": 32} if kind == "llama" else SIZES | {"original_max_position_embeddings": 32}
     )
-    config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # which it changes
+    config = transformers.AutoConfig.for_model(kind, **sizes, rope_parameters=dict(rope))  # is modified
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress").eval()
     long, short = torch.randn(1, 33, 64), torch.randn(1, 20, 64)
@@ -85,7 +87,7 @@ def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str
     message = f"cannot run samples of 33 rows packed: beyond 32 rows its '{rope['rope_type']}'"
     with pytest.raises(NotImplementedError, match=message):
         model(**packed.model_inputs())
-    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # not known: the rows of the batch
+    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # max_seqlen is unknown, so all rows count
         model(**(packed.model_inputs() | {"max_length_q": None}))
 
 
@@ -129,12 +131,12 @@ def test_decoders_that_mix_rows_are_refused(config: dict[str, Any], reason: str)
 
 
 @pytest.mark.parametrize("kind", DECODERS)
-def test_other_decoders_are_not(kind: str):
+def test_other_decoders_are_not_refused(kind: str):
     check_decoder(transformers.AutoConfig.for_model(kind, **SIZES, **DECODERS[kind]))
     check_decoder(transformers.AutoConfig.for_model(kind))
 
 
-def test_a_hybrid_is_refused_where_it_runs():
+def test_a_hybrid_decoder_is_refused_when_it_runs():
     layers = {"layer_types": ["full_attention", "linear_attention"], "num_hidden_layers": 2}
     config = transformers.AutoConfig.for_model("qwen3_next", **(SIZES | layers), num_experts=2, num_experts_per_tok=1)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="fastcompress")
@@ -175,7 +177,7 @@ def test_a_decoder_that_drops_cu_seqlens_is_refused():
         model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
 
 
-def test_a_window_that_no_layer_speaks_of_is_refused():
+def test_a_window_that_no_layer_declares_is_refused():
     config = transformers.AutoConfig.for_model("phimoe", **SIZES, sliding_window=WINDOW, num_local_experts=2)
     model = attention.prepare(transformers.AutoModelForCausalLM.from_config(config))
     with pytest.raises(NotImplementedError, match="sliding_window of 9, but PhimoeAttention does not specify"):
@@ -188,3 +190,31 @@ def test_sinks_are_refused():
     model.config._attn_implementation = "fastcompress"
     with pytest.raises(NotImplementedError, match="s_aux"):
         model(**packed_batch([torch.randn(1, 6, 64)]).model_inputs())
+
+
+# Packed rows in decoders that are not prepared
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["qwen2", "llama", "phi3"])
+def test_a_decoder_that_is_not_prepared_says_what_to_do(kind: str, implementation: str):
+    model = decoder(kind, implementation)
+    packed = packed_batch(*samples(model))
+    with pytest.raises(ValueError, match=re.escape("fastcompress.decoder.prepare(decoder) before decoder(**packed")):
+        model(**packed.model_inputs())
+    assert attention.prepare(model)(**packed.model_inputs()).loss.isfinite()
+
+
+def test_the_mask_of_packed_rows_can_be_moved_and_copied():
+    mask = packed_batch(samples(decoder("qwen2"))[0]).model_inputs()["attention_mask"]
+    for moved in (mask.to("cpu", non_blocking=True), copy.deepcopy(mask), pickle.loads(pickle.dumps(mask)), mask[0]):
+        with pytest.raises(ValueError, match="does not know where packed samples start"):
+            moved + torch.zeros(3)
+
+
+def test_a_compiled_decoder_takes_the_mask_of_packed_rows():
+    model = decoder("qwen2")
+    packed = packed_batch(samples(model)[0])
+    compiled = torch.compile(model, backend="eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(**packed.model_inputs()).logits, model(**packed.model_inputs()).logits)

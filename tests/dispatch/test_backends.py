@@ -1,6 +1,6 @@
-"""Which backend runs: by default, in ``with fc.backend(...)``, by FASTCOMPRESS_BACKEND; without a GPU.
+"""The backend that runs: by default, in ``with fc.backend(...)``, and with FASTCOMPRESS_BACKEND.
 
-The kernels on the CUDA key are called with CPU tensors, by redispatch.
+No GPU is needed: the tests call the kernels of the CUDA dispatch key with CPU tensors.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ SUMS = torch.tensor([[2.0, 4.0], [28.0, 32.0]])
 
 
 def start_again() -> None:
-    """As if there had been no CUDA tensor yet."""
+    """Reset the choice of the backend, as before the first CUDA tensor."""
     backends._settled = False
     backends._default.cache_clear()
     backends._apply()
@@ -44,7 +44,7 @@ def start_again() -> None:
 
 @pytest.fixture(autouse=True)
 def state() -> Iterator[None]:
-    """Whatever a test changes of the process's choice is undone."""
+    """Restore the process's choice of the backend after a test."""
     backends._default.cache_clear()
     yield
     backends._requests.clear()
@@ -53,7 +53,7 @@ def state() -> Iterator[None]:
 
 
 class Spy(dict):
-    """Ops of a backend that write down their calls."""
+    """Ops of a backend that record their calls."""
 
     def __init__(self) -> None:
         super().__init__({name: self._spied(name, op) for name, op in reference.OPS.items()})
@@ -67,7 +67,7 @@ class Spy(dict):
         return run
 
     def took(self, call: Callable[[], Any]) -> bool:
-        """Whether ``call`` comes here."""
+        """Return whether ``call`` runs an op of this backend."""
         self.calls.clear()
         call()
         return bool(self.calls)
@@ -75,7 +75,7 @@ class Spy(dict):
 
 @pytest.fixture
 def spies(monkeypatch: pytest.MonkeyPatch) -> dict[str, Spy]:
-    """In place of the ops of the Triton backend and of the reference."""
+    """Replace the ops of the Triton backend and of the reference."""
     spies = {"triton": Spy(), "reference": Spy()}
     monkeypatch.setattr(backends, "_ops", spies.__getitem__)
     return spies
@@ -90,7 +90,7 @@ def on_cuda() -> torch.Tensor:
 
 
 def gpus(monkeypatch: pytest.MonkeyPatch, archs: str, *devices: backends.Device, **known: Any) -> None:
-    """Pretends that the library has CUDA kernels for ``archs`` and that these GPUs are there."""
+    """Pretend that the library has CUDA kernels for ``archs`` and that these GPUs are installed."""
     monkeypatch.setattr(backends, "COMPILED", known.get("compiled", True))
     monkeypatch.setattr(backends, "cuda_archs", lambda: archs)
     monkeypatch.setattr(backends, "cuda_version", lambda: "13.0" if archs else "")
@@ -185,7 +185,7 @@ def test_unknown_names(name: Any):
     assert not backends._requests
 
 
-def test_what_is_not_there_says_why(monkeypatch: pytest.MonkeyPatch):
+def test_an_unusable_backend_gives_the_reason(monkeypatch: pytest.MonkeyPatch):
     def refused(name: str) -> str:
         with pytest.raises(RuntimeError) as error, fc.backend(name):
             pass
@@ -273,7 +273,7 @@ def test_exporting_for_cuda(strict: bool, devices: tuple, spies: dict[str, Spy],
         batch = tuple(torch.empty(part.shape, dtype=part.dtype, device="cuda") for part in BATCH)
     program = torch.export.export(Pool(), batch, strict=strict)
     assert torch.ops.fastcompress.segment_pool.default in [node.target for node in program.graph.nodes]
-    assert backends.undecided is not bool(devices)  # chosen while tracing, if there was anything to choose for
+    assert backends.undecided is not bool(devices)  # chosen while tracing, if there is a device
 
 
 def test_fake_cuda_tensors_need_no_gpu():
@@ -321,7 +321,7 @@ def test_compiled_kernels_come_first(monkeypatch: pytest.MonkeyPatch):
 
 @pytest.fixture
 def compiled() -> Iterator[Spy]:
-    """In place of compiled CUDA kernels."""
+    """Replace the compiled CUDA kernels."""
     spy = Spy()
     library = backends.override(spy, ("CUDA",))
     yield spy
@@ -331,7 +331,7 @@ def compiled() -> Iterator[Spy]:
 def test_kernels_that_do_not_fit_are_not_reached_after_a_block(
     compiled: Spy, spies: dict[str, Spy], monkeypatch: pytest.MonkeyPatch
 ):
-    """By calls that do not pass through ops/dispatch.py: gradients, compiled graphs, exported programs."""
+    """Gradients, compiled graphs and exported programs call kernels without dispatch/call.py."""
     gpus(monkeypatch, "100+PTX", H100)
     backends.settle()
     for name in ("reference", "triton"):
@@ -397,7 +397,7 @@ def test_then_triton_then_the_reference(
     assert spies["reference"].took(on_cuda) and not spies["reference"].took(on_cpu)
     start_again()
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # once is enough
+        warnings.simplefilter("error")  # the warning is given once
         backends.settle()
 
 
@@ -418,7 +418,7 @@ def test_asking_for_cuda_on_a_gpu_that_does_not_fit(monkeypatch: pytest.MonkeyPa
 
 
 def test_a_call_with_a_cuda_tensor_settles(spies: dict[str, Spy], monkeypatch: pytest.MonkeyPatch):
-    """Through ``ops/dispatch.py``, and through the fallback of a call that does not pass there."""
+    """The choice is made in ``dispatch/call.py``, or in the fallback for calls that do not use it."""
     from fastcompress.dispatch.call import call
 
     class OnCuda(torch.Tensor):

@@ -1,4 +1,4 @@
-"""Tests of the experiment need the packages of the reference model."""
+"""Skip the tests of the experiment if packages of the reference model are not installed."""
 
 from tests.support.skips import only_on_the_cpu, skip_without
 

@@ -1,4 +1,4 @@
-"""The experiment on a small budget: every row, what is not computed twice, table and plot."""
+"""The experiment with a small budget: its rows, resumption, table and plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 
 from experiments import report
 from experiments.__main__ import SHIPPED
-from experiments.study import COMPRESSIONS, FROM_THE_START, METHODS, Budget, Compression, Study, spread
+from experiments.study import COMPRESSIONS, FROM_SCRATCH, METHODS, Budget, Compression, Study, spread
 from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import load_model
 from fastcompress.lalm.lora import add_lora
@@ -28,11 +28,11 @@ pytestmark = [
 
 DIGITS = SHIPPED.parents[1] / "digits" / "test.jsonl"
 BUDGET = Budget(steps=2, lora_steps=2, lora_utterances=8, scored=4, written=3, methods=())
-#: Methods that go through all of a study, by the frames per token that they aim at (short audio is rounded up to more
-#: tokens, in each round); each of the others, too, is tried on the shipped model.
+#: Methods that run in a whole study, with their target of frames per token (the number of tokens of short audio is
+#: rounded up in each round). The others are tested on the shipped model.
 RATIOS = {"A-ToMe": 2, "FastAdaSP": 3, "CIF": 3, "LTBM": 3, "first-layer attention": 3}
 TRIED = tuple(method for method in METHODS if method.name in RATIOS)
-OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, from_the_start=FROM_THE_START[:1])
+OTHER = dataclasses.replace(BUDGET, compressions=COMPRESSIONS[:1], methods=TRIED, from_scratch=FROM_SCRATCH[:1])
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_every_row_is_there(records: list[Path]):
     rows = report.load(records)
     for seed, budget in enumerate((BUDGET, OTHER), 1):
         tuned = (*budget.compressions, *budget.methods)
-        stages = {"zero-shot": tuned, "lora": tuned, "start": budget.from_the_start}
+        stages = {"zero-shot": tuned, "lora": tuned, "start": budget.from_scratch}
         for stage, wanted in stages.items():
             found = [row["compression"] for row in rows if row["seed"] == seed and row["stage"] == stage]
             assert sorted(found) == sorted(c.name for c in wanted)
@@ -74,16 +74,16 @@ def test_every_row_is_there(records: list[Path]):
                 assert row["scores"]["test"]["ratio"] == pytest.approx(ratio, rel=0.15), name
 
 
-def test_what_is_there_is_not_computed_again(records: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch):
+def test_existing_rows_are_not_computed_again(records: list[Path], data: Path, monkeypatch: pytest.MonkeyPatch):
     rows = json.loads(records[0].read_text())
     last = rows.pop()
     records[0].write_text(json.dumps(rows))
     trained = []
-    monkeypatch.setattr(Study, "_train_from_nothing", lambda *arguments: trained.append(arguments))
+    monkeypatch.setattr(Study, "_train_from_scratch", lambda *arguments: trained.append(arguments))
     Study("tones", data, records[0].parent, 1, BUDGET).run()
     again = json.loads(records[0].read_text())
     assert not trained and again[:-1] == rows
-    times = {"prefill_ms", "encode_ms", "written_per_second", "peak_bytes"}  # measured anew
+    times = {"prefill_ms", "encode_ms", "written_per_second", "peak_bytes"}  # measured again
     for name, score in again[-1]["scores"].items():
         assert {k: v for k, v in score.items() if k not in times} == {
             k: v for k, v in last["scores"][name].items() if k not in times
@@ -102,7 +102,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
     assert [cells(line) for line in lines].count(head) == len(report.STAGES)
     assert len([line for line in lines if " ± " in line and line.startswith("|")]) == 2 * len(
         (*COMPRESSIONS, *TRIED)
-    ) + len(FROM_THE_START)
+    ) + len(FROM_SCRATCH)
     for row in rows[1:]:
         row["scores"]["test-engine"] = row["scores"]["test"]
     lines = report.table(rows).splitlines()
@@ -117,7 +117,7 @@ def test_table_and_plot(records: list[Path], tmp_path: Path):
 
 @pytest.mark.parametrize("method", METHODS, ids=lambda method: method.name)
 def test_methods_on_the_shipped_model(method: Compression, tmp_path: Path):
-    """Each method compresses at its ratio, trains its own parameters alone, and generates."""
+    """Each method compresses at its ratio, trains only its own parameters, and generates."""
     model, processor = load_model(SHIPPED)
     examples = EncodedExamples(Examples(read_manifest(DIGITS)[:4], processor), model)
     batch = examples.batch(range(4), targets=False)
@@ -144,7 +144,7 @@ def test_methods_on_the_shipped_model(method: Compression, tmp_path: Path):
     assert written.shape[0] == 4 and written.shape[1] > batch["input_ids"].shape[1]
 
 
-def test_budgets_go_to_other_processes():
+def test_budgets_can_be_pickled():
     text = pickle.loads(pickle.dumps(Budget())).methods[0].text
     assert text == METHODS[0].text == "BipartiteMerge(rate=2.0, window=0)"
 

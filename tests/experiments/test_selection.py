@@ -1,4 +1,4 @@
-"""Selection of frames by the model's own scores, against the definitions, audio by audio."""
+"""Selection of frames by the model's own scores, against the definitions, one audio at a time."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def model() -> Any:
 
 
 def audio(kind: str) -> Tensor:
-    """Frames ``[4, 37, 128]``; large, so that the CTC head is sure of some."""
+    """Return frames ``[4, 37, 128]`` with large values, so that some CTC probabilities are close to 1."""
     x = 3 * torch.randn(4, 37, 128, generator=torch.Generator().manual_seed(0))
     if kind == "silence":
         x[:, 5:12] = 0
@@ -56,7 +56,7 @@ def test_blank_removal(model: Any, threshold: float, kind: str):
         kept = []
         for t in range(length):
             units = model.ctc_head(frames[t]).detach().double().exp()
-            if float(units[0] / units.sum()) <= threshold:  # not of a frame that is no number
+            if float(units[0] / units.sum()) <= threshold:  # false for a frame with NaN
                 kept.append(t)
         wanted.append(kept)
     if kind == "noise":
@@ -65,8 +65,9 @@ def test_blank_removal(model: Any, threshold: float, kind: str):
 
 
 def attention(model: Any, frames: Tensor) -> Tensor:
-    """What the decoder's own first layer gives the frames from a token behind them, all being said to lie at one place;
-    without what it keeps for itself."""
+    """Return the attention of the decoder's first layer from a token after the frames to the frames.
+
+    All rows have the same position, and the attention of the token to itself is left out."""
     decoder = copy.deepcopy(model.get_decoder())
     decoder.config._attn_implementation = "eager"
     begin = decoder.embed_tokens(torch.tensor([[model.config.text_config.bos_token_id]]))
@@ -74,7 +75,7 @@ def attention(model: Any, frames: Tensor) -> Tensor:
     place = torch.zeros(1, rows.shape[1], dtype=torch.int64)
     layer = decoder.layers[0]
     _, weights = layer.self_attn(layer.input_layernorm(rows), decoder.rotary_emb(rows, place), None)
-    ours = weights[0, :, -1, :-1]  # of the last row, each head
+    ours = weights[0, :, -1, :-1]  # the last row of each head
     return (ours / ours.sum(-1, keepdim=True)).mean(0)
 
 
@@ -100,7 +101,7 @@ def test_equal_attention_keeps_the_earlier(model: Any):
     check(AttentionSelection(2.0), model, audio("constant"), [list(range(math.ceil(n / 2))) for n in LENGTHS.tolist()])
 
 
-def test_a_frame_that_is_no_number_spoils_no_other_audio(model: Any):
+def test_a_frame_with_nan_affects_no_other_audio(model: Any):
     selection = AttentionSelection(3.0)
     selection.attach(model)
     x = audio("noise")

@@ -1,4 +1,4 @@
-"""The readers need the packages of the reference model."""
+"""Skip the tests of the readers if packages of the reference model are not installed."""
 
 from tests.support.skips import skip_without
 

@@ -1,8 +1,8 @@
-"""Fuzz targets for the readers: each takes any bytes, and may raise only the error that it documents.
+"""Fuzz targets for the readers. A reader may raise only its documented error, for any bytes.
 
-``python -m tests.fuzz.readers TARGET SECONDS`` searches with atheris (coverage of the Python code) for bytes that raise
-another error, starting from those in ``tests/fuzz/corpus/TARGET``, and writes what it finds there. ``test_readers.py``
-replays the corpus.
+``python -m tests.fuzz.readers TARGET SECONDS`` searches with atheris (guided by coverage of the Python code) for bytes
+that raise another error. It starts from the files in ``tests/fuzz/corpus/TARGET`` and writes its findings there.
+``test_readers.py`` replays the corpus.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pathlib import Path
 from tests.support import ROOT
 
 CORPUS = Path(__file__).parent / "corpus"
-#: Most samples to read: small files can promise many.
+#: Maximum number of samples to read, since the header of a small file can promise many.
 MOST_SAMPLES = 1 << 22
 
 
@@ -58,7 +58,7 @@ def audio_stream(data: bytes) -> None:
 
 
 def audio_part(data: bytes) -> None:
-    """Read a part, which seeks, and the length, which counts packets."""
+    """Read a part of the audio, which seeks, and the length, which counts packets."""
     from fastcompress.audio import AudioError, AudioWarning, audio_seconds, load_audio
 
     with file(data, "a.wav") as path, warnings.catch_warnings():
@@ -118,7 +118,7 @@ def settings(data: bytes) -> None:
 
 
 def checkpoint(data: bytes) -> None:
-    """Replace each file of a checkpoint by the bytes; the others stay whole."""
+    """Replace each file of a checkpoint in turn by the bytes, and leave the others intact."""
     import torch
 
     from fastcompress.training import checkpoints
@@ -155,7 +155,7 @@ def main() -> None:
             import fastcompress.training.runs  # noqa: F401
         folder = CORPUS / arguments.target
         folder.mkdir(parents=True, exist_ok=True)
-        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer adds to the first folder; a later run continues
+        new = ROOT / "build" / "fuzz" / arguments.target  # libFuzzer writes to the first folder; a later run reuses it
         new.mkdir(parents=True, exist_ok=True)
         options = [f"-max_total_time={arguments.seconds}", "-timeout=20", "-rss_limit_mb=4096", "-max_len=4096"]
         options += [f"-artifact_prefix={folder}/", "-print_final_stats=1", "-verbosity=0", str(new), str(folder)]
@@ -164,7 +164,7 @@ def main() -> None:
 
 
 def run(target: str, seconds: int) -> int:
-    """Fuzzes in a process of its own, and returns its exit status."""
+    """Fuzz in a separate process, and return its exit status."""
     command = [sys.executable, "-m", "tests.fuzz.readers", target, str(seconds)]
     return subprocess.run(command, cwd=ROOT).returncode
 

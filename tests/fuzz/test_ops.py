@@ -1,6 +1,7 @@
-"""Every public op on arguments that hypothesis draws: the reference's bits, gradients too, and a clear no to nonsense.
+"""Every public op on arguments that hypothesis draws.
 
-``make fuzz`` runs these for as long as it is told (``--fuzz-seconds``), ``make test`` a few examples of each.
+Results and gradients have the bits of the reference, and invalid arguments raise a clear error. ``make fuzz`` runs
+these tests for a given time (``--fuzz-seconds``), and ``make test`` runs a few examples of each.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ pytestmark = pytest.mark.skipif(
     reason="compares the default backend with the reference",
 )
 
-#: What an op may raise.
+#: Errors that an op may raise.
 REFUSALS = (TypeError, ValueError, RuntimeError)
 
 
@@ -37,7 +38,7 @@ def outcome(call: Call) -> list[Tensor] | Exception:
 
 
 def agrees(call: Call) -> None:
-    """The same bits, or the same error, on the default backend and on the reference."""
+    """Assert the same bits, or the same error, on the default backend and on the reference."""
     found = outcome(call)
     with fc.backend("reference"):
         expected = outcome(call)
@@ -51,7 +52,7 @@ def agrees(call: Call) -> None:
 
 
 def allowed(call: Call, message: str) -> bool:
-    """Whether good arguments may be refused: only where nothing is left to pack."""
+    """Return whether valid arguments may raise this error: only ``pack`` does, if no row is left to pack."""
     return call.function is fc.pack and message.startswith("nothing is left to pack")
 
 
@@ -60,7 +61,7 @@ def test_every_op_is_the_reference(name: str, fuzz):
     fuzz(agrees, calls(name))
 
 
-# Nonsense
+# Invalid arguments
 
 X = torch.randn(5, 3)
 JUNK: dict[str, Any] = {
@@ -98,13 +99,13 @@ JUNK: dict[str, Any] = {
     "enormous": torch.ones(1, 1).expand(2**40, 2**20),
     "negated": torch.randn(5, 3, dtype=torch.complex64).conj().imag,
     "segments": fc.segment_pool(X).segments,
-    "segments out of line": fc.Segments(
+    "segments out of order": fc.Segments(
         torch.tensor([4, 0]), torch.tensor([2**62, -7]), torch.tensor([9, 1]).int(), torch.tensor([0, 5]).int(), 5
     ),
     "segments of more rows than memory": fc.Segments(
         torch.tensor([0]), torch.tensor([1]), torch.tensor([0, 1]).int(), torch.tensor([0, 5]).int(), 2**60 + 1
     ),
-    "segments of no whole number of rows": fc.Segments(
+    "segments of 1.5 rows": fc.Segments(
         torch.tensor([0]),
         torch.tensor([1]),
         torch.tensor([0, 1]).int(),
@@ -117,7 +118,7 @@ JUNK: dict[str, Any] = {
 
 @st.composite
 def nonsense(draw, name: str) -> tuple[str, Call]:
-    """A call with one or two arguments replaced, and what they were replaced with."""
+    """Draw a call with one or two invalid arguments, and describe them."""
     call = draw(calls(name))
     wrong = {
         argument: draw(st.sampled_from(list(JUNK)))
@@ -127,11 +128,11 @@ def nonsense(draw, name: str) -> tuple[str, Call]:
     return str(wrong), Call(call.function, call.kwargs | junk)
 
 
-#: Of errors that say what is wrong with which argument, or with how arguments go together.
+#: Pattern of messages that name the invalid argument or the invalid combination of arguments.
 NAMED = re.compile(
     r"must|goes? with|cannot be combined|needs?|unknown rule|has no field|rule '|missing|nothing is left"
 )
-#: Of errors that torch finds: the type of an argument, a device without values, memory that is not there.
+#: Pattern of messages of torch: the type of an argument, a device without values, lack of memory.
 OF_TORCH = re.compile(
     r"value of type '\S+' for argument|Cannot access storage|meta|memory|Storage size|alloc|API call failed"
 )
@@ -147,13 +148,13 @@ def is_refused_or_works(drawn: tuple[str, Call]) -> None:
         assert OF_TORCH.search(str(error)), f"{what}: {error!r}"
 
 
-# Streams are cut up by tests/support/calls.py, whose own arguments are nobody's business.
+# Streams are excluded, since their calls have arguments of tests/support/calls.py, which it does not check.
 @pytest.mark.parametrize("name", [name for name in CALLS if not name.startswith("streaming")])
-def test_nonsense_is_refused(name: str, fuzz):
+def test_invalid_arguments_are_refused(name: str, fuzz):
     fuzz(is_refused_or_works, nonsense(name))
 
 
-def test_a_seed_that_found_something_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_a_seed_that_failed_is_tried_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(fuzzing, "SEEDS", tmp_path / "seeds.json")
     monkeypatch.setenv(fuzzing.SEED, "7")
     seen: list[int] = []
@@ -166,7 +167,7 @@ def test_a_seed_that_found_something_is_tried_again(tmp_path: Path, monkeypatch:
     with pytest.raises(AssertionError):
         fuzzing.fuzz(check, numbers, "some test", 60.0)
     assert fuzzing.kept() == {"some test": [7]}
-    with pytest.raises(AssertionError):  # before the few that are always the same
+    with pytest.raises(AssertionError):  # kept seeds run before the fixed examples
         fuzzing.fuzz(check, numbers, "some test", None)
     seen.clear()
     fuzzing.fuzz(seen.append, numbers, "some test", None)

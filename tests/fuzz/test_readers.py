@@ -1,4 +1,4 @@
-"""Bytes that readers once failed on, and others that are near to what they read: only documented errors come out."""
+"""Readers raise only documented errors for bytes that once made them fail, and for small changes of the corpus."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_corpus(path: Path):
 
 
 def changed(data: bytes, g: random.Random) -> bytes:
-    """A few bytes replaced, taken out, put in or cut off."""
+    """Replace, remove, insert or truncate a few bytes."""
     out = bytearray(data)
     for _ in range(g.randint(1, 4)):
         at = g.randrange(len(out) + 1)

@@ -1,6 +1,6 @@
-"""Attention over packed sequences on a GPU: accuracy, gradients, and leaks between samples.
+"""Attention over packed sequences on a GPU: accuracy, gradients, and independence of samples.
 
-Run ``pytest --device cuda tests/gpu/test_attention.py``; ``--device cpu`` runs the tests on any machine.
+Run ``pytest --device cuda tests/gpu/test_attention.py``. ``--device cpu`` runs the tests on any machine.
 """
 
 from __future__ import annotations
@@ -48,8 +48,9 @@ def alone(tensors: list[Tensor], window: int | None, causal: bool) -> Tensor:
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2)], ids=str)
 @pytest.mark.parametrize("dtype, width", [(torch.bfloat16, 64), (torch.float16, 20), (torch.float32, 64)], ids=str)
 def test_short_attention(gpu: torch.device, dtype: torch.dtype, width: int, heads: tuple[int, int], options: Any):
-    """The error against fp64 is at most twice that of plain attention in the same dtype, and for gradients, which round
-    the scores again, four times."""
+    """The error against fp64 is at most twice that of plain attention in the same dtype.
+
+    For gradients the factor is four, because the backward pass rounds the scores again."""
     g = torch.Generator().manual_seed(1)
     shapes = [(sum(LENGTHS), h, width) for h in (heads[0], heads[1], heads[1])]
     tensors = [torch.randn(shape, generator=g).to(gpu, dtype).requires_grad_() for shape in shapes]
@@ -75,7 +76,7 @@ def test_half_types_take_the_kernel(gpu: torch.device, monkeypatch: pytest.Monke
     q = torch.randn(sum(LENGTHS), 2, 64, device=gpu, dtype=torch.bfloat16)
     assert packed_attention(q, q, q, offsets(LENGTHS).to(gpu)).isfinite().all()
     narrow = q[..., :20]
-    with pytest.raises(TypeError):  # the loop was removed above
+    with pytest.raises(TypeError):  # this width needs the loop over samples, which is None here
         packed_attention(narrow, narrow, narrow, offsets(LENGTHS).to(gpu))
 
 
@@ -90,7 +91,7 @@ def test_offsets_are_checked_on_request(gpu: torch.device, monkeypatch: pytest.M
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
 def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype):
-    """New content in sample 0 changes no bit of the others; packing is as accurate as one sample at a time."""
+    """A change of sample 0 changes no bit of the others. Packing is as accurate as one sample at a time."""
     from tests.decoder.test_attention import LENGTHS as SAMPLES
     from tests.decoder.test_attention import decoder, packed_batch, samples
 

@@ -1,4 +1,4 @@
-"""Every op on a GPU against the reference on the CPU, bit for bit; streams, graphs, large and hostile input.
+"""Every op on a GPU against the reference on the CPU, bit for bit; streams, CUDA graphs, large and invalid input.
 
 Run ``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``--backend triton``). ``--device cpu`` runs the
 tests on any machine (tests/support/on_device.py), and ``--device cpu --emulated 0`` runs the CUDA kernels in the
@@ -190,7 +190,7 @@ def pack(arguments: dict[str, Any], compact: bool) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_short_gradient_of_the_table(gpu: torch.device, dtype: torch.dtype):
-    """PyTorch computes it, in an order of additions that depends on the device but not on the run."""
+    """PyTorch computes this gradient, in an order of additions that depends on the device but not on the run."""
     arguments = to(packing(3, 72, dtype), gpu)
     table = arguments["embedding"].requires_grad_()
     packed = fc.pack(**arguments, placeholder=99, placeholder_counts=1)
@@ -261,7 +261,7 @@ def test_fresh_random_input(gpu: torch.device, number: int):
 
 
 def test_other_stream(gpu: torch.device):
-    """A side stream writes the input late: a kernel on another stream would read the old values."""
+    """A side stream writes the input with a delay, so that a kernel on another stream would read the old values."""
     batch = packed("smooth", 256, torch.float32)
     wanted, gradient = expected(lambda: pool_and_gradient(batch.x, **batch.layout))
     late, layout = batch.x.to(gpu), to(batch.layout, gpu)
@@ -320,7 +320,7 @@ def test_compiled(gpu: torch.device):
 
 @pytest.mark.parametrize("rows", [141, 142])
 def test_compiled_results_are_used_in_the_graph(gpu: torch.device, rows: int):
-    """Inductor's kernels rely on fresh and aligned tensors; there are at most ``rows`` segments, odd and even."""
+    """Inductor's kernels require fresh and aligned tensors. Numbers of segments up to ``rows`` are odd and even."""
     x = features("smooth", rows, 64, torch.float32).to(gpu)
 
     def run(x: Tensor) -> tuple[Tensor, ...]:
@@ -340,13 +340,13 @@ def test_extreme_segments(gpu: torch.device, lengths: tuple[int, ...]):
     if gpu.type == "cpu":
         lengths = tuple(length // 100 for length in lengths[:200])
     batch = packed("iid", 16, torch.float32, lengths)
-    for rule in (fc.Threshold(3.0), fc.Uniform(1)):  # no distance is above 2
+    for rule in (fc.Threshold(3.0), fc.Uniform(1)):  # every distance is at most 2
         compare(batch, gpu, rule=rule)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16], ids=str)
 def test_more_elements_than_32_bits_count(gpu: torch.device, dtype: torch.dtype):
-    """The last sequence of a batch of more than 2^31 elements gives the same bits alone and in the batch."""
+    """The last sequence of a batch with more than 2^31 elements gives the same bits alone and in the batch."""
     width, last = 1280, 1000
     rows = (1 << 31) // width + 5000 if gpu.type == "cuda" else 3000
     if gpu.type == "cuda" and torch.cuda.mem_get_info(gpu)[0] < 24 << 30:
@@ -392,7 +392,7 @@ def test_short_hostile_offsets(gpu: torch.device, values: list[int], rule: fc.Ru
         else:
             assert not compact, "no error"
     good = packed("smooth", 64, torch.float32)
-    compare(good, gpu, rule=rule)  # the device still works
+    compare(good, gpu, rule=rule)  # later calls work
 
 
 def test_short_hostile_segments(gpu: torch.device):
@@ -414,7 +414,7 @@ def test_short_hostile_segments(gpu: torch.device):
 
 
 def test_tensors_of_two_devices_are_refused_without_the_wrappers(gpu: torch.device):
-    """Otherwise a kernel would read host memory, and the process could no longer use the device."""
+    """Without this check a kernel would read host memory, and the process could not use the device any more."""
     if gpu.type == "cpu":
         pytest.skip("needs two devices")
     ops, x, rule = torch.ops.fastcompress, torch.randn(5, 3, device=gpu), fc.LocalMax().op_args()

@@ -1,4 +1,4 @@
-"""`make gpu`: its dry form, which runs without a GPU, and what it does with steps that fail or cannot run."""
+"""`make gpu`: its dry form, which runs without a GPU, and steps that fail or cannot run."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def results(out: Path) -> dict[str, str]:
 @needs_make
 @pytest.mark.slow
 def test_dry_run(tmp_path: Path):
-    """All of it: compiles what is not compiled yet."""
+    """All steps run. The build step compiles the library."""
     done = make("gpu", "DRY=1", f"OUT={tmp_path}")
     assert done.returncode == 0, done.stdout + done.stderr
     names = ["build", "info", "cuda", "triton", "memcheck", "bench"]
@@ -56,7 +56,7 @@ def test_dry_run_of_the_tests(tmp_path: Path):
 
 
 def on_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, wheel: Path | None = None) -> list[gpu.Command]:
-    """The commands for a machine with a GPU and all tools."""
+    """Return the commands for a machine with a GPU and all tools."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (9, 0))
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: f"/bin/{name}")
     monkeypatch.setattr(gpu.subprocess, "check_output", lambda *args, **kwargs: "release 13.0, V13.0.88")
@@ -64,7 +64,7 @@ def on_a_gpu(monkeypatch: pytest.MonkeyPatch, out: Path, wheel: Path | None = No
 
 
 def test_commands_of_a_gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
-    """What the dry form replaces: the files and options that are named exist."""
+    """The files and options that the commands name exist."""
     commands = {command.name: command for command in on_a_gpu(monkeypatch, tmp_path)}
     assert list(commands) == ["build", "info", "cuda", "triton", "memcheck", "racecheck", "bench"]
     assert {command.step for command in commands.values()} == set(gpu.STEPS)
@@ -95,7 +95,10 @@ def python(step: str, name: str, code: str, skip: str = "") -> gpu.Command:
 
 
 def test_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
-    """A failure does not stop the rest and is the exit code; a skip is neither. The summary is there meanwhile."""
+    """A failed command does not stop later ones and makes the exit code 1; a skipped one does not.
+
+    The summary is written after each command.
+    """
     read = f"print(open({str(tmp_path / 'summary.json')!r}).read())"
     commands = [
         python("test", "bad", "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"),
@@ -117,7 +120,7 @@ def test_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.
         run_main(monkeypatch, tmp_path, commands, "tests")
 
 
-def test_without_a_library_triton_is_tested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_triton_is_tested_if_the_build_fails(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     for build, code in (
         (python("build", "build", "", skip="nvcc is not found"), 0),
         (python("build", "build", "raise SystemExit(2)"), 1),
@@ -128,7 +131,7 @@ def test_without_a_library_triton_is_tested(monkeypatch: pytest.MonkeyPatch, tmp
         assert results(tmp_path)["triton"] == "passed"
 
 
-def test_what_the_machine_lacks_is_the_reason(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_a_missing_tool_is_the_reason_for_skipping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     commands = on_a_gpu(monkeypatch, tmp_path)
     assert not any(command.skip for command in commands if command.name not in ("build", "triton"))
     find, gone = gpu.importlib.util.find_spec, {"triton", "xdist", "ninja"}
@@ -144,7 +147,7 @@ def test_what_the_machine_lacks_is_the_reason(monkeypatch: pytest.MonkeyPatch, t
     assert gpu.build(False, None).skip == "setuptools is older than 77"
 
 
-def test_takes_the_library_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_library_of_a_wheel_is_used(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     with zipfile.ZipFile(tmp_path / "a.whl", "w") as archive:
         archive.writestr("fastcompress/_C.so", b"library")
     monkeypatch.setattr(gpu, "ROOT", tmp_path)
@@ -154,7 +157,7 @@ def test_takes_the_library_of_a_wheel(monkeypatch: pytest.MonkeyPatch, tmp_path:
 
 
 @needs_make
-def test_without_a_gpu_it_says_so():
+def test_a_missing_gpu_is_reported():
     if torch.cuda.is_available():
         pytest.skip("needs a machine without a GPU")
     done = make("gpu")

@@ -1,4 +1,4 @@
-"""Tests of `fastcompress inspect` need its packages."""
+"""Skip the tests of `fastcompress inspect` if its packages are not installed."""
 
 from tests.support.skips import skip_without
 

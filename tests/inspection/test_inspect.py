@@ -1,4 +1,4 @@
-"""`fastcompress inspect`: the command line from audio files to tables, pictures and JSON."""
+"""`fastcompress inspect`, from audio files to tables, pictures and JSON."""
 
 import json
 import os
@@ -27,13 +27,13 @@ GREY, BLUE, LIGHT_BLUE = (0x6E, 0x6E, 0x6E), (0x00, 0x72, 0xB2), (0xA9, 0xD6, 0x
 
 
 def speech_frames() -> torch.Tensor:
-    """Return the frames that inspect compresses, computed without it."""
+    """Return the frames that `inspect` compresses, computed without its code."""
     frames = log_mel(soundfile.read(SPEECH, dtype="float32")[0])
     return frames - frames.mean(0)
 
 
 def table_rows(text: str) -> list[list[str]]:
-    """Cells of the table's rows; the white-noise rows are named after their rule with a tilde."""
+    """Return the cells of the table's rows. A row of white noise is named after its rule, with a tilde."""
     rows, rule = [], ""
     for line in text.splitlines():
         match = re.fullmatch(r"(\S.*?|  on white noise) +(\d+) +(\d+) +([\d.]+) +([\d.]+) +([\d.]+)", line)
@@ -49,7 +49,7 @@ def run(capsys, *arguments: object) -> tuple[int, str, str]:
     return code, captured.out, captured.err
 
 
-def test_the_table_counts_what_segment_pool_gives(capsys):
+def test_the_table_counts_the_segments_of_segment_pool(capsys):
     code, out, err = run(capsys, SPEECH)
     assert code == 0 and err == ""
     assert out.splitlines()[0] == f"{SPEECH}: 4.42 s, log-mel, 441 frames of width 80 at 100 per second"
@@ -119,7 +119,10 @@ def pixels(path: Path) -> np.ndarray:
 
 
 def last_row_blocks(path: Path) -> list[tuple[int, ...]]:
-    """Colours from left to right through the last rule's row (pixels 70 to 106 above the lower edge), each run once."""
+    """Return the colours of the last rule's row from left to right, with runs of equal colours merged.
+
+    The row is at pixels 70 to 106 above the lower edge.
+    """
     line = [tuple(pixel) for pixel in pixels(path)[-88].tolist()]
     return [colour for i, colour in enumerate(line) if i == 0 or colour != line[i - 1]]
 
@@ -157,7 +160,7 @@ def test_the_distance_curve_peaks_where_segments_start(tmp_path, monkeypatch):
     np.testing.assert_allclose(np.interp(shown, *curve.get_data()), peaks.get_ydata(), rtol=1e-5)
     before, after = (np.interp(shown + step, *curve.get_data()) for step in (-0.01, 0.01))
     higher = (peaks.get_ydata() > before) & (peaks.get_ydata() > after)
-    assert higher[1:-1].all() and len(higher) > 40  # the first and the last may have no neighbour in the picture
+    assert higher[1:-1].all() and len(higher) > 40  # the first and the last may lack a neighbour in the picture
 
 
 def test_long_rules_and_odd_names_can_be_drawn(tmp_path, capsys):
@@ -214,7 +217,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
     monkeypatch.chdir(tmp_path)
     code, out, err = run(capsys, *arguments)
     assert code == 2
-    assert "--json" not in arguments or out == ""  # said before the work
+    assert "--json" not in arguments or out == ""  # the error comes before the computation
     assert err.startswith("fastcompress: error: ") and err.endswith("\n") and err.count("\n") == 1
     assert message in err
 
@@ -266,7 +269,7 @@ def test_a_missing_package_is_named_with_its_extra(capsys, monkeypatch, tmp_path
     code, out, err = run(capsys, SPEECH, "--png", tmp_path / "a.png", "--encoder", tmp_path)
     assert (code, out) == (2, "")
     assert err == f"fastcompress: error: this needs {module}: pip install 'fastcompress[{extra}]'\n"
-    if module == "matplotlib":  # only the picture needs it
+    if module == "matplotlib":  # only the picture needs matplotlib
         assert run(capsys, SPEECH, "--rule", "uniform:2")[0] == 0
 
 
@@ -316,7 +319,7 @@ def test_a_whisper_encoder_is_run_in_its_windows(whisper, capsys, tmp_path):
 
     code, out, err = run(capsys, SPEECH, "--encoder", whisper, "--png", tmp_path / "a.png", "--no-noise")
     assert code == 0 and err == ""
-    # 3 s are 150 frames; 1.42 s of the second window are 71 of its 150, the rest is padding.
+    # 3 s are 150 frames. In the second window, 1.42 s are 71 frames, and the other 79 are padding.
     assert out.splitlines()[0].endswith("4.42 s, whisper encoder tiny-whisper, 221 frames of width 32 at 50 per second")
     assert (tmp_path / "a.png").stat().st_size > 30_000
 
@@ -356,7 +359,7 @@ def test_a_waveform_encoder_is_run_in_pieces(tmp_path):
         assert rate == pytest.approx(frames / seconds, rel=1e-4)
     with pytest.raises(EncoderError, match=r"wav2vec2: cannot encode 0\.01 s of audio"):
         encoder.frames(white_noise(200))
-    for window in (None, 480_000):  # 0 samples are what is left at 16 kHz of one at 44.1
+    for window in (None, 480_000):  # at 16 kHz, 0 samples remain of one sample at 44.1 kHz
         encoder.window = window
         with pytest.raises(EncoderError, match="the audio is empty: 0 samples"):
             encoder.frames(white_noise(0))

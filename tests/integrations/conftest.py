@@ -1,4 +1,4 @@
-"""Tests of the integrations need transformers and peft."""
+"""Skip the tests of the integrations if transformers or peft is not installed."""
 
 from tests.support.skips import skip_without
 

@@ -1,4 +1,4 @@
-"""What can be applied to a model, and what an applied model can do: modules, copies, compilation, threads."""
+"""``apply_to`` with modules, and copies, compilation and threads of compressed models."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def test_learned_compressors(before, tmp_path):
 
 
 def test_modules_are_called_as_the_rule_is():
-    """What a pass that packs does at once, step by step."""
+    """A module runs step by step what one pass of ``pack`` does for a rule, with the same result."""
     model = make("glmasr")
     inputs = batch("glmasr", model, labels=True)
     found = []
@@ -70,7 +70,7 @@ class Wrapped(nn.Module):
         return self.pool(rows, cu_seqlens=cu_seqlens)
 
 
-def test_modules_that_return_something_else():
+def test_modules_that_return_another_type():
     model = make("audioflamingo3")
     inputs = batch("audioflamingo3", model)
 
@@ -104,7 +104,7 @@ def test_modules_that_return_something_else():
         apply_to(model, fc.nn.SegmentPool("uniform:2", compact=False))
 
 
-def test_copies_are_their_own():
+def test_copies_are_independent():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     apply_to(model, Gate(32).double())
@@ -119,7 +119,7 @@ def test_copies_are_their_own():
 
 
 def test_pickles_are_refused():
-    """Methods would come back as the stock ones, and the model without compression."""
+    """An unpickled model would have the stock methods, and so no compression."""
     model = make("qwen2_audio")
     apply_to(model, "uniform:3")
     with pytest.raises(pickle.PicklingError, match="a compressed model cannot be pickled; call revert first"):
@@ -128,7 +128,7 @@ def test_pickles_are_refused():
     assert len(pickle.dumps(model)) > 1000
 
 
-def test_another_attention_is_not_packed_through():
+def test_another_attention_runs_padded():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     apply_to(model, "uniform:3")
@@ -139,7 +139,7 @@ def test_another_attention_is_not_packed_through():
 
 
 def test_flash_attention_is_replaced():
-    """It would unpad packed rows by their empty mask."""
+    """FlashAttention of transformers would unpad packed rows by their mask, which is missing."""
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     stock = apply_to(make("qwen2_audio"), "uniform:2")(**inputs).loss
@@ -187,11 +187,11 @@ def test_a_compressor_s_own_loss_is_added(kind: type[nn.Module]):
     torch.testing.assert_close(out.loss, lm + 0.5 * module.loss)
     out.loss.backward()
     assert all(p.grad.abs().sum() > 0 for p in module.parameters())
-    # Of a step of four batches the trainer adds the losses up, each of which is told the labels of all.
+    # Trainer adds the losses of the four batches of a step. Each gets the number of labels of all four.
     parts = sum(model(**inputs, num_items_in_batch=torch.tensor(4 * len(told))).loss for _ in range(4))
     torch.testing.assert_close(parts, out.loss)
     text = batch("qwen2_audio", model, (None, None), labels=True)
-    stale = model(**text).loss  # the loss of an earlier batch is not this one's
+    stale = model(**text).loss  # the compressor's loss of an earlier batch is not added
     assert abs(stale - model(**text, num_items_in_batch=8).loss) <= 1e-9
 
 
@@ -223,7 +223,7 @@ def test_methods_that_others_replaced_are_kept():
 
 
 def test_another_model_may_run_inside():
-    """Such as a teacher, or a judge, that a compressor or a hook asks."""
+    """A compressor or a hook can call another model, such as a teacher."""
     outer, inner = make("qwen2_audio"), make("audioflamingo3")
     inputs, other = batch("qwen2_audio", outer), batch("audioflamingo3", inner)
     apply_to(inner, "uniform:2")
@@ -244,7 +244,7 @@ def test_another_model_may_run_inside():
     assert torch.equal(found[0], decoded) and torch.equal(found[1], compressed)
 
 
-def test_threads_do_not_meet():
+def test_models_in_several_threads_are_independent():
     models = [make("qwen2_audio"), make("audioflamingo3")]
     inputs = [batch("qwen2_audio", models[0]), batch("audioflamingo3", models[1])]
     for model, rule in zip(models, ("uniform:2", "local-max"), strict=True):

@@ -1,12 +1,14 @@
-"""Stock audio LLMs that get as many tokens as the length of the audio says, and the processors that ask for them."""
+"""Budget mode: the number of tokens depends only on the length of the audio, and processors write the placeholders."""
 
 from __future__ import annotations
 
 import copy
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import transformers
 
 import fastcompress as fc
 from fastcompress.integrations.transformers import FAMILIES, BudgetProcessor, apply_to, revert
@@ -14,17 +16,17 @@ from tests.support import audio_llms
 from tests.support.compressed_llms import GREEDY, batch, make
 
 NAMES = tuple(name for name, family in FAMILIES.items() if family.budget is not None)
-#: Of several windows where a family cuts audio.
+#: Sizes of audio for families with windows: some audios have several windows.
 SIZES = {"audioflamingo3": (130, 9, 50), "voxtral": (35, 9, 60)}
 
 
 class Nothing:
-    """A processor that is not asked."""
+    """A processor that the tests do not call."""
 
     tokenizer = None
 
 
-# Families differ in how they count rows, rules in how many tokens a count gives.
+# Families differ in the number of rows per audio, and rules in the number of tokens for a number of rows.
 @pytest.mark.parametrize(
     ("name", "rule"),
     [
@@ -33,7 +35,7 @@ class Nothing:
     ],
 )
 def test_budget_is_what_dynamic_mode_does(name, rule):
-    """Where no window ends within a segment the two are the same; the counts always fit."""
+    """The two modes give the same result if no window ends inside a segment. The numbers of tokens always match."""
     model = make(name)
     sizes = SIZES.get(name, (20, 9, 16))
     inputs = batch(name, model, sizes, labels=True)
@@ -183,10 +185,79 @@ def test_transcription_requests():
     assert model.generate(**after, **GREEDY).shape[1] == after["input_ids"].shape[1] + 6
 
 
-def test_batches_that_qwen2_audio_would_expand():
-    """With one placeholder an audio it takes a prompt for one of its older processors."""
+@pytest.mark.parametrize("rule", ["uniform:100", "top-k:count=1"])
+@pytest.mark.parametrize("name", NAMES)
+def test_audio_of_one_token(name: str, rule: str):
+    """Qwen2-Audio takes a prompt without adjacent placeholders for one of its old processors."""
+    model = make(name)
+    for sizes in ((20, 9, 16), (9,)):
+        inputs = batch(name, model, sizes, labels=True)
+        apply_to(model, rule)
+        wanted = model(**inputs).loss
+        revert(model)
+        apply_to(model, rule, "budget")
+        shortened = BudgetProcessor(Nothing(), model).shorten(dict(inputs))
+        if name not in SIZES:  # these cut audio into windows, with a token each
+            assert (shortened["input_ids"] == audio_llms.AUDIO).sum(1).tolist() == [1] * len(sizes)
+        assert abs(model(**shortened).loss - wanted) <= 1e-6
+        shortened.pop("labels")
+        assert model.generate(**shortened, **GREEDY).shape[1] == shortened["input_ids"].shape[1] + 6
+        revert(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_audio_of_one_row(name: str):
+    model = make(name)
+    for mode in ("dynamic", "budget"):
+        inputs = batch(name, model, (1,) if name != "granite_speech" else (3,), labels=True)
+        apply_to(model, "uniform:3", mode)
+        shortened = BudgetProcessor(Nothing(), model).shorten(dict(inputs)) if mode == "budget" else inputs
+        assert model(**shortened).loss.isfinite()
+        revert(model)
+
+
+def test_prompts_of_old_processors_are_refused():
     model = make("qwen2_audio")
-    inputs = batch("qwen2_audio", model, labels=True)
-    apply_to(model, "uniform:100", "budget")
-    with pytest.raises(NotImplementedError, match="2 or more tokens per batch, got token counts .1, 1, 1"):
-        model(**BudgetProcessor(Nothing(), model).shorten(inputs))
+    inputs = batch("qwen2_audio", model, (20, 9))
+    apply_to(model, "uniform:3", "budget")
+    inputs["input_ids"] = torch.tensor([[5, audio_llms.AUDIO, 6], [5, audio_llms.AUDIO, 7]])
+    inputs["attention_mask"] = torch.ones(2, 3).long()
+    with pytest.raises(ValueError, match="one placeholder per token, as BudgetProcessor writes them, got 2 for 6 tok"):
+        model(**inputs)
+
+
+# Without a model
+
+
+@pytest.mark.parametrize("rule", ["uniform:3", "top-k:rate=3", "top-k:count=4", "min-variance:3"])
+def test_a_processor_of_a_saved_configuration(rule: str, tmp_path: Path):
+    for name in NAMES:
+        model = audio_llms.make(name)
+        inputs = audio_llms.batch(name, model, SIZES.get(name, (20, 9, 16)))
+        apply_to(model, rule, "budget")
+        wanted = BudgetProcessor(Nothing(), model).shorten(dict(inputs))
+        model.config.save_pretrained(tmp_path / name)
+        config = transformers.AutoConfig.from_pretrained(tmp_path / name)
+        found = BudgetProcessor.from_config(Nothing(), config).shorten(dict(inputs))
+        assert torch.equal(found["input_ids"], wanted["input_ids"]) and found.keys() == wanted.keys()
+
+
+def test_configurations_without_a_budget():
+    model = audio_llms.make("audioflamingo3")
+    with pytest.raises(ValueError, match="config must have a rule that was saved in budget mode, got none; call apply"):
+        BudgetProcessor.from_config(Nothing(), model.config)
+    apply_to(model, "uniform:3")
+    with pytest.raises(ValueError, match="saved in budget mode, got one of dynamic mode"):
+        BudgetProcessor.from_config(Nothing(), model.config)
+    model.config.fastcompress |= {"mode": "budget", "rule": "local-max"}
+    with pytest.raises(NotImplementedError, match="only on the length .*, got local-max; use mode='dynamic'"):
+        BudgetProcessor.from_config(Nothing(), model.config)
+    model.config.fastcompress |= {"positions": "time"}
+    with pytest.raises(ValueError, match="unknown field 'positions'"):
+        BudgetProcessor.from_config(Nothing(), model.config)
+    with pytest.raises(NotImplementedError, match="qwen2 is not a supported audio LLM"):
+        BudgetProcessor.from_config(Nothing(), transformers.Qwen2Config())
+    music = audio_llms.make("musicflamingo").config
+    music.fastcompress = {"version": 1, "mode": "budget", "before_projector": False, "rule": "uniform:3"}
+    with pytest.raises(NotImplementedError, match="musicflamingo has no budget mode: it computes timestamps"):
+        BudgetProcessor.from_config(Nothing(), music)

@@ -1,4 +1,4 @@
-"""Stock audio LLMs whose audio shrinks before the decoder: against the stock model, and against each sample alone."""
+"""Dynamic mode: compressed models against the stock model, and batches against each sample alone."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.slow import some
 
 NAMES = tuple(audio_llms.FAMILIES)
 BEFORE_PROJECTOR = tuple(name for name in NAMES if not FAMILIES[name].why_not_before)
-# Nothing compressed is nothing changed
+# The identity compressor changes nothing
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -43,7 +43,7 @@ def test_identity_equals_stock(name):
             kept = right["attention_mask"].bool()
             assert out.logits.shape == stock.shape and (out.logits - stock)[kept].abs().max() <= 1e-6
             assert torch.equal(out.compressed.source, kept.flatten().nonzero()[:, 0])
-            if pack:  # prompts are never packed
+            if pack:  # prompts of `generate` are not packed
                 assert torch.equal(model.generate(**left, **GREEDY), written)
                 again = model.generate(**left, **GREEDY | {"num_beams": 2, "num_return_sequences": 2})
                 assert torch.equal(again, beams)
@@ -93,7 +93,7 @@ def test_revert_restores_the_stock_model(name):
 # Compressed
 
 
-# Families differ in how audio becomes rows, rules in which rows become a token.
+# Families differ in how audio becomes rows, and rules in which rows become a token.
 @pytest.mark.parametrize(
     ("name", "rule"),
     [*((name, "local-max") for name in NAMES), ("qwen2_audio", "uniform:3"), ("audioflamingo3", "threshold:1.0")],
@@ -113,7 +113,7 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
                 break
             revert(model)
         assert abs(losses[0] - losses[1]) <= 1e-9 and largest(*gradients) <= 1e-9
-        assert any("tower" in n or "encoder" in n for n in gradients[0]) or name == "vibevoice_asr"  # which freezes it
+        assert any("tower" in n or "encoder" in n for n in gradients[0]) or name == "vibevoice_asr"  # frozen
         counts = out.compressed.cu_seqlens.diff().tolist()
         assert sum(counts) < int(inputs["attention_mask"].sum())
         total = 0.0
@@ -125,7 +125,7 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
         assert abs(total - losses[0]) <= 1e-6
         apart = grads(model)
         assert largest({n: g * 3 for n, g in gradients[0].items()}, apart) <= 1e-6
-        if before:  # what is written depends on the tokens alone
+        if before:  # generation depends only on the tokens, so it is tested once
             revert(model)
             continue
         inputs_only = {k: v for k, v in inputs.items() if k != "labels"}
@@ -141,7 +141,10 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_hole_mask_oracle(name):
-    """Tokens where segments begin, all other rows masked, positions counted over what is left: the shortened run."""
+    """The shortened input gives the result of the full input with the other rows masked.
+
+    The full input has each token in the first row of its segment, and positions that count only these rows.
+    """
     model = make(name)
     inputs = batch(name, model, side="right")
     captured = {}
@@ -189,8 +192,8 @@ def test_samples_do_not_leak(name, mode):
     assert torch.equal(now[1:], told[1:]) and not torch.equal(now[0], told[0])
 
 
-def test_logits_stand_where_the_stock_model_puts_them():
-    """The last column is what comes next of each sample, if the padding was on the left."""
+def test_logits_are_in_the_columns_of_the_stock_model():
+    """The last column predicts the next token of each sample if the padding of the input is on the left."""
     model = make("audioflamingo3")
     inputs = batch("audioflamingo3", model)
     apply_to(model, "uniform:3")
@@ -213,8 +216,8 @@ def test_logits_stand_where_the_stock_model_puts_them():
         assert loss.dim() == 0 and logits.dim() == 3
 
 
-def test_the_last_column_is_what_comes_next_without_padding_too():
-    """Prompts of one length get shorter by different amounts."""
+def test_the_last_column_predicts_the_next_token_without_padding():
+    """Compression shortens prompts of equal length by different amounts."""
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, (50, 50, 50))
     longest = inputs["input_ids"].shape[1] - 4
@@ -241,7 +244,7 @@ def test_labels_of_audio_are_not_predicted():
         told = out.compressed.labels[out.compressed.labels != -100]
         assert audio_llms.AUDIO not in told.tolist()
         text = (inputs["input_ids"] != audio_llms.AUDIO) & inputs["attention_mask"].bool()
-        assert len(told) == int(text.sum()) - 3  # the first row of each sample has nothing before it
+        assert len(told) == int(text.sum()) - 3  # no row predicts the first row of a sample
         revert(model)
 
 
@@ -273,7 +276,7 @@ def test_generation_settings(name):
         apply_to(model, "uniform:1")
         for key, more in settings.items():
             if key == "penalty" and not FAMILIES[name].prompt_ids:
-                continue  # documented: only what was written is penalised
+                continue  # documented: the penalty applies only to generated ids
             out = model.generate(**inputs, **{k: v for k, v in (GREEDY | more).items() if v is not None})
             if key == "details":
                 assert len(out.scores) == len(stock[key].scores)

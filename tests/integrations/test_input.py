@@ -1,4 +1,4 @@
-"""Which models and input are refused, and input that is odd and sound."""
+"""Models and input that raise an error, and unusual input that is valid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_text_alone():
     out.loss.backward()
     assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
     text = {k: v for k, v in inputs.items() if k != "labels"}
-    assert not hasattr(model(**text), "compressed")  # stock
+    assert not hasattr(model(**text), "compressed")  # the stock model ran
     assert model.generate(**text, **GREEDY).shape == (2, text["input_ids"].shape[1] + 6)
     mixed = batch("qwen2_audio", model, (20, None, 9), labels=True)
     assert model(**mixed).compressed.cu_seqlens.diff().tolist() == [7 + 4, 10, 13 + 2]
@@ -87,7 +87,7 @@ def test_models_that_cannot_be_compressed_are_refused():
         assert not hasattr(model, "fastcompress_settings") and not hasattr(model, "audio_compressor")
         assert model.model.language_model.config._attn_implementation == "sdpa"
     apply_to(model, "uniform:3")
-    with pytest.raises(ValueError, match="already compressed by SegmentPool"):
+    with pytest.raises(ValueError, match="already compressed by uniform:3, after the projector"):
         apply_to(model, "uniform:2")
 
 
@@ -102,10 +102,17 @@ def test_decoders_that_would_leak_are_not_packed():
 
 def test_versions(monkeypatch):
     model = make("qwen2_audio")
-    monkeypatch.setattr(transformers, "__version__", "5.1.0")
-    with pytest.raises(ImportError, match="needs transformers 5.24 or later, got 5.1.0"):
+    module = integration.families.transformers  # transformers replaces its own module while it is imported
+    monkeypatch.setattr(module, "__version__", "5.15.3")
+    with pytest.raises(ImportError, match="dynamic mode needs transformers 5.24 or later, got 5.15.3: install a newer"):
         apply_to(model, "uniform:3")
-    monkeypatch.setattr(transformers, "__version__", "6.0.0.dev0")
+    with pytest.raises(ImportError, match="budget mode needs transformers 5.16 or later, got 5.15.3: install a newer"):
+        apply_to(model, "uniform:3", "budget")
+    monkeypatch.setattr(module, "__version__", "5.16.0")
+    with pytest.raises(ImportError, match="or use budget mode, which needs 5.16"):
+        apply_to(model, "uniform:3")
+    revert(apply_to(model, "uniform:3", "budget"))
+    monkeypatch.setattr(module, "__version__", "6.0.0.dev0")
     with pytest.warns(UserWarning, match="transformers 6.0.0.dev0 is newer than the tested versions"):
         apply_to(model, "uniform:3")
 
@@ -117,10 +124,10 @@ def test_the_table_names_every_family():
         assert kind in text
 
 
-# What would otherwise be wrong without a word
+# Cases that could give wrong results without an error
 
 
-def test_subclasses_and_new_compressors_are_asked():
+def test_subclasses_and_replaced_compressors_are_used():
     class Learned(fc.nn.SegmentPool):
         def __init__(self) -> None:
             super().__init__("uniform:2")
@@ -145,7 +152,7 @@ def test_subclasses_and_new_compressors_are_asked():
 
 
 @pytest.mark.parametrize("name", ["audioflamingo3", "voxtral", "qwen2_5_omni_thinker", "granite_speech"])
-def test_a_missing_mask_is_inferred_as_ever(name):
+def test_a_missing_mask_is_inferred_as_in_the_stock_model(name):
     model = make(name)
     model.generation_config.pad_token_id, model.generation_config.eos_token_id = 0, 2
     inputs = batch(name, model)

@@ -1,4 +1,4 @@
-"""Tests of the reference model need its packages."""
+"""Skip the tests of the reference model if its packages are not installed."""
 
 from tests.support.skips import only_on_the_cpu, skip_without
 

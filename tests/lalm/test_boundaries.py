@@ -1,4 +1,4 @@
-"""The reference audio LLM with boundaries that are learned, and with the CTC head's labels as boundaries."""
+"""The reference audio LLM with learned boundaries, and with the CTC head's labels as boundaries."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def learned(**options) -> FastCompressForConditionalGeneration:
     model = build(boundary_ratio=3.0, **options)
     assert model.compressor is not None
     torch.manual_seed(1)
-    for p in model.compressor.parameters():  # so that some boundaries are found
+    for p in model.compressor.parameters():  # larger weights, so that there are some boundaries
         torch.nn.init.normal_(p, std=0.3)
     return model
 
@@ -54,11 +54,11 @@ def test_learned_boundaries_in_the_model(tmp_path: Path):
     assert torch.equal(again.generate(**inputs, max_new_tokens=3), written)
     text = {k: v[1:2] for k, v in inputs.items() if k in ("input_ids", "attention_mask")}
     model.zero_grad()
-    model(**text, labels=labels[1:2]).loss.backward()  # without audio they are still in the graph
+    model(**text, labels=labels[1:2]).loss.backward()  # without audio its parameters are still in the graph
     assert all(p.grad is not None for p in model.compressor.parameters())
 
 
-def test_a_new_one_is_the_identity():
+def test_a_new_compressor_is_the_identity():
     config = build(boundary_ratio=2.0).config
     model = FastCompressForConditionalGeneration(config)
     assert torch.equal(model.compressor.key.weight.detach(), torch.eye(24))
@@ -79,7 +79,7 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
     model.train()
     fired = model.compress(frames, lengths)
     assert fired.cu_seqlens.diff().tolist() == wanted.tolist()
-    whole = frames[0, : 3 * int(lengths[0] // 3)].unflatten(0, (-1, 3)).mean(1)  # a new one: means of three frames
+    whole = frames[0, : 3 * int(lengths[0] // 3)].unflatten(0, (-1, 3)).mean(1)  # means of 3 frames
     if lengths[0] % 3 == 0:
         torch.testing.assert_close(fired.values[: len(whole)], whole)
     torch.manual_seed(1)
@@ -88,7 +88,7 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
     torch.testing.assert_close(out.loss, out.lm_loss + 0.1 * out.compressor_loss)
     assert out.num_audio_tokens == wanted.sum()
     out.lm_loss.backward()
-    assert model.compressor.weight.weight.grad.any()  # by where tokens lie alone
+    assert model.compressor.weight.weight.grad.any()  # only the borders of tokens depend on it
     model.eval()
     alpha = model.compressor.weight(frames)[..., 0].sigmoid()
     direct = fc.integrate_and_fire(frames, alpha, lengths=lengths)
@@ -102,11 +102,11 @@ def test_integrate_and_fire_in_the_model(tmp_path: Path):
         FastCompressConfig(boundary_kind="cnn")
 
 
-def test_what_is_saved_of_a_compressor(tmp_path: Path):
+def test_saving_a_compressor(tmp_path: Path):
     model = learned()
     inputs = batch()
     model(**inputs).loss.backward()
-    copied = copy.deepcopy(model)  # though a loss with a graph was left
+    copied = copy.deepcopy(model)  # also while `loss` has a graph
     assert copied.compressor.loss is None and torch.equal(copied.compressor.key.weight, model.compressor.key.weight)
     model.use_compressor(fc.nn.BipartiteMerge(2.0))
     assert model.config.boundary_ratio is None
@@ -120,14 +120,14 @@ def test_what_is_saved_of_a_compressor(tmp_path: Path):
         model.learn_boundaries(3.0, "foo")
 
 
-def test_what_changes_a_model_behind_its_back(tmp_path: Path):
+def test_changes_of_the_compressor(tmp_path: Path):
     """LoRA wraps the compressor; a new rule or compressor replaces the old one; inputs exclude each other."""
     tuned = add_lora(build(boundary_ratio=3.0), rank=2)
     set_compression(tuned, None, reduce="first")
     found = [m.reduce for m in tuned.modules() if isinstance(m, fc.nn.LearnedBoundary)]
-    assert found == ["first", "first"]  # peft's copy is the one that runs
+    assert found == ["first", "first"]  # peft's copy runs
     model = build()
-    model.config.compressor = "BipartiteMerge"  # as it is loaded, without it
+    model.config.compressor = "BipartiteMerge"  # as after loading, when the compressor is missing
     model.rule = "uniform:3"
     assert model.config.compressor is None
     inputs = batch()
@@ -157,7 +157,7 @@ def test_a_compressor_s_loss_has_its_own_weight():
 
 
 def test_losses_beside_the_labels_count_once_a_step():
-    """``Trainer`` sums the losses of the batches that a step accumulates; extra losses count once."""
+    """``Trainer`` adds the losses of the batches of a step; extra losses count once per step."""
     model = build(boundary_ratio=3.0, train_encoder=True, ctc_tokens=["a", "b"])
     inputs = batch() | {"ctc_labels": torch.tensor([[1, 2], [2, -100], [1, -100]])}
     whole = model(**inputs)
@@ -191,11 +191,11 @@ def test_any_compressor(module: torch.nn.Module):
     with pytest.raises(ValueError, match="cannot set rule local-max: this model has a compressor"):
         model.rule = "local-max"
     saved = add_lora(model, rank=2).peft_config["default"].modules_to_save
-    assert saved == ["projector"]  # there is nothing to learn
+    assert saved == ["projector"]  # the compressor has no parameters
 
 
 def test_no_rule_is_no_compressor(tmp_path: Path):
-    """With rule "none" every frame is kept, and `compression` names what compresses."""
+    """With rule "none" every frame is kept, and `compression` is the name of the compressor."""
     for build_one in (lambda: learned(), lambda: add_lora(learned(), rank=2)):
         model = build_one()
         inputs = batch()
@@ -232,7 +232,7 @@ def test_labels_of_the_ctc_head_as_boundaries():
 
 
 def test_training_from_the_command_s_settings(tmp_path: Path):
-    """Boundaries trained from scratch, and with LoRA on another model, are there when a run is loaded."""
+    """Boundaries that are trained from scratch, or with LoRA on another model, are loaded with a run."""
     train = write_tones(tmp_path, 16, texts=2)
     common = {
         "data": str(train),
@@ -258,7 +258,7 @@ def test_training_from_the_command_s_settings(tmp_path: Path):
     trained = [p for n, p in base.named_parameters() if "compressor" in n and "modules_to_save" in n]
     assert len(trained) == 2 and not torch.equal(trained[0], torch.eye(128))
     assert tuned.generate(**inputs, max_new_tokens=3).shape[0] == 2
-    for more in ({}, {"lora_rank": 4}):  # of learned boundaries
+    for more in ({}, {"lora_rank": 4}):
         settings = {"model": str(tmp_path / "run"), "rule": "none", "max_steps": 1, **common, **more}
         folder = tmp_path / f"none-{len(more)}"
         Run(TrainSettings(output_dir=str(folder), **settings), say=lambda text: None).train()

@@ -1,7 +1,6 @@
-"""Random combinations of encoder, decoder, their sizes, rule and batch: each works, or is refused for a reason that is
-known before.
+"""Random combinations of encoder, decoder, their sizes, rule and batch: each works or raises the expected error.
 
-What is drawn is a function of the number of the case, so that a failure can be repeated: ``-k "[17]"``.
+The combination is a function of the case's number, so that a failure can be repeated with ``-k "[17]"``.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ ENCODERS: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 DECODERS = ("qwen2", "llama", "mistral", "gemma", "qwen3", "gemma3_text", "granite", "phi3", "mamba")
-SHORTEST = 45  # samples that make a frame of WAVE's encoders
+SHORTEST = 45  # minimum number of samples for one frame of the encoders in WAVE
 
 
 @dataclass
@@ -182,14 +181,14 @@ def works(c: Combination) -> None:
     assert (out.num_audio_tokens > 0) <= (c.audios > 0) and out.num_audio_tokens <= out.num_frames
     out.loss.backward()
     weight = next(model.projector.parameters()).grad
-    # A token of audio that is followed by a label in its sample has a say in the loss. CIF may fire none, and windows
-    # whose tail is dropped.
+    # Each audio token that is followed by a label in its sample affects the loss. CIF may fire no token, and windows
+    # with a dropped tail may have none.
     audio, label = out.packed.source >= c.batch["input_ids"].numel(), out.packed.labels != -100
     assert int(audio.sum()) == int(out.num_audio_tokens)
     samples = zip(*(part.split(out.packed.cu_seqlens.diff().tolist()) for part in (audio, label)), strict=True)
     has_say = any(bool((a.cumsum(0)[:-1] > 0)[b[1:]].any()) for a, b in samples)
     assert weight is not None and weight.isfinite().all() and bool(weight.any()) >= has_say
-    if model._runs_packed:  # the same decoder on a padded batch
+    if model._runs_packed:  # compare with the same decoder on a padded batch
         model._runs_packed = False
         with torch.no_grad():
             padded = model(**c.batch)
@@ -204,7 +203,7 @@ def works(c: Combination) -> None:
 
 
 def check(number: int) -> bool:
-    """Return whether the combination worked; else it raised the expected error."""
+    """Return whether the combination works; otherwise assert that it raises the expected error."""
     c = draw(number)
     reason = c.reason()
     with warnings.catch_warnings():

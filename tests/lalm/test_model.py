@@ -1,4 +1,4 @@
-"""The reference audio LLM on tiny random parts: against its parts run one by one, whatever the batch."""
+"""The reference audio LLM with tiny random parts, against its parts run one by one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ LENGTHS = (70, 9, 100)
 
 
 def batch(seed: int = 0, left: bool = False) -> dict[str, Tensor]:
-    """Three samples: one audio, none, two."""
+    """Return three samples, with one audio, none and two."""
     g = torch.Generator().manual_seed(seed)
     rows, masks = [], []
     for ids in IDS:
@@ -78,7 +78,7 @@ def batch(seed: int = 0, left: bool = False) -> dict[str, Tensor]:
 
 
 def samples(full: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Each alone, without padding of either kind."""
+    """Return each sample alone, without padding of text or audio."""
     found, audio = [], 0
     for row, mask, labels in zip(full["input_ids"], full["attention_mask"], full["labels"], strict=True):
         keep = mask.bool()
@@ -96,7 +96,7 @@ def samples(full: dict[str, Tensor]) -> list[dict[str, Tensor]]:
 RULES = (None, "uniform:3", "local-max", "local-max:prominence=0.1", "threshold:0.5")
 
 
-# Rules: which rows become a token. Padding of the audio: how the encoder runs. Left: where the text's padding is.
+# Parameters: which rows become a token; the padding of the audio in the encoder; the side of the padding of the text.
 @pytest.mark.parametrize(
     ("rule", "padding", "left"),
     [
@@ -172,7 +172,7 @@ def test_frames_in_place_of_features():
 
 
 def test_frames_need_their_lengths():
-    """Without them the padding would be compressed as if it were speech."""
+    """Without lengths, the padding would be compressed like speech."""
     model = build()
     full = batch()
     frames, lengths = model.encode(full.pop("input_features"), full.pop("feature_attention_mask"))
@@ -202,7 +202,7 @@ def test_audio_longer_than_a_window_is_cut_into_windows():
             window[:, : end - begin] = row[:, begin:end]
             expected = tower(window[None]).last_hidden_state[0, : (end - begin + 1) // 2]
             torch.testing.assert_close(found[begin // 2 : begin // 2 + len(expected)], expected, rtol=1e-5, atol=1e-5)
-    # No window is computed that holds nothing.
+    # Empty windows are not computed.
     calls = []
     handle = tower.register_forward_pre_hook(lambda _, arguments: calls.append(len(arguments[0])))
     encode(tower, features, mask)
@@ -211,7 +211,7 @@ def test_audio_longer_than_a_window_is_cut_into_windows():
 
 
 def test_padding_as_whisper_pads():
-    """A short audio in stock Whisper is followed by silence, whose features are 2 below the loudest."""
+    """Stock Whisper pads a short audio with silence, whose features are 2 below the maximum."""
     extractor = transformers.WhisperFeatureExtractor(feature_size=16, chunk_length=1)
     samples = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
     stock = extractor(samples, sampling_rate=16000, return_tensors="pt").input_features  # padded to a second
@@ -223,7 +223,7 @@ def test_padding_as_whisper_pads():
     expected = model.audio_tower(stock).last_hidden_state[:, :24]
     zeros = model.audio_tower(torch.nn.functional.pad(short, (0, 50))).last_hidden_state[:, :24]
     frames = model.encode(short)[0][:, :24]
-    # Two frames of features around the end see its samples mirrored, or followed by nothing.
+    # The last two frames depend on the padding of the samples, which is reflected in one case and zero in the other.
     error, wrong = (float((f - expected).norm() / expected.norm()) for f in (frames, zeros))
     assert error < 0.03 and wrong > 5 * error, (error, wrong)
 
@@ -236,7 +236,7 @@ def test_normalized_features_have_no_level(padding: str):
     for options, same in (({"normalize_features": True}, True), ({}, False)):
         model = build(audio_padding=padding, **options)
         assert torch.allclose(*(model.encode(features + c, mask)[0] for c in (0.0, 0.7)), atol=1e-4) == same
-    if padding == "window":  # the mean is of the audio alone, and what is left, silence too, is doubled
+    if padding == "window":  # padding with silence comes after the subtraction of the mean, before the factor 2
         length = LENGTHS[0]
         row = features[:1, :, :length]
         by_hand = 2 * torch.cat([row - row.mean(), (row.max() - 2 - row.mean()).expand(1, 16, WINDOW - length)], 2)
@@ -327,10 +327,10 @@ def test_ctc_loss():
 
 @pytest.mark.parametrize("has_audio", [True, False])
 def test_every_parameter_is_in_the_graph(has_audio: bool):
-    """Or processes that average gradients would wait for each other."""
+    """Otherwise processes that average gradients would wait for each other."""
     model = build(train_encoder=True, ctc_tokens=["a"])
     if has_audio:
-        loss = model(**batch()).loss  # no labels of CTC
+        loss = model(**batch()).loss  # no CTC labels
     else:
         ids = torch.tensor([[3, 4, 5]])
         loss = model(input_ids=ids, labels=ids).loss
@@ -418,12 +418,12 @@ def test_trainer(tmp_path: Path):
     assert torch.equal(loaded.projector.weight, model.projector.weight)
 
 
-# Writing
+# Generation
 
 
 @pytest.mark.parametrize("text", ["qwen2", "gemma3_text"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-def test_a_batch_writes_what_its_samples_write(options: dict[str, int], text: str):
+def test_a_batch_generates_the_text_of_its_samples(options: dict[str, int], text: str):
     model = build(text=text, rule="local-max")
     options = options | {"max_new_tokens": 8, "do_sample": False}
     for left in (False, True):
@@ -436,11 +436,11 @@ def test_a_batch_writes_what_its_samples_write(options: dict[str, int], text: st
             del part["labels"]
             alone = model.generate(**part, **options)[0, prompt:]
             assert row[5 : 5 + len(alone)].tolist() == alone.tolist()
-            assert set(row[5 + len(alone) :].tolist()) <= {0, 2}  # padding, which beam search takes for none if it is 0
+            assert set(row[5 + len(alone) :].tolist()) <= {0, 2}  # padding and eos
 
 
-def test_writing_agrees_with_forward():
-    """Each token is the likeliest after the prompt and the tokens before it."""
+def test_generation_agrees_with_forward():
+    """Each token is the most likely one after the prompt and the tokens before it."""
     model = build(rule="uniform:3")
     part = samples(batch())[2]
     prompt = part["input_ids"]
@@ -450,7 +450,7 @@ def test_writing_agrees_with_forward():
     assert logits[-6:-1].argmax(-1).tolist() == tokens[0, prompt.shape[1] :].tolist()
 
 
-def test_what_generate_can_return():
+def test_return_values_of_generate():
     model = build(rule="uniform:3")
     full = batch()
     del full["labels"]

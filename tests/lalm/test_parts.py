@@ -1,4 +1,4 @@
-"""The reference audio LLM of pretrained parts: each keeps its attention, its settings and its dtype."""
+"""The reference audio LLM made from pretrained parts, which keep their attention, settings and dtype."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def parts(audio: Any, text: Any, **options: Any) -> FastCompressForConditionalGe
 
 
 @pytest.mark.parametrize("kind", ["whisper", "wav2vec2", "parakeet_encoder", "wav2vec2-bert"])
-def test_an_encoder_is_what_it_was(kind: str):
+def test_an_encoder_gives_the_same_output(kind: str):
     audio = encoder(kind)
     before = audio.config._attn_implementation
     if kind == "wav2vec2":
@@ -57,7 +57,7 @@ def test_an_encoder_is_what_it_was(kind: str):
     alone, count = model.encode(features[1:, ..., : lengths[1]], mask[1:, : lengths[1]])
     assert torch.equal(lengths_found, counts) and count == counts[1]
     torch.testing.assert_close(frames[1, : counts[1]], alone[0, : counts[1]], rtol=1e-4, atol=1e-4)
-    if kind != "whisper":  # whose padding was of the window
+    if kind != "whisper":  # whisper pads to its window
         for found, wanted, n in zip(frames, expected, counts, strict=True):
             torch.testing.assert_close(found[:n], wanted[:n])
 
@@ -84,7 +84,7 @@ def test_a_configuration_of_parts_keeps_their_implementations():
     config = FastCompressConfig(audio, text)
     assert (config.audio_config._attn_implementation, config.text_config._attn_implementation) == ("eager", "sdpa")
     assert config.text_config._experts_implementation == "eager"
-    config = FastCompressConfig(audio, text, attn_implementation="eager")  # which is asked of all
+    config = FastCompressConfig(audio, text, attn_implementation="eager")  # which applies to all parts
     assert config.text_config._attn_implementation == "eager"
 
 
@@ -140,7 +140,7 @@ def test_each_part_is_loaded_in_its_dtype(kind: str, tmp_path: Path):
     assert saved.keys() == found.keys() and len({tensor.dtype for tensor in saved.values()}) > 2
     for name, tensor in saved.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
-    for name, buffer in decoder().named_buffers():  # frequencies, which are computed and not saved
+    for name, buffer in decoder().named_buffers():  # frequencies, which are computed and not saved, keep fp32
         assert torch.equal(loaded.language_model.get_buffer(name), buffer), name
     config = FastCompressConfig.from_pretrained(tmp_path)
     for options in ({}, {"config": config}):

@@ -1,4 +1,4 @@
-"""Training of pretrained parts in half precision: what is trained is in fp32, and is what is loaded again."""
+"""Training of pretrained parts in half precision: trained weights are in fp32 and are restored by loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from tests.support.lalm_data import write_tones
 
 @pytest.fixture(scope="module")
 def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An encoder and a decoder in bf16, and a manifest."""
+    """Write an encoder and a decoder in bf16, and a manifest."""
     folder = tmp_path_factory.mktemp("pretrained")
     manifest = write_tones(folder, 8, texts=2)
     tokenizer = build_tokenizer([u.target for u in read_manifest(manifest)])
@@ -42,7 +42,7 @@ def pretrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def one_precision() -> Iterator[None]:
-    """Which a process has, as a run has a process."""
+    """Reset accelerate's state: a process has one precision, and each run is usually a process."""
     AcceleratorState._reset_state()
     yield
     AcceleratorState._reset_state()
@@ -67,7 +67,7 @@ def settings(folder: Path, run: Path, **more: Any) -> TrainSettings:
 @pytest.mark.parametrize("train_encoder", [False, True], ids=["frozen", "encoder"])
 @pytest.mark.parametrize("rank", [0, 2], ids=["full", "lora"])
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_what_is_trained_is_in_fp32(pretrained: Path, tmp_path: Path, precision: str, rank: int, train_encoder: bool):
+def test_trained_weights_are_in_fp32(pretrained: Path, tmp_path: Path, precision: str, rank: int, train_encoder: bool):
     chosen = settings(
         pretrained, tmp_path / "run", bf16=precision == "bf16", lora_rank=rank, train_encoder=train_encoder
     )
@@ -77,7 +77,7 @@ def test_what_is_trained_is_in_fp32(pretrained: Path, tmp_path: Path, precision:
     state = run.training.optimizer.state_dict()["state"].values()
     assert {s[name].dtype for s in state for name in ("exp_avg", "exp_avg_sq")} == {torch.float32}
     assert unwrap(run.model).audio_tower.dtype == (torch.float32 if train_encoder else torch.bfloat16)
-    if rank:  # frozen weights are as they came
+    if rank:  # frozen weights keep their dtype
         assert unwrap(run.model).get_input_embeddings().weight.dtype == torch.bfloat16
     loaded, processor = load_model(tmp_path / "run")
     found = dict(loaded.named_parameters())
@@ -90,7 +90,7 @@ def test_what_is_trained_is_in_fp32(pretrained: Path, tmp_path: Path, precision:
 
 
 def test_lora_on_half_precision():
-    """The decoder's weights stay, and what is trained in full is in fp32, with autocast and without."""
+    """The decoder's weights stay in bf16, and fully trained weights are in fp32, with autocast and without."""
     model = add_lora(build(rule="local-max").to(torch.bfloat16), rank=2)
     assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
     assert unwrap(model).language_model.dtype == unwrap(model).audio_tower.dtype == torch.bfloat16

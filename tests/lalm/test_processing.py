@@ -1,4 +1,4 @@
-"""Text and audio to what the reference audio LLM takes."""
+"""The processor of the reference audio LLM, which turns text and audio into the model's input."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_text_and_audio():
     assert inputs["attention_mask"].sum(1).tolist() == [2, 1, 3]
     assert inputs["input_features"].shape == (3, 16, 200)
     assert inputs["feature_attention_mask"].sum(1).tolist() == [100, 50, 200]
-    # Each as if it were alone, and as Whisper's own extractor has it.
+    # The features of each audio are those of the audio alone, and those of Whisper's own extractor.
     alone = p(A, audio=noise(0.5, 1))["input_features"][0]
     assert torch.equal(inputs["input_features"][1, :, :50], alone)
     stock = p.feature_extractor(noise(2.0, 2), sampling_rate=16000, return_tensors="pt").input_features[0]
@@ -123,7 +123,7 @@ def test_saved_and_loaded(tmp_path: Path):
 
 
 def test_tokenizers():
-    """Words where there are few, pieces where there are many: either way every text comes back."""
+    """Words are tokens if there are few, else pieces of words. In both cases decoding restores every text."""
     few = build_tokenizer(["drei vier", "vier fünf"])
     assert len(few) == 4 + 3 and few.decode(few("fünf drei").input_ids) == "fünf drei"
     assert few("sechs").input_ids == [few.unk_token_id]
@@ -137,7 +137,7 @@ def test_tokenizers():
 
 
 def test_arguments_of_the_template():
-    """What the template takes is passed on; what nothing takes is an error, and not without effect."""
+    """Arguments of the template are passed to it. An unknown argument raises an error and is not ignored."""
     end = "{% if not loop.last or not continue_final_message %}</s>{% endif %}"
     p = processor(template="{% for m in messages %}{{ m.content }}" + end + "{% endfor %}")
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]

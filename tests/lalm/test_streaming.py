@@ -1,4 +1,4 @@
-"""Streaming transcription: text is never taken back, and equals offline text if all audio is final at once."""
+"""Streaming transcription never revises text, and gives the offline text if all audio is final at the same time."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_final_at_once_is_the_whole(loaded: tuple[Any, Any], files: tuple[Path, 
     for path in files:
         samples = load_audio(path)
         transcriber = StreamingTranscriber(*loaded, look_ahead=8)
-        assert transcriber.feed(samples) == ""  # nothing was final
+        assert transcriber.feed(samples) == ""  # no frame was final
         assert transcriber.finish() == whole(*loaded, samples) != ""
         assert transcriber.latency().first == transcriber.latency().seconds == len(samples) / RATE
 
@@ -97,7 +97,7 @@ def test_final_at_once_is_the_whole_with_every_rule_that_streams(rule: str):
     assert stream(*loaded, [samples], look_ahead=8).text == whole(*loaded, samples) != ""
 
 
-def test_words_come_before_the_audio_ends_and_are_right(loaded: tuple[Any, Any]):
+def test_words_are_final_before_the_audio_ends_and_are_right(loaded: tuple[Any, Any]):
     utterances = read_manifest(ASSETS / "digits" / "test.jsonl")
     right = early = 0
     for utterance in utterances:
@@ -130,7 +130,7 @@ def test_any_chunks_give_the_same(rule: str, settings: dict[str, float]):
 
 
 def test_frames_are_final_after_the_look_ahead(digits: tuple[Any, Any]):
-    """A final frame keeps the value of the first encoding in which it was final; tokens pool these."""
+    """A final frame keeps its value of the first encoding in which it was final. Tokens pool these values."""
     model, processor = digits
     samples = load_audio(DIGITS[1])
     found = stream(model, processor, [samples], look_ahead=0.4, hop=0.5)
@@ -156,11 +156,11 @@ def test_what_two_hypotheses_agree_on_is_final(digits: tuple[Any, Any]):
     assert transcriber._delays == [RATE, 3 * RATE // 2, 2 * RATE]
     assert transcriber.finish() == " five"
     assert transcriber.latency().first == 1.0
-    # Of words at 0, 0.5, 1 and 1.5 s, which are written after 1, 1.5, 2 s; then the audio ends.
+    # Words at 0, 0.5, 1 and 1.5 s are written after 1, 1.5 and 2 s; then the audio ends.
     assert transcriber.latency().lagging == pytest.approx((1 + 1 + 1) / 3)
 
 
-def test_lagging_is_of_each_utterance(digits: tuple[Any, Any]):
+def test_lagging_is_computed_per_utterance(digits: tuple[Any, Any]):
     words = digits[1].tokenizer
     script = iter(["one", "one two", "one two three", "one two three", "four", "four five", "four five"])
     transcriber = StreamingTranscriber(*digits, look_ahead=0.0, hop=0.5, window=2)
@@ -173,8 +173,8 @@ def test_lagging_is_of_each_utterance(digits: tuple[Any, Any]):
     assert transcriber.latency().lagging == pytest.approx((first + second) / 2)
 
 
-def test_a_token_that_stands_for_an_audio_is_not_asked_for_again(digits: tuple[Any, Any]):
-    """A decoder can write it if it is in its vocabulary."""
+def test_a_generated_audio_token_is_not_part_of_the_prompt(digits: tuple[Any, Any]):
+    """A decoder can generate the audio token if it is in its vocabulary."""
     transcriber = StreamingTranscriber(*digits, look_ahead=0.0, hop=0.5)
     decode, written = transcriber._decode, digits[1].tokenizer("one <|audio|> two").input_ids
     assert digits[0].config.audio_token_id in written
@@ -184,7 +184,7 @@ def test_a_token_that_stands_for_an_audio_is_not_asked_for_again(digits: tuple[A
 
 
 def test_the_same_tokens_twice_agree_on_nothing(digits: tuple[Any, Any]):
-    """A long token stays open for several hops; decoding the same tokens again confirms nothing."""
+    """While a long segment is open there are no new tokens, and decoding the same tokens again confirms no text."""
     loaded = load_model(ASSETS / "models" / "digits", "uniform:60")
     transcriber = StreamingTranscriber(*loaded, look_ahead=0.0, hop=0.5)
     decoded = []
@@ -194,8 +194,8 @@ def test_the_same_tokens_twice_agree_on_nothing(digits: tuple[Any, Any]):
     assert decoded == [3 * RATE // 2, 5 * RATE // 2]  # 60 frames are 1.2 s
 
 
-def test_text_is_never_taken_back(digits: tuple[Any, Any]):
-    """Tokens can be parts of characters, or lose a space when others follow; printed text stays."""
+def test_text_is_never_revised(digits: tuple[Any, Any]):
+    """A token can be a part of a character, or lose a space if others follow it. Printed text does not change."""
     texts = {1: "caf\ufffd", 2: "café it '", 3: "café it's", 4: "café it's so"}
     transcriber = StreamingTranscriber(*digits)
     transcriber.processor = SimpleNamespace(tokenizer=SimpleNamespace(decode=lambda ids, **_: texts[ids[0]]))
@@ -205,27 +205,27 @@ def test_text_is_never_taken_back(digits: tuple[Any, Any]):
         transcriber._write(over=number == 4)
         seen.append(transcriber.text)
     assert seen == ["caf", "café it '", "café it '", "café it ''s so"]
-    assert transcriber._delays == [2, 2, 4, 4]  # a word is there when its last letter is
+    assert transcriber._delays == [2, 2, 4, 4]  # the time of a word is that of its last letter
 
 
 def test_a_long_stream_is_cut_where_it_is_quiet(loaded: tuple[Any, Any]):
     first, second, quiet = load_audio(DIGITS[0]), load_audio(DIGITS[3]), np.zeros(3000, np.float32)
     samples = np.concatenate([first, quiet, second, quiet, first])
     found = stream(*loaded, [samples], window=2, look_ahead=9)
-    # 1.604 s, 0.188 s, 1.24 s, 0.188 s, 1.604 s: the middle of the first tenth of each silence that is in the last half
-    # second of a window of 2 s.
+    # Sound and silence alternate: 1.604 s, 0.188 s, 1.24 s, 0.188 s, 1.604 s. Each cut is in the middle of the first
+    # 0.1 s of a silence that is in the last half second of a window of 2 s.
     cut = len(first) + 800
     begin = cut + 28_000 - 4_000  # the last half second of the second window
     middle = cut + 24_000 + quietest(samples[cut + 24_000 : cut + 32_000], 1600)
     assert begin < middle + 4_000 and len(samples) - middle <= 32_000
     parts = [samples[:cut], samples[cut:middle], samples[middle:]]
     assert found.text == " ".join(whole(*loaded, part) for part in parts)
-    # A window that is full is not cut before there is more.
+    # A full window is not cut before more audio arrives.
     exact = np.concatenate([first, np.zeros(32_000 - len(first), np.float32)])
     assert stream(*loaded, [exact], window=2, look_ahead=9).text == whole(*loaded, exact)
 
 
-def test_no_text_of_what_may_be_behind_the_cut(digits: tuple[Any, Any]):
+def test_no_text_of_audio_that_may_be_after_the_cut(digits: tuple[Any, Any]):
     samples = np.concatenate([load_audio(path) for path in DIGITS[:3]])
     transcriber, places = StreamingTranscriber(*digits, window=2, hop=0.1), []
     for chunk in np.split(samples, range(160, len(samples), 160)):
@@ -250,7 +250,7 @@ def test_average_lagging():
     assert average_lagging([7], 30) == 7
 
 
-def test_audio_that_is_none(digits: tuple[Any, Any]):
+def test_audio_that_is_too_short(digits: tuple[Any, Any]):
     for count in (0, 1, 399):
         transcriber = StreamingTranscriber(*digits)
         assert transcriber.feed(np.zeros(count, np.float32)) == ""
@@ -280,7 +280,7 @@ def test_samples_of_other_types(digits: tuple[Any, Any]):
         assert stream.feed(torch.zeros(100, dtype=dtype)) == ""
 
 
-def test_settings_that_are_none(digits: tuple[Any, Any]):
+def test_invalid_settings(digits: tuple[Any, Any]):
     for settings, message in (
         ({"window": 9}, "window must be at most 8 s, the encoder's window, got 9"),
         ({"window": 0.9}, "window must be at least 1 s (two hops), got 0.9"),
@@ -294,7 +294,7 @@ def test_settings_that_are_none(digits: tuple[Any, Any]):
             StreamingTranscriber(*digits, **settings)
 
 
-def test_compressions_that_look_at_all():
+def test_compressions_that_need_the_whole_sequence():
     model, processor = load_model(ASSETS / "models" / "digits")
     for rule in ("top-k:rate=2", "label-change", "local-max:prominence=0.1", "peak-height:0.04"):
         model.rule = rule
@@ -314,7 +314,7 @@ def test_compressions_that_look_at_all():
 
 
 def test_an_encoder_of_samples_and_lora():
-    """Such an encoder has no window of its own; the decoder has LoRA."""
+    """An encoder of samples has no window of its own; the decoder has LoRA."""
     pytest.importorskip("peft")
     transformers = pytest.importorskip("transformers")
     tokenizer = build_tokenizer(["one two three four"])
@@ -355,7 +355,7 @@ def test_an_encoder_of_samples_and_lora():
     assert found[0].text == found[1].text and len(found[0].text.split()) > len(wanted.split())
 
 
-def test_an_utterance_has_so_many_tokens_at_most(digits: tuple[Any, Any]):
+def test_the_maximum_number_of_tokens_per_utterance(digits: tuple[Any, Any]):
     samples = load_audio(DIGITS[1])
     assert stream(*digits, [samples], max_new_tokens=3).text == "five four five"
     assert stream(*digits, [samples], look_ahead=9, max_new_tokens=3).text == "five four five"
@@ -365,7 +365,7 @@ def command(*arguments: str) -> list[str]:
     return ["transcribe", *map(str, arguments), "--model", str(ASSETS / "models" / "digits")]
 
 
-def test_the_help_says_the_defaults():
+def test_the_help_shows_the_defaults():
     assert f"(default: {LOOK_AHEAD:g})" in cli_transcribe._STREAM["look_ahead"]
     assert f"(default: {HOP:g})" in cli_transcribe._STREAM["hop"]
 
@@ -417,7 +417,7 @@ def test_standard_input(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
 
 
 def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """The header has no length and a chunk of metadata; neither that chunk nor trailing bytes are heard."""
+    """The header has no length and is followed by a chunk of metadata. This chunk and trailing bytes are not audio."""
     content = DIGITS[1].read_bytes()
     place = content.index(b"data")
     tag = b"LIST" + struct.pack("<I", 26) + b"INFOISFT" + struct.pack("<I", 14) + b"Lavf60.16.100\0"
@@ -434,7 +434,7 @@ def test_standard_input_of_ffmpeg(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 
 @pytest.fixture
 def interruptible() -> Iterator[None]:
-    """Handle interrupts as Python does; a shell ignores them in background processes."""
+    """Restore Python's handler of interrupts, because a shell ignores interrupts in background processes."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -451,7 +451,7 @@ def test_the_first_interrupt_ends_the_input_alone(interruptible: None):
     assert signal.getsignal(signal.SIGINT) is usual
 
 
-def test_what_goes_wrong_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     def fails(*arguments: str, code: int = 2) -> str:
         assert main(command(*arguments)) == code
         captured = capsys.readouterr()

@@ -1,4 +1,4 @@
-"""Skip the tests whose packages are not installed, as on a machine that only runs `make gpu`."""
+"""Skip the tests whose packages are not installed, for example on a machine that only runs `make gpu`."""
 
 from __future__ import annotations
 

@@ -80,8 +80,8 @@ def test_same_bits_as_reference(dtype: torch.dtype, width: int, kind: str):
     assert_same_bits(gradient(batch.x, batch.layout, grad), reference_backward(grad, batch.x, batch.layout), "gradient")
 
 
-# Widths: less than a vector, with a tail, whole vectors. Lags: the rows of each phase are scored as a sequence of their
-# own, in the same way for every dtype; 64 is longer than most sequences, 1000 longer than all.
+# Widths: less than a vector, with a tail, whole vectors. Lags: rows of equal index modulo the lag are scored as one
+# sequence, in the same way for every dtype; 64 is longer than most sequences, and 1000 is longer than all.
 @pytest.mark.parametrize(
     ("dtype", "width", "lag"),
     [
@@ -145,7 +145,7 @@ def test_expanded_input(dtype: torch.dtype, width: int):
 
 
 def dot_by_hand(a: Tensor, b: Tensor) -> float:
-    """docs/numerics.md, read without the reference at hand: 32 sums, each in its turn, then a tree in fp64."""
+    """Compute the dot product as docs/numerics.md defines it: 32 sums, then a tree in fp64."""
     dtype = np.float64 if a.dtype == torch.float64 else np.float32
     a, b = (row.double().numpy().astype(dtype) for row in (a, b))
     sums = np.zeros(32, dtype)
@@ -186,11 +186,12 @@ def test_each_distance_depends_on_its_pair_alone(dtype: torch.dtype, lag: int):
 def tolerance(width: int, dtype: torch.dtype) -> float:
     """Bound of |d - exact| for cosines of ordinary numbers.
 
-    A lane adds k = ceil(D / 32) products: k roundings at most (the first addition is exact), so the dot product is off
-    by k u |a| |b|, and each squared norm by a factor 1 + k u, which the root halves: 2 k u in the cosine, u = 2^-24.
-    Rounding d, at most 2, adds 2 u. (Products of half types are exact, which only helps; the fp64 tree is far below.)
-    For fp64, u = 2^-53 and the tree of 5 levels, two roots, a product, a quotient and the subtraction count as well:
-    2 (k + 5) + 6; the oracle, in fp64 as well and in any order, adds 2 D + 6.
+    A lane adds k = ceil(D / 32) products with at most k roundings (the first addition is exact). With u = 2^-24, the
+    error of the dot product is at most k u |a| |b|. Each squared norm has a factor of at most 1 + k u, which the root
+    halves. The error of the cosine is therefore at most 2 k u, and rounding d, which is at most 2, adds 2 u. (Products
+    of half types are exact, and the error of the fp64 tree is negligible.) For fp64, u = 2^-53, and the tree of 5
+    levels, two roots, a product, a quotient and the subtraction count as well: 2 (k + 5) + 6. The oracle is also in
+    fp64, in any order of additions, and adds 2 D + 6.
     """
     k = math.ceil(width / 32)
     if dtype == torch.float64:
@@ -198,7 +199,7 @@ def tolerance(width: int, dtype: torch.dtype) -> float:
     return (2 * k + 2) * 2.0**-24
 
 
-# Kinds: cosines around 0, close to 1, and 1.
+# Kinds: cosines near 0, close to 1, and equal to 1.
 @pytest.mark.parametrize(
     ("width", "kind"),
     [*((width, "iid") for width in WIDTHS), *((width, k) for width in (33, 257) for k in ("smooth", "repeated"))],
@@ -228,7 +229,7 @@ def test_zero_rows(dtype: torch.dtype, width: int):
     zero, one = torch.zeros(width, dtype=dtype), torch.ones(width, dtype=dtype)
     x = torch.stack([zero, zero, one, zero, -zero, one])
     assert fc.adjacent_distance(x)[:-1].tolist() == [0, 1, 1, 0, 1]
-    # No gradient from a pair of two zero rows; below eps the norm is eps, so a zero row beside y gets -y / (eps |y|).
+    # A pair of two zero rows gives no gradient. Norms below eps are eps, so a zero row next to y gets -y / (eps |y|).
     grad = gradient(x, {}, torch.tensor([1.0, 0, 0, 0, 0, 0], dtype=fc.adjacent_distance(x).dtype))
     assert not grad.any()
     grad = gradient(x, {}, torch.tensor([0, 1.0, 0, 0, 0, 0], dtype=fc.adjacent_distance(x).dtype))
@@ -303,7 +304,7 @@ def test_gradcheck(layout: str, lag: int):
         "one sequence": Batch("", features("iid", 6, 5, torch.float64), {}),
         "full": Batch("", features("iid", 8, 5, torch.float64).view(2, 4, 5), {}),
     }[layout]
-    x = torch.where(batch.x.isnan(), 0, batch.x).requires_grad_()  # finite differences spoil NaN, not padding
+    x = torch.where(batch.x.isnan(), 0, batch.x).requires_grad_()  # finite differences of NaN are NaN
     index = pairs(batch, lag)
     assert len(index)
 
@@ -326,9 +327,10 @@ def test_gradient_is_that_of_the_plain_expression(dtype: torch.dtype, width: int
     exact = plain_cosine(rows[index], rows[index + lag])
     (expected,) = torch.autograd.grad(exact, rows, grad.flatten()[index].double())
 
-    # A row's gradient is a sum of four terms, own and partner's of two pairs, each at most g = |grad| / |x| (own has
-    # |cos| <= 1). The cosine is off by 2 k u (see `tolerance`), the coefficients by 2 k u and their rounding by u,
-    # products and sums by 4 u; in fp64 the tree, the epilogue and the oracle itself add 2 D + 32. Rounding to the
+    # A row's gradient is a sum of four terms: of two pairs, the term of the row itself and that of its partner. Each is
+    # at most g = |grad| / |x|, since |cos| <= 1. The error of the cosine is 2 k u (see `tolerance`), that of the
+    # coefficients 2 k u, of their rounding u, and of products and sums 4 u. In fp64 the tree, the epilogue and the
+    # oracle add 2 D + 32. Rounding to the
     # type adds its unit u' of the result and at most its smallest subnormal.
     size = grad.flatten()[index].abs().double()
     share = torch.zeros(len(rows), dtype=torch.float64)
@@ -376,7 +378,7 @@ def test_no_gradient_where_none_is_needed():
 
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 def test_second_derivatives_are_refused():
-    """The op can be differentiated once; a second derivative raises and is not silently zero."""
+    """The op has first derivatives only. A second derivative raises an error and is not silently zero."""
     x = features("iid", 5, 4, torch.float64).requires_grad_()
     d = fc.adjacent_distance(x)[:-1].square()
     with pytest.raises(RuntimeError):

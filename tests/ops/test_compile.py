@@ -59,7 +59,7 @@ LAYOUTS = ("packed", "padded", "masked", "grouped", "grouped-padded")
 
 
 def assert_same_tree(actual: Any, expected: Any) -> None:
-    """The same structure, types, numbers and bits."""
+    """Assert equal structure, types, numbers and bits."""
     a, spec = pytree.tree_flatten(actual)
     b, expected_spec = pytree.tree_flatten(expected)
     assert spec == expected_spec
@@ -74,12 +74,12 @@ def assert_same_tree(actual: Any, expected: Any) -> None:
 
 
 def graphs_of_the_first_call(rule: fc.Rule) -> int:
-    """Return 2 for rules with a float: dynamo traces it as a variable first, then again as a constant."""
+    """Return 2 for rules with a float, which dynamo traces first as a variable and then as a constant, else 1."""
     return 2 if any(isinstance(value, float) for value in rule.to_dict().values()) else 1
 
 
-# Rules: without `compact` the size of the results is a bound, which depends on the rule; with it, the size is
-# unknown to the graph. Prominences take the three parts. Layouts: where the number of sequences comes from.
+# Rules: without `compact` the size of the results is a bound that depends on the rule; with it, the graph does not know
+# the size. A rule with a prominence runs the three steps. Layouts: they determine the number of sequences.
 @pytest.mark.parametrize(
     ("layout", "rule", "compact"),
     [
@@ -157,7 +157,7 @@ def test_gradient_of_distances():
 
 
 @pytest.mark.parametrize("compact", [True, False])
-def test_the_parts_and_what_results_offer(compact: bool):
+def test_the_steps_and_methods_of_results(compact: bool):
     def parts(x: Tensor, cu: Tensor) -> tuple:
         d = fc.adjacent_distance(x, cu_seqlens=cu, lag=1)
         s = fc.select_boundaries(d, fc.Threshold(0.9), cu_seqlens=cu, compact=compact)
@@ -225,7 +225,7 @@ def test_text_form_of_a_rule(text: str):
 
 @pytest.mark.parametrize("f", [fc.adjacent_distance, lambda x: fc.segment_pool(x).values], ids=["distance", "pool"])
 def test_forward_mode_is_refused(f: Callable[[Tensor], Tensor]):
-    """Forward mode is not implemented, and must raise: tangents would be lost silently."""
+    """Forward mode is not implemented and must raise an error, since tangents would be lost silently."""
     x = torch.randn(6, 4)
     refused = pytest.raises(NotImplementedError, match="has no forward-mode derivative")
     with torch.autograd.forward_ad.dual_level(), refused:
@@ -240,7 +240,7 @@ def test_forward_mode_is_refused(f: Callable[[Tensor], Tensor]):
     "f", [fc.adjacent_distance, lambda x: fc.segment_pool(x, rule="uniform:3").values], ids=["distance", "pool"]
 )
 def test_vmap_keeps_gradients(f: Callable[[Tensor], Tensor]):
-    """Regression: under vmap a tensor's `requires_grad` is False, and its gradient was lost."""
+    """Regression: `requires_grad` of a tensor is False under vmap, and its gradient was lost."""
     x = torch.randn(3, 12, 4).requires_grad_()
     found, wanted = torch.vmap(f)(x), torch.stack([f(sample) for sample in x])
     grad = torch.randn(wanted.shape)
@@ -256,7 +256,7 @@ def test_errors_of_shapes_survive_compilation():
     with pytest.raises(Exception, match="cu_seqlens must have shape"):
         f(torch.randn(5, 3), torch.zeros(2, 2, dtype=torch.int32))
     with pytest.raises((RuntimeError, ValueError), match="cu_seqlens"):
-        f(torch.randn(5, 3), torch.tensor([0, 3, 9]))  # a value: the kernel's error
+        f(torch.randn(5, 3), torch.tensor([0, 3, 9]))  # values are checked by the kernel
 
 
 def on_the_reference(x: Tensor) -> Tensor:
@@ -265,7 +265,7 @@ def on_the_reference(x: Tensor) -> Tensor:
 
 
 def test_a_backend_is_not_chosen_inside_a_graph():
-    """It would apply while the graph is traced, not while it runs."""
+    """Such a choice would apply when the graph is traced, not when it runs."""
     x = torch.randn(5, 3)
     with pytest.raises(Exception, match="fastcompress.backend cannot be used inside a compiled function"):
         compiled(on_the_reference)[0](x)

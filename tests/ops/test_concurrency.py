@@ -1,6 +1,6 @@
-"""Every op called from many threads at once, from processes that were forked, and from the workers of a DataLoader.
+"""Every op called from many threads at the same time, from forked processes, and from the workers of a DataLoader.
 
-Each test has a time limit: what waits forever fails.
+Each test has a time limit, so that a deadlock fails.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def large_calls() -> list[Call]:
 
 @pytest.mark.timeout(240)
 def test_many_threads(threads):
-    """Eight threads run all ops, forward and backward, in random order; results are those of one thread."""
+    """Eight threads run all ops, forward and backward, in random order, and get the results of one thread."""
     threads(2)
     work = large_calls() + [call for name in CALLS for call in examples(calls(name), 4)]
     expected = [results(call) for call in work]
@@ -72,7 +72,7 @@ def test_many_threads(threads):
 def results(call: Call) -> list[Tensor]:
     try:
         return call.gradients()
-    except ValueError:  # nothing is left to pack
+    except ValueError:  # no row is left to pack
         return []
 
 
@@ -87,7 +87,7 @@ def digest(seed: int) -> list[Tensor]:
 
 
 class Frames(Dataset):
-    """Compresses in ``__getitem__``, as a data set whose features are made on the way does."""
+    """A data set that compresses in ``__getitem__``."""
 
     def __len__(self) -> int:
         return 6
@@ -97,9 +97,9 @@ class Frames(Dataset):
 
 
 def fork_while_threads_call() -> None:
-    """Forks again and again while other threads are inside ops: none of our locks may stay taken in the child.
+    """Fork repeatedly while other threads are inside ops: no lock of the library may stay locked in the child.
 
-    The child computes on one thread, as the workers of a DataLoader do: the threads of OpenMP do not live on in it.
+    The child computes on one thread, as the workers of a DataLoader do, since the threads of OpenMP do not survive.
     """
     torch.set_num_threads(2)
     expected = [digest(seed) for seed in range(2)]
@@ -130,7 +130,7 @@ def fork_while_threads_call() -> None:
 
 
 def load(start: str) -> None:
-    """Workers return what the parent computes, which has started its threads before."""
+    """Assert that workers return what the parent computes, after the parent has started its threads."""
     torch.set_num_threads(2)
     data = Frames()
     expected = [data[i] for i in range(len(data))]
@@ -141,7 +141,7 @@ def load(start: str) -> None:
 
 
 def in_another_process(code: str, seconds: float) -> None:
-    """Run code in a new process: this one has threads, such as pytest's, that a fork would copy."""
+    """Run code in a new process, since this one has further threads, such as those of pytest."""
     code = f"import tests.ops.test_concurrency as t\nif __name__ == '__main__':\n    {code}\n    print('done')"
     environment = os.environ | {"PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)), "OMP_NUM_THREADS": "2"}
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""Every error names the argument and the value, and no input makes a kernel read or write out of bounds."""
+"""Every error names the argument and the value, and kernels never read or write out of bounds, whatever the input."""
 
 from __future__ import annotations
 
@@ -155,8 +155,8 @@ ERRORS: list[tuple[Callable, type[Exception], str]] = [
     (lambda: fc.segment_expand(X, GOOD), ValueError, "y must have shape [2, D], one row per segment, got [5, 3]"),
     (lambda: fc.segment_expand(X[0, :2], GOOD), ValueError, "y must have shape [2, D], one row per segment, got [2]"),
     (lambda: fc.segment_expand(X.int(), GOOD), TypeError, "y must be float32"),
-    (lambda: fc.segment_expand(X[:2], segments(ints(0, 2), ints(2, 3), -1)), ValueError, "segments.num_rows must be a whole number, got -1"),
-    (lambda: fc.segment_reduce(X, segments(ints(0, 2), ints(2, 3), 5.0)), ValueError, "segments.num_rows must be a whole number, got 5.0"),
+    (lambda: fc.segment_expand(X[:2], segments(ints(0, 2), ints(2, 3), -1)), ValueError, "segments.num_rows must not be negative, got -1"),
+    (lambda: fc.segment_reduce(X, segments(ints(0, 2), ints(2, 3), 5.0)), ValueError, "segments.num_rows must be an integer, got 5.0"),
     (lambda: GOOD.seconds(0), ValueError, "frame_rate must be positive, got 0"),
     (lambda: fc.segments_from_mask([True]), TypeError, "mask must be a tensor, got list"),
     (lambda: fc.segments_from_mask(D), TypeError, "mask must be bool or integer, got torch.float32"),
@@ -192,7 +192,7 @@ def test_error_names_argument_and_value(call: Callable, kind: type[Exception], m
     assert message in str(caught.value)
 
 
-# Values that only a kernel sees
+# Values that kernels check
 
 OFFSETS = [
     ((1, 5), "cu_seqlens must start at 0, got 1"),
@@ -269,7 +269,7 @@ def test_hostile_segments(starts: tuple[int, ...], lengths: tuple[int, ...], mes
 
 @pytest.mark.parametrize("rows", [2**59, 2**60, 2**60 + 1, 2**63 - 1])
 def test_more_rows_than_memory(rows: int):
-    """Regression: the output size overflowed, and 16 bytes were allocated for all of it."""
+    """Regression: the size of the output overflowed, and only 16 bytes were allocated."""
     y = torch.ones(1, 4)
     for dtype in (torch.float32, torch.float64):
         with pytest.raises(RuntimeError, match="out of memory|overflow|alloc"):
@@ -298,7 +298,7 @@ def test_segments_of_a_wrong_dtype_or_shape(starts: Tensor, lengths: Tensor):
         fc.segment_expand(X[:2], hostile)
 
 
-# The ops themselves, below the checks
+# Direct calls of the ops, without the checks of the wrappers
 
 
 def direct_calls() -> list[tuple[str, Callable]]:

@@ -1,4 +1,4 @@
-"""``greedy_boundaries``, the op of ``greedy_segments``: one answer everywhere. test_token_merging.py has an oracle."""
+"""``greedy_boundaries``, the op of ``greedy_segments``, on every backend. test_token_merging.py has an oracle."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_strides_do_not_matter(dtype: torch.dtype):
         check(Batch(name, x, {}))
 
 
-def test_sequences_do_not_see_each_other():
+def test_sequences_are_independent():
     batch = packed("smooth", 16, torch.float32)
     together = op(*arguments(batch), 0.2, 0)
     for begin, end in batch.sequences():
@@ -89,7 +89,7 @@ def test_sequences_do_not_see_each_other():
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_frame_that_is_not_finite_is_alone(dtype: torch.dtype, value: float):
-    """It joins no segment, and no frame joins it, whatever the threshold; the rows after it start anew."""
+    """With any threshold, such a frame joins no segment, and no frame joins it. The next frame starts a segment."""
     x = features("smooth", 24, 40, dtype)
     x[9, 3] = value
     for threshold in (0.4, 2.5):
@@ -129,7 +129,7 @@ def threads() -> Iterator:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_threads_do_not_matter(dtype: torch.dtype, threads):
-    """There is work for several threads, and sequences cross the borders between their parts."""
+    """The input is large enough for several threads, and sequences cross the borders between the threads' parts."""
     lengths = (3000, 0, 1, *range(40), 2500, 2900)
     batch = packed("smooth", 256, dtype, lengths)
     x = torch.nn.utils.rnn.pad_sequence(list(batch.x.split(list(lengths))), True)[:, :1500]

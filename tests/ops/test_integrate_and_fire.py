@@ -1,4 +1,4 @@
-"""Continuous integrate-and-fire against a loop over frames: tokens, when they fire, gradients."""
+"""Continuous integrate-and-fire against a loop over frames: tokens, the frames in which they fire, gradients."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ RAGGED = (7, 0, 1, 30, 0, 2, 13)
 
 
 def weights(kind: str, rows: int, seed: int = 0) -> Tensor:
-    """Return weights in multiples of 1/64, whose sums are exact."""
+    """Return weights that are multiples of 1/64, whose sums are exact."""
     g = torch.Generator().manual_seed(seed)
     a = torch.randint(0, 33, (rows,), generator=g).double() / 64
-    if kind == "bursts":  # several tokens in a frame
+    if kind == "bursts":  # several tokens per frame
         return torch.where(torch.rand(rows, generator=g) < 0.3, a * 12, a)
     if kind == "silence":
         return torch.where(torch.rand(rows, generator=g) < 0.7, 0.0, a)
-    if kind == "exact":  # sums that hit the threshold
+    if kind == "exact":  # sums that reach the threshold exactly
         return torch.full((rows,), 0.25, dtype=torch.float64)
     if kind == "zero":
         return torch.zeros(rows, dtype=torch.float64)
@@ -56,7 +56,7 @@ def assert_same_slopes(found: Tensor, wanted: Tensor, inputs: tuple[Tensor, ...]
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
 
 
-# Tails: what is left at the end becomes a token never, always, from half a token on, or if it is a whole one.
+# Tails: the remainder at the end becomes a token never, always, from half a token on, or only if it is a whole token.
 @pytest.mark.parametrize(("beta", "tail"), [(1.0, None), (1.0, 0.0), (1.0, 0.5), (1.0, 1.0), (0.5, 0.5)])
 @pytest.mark.parametrize("kind", ("plain", "bursts", "silence", "exact", "zero"))
 def test_packed(kind: str, beta: float, tail: float | None):
@@ -84,7 +84,7 @@ def test_padded_with_targets(kind: str):
     alpha = weights(kind, 100).view(5, 20).clone()
     if kind != "zero":
         alpha[2, 0] = 0.75
-    alpha[:, -1] += 0.5  # of frames that do not count, but for one sequence
+    alpha[:, -1] += 0.5  # in padding, except for one sequence
     alpha.requires_grad_()
     x = torch.randn(5, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).requires_grad_()
     spans = [(20 * i, 20 * i + n) for i, n in enumerate(lengths.tolist())]
@@ -97,7 +97,7 @@ def test_padded_with_targets(kind: str):
     assert counts.tolist() == fired.cu_seqlens.diff().tolist() and padded.shape[:2] == (5, max(counts.tolist()))
     if (
         kind == "silence"
-    ):  # a sum short of a token by rounding stays so for long: another frame, another one-sided slope
+    ):  # by rounding, a sum can be just below the threshold: another frame fires, with another one-sided derivative
         return
     assert all(abs(a - b) <= 1 for a, b in zip(fired.ends.tolist(), ends, strict=True))
     assert_same_slopes(fired.values, wanted, (x, alpha), 1e-6)
@@ -110,7 +110,7 @@ def test_padded_with_targets(kind: str):
     st.sampled_from([None, 0.0, 0.5, 1.0]),
 )
 def test_every_weight_is_spent_once(sixtyfourths: list[int], beta: float, tail: float | None):
-    """Each token of frames of ones sums to beta, and the remainder is the rest."""
+    """For frames of ones each token sums to beta, and the remainder is what is left of the weights."""
     alpha = torch.tensor(sixtyfourths, dtype=torch.float64) / 64
     x = torch.cat([torch.ones(len(alpha), 1), torch.arange(len(alpha))[:, None]], 1).double()
     fired = fc.integrate_and_fire(x, alpha, beta=beta, tail=tail)
@@ -145,18 +145,18 @@ def test_other_dtypes_round_once(dtype: torch.dtype):
 
 
 def test_long_sums_are_exact():
-    """A sum in fp32 would be off by whole tokens at the end of an hour."""
+    """After an hour of audio the error of a sum in fp32 is several tokens."""
     count = 90_000
     alpha = torch.full((count,), 0.3)
     x = torch.zeros(count, 1)
     fired = fc.integrate_and_fire(x, alpha, tail=None)
     exact = int(np.floor(count * np.float64(np.float32(0.3))))
     assert len(fired.values) == exact
-    assert int(np.cumsum(alpha.numpy())[-1]) != exact  # added up one after the other in fp32
+    assert int(np.cumsum(alpha.numpy())[-1]) != exact  # sequential sum in fp32
     assert (fired.ends.diff() >= 3).all() and (fired.ends.diff() <= 4).all()
 
 
-def test_no_token_moves_when_the_order_of_a_batch_does():
+def test_tokens_do_not_depend_on_the_order_of_a_batch():
     g = torch.Generator().manual_seed(7)
     x, alpha = torch.randn(3, 40, 6, generator=g), torch.rand(3, 40, generator=g)
     lengths = torch.tensor([40, 23, 31])
@@ -193,8 +193,8 @@ def test_any_beta_in_any_default_dtype(beta: float, dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("tail", (None, 0.5))
-def test_a_sequence_is_its_own_whatever_is_beside_it(tail: float | None):
-    """Weights are tenths, whose sums miss the threshold by rounding; one neighbour has weights of 1e8."""
+def test_a_sequence_does_not_depend_on_the_rest_of_the_batch(tail: float | None):
+    """Weights are tenths, whose sums miss the threshold by rounding. One other sequence has weights of 1e8."""
     g = torch.Generator().manual_seed(9)
     for trial in range(30):
         sizes = [int(n) for n in torch.randint(1, 9, (5,), generator=g)]
@@ -214,14 +214,14 @@ def test_a_sequence_is_its_own_whatever_is_beside_it(tail: float | None):
             assert alone.total == total
 
 
-def test_weights_too_small_to_scale_up_are_nothing():
+def test_weights_too_small_to_scale_count_as_zero():
     for alpha in ([1e-50, 1e-50], [0.5, 0.5, 1e-45]):
         fired = fc.integrate_and_fire(torch.ones(len(alpha), 1), torch.tensor(alpha, dtype=torch.float64), tail=0.0)
         assert fired.values.isfinite().all() and len(fired.values) == int(sum(alpha))
 
 
-def test_wrong_offsets_where_nobody_looks_at_them(monkeypatch: pytest.MonkeyPatch):
-    """As on a GPU, the result is some tokens of rows that exist."""
+def test_invalid_offsets_that_are_not_checked(monkeypatch: pytest.MonkeyPatch):
+    """As on a GPU, the result has tokens of existing rows only."""
     module = importlib.import_module("fastcompress.ops.integrate_and_fire")
     monkeypatch.setattr(module, "_check_values", lambda *args: None)
     x, alpha = torch.ones(40, 2), torch.full((40,), 0.5)
@@ -269,7 +269,7 @@ def test_quantity_loss():
     assert grad.tolist() == [[-0.5] * 3, [-0.5, 0.0, 0.0]]
 
 
-def test_nothing():
+def test_empty_input():
     for x, alpha, layout in (
         (torch.zeros(0, 3), torch.zeros(0), {}),
         (torch.zeros(2, 0, 3), torch.zeros(2, 0), {}),
@@ -331,7 +331,7 @@ def scalars(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     return features("zeros", TOKEN_ROWS, 1, wide, 2)[:, 0], first, divisors
 
 
-# Widths: the parts of a kernel's row. Kinds: the values, at a width with one unit and a tail.
+# Widths: all parts of a row that kernels treat separately. Kinds: special values, at a width with one unit and a tail.
 @pytest.mark.parametrize(("width", "kind"), [*((width, "iid") for width in WIDTHS), (33, "nonfinite"), (33, "huge")])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_same_bits_as_reference(dtype: torch.dtype, width: int, kind: str):
@@ -371,7 +371,7 @@ def test_strides_and_threads(dtype: torch.dtype):
 
 
 def test_op_against_a_product():
-    """The op is a matrix of weights times the rows, which autograd differentiates."""
+    """The op equals a matrix of weights times the rows, which autograd differentiates."""
     x = features("iid", TOKEN_ROWS, 7, torch.float64)
     leaves = [t.clone().requires_grad_() for t in (x, *scalars(torch.float64))]
     x, weights, first, divisors = leaves

@@ -1,7 +1,7 @@
 """Inputs of more than 2**31 elements on the CPU: many narrow rows, few wide ones, and both.
 
-Zeros that nobody writes take no memory, so most of the input is zeros, and the few rows that are not lie behind
-element 2**31: an offset of 32 bits would read, or write, elsewhere.
+Zeros that are never written take no memory, so most of the input is zero. The few other rows come after element 2**31,
+so that an offset of 32 bits would read or write in another place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DTYPE = torch.bfloat16
 
 @pytest.fixture(autouse=True)
 def plain_memory(poisoned_memory):
-    """What is not written stays untouched: torch would fill it."""
+    """Turn off the filling of uninitialized tensors, so that memory that is not written takes no space."""
     torch.use_deterministic_algorithms(False)
 
 
@@ -56,7 +56,7 @@ def test_many_narrow_rows():
     place = rows - 3
     x[place, 0] = 3.0
     pooled = fc.segment_pool(x, rule=fc.Threshold(0.5, min_len=1000))
-    # The walk that forgets boundaries near the last one sees this one: it lies far from row 0.
+    # This boundary is far from row 0, so that `min_len` does not suppress it.
     assert pooled.segments.starts.tolist() == [0, place] and pooled.segments.lengths.tolist() == [place, 3]
     assert pooled.values[:, 0].tolist() == [0, 1] and int(pooled.values.count_nonzero()) == 1
     assert pooled.cu_seqlens.tolist() == [0, 2]
@@ -82,7 +82,7 @@ def test_few_wide_rows():
     assert pooled.values[0, -1] == 3 and int(pooled.values.count_nonzero()) == 1
 
 
-def test_rows_behind_element_2_to_the_31_forward_and_backward():
+def test_rows_after_element_2_to_the_31_forward_and_backward():
     needs(6)  # the gradient
     rows, width = 2**20 + 40, 2048
     x = zeros(rows, width)
@@ -119,7 +119,7 @@ def test_packing_more_than_2_to_the_31_elements():
 
 
 def test_more_rows_than_int32_counts():
-    """Where the caller says the segments, in int64, all is well; what counts frames in int32 refuses."""
+    """Ops on given segments (int64) support more rows; ops that count frames in int32 raise an error."""
     rows = 2**31 + 5
     x = torch.ones(1, 2, dtype=DTYPE).expand(rows, 2)
     starts, lengths = torch.tensor([3, rows - 4]), torch.tensor([2, 4])

@@ -1,7 +1,7 @@
-"""When memory runs out inside an op, it raises, leaks nothing, and later calls are right.
+"""An op that runs out of memory raises an error and leaks nothing, and later calls give correct results.
 
-The address space of another process is limited while it calls ops. Each block of any size is mapped for itself there,
-so that a few hundred limits stop an op at each of its allocations.
+The tests limit the address space of another process while it calls ops. In this process every large block is mapped
+separately, so that a few dozen limits make each allocation of an op fail.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ pytestmark = [
 
 PAGE = resource.getpagesize()
 ROWS, WIDTH = 4000, 64
-#: The most memory that the limits leave: what the ops need, forward and backward, lies within.
+#: Largest amount of memory that the limits leave. It is enough for every op, forward and backward.
 MOST = 12 << 20
 
 
@@ -68,12 +68,12 @@ def work(dtype: torch.dtype) -> dict[str, Call]:
 
 
 def pages(field: int) -> int:
-    """Return pages of this process; field 0 is its address space, 1 its resident memory."""
+    """Return the number of pages of this process; field 0 is its address space, field 1 its resident memory."""
     return int(Path("/proc/self/statm").read_text().split()[field])
 
 
 def starve(name: str, call: Call, steps: int) -> tuple[int, int]:
-    """Call with more and more address space, twice; return how often it failed and how often it was enough."""
+    """Call with increasing address space, twice, and return how many calls failed and how many succeeded."""
     expected = call.gradients()
     failed = enough = resident = 0
     unlimited = resource.getrlimit(resource.RLIMIT_AS)
@@ -88,16 +88,16 @@ def starve(name: str, call: Call, steps: int) -> tuple[int, int]:
             resource.setrlimit(resource.RLIMIT_AS, unlimited)
         if found is None:
             failed += 1
-            if step % 4 == 0:  # the process continues as before
+            if step % 4 == 0:  # without a limit, results are correct
                 found = call.gradients()
         else:
             enough += 1
         for a, b in zip(expected, found or expected, strict=True):
             assert_same_bits(a, b, name)
-        if step == steps:  # whatever is kept for later is there by now
+        if step == steps:  # caches are filled by now
             resident = pages(1)
     grown = (pages(1) - resident) * PAGE
-    # Of what is as large as x, one block lost at each failure would be more; caches still grew by 2.8 MB.
+    # A leak of one block as large as x at each failure would exceed this bound; caches grow by up to 2.8 MB.
     assert grown < 4 << 20, f"{name}: {grown} bytes more are in memory after {steps} more calls"
     return failed, enough
 
@@ -107,7 +107,7 @@ def starve_all(dtype: str, threads: int, steps: int) -> None:
     for name, call in work(getattr(torch, dtype)).items():
         failed, enough = starve(name, call, steps)
         print(f"{name}: failed {failed}, worked {enough}", flush=True)
-        assert failed >= 3 and enough >= 3, "the limits must lie around what the op needs"
+        assert failed >= 3 and enough >= 3, "some limits must be below what the op needs, and some above"
 
 
 @pytest.mark.timeout(280)
@@ -121,7 +121,7 @@ def starve_all(dtype: str, threads: int, steps: int) -> None:
     ],
 )
 def test_out_of_memory_in_the_middle(dtype: str, threads: int, steps: int):
-    # Blocks of 64 KiB on are mapped, and given back when they are freed.
+    # glibc maps blocks of at least 64 KiB separately and returns them when they are freed.
     environment = os.environ | {
         "PYTHONPATH": os.environ.get("PYTHONPATH", str(ROOT)),
         "MALLOC_MMAP_THRESHOLD_": str(64 << 10),

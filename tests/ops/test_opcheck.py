@@ -32,7 +32,7 @@ def layouts(dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor, Any, Any, A
 
 
 def test_gradients_of_the_reference_are_contiguous():
-    """Regression: gradients had the strides of a transposed input; fakes say that they are contiguous."""
+    """Regression: gradients had the strides of a transposed input, but fakes return contiguous ones."""
     x, y, starts, sizes = torch.randn(6, 20).t(), torch.randn(2, 6), torch.tensor([0, 9]), torch.tensor([9, 11])
     with fc.backend("reference"):
         assert OPS.segment_max_backward(y, x, y, starts, sizes).is_contiguous()
@@ -46,8 +46,8 @@ def samples() -> Iterator[Any]:
     def sample(op: str, what: str, *args: Any) -> Any:
         return pytest.param(op, args, id=f"{op}-{what}")
 
-    # Fakes and gradients depend on the layout (sequences, shape), on `compact` and the rule (how many segments there
-    # can be), on keys, and on the dtype (of distances and weights). Combinations of them reach nothing but kernels.
+    # Fakes and gradients depend on the layout (sequences, shape), on `compact` and the rule (maximum number of
+    # segments), on keys, and on the dtype (of distances and weights). Their combinations only affect kernels.
     for dtype in (torch.float32, torch.bfloat16):
         short = str(dtype).removeprefix("torch.")
         for name, x, cu, lengths, group in layouts(dtype):
@@ -58,8 +58,17 @@ def samples() -> Iterator[Any]:
                 leaf = x.clone().requires_grad_()
                 yield sample("adjacent_distance", name, leaf, cu, lengths, 2)
                 yield sample("adjacent_distance_backward", name, torch.randn_like(d), x, cu, lengths, 2)
+                yield sample("banded_distance", name, x, cu, lengths, 3)
                 yield sample("greedy_boundaries", name, x, cu, lengths, 0.9, 3)
                 yield sample("nearest_odd", name, x, cu, lengths)
+                weights = torch.rand_like(x[..., 0]).requires_grad_()
+                yield sample("iterative_fusion", name, leaf, weights, cu, lengths, 2)
+                yield sample("iterative_fusion", f"{name}-even", leaf, None, cu, lengths, 2)
+                tokens = torch.ops.fastcompress.iterative_fusion(x, weights.detach(), cu, lengths, 2)
+                grads = torch.randn_like(tokens[0]), torch.randn_like(tokens[2])
+                yield sample("iterative_fusion_backward", name, *grads, x, weights.detach(), cu, lengths, 2)
+            near = d.new_zeros((*d.shape, 3))
+            yield sample("min_variance_boundaries", name, near, cu, lengths, group, 2.0, 4)
             if dtype == torch.bfloat16 and not name.startswith(("packed-bf", "padded-bf")):
                 continue
             for compact, rule in itertools.product((True, False), RULES if plain else RULES[1:2]):
@@ -113,8 +122,9 @@ CHECKS = ("test_schema", "test_autograd_registration", "test_faketensor", "test_
 
 @pytest.mark.parametrize("op, args", SAMPLES)
 def test_opcheck(op: str, args: tuple[Any, ...]):
-    # Distances have NaN where no pair is, and the last check takes NaN for different; the next test is in its place.
-    checks = CHECKS[:-1] if op == "adjacent_distance" else CHECKS
+    # Distances without a pair are NaN, which the last check treats as different. The next test, and the
+    # export of segment_pool, replace it.
+    checks = CHECKS[:-1] if op in ("adjacent_distance", "banded_distance") else CHECKS
     torch.library.opcheck(getattr(OPS, op).default, args, test_utils=checks)
 
 

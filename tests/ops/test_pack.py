@@ -1,4 +1,4 @@
-"""``pack`` against a loop over samples that concatenates."""
+"""``pack`` against a loop over samples that concatenates their rows."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ VOCABULARY = 100
 
 
 def random_ids(g: torch.Generator, length: int, runs: bool) -> list[int]:
-    """Return text ids with audios between them: any number, also at the ends and next to each other."""
+    """Return text ids with any number of audios among them, also at the ends and next to each other."""
     ids: list[int] = []
     while len(ids) < length:
         if torch.rand((), generator=g) < 0.3:
@@ -50,13 +50,13 @@ def batch(seed: int, layout: str, runs: bool) -> dict[str, Any]:
     sizes = torch.randint(0, 6, (num_audios,), generator=g).tolist()
     width = 14
     kwargs: dict[str, Any] = {}
-    place = []  # row of the input of each id
+    place = []  # the row of each id in the input
     if layout == "packed":
         ids = torch.tensor([token for sample in samples for token in sample])
         kwargs["cu_seqlens"] = offsets(tuple(lengths))
         place = [list(range(sum(lengths[:b]), sum(lengths[: b + 1]))) for b in range(4)]
     else:
-        # Padding holds what must not be looked up.
+        # Padding contains ids that must not be looked up.
         ids = torch.full((4, width), 10_000)
         mask = torch.zeros(4, width, dtype=torch.int64)
         for b, sample in enumerate(samples):
@@ -103,7 +103,7 @@ def batch(seed: int, layout: str, runs: bool) -> dict[str, Any]:
 LAYOUTS = ("packed", "right", "left", "holes", "lengths")
 
 
-# Layouts and runs: which rows are text, padding and audio. Forms: where text is read from.
+# Layouts and runs determine which rows are text, padding and audio. Forms: ids and a table, or embeddings.
 @pytest.mark.parametrize(
     ("layout", "runs", "form", "backend"),
     [
@@ -252,7 +252,7 @@ def test_pooled_audio():
     assert packed.max_seqlen == max(len(a) + 2, len(b) + 1)
     packed.inputs_embeds.float().square().sum().backward()
     assert frames.grad.abs().sum() > 0
-    # Of an upper bound, the tail is no audio; it must be said that nothing is exact.
+    # With an upper bound of rows, the tail is not audio; the caller must pass `compact=False` here, too.
     bound = fc.segment_pool(frames, cu_seqlens=offsets((40, 20)), compact=False)
     loose = fc.pack(ids, table, bound, placeholder=AUDIO, cu_seqlens=offsets((3, 4)), compact=False)
     assert_same_bits(loose.inputs_embeds[: len(packed.source)], packed.inputs_embeds)
@@ -327,13 +327,13 @@ def test_row_groups():
     held = fc.row_groups(
         torch.full((1, 4), AUDIO), AUDIO, attention_mask=mask[:1, :4], placeholder_counts=torch.tensor([1, 2])
     )
-    assert runs(held) == [["dropped", 1, 2]]  # a placeholder under the mask is none
+    assert runs(held) == [["dropped", 1, 2]]  # a masked placeholder is not an audio
     for how in (None, 1, counts):
         flat = fc.row_groups(ids.view(-1).int(), AUDIO, cu_seqlens=torch.tensor([0, 5, 10]), placeholder_counts=how)
         assert torch.equal(flat.view(2, 5) > 0, ids == AUDIO) and flat.dtype == torch.int32
 
 
-def test_audios_side_by_side_stay_apart():
+def test_adjacent_audios_stay_separate():
     x = torch.ones(1, 8, 4)
     ids = torch.full((1, 8), AUDIO)
     for counts, expected in ((None, 1), (torch.tensor([3, 5]), 2), (1, 8)):
@@ -343,7 +343,7 @@ def test_audios_side_by_side_stay_apart():
 
 @pytest.mark.parametrize("backend", (None, "reference"))
 def test_an_audio_ends_with_its_sample(backend: str | None):
-    """The next sample can start with a group of the same number."""
+    """The next sample can start with the same row group."""
     table, audio = torch.arange(5.0)[:, None], torch.arange(10.0, 15.0)[:, None]
     group, cu = torch.tensor([[0, 1], [1, 0]]).int(), torch.tensor([0, 3, 5])
     with contextlib.nullcontext() if backend is None else fc.backend(backend):
@@ -473,6 +473,6 @@ def test_function_transforms_are_refused():
             torch.func.grad(f)(torch.randn(3, 4))
 
 
-def test_a_placeholder_that_the_ids_cannot_hold_is_none_of_them():
+def test_a_placeholder_outside_of_the_dtype_of_the_ids_matches_none():
     ids = torch.tensor([0, 5, 0], dtype=torch.int32)
     assert fc.row_groups(ids, 2**40).tolist() == [0, 0, 0]

@@ -1,4 +1,4 @@
-"""What ``pack`` refuses."""
+"""Errors of ``pack``."""
 
 from __future__ import annotations
 

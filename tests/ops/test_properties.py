@@ -1,4 +1,4 @@
-"""What holds for every batch, over ragged shapes that hypothesis draws."""
+"""Properties of the ops for every batch, tested on ragged shapes that hypothesis draws."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_segments_partition_the_rows(case: Case, compact: bool):
         assert not (covered & ~case.inside).any()
     else:
         assert torch.equal(covered, case.inside)
-    # Each segment lies in one sequence, and cu_segments counts those of each.
+    # Each segment is inside one sequence, and cu_segments counts the segments of each sequence.
     owner = [
         set(case.sequence[begin : begin + size].tolist()) for begin, size in zip(starts[:count], lengths, strict=False)
     ]
@@ -103,7 +103,7 @@ def test_sums_are_kept(case: Case):
     if not x.isfinite().all() or (x.abs() > 1e4).any():
         return  # test_segment_reduce.py has the large ones
     total = (pooled.values.double() * pooled.segments.lengths[:, None]).sum(0)
-    # A mean is rounded once to its type, relative to itself or to the smallest number; sums in fp32 come before.
+    # The bound is the error of the fp32 sum plus one rounding to the dtype, which is absolute for subnormal numbers.
     info = torch.finfo(case.x.dtype)
     rounding = info.eps + 64 * (2.0**-52 if case.x.dtype == torch.float64 else 2.0**-23)
     bound = rounding * x.abs().sum(0) + len(x) * info.tiny

@@ -1,4 +1,4 @@
-"""Rules over scalars, such as top-k, against their definitions and the forms in the papers."""
+"""Scalar rules, such as top-k, against their definitions and the methods of the papers."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ KINDS = ("iid", "ties", "nan", "constant", "nothing")
 
 
 def distances(kind: str, rows: int, window: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """``[rows, window]``."""
+    """Return distances ``[rows, window]``."""
     g = torch.Generator().manual_seed(seed)
     d = torch.rand(rows, window, generator=g, dtype=dtype)
     if kind == "ties":
@@ -52,7 +52,7 @@ def distances(kind: str, rows: int, window: int, dtype: torch.dtype, seed: int =
 
 def expected(rule: fc.Rule, d: Tensor, labels: Tensor, runs: list[tuple[int, int]]) -> list[tuple[int, int]]:
     """Return starts and lengths of the segments by the definition, for rows in runs ``(begin, end)``."""
-    if hasattr(rule, "threshold"):  # rounded as torch compares
+    if hasattr(rule, "threshold"):  # rounded as in torch's comparison
         rule = dataclasses.replace(rule, threshold=float(torch.tensor(rule.threshold, dtype=d.dtype)))
     found = []
     for begin, end in runs:
@@ -88,7 +88,7 @@ def window(rule: fc.Rule) -> int:
     return getattr(rule, "window", 1)
 
 
-# Kinds: any values, many equal ones, some NaN, all equal, all NaN. fp32: thresholds are rounded to it.
+# Kinds: any values, many equal ones, some NaN, all equal, all NaN. Thresholds are rounded to fp32.
 @pytest.mark.parametrize(
     ("dtype", "kind"), [*((torch.float64, kind) for kind in KINDS), (torch.float32, "ties")], ids=str
 )
@@ -105,7 +105,7 @@ def test_definition(dtype: torch.dtype, kind: str, rule: fc.Rule):
     assert segments.cu_segments.tolist() == [0, *np.cumsum(counts)]
     one = select(rule, d, labels)
     assert parts(one) == expected(rule, d, labels, [(0, rows)])
-    # Row groups: dropped rows, rows of their own, and two runs of different groups next to each other.
+    # Row groups: dropped rows, rows that are segments of their own, and two adjacent runs of different groups.
     g = torch.Generator().manual_seed(2)
     groups = torch.randint(-1, 3, (rows // 4 + 1,), generator=g).repeat_interleave(4)[:rows].int()
     runs, alone = [], []
@@ -118,7 +118,7 @@ def test_definition(dtype: torch.dtype, kind: str, rule: fc.Rule):
             (runs if groups[t] > 0 else alone if groups[t] == 0 else []).append((t, end))
             t = end
     wanted = expected(rule, d, labels, runs)
-    if isinstance(rule, fc.LabelChange) and rule.blank is not None:  # blank rows of their own go, too
+    if isinstance(rule, fc.LabelChange) and rule.blank is not None:  # drops kept rows with a blank
         alone = [(t, e) for t, e in alone if labels[t] != rule.blank]
     wanted = sorted(wanted + [(t, 1) for t, _ in alone])
     assert parts(select(rule, d, labels, cu_seqlens=cu, row_group=groups)) == wanted
@@ -161,14 +161,14 @@ def test_lookback_over_everything(rows: int, width: int, shortest: int, more: in
 
 @pytest.mark.parametrize("lengths", [(2**63 - 1, None), (1, 2**63 - 1), (2**40, 2**41)], ids=str)
 def test_lookback_with_lengths_that_no_segment_has(lengths: tuple[int, int | None]):
-    """Memory is allocated for as many segments as there can be, not for their lengths."""
+    """Allocated memory depends on the maximum number of segments, not on ``min_len`` and ``max_len``."""
     d = distances("iid", 40, 3, torch.float64)
     rule = fc.Lookback(3, 0.5, *lengths)
     assert parts(fc.select_boundaries(d, rule)) == expected(rule, d, torch.zeros(40).long(), [(0, 40)])
 
 
 def test_lookback_with_lengths_of_many_short_sequences():
-    """Regression: it kept a state for each length up to the rows of the batch, and used 3.2 GB."""
+    """Regression: the rule kept a state for each length up to the number of rows, and used 3.2 GB."""
     d = distances("iid", 20_000, 2, torch.float32)
     cu = torch.arange(0, 20_001, 40)
     rule = fc.Lookback(2, 0.5, 30, 10_000)
@@ -180,14 +180,14 @@ def test_lookback_with_lengths_of_many_short_sequences():
 
 
 def test_lookback_further_than_there_are_frames():
-    """Regression: it computed a distance for each lag up to the window, 2**62 of them."""
+    """Regression: the rule computed a distance for each lag up to the window of 2**62."""
     x = torch.randn(2, 12, 6, generator=torch.Generator().manual_seed(0))
     far, all_of_them = (fc.segment_pool(x, rule=fc.Lookback(window, 0.8)) for window in (2**62, 12))
     assert far.segments.starts.tolist() == all_of_them.segments.starts.tolist()
     assert len(far.segments.starts) > 2
 
 
-# What the papers say
+# The methods of the papers
 
 
 def test_top_k_is_the_merging_of_the_most_similar():
@@ -208,7 +208,7 @@ def test_top_k_is_the_merging_of_the_most_similar():
         assert torch.allclose(found.values, wanted, atol=1e-12) and len(wanted) == 50 - r
 
 
-def test_top_k_takes_what_is_no_number_last():
+def test_top_k_takes_nan_last():
     d = torch.tensor([torch.nan, -torch.inf, 0.5, torch.nan, -torch.inf, 0.5, 9.0])
     for count, starts in (
         (2, [0, 3]),
@@ -276,7 +276,7 @@ def test_ctc_compression():
 @pytest.mark.parametrize(
     ("dtype", "blank"), [(torch.uint8, -1), (torch.int8, 300), (torch.int32, 2**40), (torch.int64, -(2**63))]
 )
-def test_a_blank_that_the_labels_cannot_hold_is_none_of_them(dtype: torch.dtype, blank: int):
+def test_a_blank_outside_of_the_dtype_of_the_labels_matches_none(dtype: torch.dtype, blank: int):
     labels = torch.tensor([255 - 256, 255 - 256, 44, 0, 0]).to(dtype)
     found = fc.select_boundaries(None, fc.LabelChange(blank=blank), labels=labels)
     assert found.starts.tolist() == [0, 2, 3] and found.lengths.tolist() == [2, 1, 2]
@@ -310,7 +310,8 @@ def test_unsupervised_segmentation_is_find_peaks():
 
 
 def test_normalized_distances():
-    d = torch.tensor([0.25, 0.75, torch.nan, 0.5, 9.0, 0.5, 0.5, 7.0, 3.0])  # the last of each sequence is no pair
+    # The last distance of each sequence has no pair.
+    d = torch.tensor([0.25, 0.75, torch.nan, 0.5, 9.0, 0.5, 0.5, 7.0, 3.0])
     cu = torch.tensor([0, 5, 8, 9])
     z = fc.normalize_distance(d, cu_seqlens=cu)
     assert z[:4].nan_to_num(-1).tolist() == [0.0, 1.0, -1.0, 0.5] and z[5:7].tolist() == [0.0, 0.0]
@@ -320,7 +321,7 @@ def test_normalized_distances():
 
 
 def test_segmental_cpc():
-    """The peak test of the paper's published code, written out."""
+    """The result is that of the peak test in the paper's published code."""
     g = torch.Generator().manual_seed(6)
     d = torch.rand(70, generator=g, dtype=torch.float64)
     z = (d[:-1] - d[:-1].min()) / (d[:-1].max() - d[:-1].min())
@@ -337,7 +338,7 @@ def test_segmental_cpc():
         assert fc.select_boundaries(d, fc.PeakHeight(threshold)).starts.tolist() == wanted
 
 
-# Everything else that an op has
+# Composition, compilation, text forms and errors
 
 
 @pytest.mark.parametrize("rule", RULES, ids=str)
@@ -439,7 +440,7 @@ def test_bad_calls():
             call()
 
 
-def test_nothing_to_segment():
+def test_empty_input():
     for rule in RULES:
         d, labels = torch.zeros(0, window(rule)), torch.zeros(0).long()
         assert parts(select(rule, d, labels)) == []

@@ -1,4 +1,4 @@
-"""``segment_pool``: the same bits as its three parts and as the definition, whatever the layout, chunks and threads."""
+"""``segment_pool`` has the bits of its three steps and of the definition, for all layouts, chunks and threads."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ ROWS = 24 * EDGE  # 6 MB: enough for several threads
 
 
 def composed(x: Tensor, rule: fc.Rule, *, keys=None, reduce="mean", weights=None, compact=True, **layout) -> fc.Pooled:
-    """Return the result of the three parts, called one after another."""
+    """Return the result of the three steps, called one after another."""
     sequences = {name: layout[name] for name in ("cu_seqlens", "lengths") if name in layout}
     d = fc.adjacent_distance(x if keys is None else keys, **sequences)
     segments = fc.select_boundaries(d, rule, compact=compact, **layout)
@@ -57,7 +57,7 @@ def parts(pooled: fc.Pooled) -> tuple[Tensor, ...]:
 
 
 def assert_same_parts(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], what: str) -> None:
-    # Where the segments are comes first: values of other segments would tell nothing.
+    # Compare the segments first: values of other segments cannot be compared.
     names = ("values", "starts", "lengths", "cu_segments")
     for name, a, b in reversed(list(zip(names, actual, expected, strict=True))):
         assert_same_bits(a, b, f"{what}: {name}")
@@ -103,7 +103,7 @@ def test_every_width_and_feature(dtype: torch.dtype, width: int, kind: str):
     check_batch(padded(kind, width, dtype), fc.Threshold(0.9, min_len=2, max_len=5), True)
 
 
-# Dtypes and widths: how a row is read. Rules: x is not scored, or its prominences need the three parts.
+# Dtypes and widths: how a row is read. Rules: `x` is not scored, or prominences need the three steps.
 @pytest.mark.parametrize(
     ("dtype", "width", "rule"),
     [
@@ -150,7 +150,7 @@ def test_sequences_may_be_permuted(rule: fc.Rule):
         assert_same_bits(a, torch.cat([b.split(counts)[i] for i in order]), name)
 
 
-# Dtypes: keys of the dtype of x are scored in the same pass, others by the three parts. Widths: narrower than x, wider.
+# Dtypes: keys of the dtype of x are scored in the same pass, others in three steps. Widths: narrower than x, and wider.
 @pytest.mark.parametrize(
     ("dtype", "key_dtype", "key_width", "rule"),
     [
@@ -227,7 +227,7 @@ def test_not_compact_is_compact_and_an_empty_tail(dtype: torch.dtype, rule: fc.R
 
 @pytest.mark.parametrize("rows", [1, 40, 5000, 200_000])
 def test_storage_is_exactly_the_tokens(rows: int):
-    x = torch.randn(rows, 64)  # the largest: 51 MB, beyond what is kept warm (csrc/cpu/tensors.cpp)
+    x = torch.randn(rows, 64)  # up to 51 MB, for which the library asks for huge pages (csrc/cpu/tensors.cpp)
     for reduce in ("mean", "sum"):
         pooled = fc.segment_pool(x, rule=fc.LocalMax(order=3), reduce=reduce)
         values, starts, lengths, cu_segments = parts(pooled)
@@ -264,7 +264,7 @@ def test_to_padded_gradient():
 
 
 def mean_gradient(grad: Tensor, segments: fc.Segments, like: Tensor) -> Tensor:
-    """``grad[segment] / length`` for each frame, divided in fp32 (fp64) and rounded once; 0 in no segment."""
+    """Return ``grad[segment] / length`` for each frame, divided in fp32 (fp64) and rounded once; 0 outside segments."""
     wide = torch.float64 if grad.dtype == torch.float64 else torch.float32
     share = (grad.to(wide) / segments.lengths.clamp_min(1).to(wide)[:, None]).to(grad.dtype)
     ids = segments.ids()
@@ -272,7 +272,7 @@ def mean_gradient(grad: Tensor, segments: fc.Segments, like: Tensor) -> Tensor:
     return rows.view(like.shape)
 
 
-# Dtypes: how a row is written. Rules: rows in no segment. Not compact: segments without rows at the end.
+# Dtypes: how a row is written. Rules: some rows are in no segment. Not compact: trailing segments are empty.
 @pytest.mark.parametrize(
     ("dtype", "rule", "compact"),
     [
@@ -372,7 +372,7 @@ def test_threshold_is_rounded_to_the_dtype_of_the_distance(shift: int):
     """A threshold that rounds to the fp32 distance is not exceeded by it."""
     x = features("iid", 12, 8, torch.float32)
     value = fc.adjacent_distance(x)[3]
-    near = float(value) + shift * 1e-12  # rounds to the same fp32
+    near = float(value) + shift * 1e-12  # rounds to the same fp32 number
     assert torch.tensor(near, dtype=torch.float32) == value
     assert 4 not in fc.segment_pool(x, rule=fc.Threshold(near)).segments.starts
 

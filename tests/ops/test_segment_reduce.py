@@ -1,4 +1,4 @@
-"""``segment_reduce`` and ``segment_expand``: the bits of the definition, sums to the last bit, derivatives."""
+"""``segment_reduce`` and ``segment_expand``: equal bits, exact sums, derivatives."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fastcompress.reference import OPS
 from tests.support.sample_inputs import DTYPES, FEATURES, WIDE, WIDTHS, assert_same_bits, expanded, features, strided
 
 LENGTHS = (1, 2, 0, 3, 5, 8, 63, 64, 0, 65, 127, 128, 129, 1)
-GAPS = (0, 2, 0, 1, 0, 0, 3, 0, 0, 0, 1, 0, 4, 0)  # rows in no segment before each
+GAPS = (0, 2, 0, 1, 0, 0, 3, 0, 0, 0, 1, 0, 4, 0)  # number of rows in no segment before each segment
 HALVES = (torch.float16, torch.bfloat16)
 LINEAR = ("mean", "sum", "first", "last", "middle")
 
@@ -43,7 +43,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
-    """Return the gradients of ``run`` for one random cotangent, and the cotangent."""
+    """Return the gradients of ``run`` for a random cotangent, and the cotangent."""
     inputs = tuple(i.detach().requires_grad_() for i in inputs)
     y = run(*inputs)
     grad = torch.randn(y.shape, generator=torch.Generator().manual_seed(3), dtype=torch.float64).to(y.dtype)
@@ -51,7 +51,7 @@ def gradients(run, *inputs: Tensor) -> tuple[Tensor, ...]:
 
 
 def sum_error(length: int, dtype: torch.dtype) -> float:
-    """Return the bound relative to sum |x|: additions on the longest path, within and over blocks of 64."""
+    """Return the error bound relative to sum |x|: the additions on the longest path, within and over blocks of 64."""
     unit = 2.0**-53 if dtype == torch.float64 else 2.0**-24
     return max(min(length, 64) - 1 + -(-length // 64) - 1, 0) * unit
 
@@ -59,8 +59,9 @@ def sum_error(length: int, dtype: torch.dtype) -> float:
 # The same bits as the definition
 
 
-# Widths: the strips, units and tails of a row, for means. Reductions: sums are means without the division, maxima are
-# another instance of the same template (33: a unit and a tail, 257: strips and a tail), the others copy a row.
+# Widths: all strips, units and tails of a row, for means. Other reductions need fewer widths: sums are means without
+# the division, maxima are another instance of the same template (33: a unit and a tail, 257: strips and a tail), and
+# the others copy a row.
 @pytest.mark.parametrize(
     ("width", "reduce"),
     [
@@ -104,7 +105,7 @@ def test_expand(dtype: torch.dtype, width: int, kind: str):
     assert_same_bits(grad_y, OPS["segment_reduce"](grad, segments.starts, segments.lengths, "sum"), "gradient")
 
 
-# Means and maxima depend on all values. Sums are means without the division, and the others copy a row.
+# Means and maxima depend on all values. Sums are means without the division, and the other reductions copy a row.
 @pytest.mark.parametrize(
     ("kind", "reduce"),
     [
@@ -116,7 +117,7 @@ def test_expand(dtype: torch.dtype, width: int, kind: str):
 def test_same_bits_as_reference_on_odd_values(dtype: torch.dtype, kind: str, reduce: str):
     segments = make()
     x = features(kind, segments.num_rows, 33, dtype)
-    x[::5] *= -1  # also zeros of both signs
+    x[::5] *= -1  # includes zeros of both signs
     args = (x, segments.starts, segments.lengths, reduce)
     assert_same_bits(fc.segment_reduce(x, segments, reduce), OPS["segment_reduce"](*args), "values")
 
@@ -159,7 +160,7 @@ def test_expanded_input(dtype: torch.dtype, reduce: str):
 
 
 def sum_by_hand(rows: np.ndarray) -> np.ndarray:
-    """docs/numerics.md, read without the reference at hand: blocks of 64 rows from the first, then the blocks."""
+    """Compute the sum as docs/numerics.md defines it: blocks of 64 rows from the first row, then the blocks."""
     blocks = [functools.reduce(np.add, rows[first : first + 64]) for first in range(0, len(rows), 64)]
     return functools.reduce(np.add, blocks)
 
@@ -169,7 +170,7 @@ def sum_by_hand(rows: np.ndarray) -> np.ndarray:
 def test_order_of_additions(dtype: torch.dtype, reduce: str):
     segments = make((1, 2, 63, 64, 65, 200), None, 0)
     x, w = features("smooth", segments.num_rows, 5, dtype), weights_of(segments.num_rows, accumulator(dtype))
-    # A mean and a sum are weighted by 1, which changes no bit.
+    # Weights of 1 change no bit of a mean.
     factors = w.numpy()[:, None] if reduce == "weighted" else np.ones_like(w.numpy())[:, None]
     terms = x.to(w.dtype).numpy() * factors
     for m, part in enumerate(slices(segments)):
@@ -208,7 +209,7 @@ def test_torch_segment_reduce(dtype: torch.dtype, kind: str, reduce: str):
         assert_same_bits(y, expected)
         return
     for row, other, part in zip(y, expected, slices(segments), strict=True):
-        # torch adds n values one by one, n - 1 roundings of the running sum; the mean adds a division to both.
+        # torch adds n values one by one, with n - 1 roundings of the running sum. The mean adds a division to both.
         n = part.stop - part.start
         unit = torch.finfo(dtype).eps / 2
         size = x[part].abs().sum(0) / (n if reduce == "mean" else 1)
@@ -234,14 +235,14 @@ def test_numpy(dtype: torch.dtype, reduce: str):
         elif reduce in ("first", "last", "middle"):
             assert (row == frames[{"first": 0, "last": n - 1, "middle": (n - 1) // 2}[reduce]]).all()
         else:
-            # fp64 sums of NumPy are off by n units of 2^-53. The mean adds the rounding of its division, the weights
-            # that of the products and the error of their own sum.
+            # The error of NumPy's fp64 sums is n units of 2^-53. The mean adds the rounding of its division. Weights
+            # add the rounding of the products and the error of their own sum.
             unit = torch.finfo(accumulator(dtype)).eps / 2
             scale = {"sum": 1, "mean": n, "weighted": wide.sum()}[reduce]
             terms = frames * wide if weighted else frames
             exact, size = terms.sum(0) / scale, np.abs(terms).sum(0) / scale
             bound = size * ((2 if weighted else 1) * sum_error(n, dtype) + 2 * unit + 2 * n * 2.0**-53)
-            if dtype in HALVES:  # and half a unit in the last place of the result
+            if dtype in HALVES:  # plus half a unit in the last place of the result
                 info = torch.finfo(dtype)
                 bound += np.maximum(np.abs(exact), info.smallest_normal) * info.eps / 2
             assert (np.abs(row - exact) <= bound * 1.001).all()  # second-order terms
@@ -250,18 +251,18 @@ def test_numpy(dtype: torch.dtype, reduce: str):
 @pytest.mark.parametrize("reduce", ("mean", "sum", "weighted"))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_long_segments(dtype: torch.dtype, reduce: str):
-    """5,000 frames near 1: half types lose no more than the final rounding and 2^-24 for each of 63 + 78 additions."""
+    """For 5,000 frames near 1, the error is the final rounding and 2^-24 for each of 63 + 78 additions."""
     n = 5000
     segments = make((n, 1, n), (0, 3, 0), 0)
     x = (features("iid", segments.num_rows, 3, torch.float64) * 0.1).tanh().add(1).to(dtype)
     w = weights_of(segments.num_rows, accumulator(dtype)) if reduce == "weighted" else None
-    scaled = x / 8 if reduce == "sum" else x  # 625 is far from the largest fp16
+    scaled = x / 8 if reduce == "sum" else x  # the sum, 625, does not overflow in fp16
     y = fc.segment_reduce(scaled, segments, "sum" if reduce == "sum" else "mean", w)
     for row, part in zip(y.double(), slices(segments), strict=True):
         frames = scaled[part].double()
         wide = torch.ones(len(frames)).double() if w is None else w[part].double()
         exact = (frames * wide[:, None]).sum(0) / (1 if reduce == "sum" else wide.sum())
-        # One more unit for the division, one for the products with the weights; the oracle adds n units of fp64.
+        # One more unit is for the division and one for the products with the weights; the oracle adds n units of fp64.
         bound = (2 if w is not None else 1) * sum_error(n, dtype) + torch.finfo(accumulator(dtype)).eps + n * 2.0**-52
         error = (row - exact).abs() / exact
         if dtype in HALVES:
@@ -280,7 +281,7 @@ def test_empty_inputs(dtype: torch.dtype):
     assert fc.segment_expand(torch.ones(0, 3, dtype=dtype), make((), None, 4)).tolist() == [[0] * 3] * 4
 
 
-# Sums and adjoints, exact: small integers, and powers of two where something divides
+# Exact sums and adjoints: values are small integers, and divisors are powers of two
 
 
 @pytest.mark.parametrize("reduce", LINEAR)
@@ -289,7 +290,7 @@ def test_reduce_and_its_gradient_are_adjoint(dtype: torch.dtype, reduce: str):
     segments = make((1, 2, 0, 4, 8, 64, 128), (0, 2, 0, 1, 0, 0, 3))
     g = torch.Generator().manual_seed(0)
     x = torch.randint(-4, 5, (segments.num_rows, 7), generator=g).to(dtype)
-    y = torch.randint(-4, 5, (len(segments.starts), 7), generator=g).to(dtype) * 128  # divided by the length: integer
+    y = torch.randint(-4, 5, (len(segments.starts), 7), generator=g).to(dtype) * 128  # divisible by each length
     reduced = fc.segment_reduce(x.double(), segments, reduce)
     leaf = x.requires_grad_()
     fc.segment_reduce(leaf, segments, reduce).backward(y)
@@ -312,7 +313,7 @@ def test_sums_are_preserved(dtype: torch.dtype):
 @pytest.mark.parametrize("reduce", [reduce for reduce in REDUCTIONS if reduce != "sum"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_a_shift_of_the_frames_shifts_the_result(dtype: torch.dtype, reduce: str):
-    """Results are exact: sums are integers, and divisors powers of two."""
+    """Results are exact, since sums are integers and divisors are powers of two."""
     segments = make((1, 2, 0, 4, 8, 64, 128), (0, 2, 0, 1, 0, 0, 3))
     x = torch.randint(-1, 2, (segments.num_rows, 7), generator=torch.Generator().manual_seed(0)).double()
     expected = fc.segment_reduce(x, segments, reduce) + 2
@@ -324,7 +325,7 @@ def test_a_shift_of_the_frames_shifts_the_result(dtype: torch.dtype, reduce: str
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_weights_are_normalised(dtype: torch.dtype):
+def test_weights_are_normalized(dtype: torch.dtype):
     segments = make()
     x, w = features("iid", segments.num_rows, 9, dtype), weights_of(segments.num_rows, accumulator(dtype))
     y = fc.segment_reduce(x, segments, weights=w)
@@ -383,8 +384,8 @@ def test_gradcheck_of_any_order(reduce: str):
         return fc.segment_expand(x, SMALL) if reduce == "expand" else fc.segment_reduce(x, SMALL, reduce)
 
     assert torch.autograd.gradcheck(run, (x,))
-    assert torch.autograd.gradgradcheck(lambda x: run(x) ** 3, (x,))  # cubed: a linear function has no second one
-    assert torch.autograd.gradgradcheck(run, (x,))  # by the cotangent
+    assert torch.autograd.gradgradcheck(lambda x: run(x) ** 3, (x,))  # cubed, so that it is not linear
+    assert torch.autograd.gradgradcheck(run, (x,))  # with respect to the cotangent
 
 
 def test_gradient_of_weights_alone():
@@ -395,7 +396,7 @@ def test_gradient_of_weights_alone():
 
 
 def test_gradcheck_of_max_and_weights():
-    x = torch.randperm(2 * SMALL.num_rows).double().view(-1, 2).requires_grad_()  # 1 apart: no tie within a step
+    x = torch.randperm(2 * SMALL.num_rows).double().view(-1, 2).requires_grad_()  # no ties within a step
     w = weights_of(SMALL.num_rows, torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: fc.segment_reduce(x, SMALL, "max"), (x,))
     assert torch.autograd.gradcheck(lambda x, w: fc.segment_reduce(x, SMALL, weights=w), (x, w))
@@ -404,7 +405,7 @@ def test_gradcheck_of_max_and_weights():
 @pytest.mark.filterwarnings("ignore:.*autograd kernel was not registered")
 @pytest.mark.parametrize("reduce", ("max", "weighted"))
 def test_second_derivatives_are_refused(reduce: str):
-    """``max`` and weights have first-order gradients only: better an error than a silent zero."""
+    """``max`` and weights have first derivatives only. A second derivative raises an error and is not silently zero."""
     x = features("iid", SMALL.num_rows, 2, torch.float64).requires_grad_()
     weights = weights_of(SMALL.num_rows, torch.float64) if reduce == "weighted" else None
     y = fc.segment_reduce(x, SMALL, "mean" if weights is not None else "max", weights)

@@ -87,7 +87,7 @@ def scipy_peaks(d: np.ndarray, order: int) -> np.ndarray:
 # Each rule against an oracle
 
 
-# Orders: a peak exceeds its neighbours, some more, or every value of its sequence. Dtypes: how d is read.
+# Orders: a peak exceeds its neighbours, some more values, or every value of its sequence. Dtypes: how d is read.
 @pytest.mark.parametrize(
     ("dtype", "kind", "order"),
     [
@@ -102,7 +102,7 @@ def test_local_max_is_argrelextrema(dtype: torch.dtype, kind: str, order: int):
     assert_segments(fc.select_boundaries(d, fc.LocalMax(order), **LAYOUT), expected)
 
 
-# Prominences: of most peaks, of some, of none; 0 and less ask for nothing. A threshold is a condition of its own.
+# Prominences: most peaks, some, or none have it; 0 and less are no condition. A threshold is a separate condition.
 @pytest.mark.parametrize(
     ("kind", "prominence", "threshold"),
     [
@@ -133,7 +133,7 @@ def test_prominence_at_equality_counts():
     assert as_parts(fc.select_boundaries(d, fc.LocalMax(prominence=0.2500001))) == [(0, 2), (2, 5)]
 
 
-# Thresholds: some that a dtype rounds and some that it holds. Kinds: what is compared with one.
+# Thresholds: some are rounded by a dtype, and some are exact. Kinds: the values of d.
 @pytest.mark.parametrize(
     ("kind", "threshold"),
     [
@@ -158,7 +158,7 @@ def test_threshold_compares_as_torch(dtype: torch.dtype, kind: str, threshold: f
 @pytest.mark.parametrize("threshold", (1e300, -1e300, 7e4, -7e4, 1e-300, 0.5 + 2**-12 + 2**-40))
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_threshold_that_the_dtype_does_not_hold(dtype: torch.dtype, threshold: float):
-    """A threshold overflows to infinity or underflows to 0. The last one is rounded twice, as in torch."""
+    """Thresholds that overflow to infinity or underflow to 0. The last one is rounded twice, as in torch."""
     d = torch.tensor([math.inf, 0.5, 0.5 + 2**-11, -math.inf, 0, 2**-14, -6e4, 6e4, 0.5 + 2**-12, 0]).to(dtype)
     expected = (d[:-1] > threshold).nonzero().view(-1) + 1
     segments = fc.select_boundaries(d, fc.Threshold(threshold))
@@ -192,7 +192,7 @@ def test_largest_integers(rule: fc.Rule, starts: list[int], compact: bool):
 
 
 class Counted(list):
-    """A list that counts how often it is read."""
+    """A list that counts its reads."""
 
     reads = 0
 
@@ -219,8 +219,10 @@ def test_uniform_is_arithmetic(size: int):
 
 
 def cut(candidates: list[int], frames: int, min_len: int, max_len: int | None) -> list[int]:
-    """Left to right: the next segment starts at the first candidate at least ``min_len`` behind the start of the last,
-    but not later than ``max_len`` behind it."""
+    """Return the starts of segments, from left to right.
+
+    The next segment starts at the first candidate that is at least ``min_len`` after the start of the last one, but at
+    most ``max_len`` after it."""
     result, start = [], 0
     while True:
         allowed = [t for t in candidates if t >= start + min_len]
@@ -236,7 +238,7 @@ LENGTHS = ((1, None), (2, None), (5, None), (100, None), (1, 1), (1, 2), (1, 4),
            (7, 7), (20, 100))  # fmt: skip
 
 
-# Lengths: either bound, both or none takes effect. Kinds: any candidates, many of them, gaps between them, none.
+# Lengths: either bound, both or neither has an effect. Kinds: any candidates, many, with gaps between them, none.
 @pytest.mark.parametrize(
     ("kind", "min_len", "max_len"),
     [*(("iid", *both) for both in LENGTHS), *((kind, 3, 7) for kind in ("ties", "nan", "rising"))],
@@ -289,7 +291,7 @@ def test_row_groups_are_runs_segmented_alone(rule: fc.Rule, kind: str, seed: int
 @pytest.mark.parametrize("rule", RULES, ids=str)
 def test_padded_equals_packed(rule: fc.Rule, kind: str):
     d, width = distances(kind), max(RAGGED) + 2
-    padded = torch.full((len(RAGGED), width), 5.0)  # padding that would be a boundary if it were read
+    padded = torch.full((len(RAGGED), width), 5.0)  # reading padding would give a boundary
     for row, (begin, end) in zip(padded, SPANS, strict=True):
         row[: end - begin] = d[begin:end]
     packed = fc.select_boundaries(d, rule, **LAYOUT)
@@ -302,7 +304,7 @@ def test_padded_equals_packed(rule: fc.Rule, kind: str):
     assert (segments.padded_length, packed.padded_length) == (width, None)
     assert (segments.num_rows, packed.num_rows) == (padded.numel(), d.numel())
     assert torch.equal(segments.seconds(25), packed.seconds(25))
-    # The last distance of each sequence is not read either.
+    # The last distance of each sequence must not be read either.
     last = [end - 1 for begin, end in SPANS if end > begin]
     assert as_parts(fc.select_boundaries(d.index_fill(0, torch.tensor(last), torch.inf), rule, **LAYOUT)) == as_parts(
         packed
@@ -351,7 +353,7 @@ def test_strides_do_not_matter(rule: fc.Rule):
     assert as_parts(fc.select_boundaries(d, rule, cu_seqlens=spread)) == expected
 
 
-# Segments from boundaries, and what Segments tells
+# Segments from boundaries, and the methods of Segments
 
 
 def selected() -> list[tuple[Batch, fc.Segments]]:
@@ -391,7 +393,7 @@ def test_round_trips(case: tuple[Batch, fc.Segments]):
 @pytest.mark.parametrize("case", selected(), ids=lambda case: str(case[0]))
 def test_ids_counts_and_seconds(case: tuple[Batch, fc.Segments], compact: bool):
     batch, segments = case
-    if not compact:  # an empty tail changes nothing but the shapes
+    if not compact:  # an empty tail changes only the shapes
         tail = segments.starts.new_full((4,), segments.num_rows)
         segments = fc.Segments(
             torch.cat([segments.starts, tail]),

@@ -1,4 +1,4 @@
-"""``segment_pool`` over many chunks: the same bits for every number of threads and callers, wherever chunks end."""
+"""``segment_pool`` over many chunks has the same bits for every number of threads and callers."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ragged(seed: int = 0) -> tuple[int, ...]:
 
 
 def groups() -> Tensor:
-    """Return row groups: runs of dropped, kept and pooled rows, most of them short, some of several chunks."""
+    """Return row groups: runs of dropped, kept and pooled rows, most of them short, some longer than chunks."""
     sizes = torch.tensor([3, 2 * EDGE, 1, 700, 3 * EDGE + 5, 9, EDGE - 1, 2] * 8)
     values = torch.tensor([1, 2, -1, 0, 7, -1, -1, 0] * 8)
     return values.repeat_interleave(sizes)[:ROWS].int()
@@ -107,7 +107,7 @@ def cases(dtype: torch.dtype) -> dict[str, Callable[[], Case]]:
 
 def parts(pooled: fc.Pooled) -> dict[str, Tensor]:
     s = pooled.segments
-    # Where the segments are comes first: values of other segments would tell nothing.
+    # Compare the segments first: values of other segments cannot be compared.
     return dict(cu_segments=s.cu_segments, starts=s.starts, lengths=s.lengths, values=pooled.values)
 
 
@@ -122,7 +122,7 @@ def composed(x: Tensor, rule: fc.Rule, layout: dict[str, Tensor]) -> fc.Pooled:
     return fc.Pooled(fc.segment_reduce(x, segments), segments)
 
 
-# Chunks are shared out by their bytes, whatever the dtype: every case in one, the first two in all.
+# Chunks depend on bytes, not on the dtype: all cases run in one dtype, and the first two in all dtypes.
 CASES = list(cases(torch.float32))
 
 
@@ -142,7 +142,7 @@ def test_chunks_and_threads_do_not_matter(dtype: torch.dtype, case: str, threads
     assert_same(composed(x, rule, layout), expected, "the parts on two threads")
 
 
-# What the cases are about: long segments, and those that cross chunks.
+# The cases with long segments, and with segments that cross chunks.
 LONG = {
     "segment longer than chunks": 4995,
     "boundaries at chunk edges": EDGE + 1,
@@ -223,7 +223,7 @@ def test_concurrent_callers(inner: int, threads):
     expected = [composed(*one) for one in work]
 
     def call(i: int) -> fc.Pooled:
-        torch.set_num_threads(inner)  # a setting of each thread
+        torch.set_num_threads(inner)  # the setting is per thread
         x, rule, layout = work[i % len(work)]
         return fc.segment_pool(x, rule=rule, **layout)
 

@@ -1,4 +1,4 @@
-"""Merging of similar frames, neighbours or not, against loops that follow the papers' definitions."""
+"""Merging of similar frames, adjacent or not, against loops that follow the definitions of the papers."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ def cosine(a: Tensor, b: Tensor) -> float:
 
 
 def greedy(x: Tensor, threshold: float, max_len: int | None, band: float) -> list[int]:
-    """Return the starts of segments: a frame joins by its mean cosine to every member."""
+    """Return the starts of segments; whether a frame joins depends on its mean cosine to all members."""
     groups = [[0]] if len(x) else []
     x = x.double()
     for t in range(1, len(x)):
         mean = sum(cosine(x[t], x[m]) for m in groups[-1]) / len(groups[-1])
         if abs(mean - (1 - threshold)) < band:
-            pytest.skip("too close to tell")
+            pytest.skip("too close to decide")
         if mean >= 1 - threshold and (max_len is None or len(groups[-1]) < max_len):
             groups[-1].append(t)
         else:
@@ -47,7 +47,7 @@ def greedy(x: Tensor, threshold: float, max_len: int | None, band: float) -> lis
 def test_greedy_segments(dtype: torch.dtype, kind: str, threshold: float, max_len: int | None):
     sizes = (30, 0, 1, 17)
     x = features(kind, sum(sizes), 6, dtype)
-    band = 1e-9 if dtype == torch.float64 else 1e-5  # of what rounding may decide
+    band = 1e-9 if dtype == torch.float64 else 1e-5  # inside this band rounding can decide
     cu = torch.tensor([0, 30, 30, 31, 48])
     wanted = []
     for begin, size in zip(cu.tolist(), sizes, strict=False):
@@ -62,7 +62,7 @@ def test_greedy_segments(dtype: torch.dtype, kind: str, threshold: float, max_le
 
 
 def test_a_window_wider_than_there_are_frames():
-    """Regression: it looked for partners at each distance up to the window, 2**62 of them."""
+    """Regression: the op searched for partners at each distance up to the window of 2**62."""
     x = features("iid", 30, 6, torch.float32)
     cu = torch.tensor([0, 17, 30])
     wide, enough = (fc.bipartite_merge(x, 2.0, window=window, cu_seqlens=cu) for window in (2**62, 29))
@@ -96,7 +96,7 @@ def merge(
     return tokens, [groups[t] for t in sorted(groups)]
 
 
-# Windows: pairs, neighbours, several partners, all. Rates: nothing merges, some frames do, half of them, all that can.
+# Windows: pairs, neighbours, several partners, all. Rates: no frame merges, some, half of them, or all that can.
 @pytest.mark.parametrize(
     ("rate", "window"), [*((1.3, window) for window in (0, 1, 3, 6, None)), (1.0, 3), (2.0, 0), (2.0, None), (9.0, 3)]
 )
@@ -138,7 +138,7 @@ def test_ties_go_to_the_nearer_partner_and_the_earlier_frame():
 
 
 def test_adjacent_merging_is_top_k_over_pairs():
-    """A-ToMe: of the pairs (0, 1), (2, 3), ... the most similar ones merge, in one round or several."""
+    """A-ToMe merges the most similar of the pairs (0, 1), (2, 3), ..., in one round or several."""
     x = features("smooth", 40, 8, torch.float64)
     out = fc.bipartite_merge(x, 1.4)
     assert len(out.values) == math.ceil(40 / 1.4)
@@ -185,7 +185,7 @@ def test_rates_above_two_take_rounds(rate: float, rounds: int, window: int | Non
         fc.nn.BipartiteMerge(0.5)
 
 
-def test_silence_is_alike_in_every_window():
+def test_silent_frames_are_equal_in_every_window():
     x = torch.cat([torch.zeros(4, 3), features("iid", 4, 3, torch.float32)])
     ids = [fc.bipartite_merge(x, 1.5, window=window).ids.tolist() for window in (0, 3, 8, None)]
     assert all(found[:4] == [0, 0, 1, 1] for found in ids), ids
@@ -232,7 +232,7 @@ def test_compiles(merge):
 
 
 def fuse(x: Tensor, weights: list[float], count: int) -> tuple[list[Tensor], list[list[int]]]:
-    """Return the fused tokens of one sequence and their frames; a round merges the closest neighbours."""
+    """Return the fused tokens of one sequence and their frames. Each round merges the most similar neighbours."""
     groups = [[t] for t in range(len(x))]
     while len(groups) > count:
         w = [torch.tensor([weights[t] for t in group], dtype=x.dtype) for group in groups]
@@ -276,7 +276,7 @@ def test_iterative_fusion(count: int, weighted: bool):
     w = weights if weighted else torch.ones(53, dtype=torch.float64)
     wanted = torch.stack([(w[group, None] * x[group]).sum(0) / w[group].sum() for group in groups])
     grad = torch.randn(wanted.shape, dtype=torch.float64, generator=g)
-    leaves = (x, weights) if weighted and count < 29 else (x,)  # with no round weights have no part in it
+    leaves = (x, weights) if weighted and count < 29 else (x,)  # without a round the weights have no effect
     for a, b in zip(*(torch.autograd.grad(y, leaves, grad) for y in (out.values, wanted)), strict=True):
         torch.testing.assert_close(a, b)
     pad = torch.nn.utils.rnn.pad_sequence
@@ -319,7 +319,7 @@ def test_what_is_not_merged_stays_as_it_is(merge, dtype: torch.dtype):
     assert merged.any() and torch.equal(zero.values[merged], torch.zeros(int(merged.sum()), 2, dtype=dtype))
 
 
-def test_values_that_are_no_numbers_partner_nobody_else():
+def test_frames_with_nan_do_not_affect_others():
     x = features("iid", 12, 4, torch.float64)
     x[5] = torch.nan
     for window in (0, 3, None):
@@ -329,7 +329,7 @@ def test_values_that_are_no_numbers_partner_nobody_else():
     assert fc.greedy_segments(x, 0.5).starts.numel() > 1
 
 
-def test_half_types_and_nothing():
+def test_half_types_and_empty_input():
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         x = features("iid", 20, 4, dtype)
         out = fc.bipartite_merge(x, 2.0, window=None)

@@ -1,6 +1,7 @@
-"""The documentation: its Python runs, its links exist, and every exported name has an entry.
+"""The documentation: its Python runs, its links are valid, and every exported name has an entry.
 
-A block of Python runs unless its first line is ``# needs a GPU`` or ``# needs a download: ...``; those only compile.
+A block of Python runs unless its first line is ``# needs a GPU`` or ``# needs a download: ...``; such a block is only
+compiled.
 """
 
 from __future__ import annotations
@@ -68,7 +69,7 @@ def indented(text: str) -> Iterator[str]:
 
 
 def is_python(text: str) -> bool:
-    """Return whether the text could be Python with an effect; a shell command is not valid syntax."""
+    """Return whether the text is Python code that does something. A shell command is not valid syntax."""
     if ">>> " in text:
         return True
     try:
@@ -90,7 +91,7 @@ def test_snippets(page: Path):
     names: dict[str, object] = {}
     ran = 0
     for line, block in blocks(page.read_text()):
-        code = compile("\n" * line + block, str(page), "exec")  # errors name the line of the file
+        code = compile("\n" * line + block, str(page), "exec")  # the line numbers of errors are those of the page
         needs = NEEDS.match(block)
         if needs is None or (needs[1] == "a GPU" and torch.cuda.is_available()):
             exec(code, names)
@@ -99,10 +100,10 @@ def test_snippets(page: Path):
 
 
 @pytest.mark.parametrize("page", PAGES, ids=identify)
-def test_python_is_known_for_it(page: Path):
-    """All Python is in fenced blocks, which the test above runs."""
+def test_python_is_in_fenced_blocks(page: Path):
+    """All Python is in fenced blocks, which ``test_snippets`` runs."""
     text = page.read_text()
-    assert set(re.findall(r"^.*```.*$", prose(text), re.MULTILINE)) == set(), "a fence that is indented or not closed"
+    assert set(re.findall(r"^.*```.*$", prose(text), re.MULTILINE)) == set(), "a fence is indented or not closed"
     for fence in FENCE.finditer(text):
         assert fence[1] == "python", f"fenced block of {fence[1] or 'no language'}: fence Python only, indent the rest"
         assert NEEDS.match(fence[2]) or not fence[2].lower().startswith("# needs"), fence[2]
@@ -160,7 +161,8 @@ def test_links(page: Path):
             assert target.startswith("https://"), target
             continue
         path, _, anchor = target.partition("#")
-        file = page if not path else Path(os.path.normpath(page.parent / path))  # not resolve: links are on the site
+        # normpath, since resolve would follow the symbolic links in docs/
+        file = page if not path else Path(os.path.normpath(page.parent / path))
         assert file.is_file(), f"{target} does not exist"
         assert not anchor or anchor in anchors(file), f"{target}: no such heading"
         if page.is_relative_to(DOCS):
@@ -168,8 +170,8 @@ def test_links(page: Path):
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "CHANGELOG.md"], ids=identify)
-def test_files_that_are_named(page: Path):
-    """Paths of the repository in backticks exist."""
+def test_named_files_exist(page: Path):
+    """Paths in backticks exist in the repository."""
     for path in re.findall(rf"`((?:fastcompress|csrc|{'|'.join(FOLDERS)})/[\w./*-]*)`", page.read_text()):
         assert list(ROOT.glob(path.rstrip("/"))), f"{path} does not exist"
 
@@ -200,7 +202,7 @@ def test_picture_of_inspect(tmp_path: Path):
 
 
 def test_drawn_pictures(tmp_path: Path):
-    """The script draws the committed pictures, with the constants of the kernel."""
+    """The script draws the committed pictures, with the constants of the kernels."""
     pytest.importorskip("matplotlib")
     script = picture_script("draw_kernels")
     script.main(str(tmp_path))
@@ -239,7 +241,7 @@ def test_every_exported_symbol_is_on_its_page(name: str):
     module = pytest.importorskip(name)
     shown = re.findall(r"^::: (\S+)$", (DOCS / "api" / f"{name.rpartition('.')[2]}.md").read_text(), re.MULTILINE)
     assert len(shown) == len(set(shown))
-    apart = {"fastcompress.nn", "fastcompress.__version__"}  # described elsewhere
+    apart = {"fastcompress.nn", "fastcompress.__version__"}  # documented in other places
     missing = {f"{name}.{symbol}" for symbol in module.__all__} - set(shown) - apart
     assert not missing
     for path in shown:
@@ -255,7 +257,7 @@ def test_every_page_is_in_the_navigation():
 
 
 def test_length_of_readme_and_changelog():
-    """The reader decides on the first screen; longer text belongs into docs/."""
+    """README and changelog are short; longer text belongs in docs/."""
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
     assert len((ROOT / "CHANGELOG.md").read_text().splitlines()) <= 30
 
@@ -307,7 +309,7 @@ def test_steps_of_adding_a_rule():
 
 
 def test_every_method_runs():
-    """Each line of the table of methods runs, with exported names only."""
+    """Each line of the table of methods runs and uses only exported names."""
     text = (ROOT / "docs" / "methods.md").read_text()
     lines = [line.split(" | ") for line in text.splitlines() if line.startswith("| ") and "`fc." in line]
     assert len(lines) >= 19

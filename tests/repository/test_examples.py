@@ -1,4 +1,4 @@
-"""Each example runs and shows what it claims."""
+"""Each example runs and gives the result that its text promises."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def load(name: str) -> ModuleType:
     return module
 
 
-def test_there_is_a_test_for_each():
+def test_each_example_has_a_test():
     names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
     assert names == {"demo", "train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour"}  # make demo
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Each column is there, and the compressed ones have fewer tokens."""
+    """The output has all columns, and the compressed ones have fewer tokens."""
     pytest.importorskip("jiwer")
     demo = load("demo")
     read = demo.read_manifest
@@ -56,7 +56,7 @@ def test_training_lowers_the_loss(rule: str, capsys: pytest.CaptureFixture[str])
 
 
 def test_tokens_of_the_training_example_are_the_phones():
-    """At its threshold a segment ends where the phone changes, so the middle frame names the token's phone."""
+    """With the example's threshold a segment ends where the phone changes, so the label is the phone of all frames."""
     example = load("train_with_segment_pool")
     g = torch.Generator().manual_seed(1)
     frames, cu_seqlens, phone = example.make_batch(8, torch.randn(example.PHONES, example.WIDTH, generator=g), g)
@@ -76,7 +76,7 @@ def test_streaming(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     assert final == count > 1 and lines[-1].startswith(f"{count} tokens")
 
 
-def test_streaming_would_notice(monkeypatch: pytest.MonkeyPatch):
+def test_streaming_detects_a_difference(monkeypatch: pytest.MonkeyPatch):
     example = load("streaming")
     whole = example.fc.segment_pool
     monkeypatch.setattr(example.fc, "segment_pool", lambda x, **kwargs: whole(x + 1e-3, **kwargs))
@@ -91,17 +91,17 @@ def test_qwen2_audio_lora(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     sizes = ["--max-steps", "6", "--per-device-train-batch-size", "2"]
     losses = example.main(["--tiny", *sizes, "--output-dir", str(tmp_path / "adapter")])
     assert len(losses) == 6 and losses[-1] < 0.5 * losses[0]
-    assert "62 rows became 30" in capsys.readouterr().out  # 2 x (25 + 6), and 9 tokens for 25
+    assert "62 rows became 30" in capsys.readouterr().out  # 2 x (25 + 6) rows; 9 tokens replace 25 rows of audio
 
     stock = example.apply_to(example.tiny_model(), "uniform:3")
     tuned = peft.PeftModel.from_pretrained(stock, tmp_path / "adapter")
     names = [name for name, p in tuned.named_parameters() if "lora_B" in name and p.abs().sum() > 0]
     assert names and all("language_model" in name for name in names)
-    assert len(names) == 2 * 7  # layers, and projections of each
+    assert len(names) == 2 * 7  # two layers, seven projections per layer
 
 
 @pytest.mark.parametrize("arguments", [[], ["--model", "somewhere"], ["--tiny", "--model", "somewhere"]])
-def test_qwen2_audio_lora_says_what_is_missing(arguments: list[str], capsys: pytest.CaptureFixture[str]):
+def test_qwen2_audio_lora_names_the_missing_argument(arguments: list[str], capsys: pytest.CaptureFixture[str]):
     pytest.importorskip("peft")
     with pytest.raises(SystemExit):
         load("qwen2_audio_lora").main(arguments)
@@ -109,7 +109,7 @@ def test_qwen2_audio_lora_says_what_is_missing(arguments: list[str], capsys: pyt
 
 
 def test_tour(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-    """Run its cells in order, in the folder in which a notebook server runs them."""
+    """The cells run in order, in the folder of the notebook, as on a notebook server."""
     pytest.importorskip("av")
     matplotlib = pytest.importorskip("matplotlib")
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""The package without a compiled library, and which modules importing it loads."""
+"""The package without a compiled library, and the modules that ``import fastcompress`` loads."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ small, large = batch(5, 0, 9), batch(20, 3, 1, 12)
 x = small[0].clone().requires_grad_()
 pooled = fc.segment_pool(x, cu_seqlens=small[1])
 pooled.values.sum().backward()
-# Each segment gives its frames 1 in all.
+# The gradients of the frames of each segment sum to 1.
 runs = bool(torch.allclose(x.grad.sum(), torch.tensor(8.0 * len(pooled.values))))
 result = dict(file=fc.__file__, library=COMPILED, warnings=ours, runs=runs)
 """
 
-# This takes most of the time, and does not depend on why there is no library.
+# This part is slow and does not depend on the reason why there is no library, so it runs once.
 USE_IN_GRAPHS = """
 compiled = {}
 for backend in ("eager", "aot_eager"):
@@ -112,7 +112,7 @@ def test_works_on_the_reference_without_a_library(copy: Path, library: bytes | N
     )
 
 
-def test_importing_brings_no_extra_along():
+def test_import_loads_no_extra():
     modules = last_line(MODULES, PACKAGE.parent)
     assert "fastcompress.reference" in modules
     roots = {name.split(".")[0] for name in modules}
@@ -122,7 +122,7 @@ def test_importing_brings_no_extra_along():
     assert not parts & {"audio", "cli", "inspection", "integrations", "lalm", "synthesis", "training", "__main__"}
 
 
-def test_importing_says_nothing_when_the_library_is_there():
+def test_import_prints_nothing_with_a_library():
     if not fastcompress.dispatch.library.COMPILED:
         pytest.skip("no compiled library")
     result = python("import fastcompress", PACKAGE.parent)

@@ -1,6 +1,6 @@
-"""Imports run one way and in no circle, and loading a model loads no trainer.
+"""Imports run in one direction, without circles, and loading a model does not load a trainer.
 
-That ``import fastcompress`` needs torch alone is held to in test_import.py."""
+test_import.py tests that ``import fastcompress`` needs only torch."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from tests.support import ROOT
 
 PACKAGE = "fastcompress"
 
-#: The layers of the package, from the command line down to the vocabulary. A module imports modules of its own
-#: layer's package, of layers further down this list, and leaves; never a neighbour in its row. ``fastcompress`` is the
-#: file ``__init__.py`` alone: what users import, and nothing below it can.
+#: The layers of the package, from the command line down to the vocabulary. A module can import modules of its own
+#: package, of layers below, and leaves, but not of other packages in the same layer. ``fastcompress`` is the file
+#: ``__init__.py``, which the layers below cannot import.
 LAYERS = (
     ("__main__",),
     ("cli",),
@@ -35,9 +35,10 @@ LAYERS = (
     ("reference",),
     ("segments",),
     ("rules",),
+    ("rule_fields",),
     ("checks",),
 )
-#: What each leaf imports of ours. Every layer may import leaves.
+#: The modules of this package that each leaf imports. Every layer can import leaves.
 LEAVES: dict[str, frozenset[str]] = {
     "version": frozenset(),
     "files": frozenset(),
@@ -52,7 +53,7 @@ NOT_INSTALLED = frozenset({"benchmarks", "examples", "experiments", "scripts", "
 
 @dataclass(frozen=True)
 class Import:
-    """One module imports another, when it is loaded or (``late``) when a function is called."""
+    """An import of one module by another, when it is loaded or (``late``) when a function is called."""
 
     importer: str
     imported: str
@@ -74,7 +75,7 @@ def name_of(expression: ast.expr) -> str:
 
 
 def imported_names(node: ast.AST, package: str, late: bool = False) -> Iterator[tuple[str, bool]]:
-    """Yield dotted names that a file imports, as far as they can be modules, and whether a function does it."""
+    """Yield the dotted names of possible modules that a file imports, and whether a function imports them."""
     for child in ast.iter_child_nodes(node):
         if isinstance(child, ast.If) and name_of(child.test) == "TYPE_CHECKING":
             yield from imported_names(ast.Module(child.orelse, []), package, late)
@@ -92,8 +93,10 @@ def imported_names(node: ast.AST, package: str, late: bool = False) -> Iterator[
 
 
 def imports_of(root: Path, *packages: str) -> list[Import]:
-    """Return every import of one of our modules. ``from package import name`` is the file of ``package`` where ``name``
-    is no module. That importing ``a.b`` runs ``a/__init__.py`` as well is left out: it does so for each file in it."""
+    """Return every import of a module of this package.
+
+    ``from package import name`` imports ``package/__init__.py`` if ``name`` is not a module. Importing ``a.b`` also
+    runs ``a/__init__.py``; these imports are not included, since every file in the folder has them."""
     modules = {name: file for package in packages for name, file in modules_of(root, package).items()}
     roots = {*packages, *NOT_INSTALLED}
     found = set()
@@ -108,7 +111,7 @@ def imports_of(root: Path, *packages: str) -> list[Import]:
 
 
 def circle_of(imports: Iterable[Import]) -> list[str]:
-    """Return the modules of one circle, the first one again at the end, or nothing."""
+    """Return the modules of a circle, with the first one repeated at the end, or an empty list."""
     graph: dict[str, list[str]] = {}
     for edge in imports:
         graph.setdefault(edge.importer, []).append(edge.imported)
@@ -129,13 +132,13 @@ def circle_of(imports: Iterable[Import]) -> list[str]:
 
 
 def part_of(module: str) -> str:
-    """Return the name of a module in ``LAYERS`` and ``LEAVES``: the file or folder below the package that it is in."""
+    """Return the name of a module in ``LAYERS`` and ``LEAVES``: the file or folder of the package that contains it."""
     names = module.split(".")
     return names[1] if len(names) > 1 else names[0]
 
 
 def wrong_way(edge: Import) -> str:
-    """Return what is wrong with an import of a module of the package, or nothing."""
+    """Return the fault of an import of a module of the package, or an empty string."""
     importer, imported = part_of(edge.importer), part_of(edge.imported)
     if edge.imported.split(".")[0] in NOT_INSTALLED:
         return f"{edge}, which is not installed with the package"
@@ -153,24 +156,24 @@ def wrong_way(edge: Import) -> str:
 
 
 def problems(root: Path) -> list[str]:
-    """Return what the package of a checkout breaks: directions, and circles that imports in functions close too."""
+    """Return the faults of a checkout: imports in the wrong direction, and circles, including imports in functions."""
     imports = imports_of(root, PACKAGE)
     circle = circle_of(imports)
     return [found for edge in imports if (found := wrong_way(edge))] + ([" -> ".join(circle)] if circle else [])
 
 
-def test_imports_run_one_way_and_in_no_circle():
+def test_imports_run_in_one_direction_without_circles():
     assert len(imports_of(ROOT, PACKAGE)) > 200
     assert problems(ROOT) == []
 
 
-def test_no_module_needs_itself_to_load():
+def test_loading_a_module_has_no_circle():
     imports = imports_of(ROOT, PACKAGE, "benchmarks")
     assert sum(edge.importer.startswith("benchmarks") for edge in imports) > 50
     assert circle_of(edge for edge in imports if not edge.late) == []
 
 
-# The checks above find what they are for
+# The checks above find faults
 
 
 def write(root: Path, files: dict[str, str]) -> Path:
@@ -240,11 +243,11 @@ def test_a_circle_is_found():
     assert circle_of(Import(a, b, False) for a, b in [*edges, ("e", "b")]) == ["b", "c", "e", "b"]
 
 
-# What is loaded
+# Loaded modules
 
 
 def loaded_by(statement: str) -> set[str]:
-    """Return the names of the modules that a statement loads in a fresh interpreter that has imported torch."""
+    """Return the names of the modules that a statement loads in a new process that has imported torch."""
     code = f"import json, sys, torch\nbefore = set(sys.modules)\n{statement}\n"
     code += "print(json.dumps(sorted(set(sys.modules) - before)))"
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

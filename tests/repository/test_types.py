@@ -1,4 +1,4 @@
-"""The types of the installed package, and that `make lint` and pre-commit call the same tools."""
+"""Types of the installed package; `make lint` and pre-commit run the same tools."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import ROOT
 
-# A `type: ignore` that is not needed is an error, so what must be refused is held to as well.
+# mypy reports each `type: ignore` that is not needed, so the lines with one must have type errors.
 USER = """
 from typing import Any
 import torch
@@ -75,7 +75,7 @@ def test_code_that_uses_the_package_is_checked_strictly(tmp_path: Path):
     assert done.stdout == "Success: no issues found in 1 source file\n"
 
 
-def test_pre_commit_calls_what_make_lint_calls():
+def test_pre_commit_and_make_lint_run_the_same_tools():
     yaml = pytest.importorskip("yaml")
     recipe = re.search(r"^lint:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
     assert recipe is not None

@@ -24,7 +24,7 @@ from tests.support import ROOT
 
 @pytest.fixture
 def toolkit(tmp_path: Path) -> Path:
-    """A CUDA toolkit whose nvcc prints its version, 13.0, and does nothing else."""
+    """Return a fake CUDA toolkit whose nvcc only prints its version, 13.0."""
     nvcc = tmp_path / "cuda" / "bin" / "nvcc"
     nvcc.parent.mkdir(parents=True)
     nvcc.write_text('#!/bin/sh\necho "Cuda compilation tools, release 13.0, V13.0.88"\n')
@@ -43,12 +43,12 @@ def setup(*arguments: str, **env: str) -> subprocess.CompletedProcess:
         ("12.8", "90", True, "FASTCOMPRESS_CUDA=12.8, but {home}/bin/nvcc is 13.0"),
         ("yes", "90", True, "FASTCOMPRESS_CUDA must be none or a version such as 13.0, got 'yes'"),
         ("13.0", "80;9.0", True, "FASTCOMPRESS_CUDA_ARCHS must be a list such as 80;90;100;120, got '9.0'"),
-        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS (80;90)"),
+        ("11.4", "", True, "wheels.json has no CUDA 11.4: set FASTCOMPRESS_CUDA_ARCHS, such as 80;90"),
         ("13.0", "90", False, "FASTCOMPRESS_CUDA=13.0 needs nvcc, but {home}/bin/nvcc (CUDA_HOME) does not exist"),
         ("13.0", "90", True, "libcudart_static.a not found in {home}/lib64, {home}/lib"),
     ],
 )
-def test_what_cannot_be_built_says_why(cuda: str, archs: str, home: bool, message: str, toolkit: Path, tmp_path: Path):
+def test_build_errors_give_the_reason(cuda: str, archs: str, home: bool, message: str, toolkit: Path, tmp_path: Path):
     where = toolkit if home else tmp_path / "nowhere"
     env = {"FASTCOMPRESS_CUDA": cuda, "FASTCOMPRESS_CUDA_ARCHS": archs, "CUDA_HOME": str(where)}
     done = setup("build_ext", "--build-temp", str(tmp_path / "t"), "--build-lib", str(tmp_path / "l"), **env)
@@ -65,7 +65,7 @@ def test_the_version_ends_in_the_toolkit(cuda: str, label: str, toolkit: Path, t
 
 
 def test_a_source_distribution_has_no_cuda(toolkit: Path, tmp_path: Path):
-    """Its name must not have the label of a CUDA toolkit."""
+    """Its name must not contain the label of a CUDA toolkit."""
     env = {"CUDA_HOME": str(toolkit)}
     arguments = "egg_info", "--egg-base", str(tmp_path), "sdist", "--dist-dir", str(tmp_path / "dist")
     done = setup(*arguments, FASTCOMPRESS_CUDA="13.0", **env)
@@ -99,7 +99,7 @@ def test_dry_run_of_the_wheel_test(tmp_path: Path):
     assert f"no wheel: {tmp_path}/other.whl" in script("wheel_test", f"{tmp_path}/other.whl").stderr
 
 
-def test_a_wheel_that_is_not_what_its_name_says():
+def test_a_wheel_whose_name_is_wrong():
     name = "fastcompress-0.1.0{}-py3-none-{}_x86_64.whl"
     cases = ("+cu130", "13.0", True), ("", None, True), ("", "13.0", False), ("+cu128", None, False)
     for label, version, right in cases:
@@ -119,7 +119,7 @@ def test_the_table_of_wheels():
     for version, wheel in table.items():
         assert version == "cpu" or (wheel.archs and all(re.fullmatch(r"\d{2,3}", arch) for arch in wheel.archs))
         assert wheel.untested is None or not wheel.toolkit
-        # The README and the page of the wheels name the wheels that were never built.
+        # README and docs/wheels.md name the wheels that were never built.
         for page in ("README.md", "docs/wheels.md"):
             said = re.search(rf"{version}.{{0,60}}untested", (ROOT / page).read_text(), re.DOTALL)
             assert wheel.untested is None or said, (page, version)
@@ -152,7 +152,7 @@ def test_where_a_toolkit_is_found(toolkit: Path, tmp_path: Path, monkeypatch: py
     nvcc.write_text(nvcc.read_text().replace("13.0", "13.2"))
     assert wheels.toolkit(table["13.2"], install=False) == installed
     shutil.rmtree(installed)
-    monkeypatch.setattr(wheels.sys, "executable", shutil.which("false"))  # as where there is no network
+    monkeypatch.setattr(wheels.sys, "executable", shutil.which("false"))  # as on a machine without a network
     assert wheels.toolkit(table["13.2"]) is None
 
 
@@ -165,7 +165,7 @@ def test_the_library_is_on_the_stable_abi(tmp_path: Path):
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
-def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
+def test_symbols_outside_of_the_stable_abi_are_found(tmp_path: Path):
     source, library = tmp_path / "x.cpp", tmp_path / "_C.so"
     source.write_text(
         "namespace at { int get_num_threads(); }\n"
@@ -202,14 +202,14 @@ def test_what_ties_a_wheel_to_one_torch_is_found(tmp_path: Path):
             wheels.check(tmp_path / name)
 
 
-def test_an_sdist_is_built_with_the_torch_that_is_pinned():
+def test_an_sdist_is_built_with_the_pinned_torch():
     pinned = (ROOT / "requirements-torch.txt").read_text().strip()
     project = (ROOT / "pyproject.toml").read_text()
     assert f'"{pinned}"' in project.partition("[project]")[0]
 
 
-def test_no_extra_pins_a_triton():
-    """In an environment that sees the packages of another, a pinned triton would hide the one that torch depends on."""
+def test_no_extra_pins_triton():
+    """In an environment that sees the packages of another one, a pin would hide the triton that torch depends on."""
     project = (ROOT / "pyproject.toml").read_text()
     assert '"triton>=' in project and '"triton==' not in project
     assert "triton==" in (ROOT / "requirements-triton.txt").read_text()

@@ -1,4 +1,4 @@
-"""Audio in formats that soundfile does not write, made by PyAV, and streams that cannot seek."""
+"""Write audio with PyAV in formats that soundfile does not write, and read streams that cannot seek."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def signal(frames: int, channels: int = 1) -> np.ndarray:
 def encode(
     path: Path, codec: str, samples: np.ndarray, rate: int = 16_000, streams: int = 1, video: bool = False, **mux: str
 ) -> Path:
-    """Write samples ``[S]`` by PyAV. Of several streams, the later ones hold silence.
+    """Write samples ``[S]`` with PyAV. If there are several streams, all but the first contain silence.
 
     Args:
-        path: File, whose extension gives the format.
+        path: File; its extension determines the format.
         codec: Encoder of ffmpeg.
         samples: Samples below full scale.
         rate: Samples per second.
         streams: Number of audio streams.
-        video: True to add a video stream before them.
+        video: Whether to add a video stream before them.
         mux: Options of the format.
     """
     with av.open(str(path), "w", options=mux) as container:

@@ -1,4 +1,4 @@
-"""Tiny audio LLMs of transformers' real classes, with random weights, and batches for them."""
+"""Tiny audio LLMs with random weights, made from the real classes of transformers, and batches for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ VOCABULARY = 120
 AUDIO, PAD, END = 100, 0, 2
 MELS = 16
 
-#: A decoder for those that take several, with grouped queries.
+#: Configuration of the decoder for models that support several decoders; it has grouped queries.
 TEXT = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512,
@@ -34,11 +34,12 @@ WHISPER = {
 
 @dataclass(frozen=True)
 class Family:
-    """A kind of model.
+    """A model family.
 
     Attributes:
-        build: a model with random weights.
-        features: of audios of so many rows at most: arguments of the model, and how many placeholders each has.
+        build: Function that returns a model with random weights.
+        features: Function from the model and the maximum number of rows of each audio to the features, as arguments of
+            the model, and the number of placeholders of each audio.
     """
 
     build: Callable[[], Any]
@@ -60,9 +61,10 @@ def batch(
     side: str = "left",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Return a batch of one sample per size, the frames of its audio (at most 100); ``None`` is text alone.
+    """Return a batch with one sample per size. A size is the number of frames of the audio (at most 100).
 
-    Each has text before and behind the audio; with ``labels`` the last four ids are to be written.
+    With size ``None`` a sample has only text. Other samples have text before and after the audio. With ``labels``, the
+    last four ids of each sample are labels.
     """
     g = torch.Generator().manual_seed(seed)
     inputs, counts = FAMILIES[name].features(model, [s for s in sizes if s]) if any(sizes) else ({}, [])
@@ -91,7 +93,7 @@ def batch(
 
 
 def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
-    """Return one sample of a batch without padding; every sample has an audio of one window."""
+    """Return one sample of a batch, without padding. Every sample must have an audio of one window."""
     kept = inputs["attention_mask"][index].bool()
     row = slice(index, index + 1)
     return {
@@ -105,7 +107,7 @@ def one(name: str, inputs: dict[str, Any], index: int) -> dict[str, Any]:
 
 
 def _mel(sizes: Sequence[int], width: int, bins: int = MELS) -> tuple[Tensor, Tensor]:
-    """Return features ``[A, bins, width]``, 0 after the end of each audio, and their mask."""
+    """Return features ``[A, bins, width]``, which are 0 after the end of each audio, and their mask."""
     g = torch.Generator().manual_seed(len(sizes) + sum(sizes))
     mask = torch.arange(width) < torch.tensor(sizes)[:, None]
     return torch.randn(len(sizes), bins, width, generator=g) * mask[:, None], mask.long()
@@ -150,7 +152,7 @@ def _flamingo(music: bool) -> Any:
 
 
 def _flamingo_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-    frames, windows = [], []  # of 100 at most
+    frames, windows = [], []  # windows of at most 100 frames
     for size in sizes:
         windows.append(-(-size // 50))
         frames += [100] * (windows[-1] - 1) + [2 * size - 100 * (windows[-1] - 1)]
@@ -198,7 +200,7 @@ def _voxtral() -> Any:
 
 
 def _voxtral_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-    windows = [-(-s // 20) for s in sizes]  # each is 20 tokens, whatever is in it
+    windows = [-(-s // 20) for s in sizes]  # each window gives 20 tokens, also if it is partly empty
     features, _ = _mel([160] * sum(windows), 160)
     return {"input_features": features}, [20 * n for n in windows]
 
@@ -218,7 +220,7 @@ def _qwen3_asr() -> Any:
 
 
 def _qwen3_asr_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Tensor], list[int]]:
-    features, mask = _mel([8 * s for s in sizes], 400)  # in chunks of 100
+    features, mask = _mel([8 * s for s in sizes], 400)  # 4 chunks of 100
     counts = model.model.audio_tower._post_cnn_length(mask.view(len(sizes), 4, 100).sum(-1)).sum(-1)
     return {"input_features": features, "input_features_mask": mask}, counts.tolist()
 
@@ -307,7 +309,7 @@ def _qwen3_omni() -> Any:
                             "rope_parameters": rope},
         audio_token_id=AUDIO, image_token_id=101, video_token_id=102, audio_start_token_id=103, audio_end_token_id=104,
         vision_start_token_id=105, vision_end_token_id=106, pad_token_id=PAD, initializer_range=0.3,
-        experts_implementation="eager",  # the other has no double precision
+        experts_implementation="eager",  # the default does not support double precision
     )  # fmt: skip
     return Qwen3OmniMoeThinkerForConditionalGeneration(config)
 
@@ -365,7 +367,7 @@ def _vibevoice() -> Any:
 def _vibevoice_features(model: Any, sizes: Sequence[int]) -> tuple[dict[str, Any], list[int]]:
     hop = model.config.acoustic_tokenizer_encoder_config.hop_length
     samples, mask = _mel([hop * s for s in sizes], hop * max(sizes), 1)
-    # Without the noise that it adds in use, or nothing could be compared.
+    # Disable the noise that the model adds to its frames, so that results can be compared.
     return {"input_values": samples, "padding_mask": mask.bool(), "sample": False}, list(sizes)
 
 
@@ -395,7 +397,7 @@ TEMPLATE = (
 
 
 def processor(name: str) -> Any:
-    """Return a real processor with the ids of the tiny model, of ``qwen2_audio`` or ``audioflamingo3``."""
+    """Return the real processor of ``qwen2_audio`` or ``audioflamingo3``, with the ids of the tiny model."""
     import transformers
     from tokenizers import Tokenizer, models, pre_tokenizers
 

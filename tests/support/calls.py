@@ -1,4 +1,4 @@
-"""Calls of each public op with arguments drawn by hypothesis, for tests of what holds for all ops."""
+"""Calls of each public op with arguments drawn by hypothesis, for tests of properties that all ops have."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ seeds = st.integers(0, 99)
 
 @dataclass
 class Call:
-    """A function and its arguments; those named in ``grads`` can have gradients."""
+    """A function and its arguments. The arguments named in ``grads`` can have gradients."""
 
     function: Callable[..., Any]
     kwargs: dict[str, Any]
@@ -60,12 +60,12 @@ def integers_like(shape: tuple[int, ...], low: int, high: int, seed: int) -> Ten
 
 
 def sequences(case: Case) -> dict[str, Tensor]:
-    """Return the arguments that describe the sequences, without masks and row groups."""
+    """Draw the arguments that describe the sequences, without masks and row groups."""
     return {name: value for name, value in case.layout.items() if name in ("cu_seqlens", "lengths")}
 
 
 def scalars(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """Draw one value per row: many equal ones, any values, or some that are not finite."""
+    """Draw one value per row: many equal values, arbitrary values, or values of which some are not finite."""
     kind, seed = draw(st.sampled_from(["few", "iid", "nonfinite", "huge", "tiny"])), draw(seeds)
     count = torch.Size(shape).numel()
     if kind == "few":
@@ -73,7 +73,7 @@ def scalars(draw: Draw, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     return features(kind, count, 1, dtype, seed).view(shape)
 
 
-# A function a public op
+# One function per public op
 
 
 def segment_pool(draw: Draw) -> Call:
@@ -86,7 +86,7 @@ def segment_pool(draw: Draw) -> Call:
     if draw(st.booleans()):
         dtype, width = draw(st.sampled_from(DTYPES)), draw(st.integers(1, 40))
         kwargs["keys"] = features("smooth", case.inside.numel(), width, dtype, draw(seeds)).view(*x.shape[:-1], width)
-    elif draw(st.booleans()):  # or some columns of x
+    elif draw(st.booleans()):  # keys are some columns of x
         kwargs["keys"] = x[..., : draw(st.integers(1, x.shape[-1]))]
     how = draw(st.integers(0, 2))
     if how == 1:
@@ -112,7 +112,7 @@ def select_boundaries(draw: Draw) -> Call:
         return Call(fc.select_boundaries, kwargs)
     d = scalars(draw, (*shape, rule.window) if isinstance(rule, fc.Lookback) else shape, dtype)
     if isinstance(rule, (fc.Threshold, fc.LocalMax)) and d.numel():
-        # Just at one of the distances, or next to it.
+        # The threshold is one of the distances, or the next number above or below it.
         edge = d.flatten()[draw(st.integers(0, d.numel() - 1))]
         edge = edge if draw(st.booleans()) else torch.nextafter(edge.double(), torch.tensor(torch.inf).double())
         if not edge.isnan():
@@ -121,7 +121,7 @@ def select_boundaries(draw: Draw) -> Call:
 
 
 def given_segments(draw: Draw) -> tuple[fc.Segments, Tensor]:
-    """Draw segments in order with gaps between them, some empty, and their rows ``[N, D]``."""
+    """Draw rows ``[N, D]`` and segments in order, with gaps between them, some of them empty."""
     sizes = draw(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 2) | st.integers(0, 140)), max_size=6))
     starts, lengths, row = [], [], 0
     for gap, length in sizes:
@@ -193,7 +193,7 @@ def iterative_fusion(draw: Draw) -> Call:
     return Call(fc.iterative_fusion, kwargs, tuple(grads))
 
 
-PLACEHOLDER = 9  # the first id behind the table
+PLACEHOLDER = 9  # the first id after those of the table
 
 
 def pack(draw: Draw) -> Call:
@@ -211,7 +211,7 @@ def pack(draw: Draw) -> Call:
     elif draw(st.booleans()):
         sizes = integers_like((samples,), 0, longest + 1, draw(seeds))
         kept, kwargs["lengths"] = torch.arange(longest) < sizes[:, None], sizes.to(index)
-    if draw(st.booleans()):  # audio lies in the rows already
+    if draw(st.booleans()):  # the rows already contain the audio
         kwargs["inputs_embeds"] = features("smooth", ids.numel(), width, dtype, draw(seeds)).view(*ids.shape, width)
         kwargs["rule"] = draw(every_rule().filter(lambda rule: not isinstance(rule, fc.LabelChange)))
         return Call(fc.pack, kwargs, ("inputs_embeds",))
@@ -284,7 +284,7 @@ def streaming_fire(draw: Draw) -> Call:
 
 
 def as_module(build: Callable[..., torch.nn.Module], training: bool) -> Callable[..., Any]:
-    """Return a function of a module's options and inputs that returns its result and its loss."""
+    """Return a function from a module's options and inputs to its result and its loss."""
 
     def run(x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None, **options: Any) -> Any:
         module = build(**options).train(training)

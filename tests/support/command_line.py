@@ -1,4 +1,4 @@
-"""Run commands as a user types them, in this process."""
+"""Run commands of ``fastcompress`` in this process."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from fastcompress.cli import main as cli
 
 
 def flags(**options: object) -> list[str]:
-    """Options as flags: ``bf16=False`` is ``--no-bf16``."""
+    """Return options as flags: ``bf16=False`` becomes ``--no-bf16``."""
     found = []
     for name, value in options.items():
         name = name.replace("_", "-")
@@ -17,7 +17,7 @@ def flags(**options: object) -> list[str]:
 
 
 def fails(arguments: list[str], capsys: pytest.CaptureFixture[str], code: int = 2) -> str:
-    """Run a command that must fail, and return its one line of error."""
+    """Run a command that must fail, and return the one line that it writes to standard error."""
     capsys.readouterr()
     assert cli.main(arguments) == code
     error = capsys.readouterr().err

@@ -1,4 +1,4 @@
-"""Audio LLMs to compress, in double precision, so that equal computations differ by 1e-14 and not by 1e-5."""
+"""Audio LLMs to compress, in double precision, so that equivalent computations differ by 1e-14 instead of 1e-5."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import fastcompress as fc
 from tests.support import audio_llms
 
 GREEDY = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
-#: Audio of one window in all families.
+#: Sizes of audios that are at most one window in all families.
 SIZES = (20, 9, 16)
 
 
 class Gate(nn.Module):
-    """A compressor with parameters."""
+    """A compressor that has parameters."""
 
     def __init__(self, width: int, rule: str = "uniform:2") -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Builds the library with CUDA kernels and reads what nvcc made of them: for tests/csrc/test_cuda_build.py.
+"""Build the library with CUDA kernels and read the resources that nvcc reports, for tests/csrc/test_cuda_build.py.
 
 ``python -m tests.support.cuda_build`` builds for every architecture and rewrites tests/csrc/cuda_resources.json, the
-table that the kernels are held to; ``python -m tests.support.cuda_build 90`` builds for one. No GPU is needed.
+table with which the test compares. ``python -m tests.support.cuda_build 90`` builds for one architecture. No GPU is
+needed.
 """
 
 from __future__ import annotations
@@ -26,14 +27,14 @@ _WIDE = re.compile(r"\b(LDG|LDGSTS|STG|LDS|STS)(?:\.\w+)*\.128\b")
 
 @dataclass(frozen=True)
 class Kernel:
-    """What a kernel takes on an architecture.
+    """Resources of a kernel on an architecture.
 
     Attributes:
-        registers: of a thread.
-        stack: bytes of local memory of a thread.
-        shared: bytes of static shared memory of a block.
-        wide: its 128-bit instructions that move memory: ``LDG``, ``STG``, ``LDGSTS`` (global to shared), ``LDS``,
-            ``STS``.
+        registers: Registers per thread.
+        stack: Bytes of local memory per thread.
+        shared: Bytes of static shared memory per block.
+        wide: The kinds of 128-bit load and store instructions that it contains: ``LDG``, ``STG``, ``LDGSTS`` (global
+            to shared), ``LDS``, ``STS``.
     """
 
     registers: int
@@ -44,7 +45,7 @@ class Kernel:
 
 @functools.cache
 def nvcc_version() -> str | None:
-    """Such as ``"13.0"``; ``None`` where there is no nvcc."""
+    """Return the version of nvcc, such as ``"13.0"``, or ``None`` if it is not installed."""
     home = os.environ.get("CUDA_HOME")
     nvcc = f"{home}/bin/nvcc" if home else shutil.which("nvcc")
     if nvcc is None or not Path(nvcc).exists():
@@ -54,13 +55,13 @@ def nvcc_version() -> str | None:
 
 
 def folder(archs: tuple[str, ...]) -> Path:
-    """Where ``build`` builds; it stays there, so that the next build is short."""
+    """Return the folder in which ``build`` builds. It is kept, so that later builds are short."""
     return ROOT / "build" / f"cuda-{'-'.join(archs)}"
 
 
 @functools.cache
 def build(archs: tuple[str, ...]) -> Path:
-    """Builds ``_C.so`` with kernels for ``archs``, and returns its path."""
+    """Build ``_C.so`` with kernels for ``archs``, and return its path."""
     target = folder(archs)
     environment = {**os.environ, "FASTCOMPRESS_CUDA": nvcc_version() or "", "FASTCOMPRESS_CUDA_ARCHS": ";".join(archs)}
     command = [sys.executable, "setup.py", "-q", "build_ext", "--build-temp", target, "--build-lib", target / "lib"]
@@ -73,7 +74,11 @@ def build(archs: tuple[str, ...]) -> Path:
 
 @functools.cache
 def cuobjdump() -> Path | None:
-    """From the package nvidia-cuda-cuobjdump, which needs nvidia-cuda-nvdisasm beside it, or from the toolkit."""
+    """Return the path of cuobjdump.
+
+    It is in the package nvidia-cuda-cuobjdump, which needs nvidia-cuda-nvdisasm in the same environment, or in the
+    toolkit.
+    """
     try:
         files = importlib.metadata.files("nvidia-cuda-cuobjdump") or []
         importlib.metadata.version("nvidia-cuda-nvdisasm")
@@ -84,7 +89,7 @@ def cuobjdump() -> Path | None:
 
 
 def _dump(library: Path, what: str) -> str:
-    """The output of cuobjdump, with names as in the sources."""
+    """Return the output of cuobjdump, with demangled names."""
     tool = cuobjdump()
     environment = {**os.environ, "PATH": f"{tool.parent}{os.pathsep}{os.environ['PATH']}"}
     text = subprocess.run([tool, what, library], env=environment, check=True, capture_output=True, text=True).stdout
@@ -92,10 +97,10 @@ def _dump(library: Path, what: str) -> str:
 
 
 def _name(demangled: str) -> str:
-    """``segment_pool_fwd_kernel<BFloat16, true>`` of the full name of a kernel."""
+    """Return the short name of a kernel, such as ``segment_pool_fwd_kernel<BFloat16, true>``."""
     name = demangled.replace("(anonymous namespace)::", "")
     depth = 0
-    for end, letter in enumerate(name):  # up to the parameters
+    for end, letter in enumerate(name):  # find the end of the name, where the parameters start
         depth += (letter == "<") - (letter == ">")
         if letter == "(" and depth == 0:
             name = name[:end]
@@ -104,7 +109,7 @@ def _name(demangled: str) -> str:
 
 
 def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
-    """What each kernel takes, by architecture (``"sm_90"``) and name."""
+    """Return the resources of each kernel, by architecture (``"sm_90"``) and name."""
     wide: dict[tuple[str, str], set[str]] = {}
     arch = name = ""
     for line in _dump(library, "-sass").splitlines():
@@ -128,13 +133,13 @@ def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
 
 
 def ptx(library: Path) -> dict[str, str]:
-    """The PTX of each kernel, by name."""
+    """Return the PTX of each kernel, by name."""
     parts = re.split(r"^(?:\.visible |\.weak )?\.entry ", _dump(library, "-ptx"), flags=re.MULTILINE)[1:]
     return {_name(part.splitlines()[0].rpartition("(")[0]): part for part in parts}
 
 
 def read_table() -> dict:
-    """The committed table: ``nvcc``, and ``kernels`` by architecture and name."""
+    """Return the committed table: ``nvcc``, and ``kernels`` by architecture and name."""
     table = json.loads(TABLE.read_text())
     for by_name in table["kernels"].values():
         for name, (registers, stack, shared, wide) in by_name.items():

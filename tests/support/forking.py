@@ -1,4 +1,4 @@
-"""A task in a fork of this process."""
+"""Run a task in a fork of this process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from collections.abc import Callable
 
 
 def in_fork(task: Callable[[], None], seconds: float = 60.0) -> int:
-    """Run a task in a fork; return its exit status, or minus the signal that ended it.
+    """Run a task in a fork, and return its exit status, or minus the number of the signal that ended it.
 
     Raises:
-        AssertionError: it was not done after ``seconds``, and was killed.
+        AssertionError: If the task was killed because it was not done after ``seconds``.
     """
     pid = os.fork()
     if pid == 0:

@@ -1,7 +1,7 @@
-"""How long hypothesis searches: a few fixed examples or, with ``--fuzz-seconds``, new ones for that time.
+"""Run hypothesis on a few fixed examples, or with ``--fuzz-seconds`` on new ones for that time.
 
-A seed that found something is kept in ``tests/fuzz/seeds.json``, by test, and tried in each later run. What a seed
-draws changes with the strategies: it stands in for the test that is to be written of what it found, not for good.
+A seed that makes a test fail is kept in ``tests/fuzz/seeds.json``, by test, and every later run tries it again. The
+examples of a seed change with the strategies, so a test of its own should replace each seed.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from hypothesis import strategies as st
 
 from tests.support import ROOT
 
-#: Examples of a test without ``--fuzz-seconds``, and of a round with it.
+#: Number of examples of a test without ``--fuzz-seconds``, and of a round with it.
 SHORT, ROUND = 10, 25
-#: The first round's seed; ``None``: any.
+#: Environment variable with the seed of the first round; by default it is random.
 SEED = "FASTCOMPRESS_FUZZ_SEED"
 _QUIET = settings(deadline=None, suppress_health_check=list(HealthCheck), database=None, print_blob=True)
 SEEDS = ROOT / "tests" / "fuzz" / "seeds.json"
 
 
 def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
-    """Return examples of a strategy, the same each time."""
+    """Return examples of a strategy, which are the same in each call."""
     found: list[Any] = []
 
     @settings(_QUIET, max_examples=count, derandomize=True, phases=[Phase.generate])
@@ -40,7 +40,7 @@ def examples(strategy: st.SearchStrategy[Any], count: int) -> list[Any]:
 
 
 def kept() -> dict[str, list[int]]:
-    """Seeds that once found something, by test."""
+    """Return the kept seeds, by test."""
     return json.loads(SEEDS.read_text(encoding="utf-8")) if SEEDS.exists() else {}
 
 
@@ -51,10 +51,10 @@ def keep(test: str, number: int) -> None:
 
 
 def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], test: str, seconds: float | None) -> None:
-    """Check examples of a strategy. A failure shows the smallest example that was found, and its seed.
+    """Check examples of a strategy. A failure prints the smallest example that was found, and its seed.
 
     Args:
-        test: its name, under which seeds are kept.
+        test: Name of the test, under which seeds are kept.
     """
 
     def once(**how: Any) -> Callable[[], None]:
@@ -73,7 +73,7 @@ def fuzz(check: Callable[[Any], None], strategy: st.SearchStrategy[Any], test: s
         return
     number, end = int(os.environ.get(SEED) or random.SystemRandom().randrange(2**31)), time.monotonic() + seconds
     while time.monotonic() < end:
-        print(f"{SEED}={number}")  # which pytest shows of a failure
+        print(f"{SEED}={number}")  # pytest shows this output of a failed test
         try:
             seed(number)(once(max_examples=ROUND))()
         except Exception:

@@ -1,4 +1,4 @@
-"""Audio and manifests for the tests of the reference audio LLM: tones that stand for words."""
+"""Audio and manifests for the tests of the reference audio LLM, in which each word is a tone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ RATE = 16_000
 
 
 def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, texts: int = 0) -> Path:
-    """Write a manifest of ``count`` utterances of one to three tones, and ``texts`` more without audio."""
+    """Write a manifest with ``count`` utterances of one to three tones, and ``texts`` lines without audio."""
     g = np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
     utterances = []
@@ -40,7 +40,7 @@ def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, te
 
 
 def write_lines(folder: Path, *lines: Any) -> Path:
-    """Write a manifest of the given lines: strings as they are, others as JSON."""
+    """Write a manifest with the given lines: strings unchanged, other values as JSON."""
     path = folder / "m.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
     return path

@@ -1,8 +1,8 @@
-"""Runs the ops of CPU tensors on another device, and so the whole test suite there without a change to it.
+"""Run the ops of CPU tensors on another device, so that the unchanged test suite runs there (``pytest --device cuda``).
 
-``pytest --device cuda`` does. Inputs are moved with their storage, offset and strides, results are brought back.
-``--device cpu`` goes the same way with copies in place of moves, and calls the kernels of the CUDA key with CPU
-tensors: those of ``--backend reference``, or of ``--backend triton`` in Triton's interpreter.
+Inputs are moved with their storage, offset and strides, and results are moved back. ``--device cpu`` copies instead of
+moving, and calls the kernels of the CUDA dispatch key with CPU tensors: those of ``--backend reference``, or those of
+``--backend triton`` in Triton's interpreter.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _CUDA_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA)
 
 
 def moved(x: Tensor, device: torch.device) -> Tensor:
-    """A copy of ``x`` on a device, with the strides and the storage offset of ``x``."""
+    """Return a copy of ``x`` on a device, with the strides and the storage offset of ``x``."""
     storage = x.untyped_storage().to(device=device) if device.type != "cpu" else x.untyped_storage().clone()
     return torch.empty(0, dtype=x.dtype, device=device).set_(storage, x.storage_offset(), x.shape, x.stride())
 
@@ -39,7 +39,7 @@ def _on(device: torch.device, name: str) -> Callable[..., Any]:
 
 @contextlib.contextmanager
 def on_device(device: torch.device) -> Iterator[None]:
-    """Within this context the ops of CPU tensors run on ``device``."""
+    """Run the ops of CPU tensors on ``device`` in this context."""
     library = override({name: _on(device, name) for name in OPS}, ("CPU",))
     try:
         yield

@@ -1,4 +1,4 @@
-"""Inputs that correctness, gradient and operator checks share, and the comparison of bits."""
+"""Inputs that tests of correctness, gradients and operators share, and the comparison of bits."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 WIDTHS = (1, 2, 3, 7, 31, 32, 33, 63, 64, 65, 127, 128, 257)
 WIDE = (1280, 4096)  # Whisper large; the hidden size of an 8B language model
 FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
-#: Widths are for the parts of a row that kernels treat apart: strips of units, units of 32 elements, and a tail.
-#: Features are for the values, which take the same code at every width; 33 has a unit and a tail.
+#: Kernels treat three parts of a row separately: strips of units, units of 32 elements, and a tail. The widths cover
+#: them. The features cover special values at one width, 33, which has a unit and a tail.
 WIDTHS_AND_FEATURES = (*((width, "iid") for width in WIDTHS), *((33, kind) for kind in FEATURES if kind != "iid"))
 RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
 
@@ -37,7 +37,7 @@ RULES = (
 )
 
 
-#: Every rule in fp32, and one of each kind in the other dtypes: rules see distances (fp32 or fp64), not frames.
+#: Every rule in fp32, and one rule of each kind in the other dtypes, since rules read distances (fp32 or fp64).
 FEW_RULES = (fc.Uniform(3), fc.LocalMax(), fc.Threshold(0.9, min_len=2, max_len=5))
 DTYPES_AND_RULES = (
     *((torch.float32, rule) for rule in dict.fromkeys((*RULES, *FEW_RULES))),
@@ -47,7 +47,7 @@ DTYPES_AND_RULES = (
 
 @dataclass
 class Batch:
-    """A batch in one of the layouts; ``layout`` holds the keyword arguments that describe it."""
+    """A batch in one of the layouts; ``layout`` contains the keyword arguments that describe it."""
 
     name: str
     x: Tensor
@@ -57,7 +57,7 @@ class Batch:
         return self.name
 
     def sequences(self) -> list[tuple[int, int]]:
-        """Return first and end row of each sequence, as rows of ``x.reshape(-1, D)``."""
+        """Return the first row and the end of each sequence, as rows of ``x.reshape(-1, D)``."""
         if self.x.dim() == 3:
             size, padded = self.x.shape[:2]
             lengths = self.layout.get("lengths", torch.full((size,), padded)).tolist()
@@ -67,7 +67,7 @@ class Batch:
 
 
 def features(kind: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0) -> Tensor:
-    """``[rows, width]``, deterministic."""
+    """Return deterministic features ``[rows, width]``."""
     g = torch.Generator().manual_seed(seed)
     x = torch.randn(rows, width, generator=g, dtype=torch.float64)
     if kind == "smooth":
@@ -87,7 +87,7 @@ def features(kind: str, rows: int, width: int, dtype: torch.dtype, seed: int = 0
 
 
 def offsets(lengths: tuple[int, ...], dtype: torch.dtype = torch.int32) -> Tensor:
-    """``cu_seqlens`` of the lengths."""
+    """Return the ``cu_seqlens`` of the lengths."""
     return torch.tensor([0, *lengths]).cumsum(0).to(dtype)
 
 
@@ -106,17 +106,17 @@ def padded(kind: str, width: int, dtype: torch.dtype, lengths: tuple[int, ...] =
 
 
 def row_groups(rows: int, seed: int = 0) -> Tensor:
-    """``[rows]`` int32: runs of dropped, kept and pooled rows, neighbouring audios with different numbers."""
+    """Return row groups ``[rows]`` int32: runs of dropped, kept and pooled rows, some of adjacent audios."""
     g = torch.Generator().manual_seed(seed)
     sizes = torch.randint(1, 9, (rows,), generator=g)
     values = torch.randint(-1, 4, (rows,), generator=g)
     return values.repeat_interleave(sizes)[:rows].int()
 
 
-#: Rows from which ``TOKENS`` are made.
+#: Number of rows of ``TOKENS``.
 TOKEN_ROWS = 345
-#: Starts and lengths of tokens of integrate-and-fire: rows shared or not, gaps, one row alone, a row that opens one,
-#: two and many tokens, as the end of another or not, blocks of 64 and their edges.
+#: Starts and lengths of tokens of integrate-and-fire. They include shared rows, gaps, tokens of one row, rows in which
+#: one, two or many tokens start (with and without the end of another), and lengths around blocks of 64.
 TOKENS = (
     torch.tensor([0, 0, 0, 2, 3, 3, 3, 4, 9, 72, 72, 72, 72, 135, 199, 300, 340, 340]),
     torch.tensor([1, 1, 3, 2, 1, 1, 1, 5, 64, 1, 1, 1, 64, 65, 66, 2, 1, 5]),
@@ -124,7 +124,7 @@ TOKENS = (
 
 
 def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
-    """Yield every layout: packed (also empty), padded, masked, with row groups."""
+    """Yield every layout: packed (also empty), padded, with a mask, with row groups."""
     yield packed(kind, width, dtype)
     yield Batch("one-sequence", packed(kind, width, dtype).x, {})
     yield Batch("no-sequence", torch.zeros(0, width, dtype=dtype), {"cu_seqlens": offsets(())})
@@ -136,7 +136,7 @@ def batches(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Ba
     full = features(kind, 3 * 20, width, dtype).view(3, 20, width)
     yield Batch("padded-full", full, {})
     mask = torch.ones(3, 20, dtype=torch.int64)
-    mask[0, :7] = mask[1, 12:] = mask[2, 5:9] = 0  # left, right, a hole
+    mask[0, :7] = mask[1, 12:] = mask[2, 5:9] = 0  # on the left, on the right, in the middle
     yield Batch("masked", full, {"attention_mask": mask})
     grouped = packed(kind, width, dtype)
     yield Batch("grouped", grouped.x, {**grouped.layout, "row_group": row_groups(len(grouped.x))})
@@ -153,7 +153,7 @@ def strided(x: Tensor) -> Iterator[tuple[str, Tensor]]:
 
 
 def expanded(rows: int, width: int, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
-    """``[rows, width]`` of fewer values in memory: strides of 0."""
+    """Yield tensors ``[rows, width]`` with strides of 0."""
     x = features("smooth", rows, width, dtype)
     yield "one row", x[:1].expand(rows, width)
     yield "one column", x[:, :1].expand(rows, width)
@@ -161,7 +161,7 @@ def expanded(rows: int, width: int, dtype: torch.dtype) -> Iterator[tuple[str, T
 
 
 def bits(x: Tensor) -> Tensor:
-    """Return the bits of a tensor as integers, with one pattern for NaN; integers are returned as they are."""
+    """Return the bits of a tensor as integers, with one pattern for NaN. Integer tensors are returned unchanged."""
     if not x.is_floating_point():
         return x
     integer = {2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()]

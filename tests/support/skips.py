@@ -1,4 +1,4 @@
-"""Hooks with which the ``conftest.py`` of a folder says what its tests need."""
+"""Hooks by which the ``conftest.py`` of a folder declares the packages that its tests need."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 
 
 class _SkippedModule(pytest.Module):
-    """A test file that is reported as skipped, without being imported."""
+    """A test file that is reported as skipped and not imported."""
 
     reason: str
 
@@ -24,8 +24,8 @@ def skip_without(
     """Return the hook ``pytest_pycollect_makemodule`` of a folder whose tests need packages.
 
     Args:
-        modules: Names to import.
-        files: Names of the test files that need them; ``None``: every file of the folder.
+        modules: Names of the modules.
+        files: Names of the test files that need them; ``None`` means every file of the folder.
     """
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
 
@@ -40,6 +40,6 @@ def skip_without(
 
 
 def only_on_the_cpu(item: pytest.Item) -> None:
-    """Skip a test with ``--device`` or ``--backend``: the hook ``pytest_itemcollected`` of a folder."""
+    """Skip a test if ``--device`` or ``--backend`` is given. This is the hook ``pytest_itemcollected`` of a folder."""
     if item.config.getoption("--device") or item.config.getoption("--backend"):
-        item.add_marker(pytest.mark.skip(reason="runs on the CPU alone"))
+        item.add_marker(pytest.mark.skip(reason="runs only on the CPU"))

@@ -1,4 +1,4 @@
-"""Tests of which `make test` runs some cases."""
+"""Parametrized tests of which `make test` runs only some cases."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 
 def some(cases: Iterable[Any], *quick: Any) -> list[Any]:
-    """Return the parameters of a test; those that are not ``quick`` are marked slow. A tuple is several parameters."""
+    """Return the parameters of a test, and mark those that are not ``quick`` as slow. A tuple is several parameters."""
     return [case if case in quick else pytest.param(*_values(case), marks=pytest.mark.slow) for case in cases]
 
 

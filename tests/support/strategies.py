@@ -1,4 +1,4 @@
-"""Ragged batches and rules, as hypothesis draws them."""
+"""Strategies of hypothesis for ragged batches and rules."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ LAYOUTS = ("one-sequence", "packed", "grouped", "padded", "masked", "grouped-pad
 
 @dataclass
 class Case:
-    """A batch, a rule and the rows that some segment must have."""
+    """A batch, a rule, and the rows that must be in a segment."""
 
     x: Tensor
     layout: dict[str, Tensor]
     rule: fc.Rule
     inside: Tensor  # [rows] bool: neither padding nor dropped
-    sequence: Tensor  # [rows], of the rows inside
+    sequence: Tensor  # [rows], the sequence of each row that is inside
 
 
 @st.composite
@@ -41,11 +41,11 @@ def rules(draw) -> fc.Rule:
 
 @st.composite
 def every_rule(draw) -> fc.Rule:
-    """Draw a rule of any kind, also one whose threshold no distance reaches."""
+    """Draw a rule of any kind. Some thresholds are larger than every distance."""
     lengths = {"min_len": draw(st.integers(1, 6) | st.just(2**63 - 1))}
     lengths["max_len"] = draw(st.none() | st.integers(lengths["min_len"], max(9, lengths["min_len"])))
     threshold = draw(st.sampled_from([-torch.inf, -1.0, 0.0, 0.04, 0.15, 0.9, 1.0, 2.0, torch.inf, 1e300]))
-    kind = draw(st.integers(0, 6))
+    kind = draw(st.integers(0, 7))
     if kind == 0:
         size = draw(st.integers(1, 9) | st.just(2**63 - 1))
         return fc.Uniform(size, draw(st.sampled_from(["keep", "drop"])))
@@ -63,6 +63,9 @@ def every_rule(draw) -> fc.Rule:
         return fc.LabelChange(draw(st.none() | st.integers(-1, 2)), **lengths)
     if kind == 5:
         return fc.Lookback(draw(st.integers(1, 5)), threshold, **lengths)
+    if kind == 6:
+        max_len = draw(st.integers(1, 12))
+        return fc.MinVariance(draw(st.floats(1, max_len)), max_len)
     return fc.PeakHeight(threshold, **lengths)
 
 

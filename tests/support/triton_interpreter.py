@@ -28,7 +28,7 @@ FUSED = (
     fc.LocalMax(order=16),
 )
 SHORT = (0, 1, 2, 3, 17, 5)
-# The interpreter takes its time.
+# Fewer dtypes in `make test`, since the interpreter is slow.
 QUICK = some(DTYPES, torch.float32, torch.bfloat16)
 REDUCTIONS = ("mean", "sum", "max", "first", "last", "middle")
 
@@ -55,7 +55,7 @@ def check(name: str, *args, what: str = "") -> None:
 
 
 def layout(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """cu_seqlens, lengths and row groups, as the ops take them."""
+    """Return cu_seqlens, lengths and row groups in the form that the ops take."""
     group = batch.layout.get("row_group")
     if "attention_mask" in batch.layout:
         group = torch.where(batch.layout["attention_mask"].bool(), 1, -1).int()
@@ -63,13 +63,13 @@ def layout(batch: Batch) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
 
 
 def layouts(width: int, dtype: torch.dtype, kind: str = "smooth") -> Iterator[Batch]:
-    """Yield every layout of ``batches``, with fewer padded rows, each of which takes time in the interpreter."""
+    """Yield every layout of ``batches``, with fewer padded rows because the interpreter is slow."""
     for batch in batches(width, dtype, kind):
         yield padded(kind, width, dtype, SHORT) if batch.x.dim() == 3 and batch.x.shape[1] > 60 else batch
 
 
 def given_segments() -> tuple[Tensor, Tensor, int]:
-    """Return starts, lengths and rows of segments: short, empty, longer than one and two blocks, with gaps."""
+    """Return starts, lengths and rows of segments. Some are empty or longer than one or two blocks, with gaps."""
     lengths = torch.tensor([1, 2, 0, 3, 64, 65, 130, 5, 0, 20, 0])
     gaps = torch.tensor([0, 0, 0, 0, 3, 0, 0, 9, 0, 0, 4])
     starts = (lengths + gaps).cumsum(0) - lengths

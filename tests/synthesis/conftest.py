@@ -1,4 +1,4 @@
-"""Tests of synthetic speech need espeak-ng."""
+"""Skip the tests of synthetic speech if espeak-ng is not installed."""
 
 from tests.support.skips import only_on_the_cpu, skip_without
 

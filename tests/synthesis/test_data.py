@@ -1,4 +1,4 @@
-"""Synthetic speech, and the data made of it."""
+"""Synthetic speech, and data sets of it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def test_speech():
     slow, _ = espeak.synthesize("seven two five zero", "en-us+f3", rate=90)
     other, _ = espeak.synthesize("seven two five zero", "en-us+m3")
     assert len(slow) > 1.3 * len(samples) and not np.array_equal(other[:20000], samples[:20000])
-    assert np.array_equal(espeak.synthesize("seven two five zero", "en-us+f3")[0], samples)  # whatever was said between
+    assert np.array_equal(espeak.synthesize("seven two five zero", "en-us+f3")[0], samples)  # as before
     assert espeak.phonemes("seven") == ["s", "E", "v", "@", "n"]
     assert espeak.phonemes("one two") == espeak.phonemes("one") + espeak.phonemes("two")
     with pytest.raises(espeak.SynthesisError, match="espeak-ng has no voice 'xx-nowhere'"):
@@ -37,7 +37,7 @@ def test_speech():
         espeak.synthesize("a", rate=10)
 
 
-def test_a_synthesiser_that_dies_is_started_again():
+def test_a_synthesizer_that_crashes_is_started_again():
     samples, _ = espeak.synthesize("two")
     espeak._client._server.kill()
     espeak._client._server.wait()
@@ -62,7 +62,7 @@ def test_without_the_package(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
         espeak._Client().ask(function="speak")
 
 
-def test_voices_are_held_out_and_there():
+def test_held_out_voices_exist():
     assert not set(synthesis.TRAIN_VARIANTS) & set(synthesis.HELD_OUT_VARIANTS)
     for variant in (*synthesis.TRAIN_VARIANTS, *synthesis.HELD_OUT_VARIANTS):
         samples, _ = espeak.synthesize("two", f"en-us+{variant}")
@@ -100,7 +100,7 @@ def test_data_is_a_function_of_its_seed(tmp_path: Path):
             assert texts.split_of(u.text) == {"train": "train", "dev": "dev"}.get(name, "test")
 
 
-def test_what_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     sizes = {"train": 4, "dev": 1, "test": 1}
     synthesis.make_data(tmp_path / "whole", "numbers", "translation", **sizes)
     make, calls = synthesis.make_utterance, []
@@ -115,7 +115,7 @@ def test_what_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
     with pytest.raises(KeyboardInterrupt):
         synthesis.make_data(tmp_path / "broken", "numbers", "translation", **sizes)
     (tmp_path / "broken/audio/train/000002.unfinished").write_bytes(b"half")
-    (tmp_path / "broken/audio/train/000002.wav").write_bytes(b"RIFF half")  # without its note: not finished
+    (tmp_path / "broken/audio/train/000002.wav").write_bytes(b"RIFF half")  # not finished, since it has no record
     calls.clear()
     monkeypatch.setattr(synthesis, "make_utterance", lambda *a: (calls.append(a), make(*a))[1])
     synthesis.make_data(tmp_path / "broken", "numbers", "translation", **sizes)
@@ -128,21 +128,21 @@ def test_what_was_broken_off_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_noise_is_as_loud_as_it_says():
-    """Against the same utterance without any: the power of what was added."""
+    """The power of the difference to the same utterance without noise is the requested one."""
     import random
 
     clean, rate = espeak.synthesize("seven two five zero nine", "en-us")
     found = []
     for seed in range(200):
         mixed = synthesis._degrade(clean, random.Random(seed), (3.0, 3.0))
-        # Level and tilt are undone by a least-squares filter of three taps.
+        # A least-squares filter with three taps undoes level and tilt.
         columns = np.stack([np.roll(clean, k) for k in range(3)], 1)
         taps = np.linalg.lstsq(columns, mixed, rcond=None)[0]
         speech = columns @ taps
         found.append(10 * np.log10(np.mean(speech**2) / np.mean((mixed - speech) ** 2)))
         assert np.abs(mixed).max() <= 0.9 + 1e-6
     untilted = [x for x in found if abs(x - 3.0) < 0.3]
-    assert 60 < len(untilted) < 140  # half of them are not tilted, which changes the ratio
+    assert 60 < len(untilted) < 140  # half of the utterances have no tilt, which changes the ratio
 
 
 @pytest.mark.parametrize(
@@ -155,6 +155,6 @@ def test_noise_is_as_loud_as_it_says():
         ({"jobs": 0}, "jobs must be at least 1, got 0"),
     ],
 )
-def test_data_that_cannot_be_made(values: dict[str, Any], message: str, tmp_path: Path):
+def test_invalid_arguments(values: dict[str, Any], message: str, tmp_path: Path):
     with pytest.raises(ValueError, match=re.escape(message)):
         synthesis.make_data(tmp_path, **({"task": "digits"} | values))

@@ -30,7 +30,7 @@ def test_numbers():
 
 
 @pytest.mark.parametrize("task", texts.TASKS)
-def test_texts_are_of_one_split(task: str):
+def test_each_text_is_in_one_split(task: str):
     found = {split: [texts.sentence(task, split, i) for i in range(300)] for split in texts.SPLITS}
     said = {split: {text for text, _ in lines} for split, lines in found.items()}
     assert not (said["train"] & said["dev"] | said["train"] & said["test"] | said["dev"] & said["test"])
@@ -39,11 +39,11 @@ def test_texts_are_of_one_split(task: str):
     assert found["train"] != [texts.sentence(task, "train", i, seed=1) for i in range(300)]
     for text, target in found["train"]:
         assert re.fullmatch(r"[a-z]+( [a-z]+)*", text) and re.fullmatch(r"[a-zäöüß]+( [a-zäöüß]+)*", target)
-    # What is held out is made of words that are trained on.
+    # All words of the held-out texts occur in training texts.
     words = {word for text, _ in (texts.sentence(task, "train", i) for i in range(4000)) for word in text.split()}
     assert {word for text in said["test"] for word in text.split()} <= words
 
 
-def test_a_task_that_is_none():
+def test_an_unknown_task():
     with pytest.raises(ValueError, match="task must be one of digits, numbers, commands, got 'poems'"):
         texts.sentence("poems", "train", 0)

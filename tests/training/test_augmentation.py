@@ -1,4 +1,4 @@
-"""What training does to features: masks, other speakers, other tempos."""
+"""Augmentation of features in training: masks, other speakers, other tempos."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_augmentation():
 
 
 def test_augmentation_imitates_other_speakers():
-    """A tone moves as its frequency would; what is longer holds the same in the same order."""
+    """A tone moves to its new frequency. A slower tempo keeps the content in order."""
     quiet = {"time_masks": 0, "frequency_masks": 0, "level": 0.0}
     extractor = WhisperFeatureExtractor(feature_size=80, chunk_length=1)
     time = np.arange(16000) / 16000

@@ -1,4 +1,4 @@
-"""Batches of training: each example once per epoch, those of similar length together."""
+"""Batches of training: each example is used once per epoch, and examples of similar length are together."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from fastcompress.training.batches import BatchPlan
 
 
-def test_every_example_once_an_epoch():
+def test_every_example_once_per_epoch():
     plan = BatchPlan([float(i % 7) for i in range(101)], 4, num_processes=3, seed=5)
     assert plan.steps_per_epoch == 8
     for epoch in range(3):
@@ -16,7 +16,7 @@ def test_every_example_once_an_epoch():
     again = BatchPlan(plan.lengths, 4, 3, 5)
     assert [again.batch(s, 1) for s in (17, 3, 9)] == [plan.batch(s, 1) for s in (17, 3, 9)]
     assert plan.batch(0, 0) != plan.batch(8, 0)
-    # Batches hold examples of similar length.
+    # A batch contains examples of similar length.
     spread = [max(x) - min(x) for x in ([plan.lengths[i] for i in plan.batch(s, 0)] for s in range(8))]
     assert sum(spread) / 8 < 1.5
     few = BatchPlan([1.0, 2.0], 8)

@@ -1,4 +1,4 @@
-"""Checkpoints that are killed at any step of being written, or for which the disk is full: the last good one stays."""
+"""If a process is killed while it writes a checkpoint, or the disk is full, the last complete checkpoint stays."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ pytestmark = [
     pytest.mark.timeout(120),
 ]
 
-WIDTH = 200  # 160 KB of weights, as much again twice in the optimizer
+WIDTH = 200  # 160 KB of weights, and twice as much in the optimizer
 KEEP = 2
 
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Threads would not live on in a forked process."""
+    """Use one thread, since threads do not survive a fork."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -42,7 +42,7 @@ def _one_thread() -> Iterator[None]:
 
 
 def state(step: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """What training has after so many steps."""
+    """Return the state of training after this number of steps."""
     weights = {"a": torch.full((WIDTH, WIDTH), float(step), requires_grad=True)}
     optimizer = torch.optim.AdamW(weights.values())
     weights["a"].grad = torch.full((WIDTH, WIDTH), float(step))
@@ -57,7 +57,7 @@ def save(folder: Path, step: int) -> None:
 
 
 def check_whole(folder: Path) -> list[int]:
-    """Every checkpoint that is there can be loaded and is of one step; their steps."""
+    """Assert that every checkpoint can be loaded and is of one step, and return the steps."""
     steps = []
     for path in checkpoints.found(folder):
         weights, optimizer = state(999)
@@ -70,12 +70,12 @@ def check_whole(folder: Path) -> list[int]:
     return steps
 
 
-#: What Python does to files: before each of these, the process is killed once.
+#: Audit events of Python's file operations. The process is killed once before each of them.
 EVENTS = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "os.listdir", "os.scandir", "shutil.rmtree")
 
 
 def kill_at(number: int) -> None:
-    """Before the event of that number."""
+    """Kill this process before the event with this number."""
     count = 0
 
     def hook(event: str, _: object) -> None:
@@ -90,7 +90,7 @@ def kill_at(number: int) -> None:
 
 @pytest.mark.parametrize("steps", [(1, 2), (1, 2, 3, 4), (1, 2, 2)], ids=["first", "with deletion", "again"])
 def test_killed_before_each_system_call(steps: tuple[int, ...], tmp_path: Path):
-    """The last step's checkpoint is being written."""
+    """The process is killed while it writes the checkpoint of the last step."""
     *before, last = steps
     killed = 0
     for number in range(1, 500):
@@ -103,7 +103,7 @@ def test_killed_before_each_system_call(steps: tuple[int, ...], tmp_path: Path):
             save(folder, last)
 
         status = in_fork(task)
-        # What is there under its name is whole, also before anything is cleaned.
+        # Every checkpoint with its final name is complete, also before `clean`.
         check_whole(folder)
         files.clean(folder)
         found = check_whole(folder)
@@ -118,7 +118,7 @@ def test_killed_before_each_system_call(steps: tuple[int, ...], tmp_path: Path):
 
 
 def test_killed_at_random_moments(tmp_path: Path):
-    """From outside, inside of what libraries write, too; the next process continues from what it finds."""
+    """The process is killed from outside, also inside of libraries. The next process continues from what it finds."""
     g = random.Random(0)
 
     def train() -> None:
@@ -140,7 +140,7 @@ def test_killed_at_random_moments(tmp_path: Path):
                 train()
             finally:
                 os._exit(1)
-        end = time.monotonic() + 20  # until it has come further
+        end = time.monotonic() + 20  # wait until there is a new checkpoint
         while time.monotonic() < end and newest() <= last:
             time.sleep(0.002)
         time.sleep(g.uniform(0, 0.03))
@@ -154,7 +154,7 @@ def test_killed_at_random_moments(tmp_path: Path):
 
 @pytest.fixture
 def limit() -> Iterator[Callable[[int], None]]:
-    """Files of this process grow to so many bytes and no further, as on a disk that is full."""
+    """Limit the size of files of this process, which has the effect of a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -162,7 +162,7 @@ def limit() -> Iterator[Callable[[int], None]]:
 
 @pytest.mark.parametrize("size", [0, 10, 5_000, 159_000, 161_000, 200_000, 319_000])
 def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit: Callable[[int], None]):
-    """In the weights, behind them, in the optimizer."""
+    """The disk is full while the weights are written, after them, or while the optimizer is written."""
     save(tmp_path, 1)
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     assert max(map(len, before.values())) > 319_000
@@ -175,7 +175,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit
     assert message.endswith(f"the last whole checkpoint is {tmp_path / 'step-00000001'}")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
-    save(tmp_path, 2)  # there is room again
+    save(tmp_path, 2)  # there is space again
     assert check_whole(tmp_path) == [1, 2]
 
 
@@ -215,12 +215,12 @@ print("good")
 """
 
 
-def test_a_disk_that_is_full(tmp_path: Path):
-    """A real one, of 2 MiB and 200 files in memory, that only the process sees; little is left, or no more files."""
+def test_a_real_full_disk(tmp_path: Path):
+    """The disk is in memory, with 2 MiB and 200 files, and only the process sees it. Space or files run out."""
     mount = 'mount -t tmpfs -o size=2m,nr_inodes=200 tmpfs "$0" && exec "$@"'
     within = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
     if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
-        pytest.skip("this process may not mount a disk of its own")
+        pytest.skip("this process has no permission to mount a disk")
     command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)]
     env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([*within, *command], cwd=ROOT, env=env, capture_output=True, text=True)
@@ -241,7 +241,7 @@ def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path, limit: Callable[[in
 @pytest.mark.parametrize(
     "content", ["{}", "[]", '{"step": "x"}', '{"step": NaN}', "[" * 100_000, ""], ids=lambda text: text[:13]
 )
-def test_a_state_that_is_none(content: str, tmp_path: Path):
+def test_an_unreadable_state(content: str, tmp_path: Path):
     save(tmp_path, 1)
     (tmp_path / "step-00000001" / "state.json").write_text(content)
     with pytest.raises(CheckpointError, match="step-00000001: cannot be read"):

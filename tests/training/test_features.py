@@ -1,4 +1,4 @@
-"""How often the audio of an example is read and its features computed."""
+"""The number of times that the audio of an example is read and its features are computed."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.lalm_data import write_tones
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often each file was loaded."""
+    """Count how often each file is loaded."""
     found: Counter[str] = Counter()
     load = examples_module.load_utterance
 
@@ -30,7 +30,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return found
 
 
-def test_features_are_computed_once_a_use(loads: Counter[str], tmp_path: Path):
+def test_features_are_computed_once_per_use(loads: Counter[str], tmp_path: Path):
     utterances = read_manifest(write_tones(tmp_path, 7, texts=1))
     utterances[2].audio_filepath.write_bytes(b"RIFF")
     model, processor = build_small(utterances)
@@ -51,7 +51,7 @@ def test_features_are_computed_once_a_use(loads: Counter[str], tmp_path: Path):
     assert set(loads.values()) == {1}
 
 
-def test_no_features_are_left_behind(tmp_path: Path):
+def test_no_features_are_kept(tmp_path: Path):
     utterances = read_manifest(write_tones(tmp_path, 4))
     _, processor = build_small(utterances)
     examples = Examples(utterances, processor)

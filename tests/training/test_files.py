@@ -1,4 +1,4 @@
-"""What the reference audio LLM leaves on the disk: whole models, pretrained parts, LoRA."""
+"""Files that the reference audio LLM writes and reads: whole models, pretrained parts, LoRA."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_lora_with_a_trained_encoder():
     wrapped(**batch(), ctc_labels=torch.ones(3, 2).long()).loss.backward()
     trained = {n: p for n, p in wrapped.named_parameters() if p.requires_grad}
     assert any("audio_tower" in n for n in trained) and any("ctc_head" in n for n in trained)
-    assert not any("embed_positions" in n for n in trained)  # sinusoids, which are frozen without LoRA, too
+    assert not any("embed_positions" in n for n in trained)  # sinusoids, which are also frozen without LoRA
     assert all(p.grad is not None for p in trained.values())
 
 

@@ -1,4 +1,4 @@
-"""Training compressed stock models: peft, gradient checkpointing, ``Trainer``, two processes, pipelines, finetune."""
+"""Training of compressed stock models with peft, gradient checkpointing, ``Trainer``, two processes and finetune."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def lora(model, **kwargs):
     return peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=TARGETS, init_lora_weights=False, **kwargs))
 
 
-@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("granite")])  # which refuses it
+@pytest.mark.parametrize("name", [name for name in NAMES if not name.startswith("granite")])  # not supported
 def test_gradient_checkpointing_changes_nothing(name):
     found = []
     for checkpointing in (False, True):
@@ -51,7 +51,7 @@ def test_gradient_checkpointing_changes_nothing(name):
 @pytest.mark.parametrize("first", ["peft", "compression"])
 @pytest.mark.parametrize("name", ["qwen2_audio", "granite_speech", "qwen2_5_omni_thinker"])
 def test_adapters(name, first, tmp_path):
-    """In either order; what is saved is LoRA and what else was trained, and gives the same when it is loaded."""
+    """peft and compression can be applied in either order. LoRA and other trained weights are saved and restored."""
 
     def build():
         model = make(name)
@@ -97,7 +97,7 @@ def test_adapters(name, first, tmp_path):
 @pytest.mark.parametrize("first", ["peft", "compression"])
 @pytest.mark.parametrize("name", ["audioflamingo3", "voxtral"])
 def test_adapters_with_the_projector_pool_before_it(name, first):
-    """Where peft has put a copy in the place of the projector, and where it has merged it again."""
+    """Compression finds the projector after peft has wrapped it in a copy, and after peft has merged the copy."""
     model = make(name)
     inputs = batch(name, model)
     with torch.no_grad():
@@ -105,7 +105,7 @@ def test_adapters_with_the_projector_pool_before_it(name, first):
         wanted = model(**inputs).logits
         revert(model)
         apply_to(model, "uniform:3")
-        assert (model(**inputs).logits - wanted).abs().max() > 0.1  # which is another thing
+        assert (model(**inputs).logits - wanted).abs().max() > 0.1  # pooling after the projector gives another result
         revert(model)
         config = peft.LoraConfig(r=2, target_modules=TARGETS, modules_to_save=["multi_modal_projector"])  # B is 0
         if first == "compression":
@@ -119,7 +119,7 @@ def test_adapters_with_the_projector_pool_before_it(name, first):
 
 
 class Rows(torch.utils.data.Dataset):
-    """Samples of a batch, one by one."""
+    """A data set of the samples of a batch."""
 
     def __init__(self, inputs):
         self.rows = [{key: value[i] for key, value in inputs.items()} for i in range(len(inputs["input_ids"]))]
@@ -133,10 +133,10 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.mark.parametrize("pack", [False, True], ids=["padded", "packed"])
 def test_trainer(pack, tmp_path):
-    """Loss over accumulated batches is a mean of labels; packed and padded training end in the same weights."""
+    """The loss over accumulated batches is a mean over labels. Packed and padded training give the same weights."""
     model = make("qwen2_audio").float()
     inputs = audio_llms.batch("qwen2_audio", model, (20, 9, 16, 12), labels=True)
-    inputs["labels"][0, -2:] = -100  # so that the samples' labels differ in number
+    inputs["labels"][0, -2:] = -100  # so that samples have different numbers of labels
     apply_to(model, "uniform:3", pack=pack)
     with torch.no_grad():
         expected = float(model(**inputs).loss)
@@ -245,7 +245,7 @@ def test_pipeline(name):
 
 @pytest.fixture(scope="module")
 def stock(tmp_path_factory) -> Path:
-    """Folders of stock models with their processors, and manifests."""
+    """Write folders of stock models with their processors, and manifests."""
     folder = tmp_path_factory.mktemp("stock")
     for name in ("qwen2_audio", "audioflamingo3"):
         audio_llms.make(name).save_pretrained(folder / name)
@@ -287,8 +287,10 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
     assert scores["utterances"] == 4 and 0 <= scores["cer"] and 7 < scores["tokens_per_second"] < 11  # 25 / 3
     assert "dev:" in capsys.readouterr().out
     model, processor = finetuning.load(str(stock / name), torch.float32)
-    apply_to(model, read_record(FinetuneSettings, out).rule, mode)
-    trained = peft.PeftModel.from_pretrained(model, out / "adapter")
+    trained = apply_to(peft.PeftModel.from_pretrained(model, out / "adapter"))  # with the rule that is saved beside it
+    for folder in ("adapter", "checkpoint-6"):
+        saved = json.loads((out / folder / "fastcompress.json").read_text())
+        assert (saved["rule"], saved["mode"]) == (read_record(FinetuneSettings, out).rule, mode)
     names = [n for n, p in trained.named_parameters() if "lora_B" in n]
     assert len(names) == 14 and all("language_model" in n for n in names)
     assert any("multi_modal_projector" in n and "modules_to_save" in n for n, _ in trained.named_parameters())
@@ -298,7 +300,7 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
     assert finetuning.score(trained, conversations, read_manifest(stock / "dev.jsonl"), 3, 5) == scores
 
 
-def test_finetune_goes_on(stock, tmp_path, capsys):
+def test_finetune_resumes(stock, tmp_path, capsys):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     assert cli.main(arguments(stock, "qwen2_audio", whole)) == 0
     assert cli.main(arguments(stock, "qwen2_audio", cut, max_steps=4)) == 0
@@ -312,7 +314,7 @@ def test_finetune_goes_on(stock, tmp_path, capsys):
     assert a == b
 
 
-def test_finetune_reads_what_can_be_read(stock, tmp_path, capsys):
+def test_finetune_skips_unreadable_audio(stock, tmp_path, capsys):
     lines = (stock / "train.jsonl").read_text().splitlines()
     damaged = stock / "audio" / "damaged.wav"
     damaged.write_bytes((stock / "audio" / "train-0.wav").read_bytes()[:40])
@@ -337,7 +339,7 @@ def test_finetune_reads_what_can_be_read(stock, tmp_path, capsys):
     assert "has no usable utterance" in capsys.readouterr().err
 
 
-def test_finetune_says_what_it_takes(stock, tmp_path, capsys):
+def test_finetune_reports_its_memory(stock, tmp_path, capsys):
     line = arguments(stock, "audioflamingo3", tmp_path / "run")
     assert cli.main([*line, "--dry-run"]) == 0
     assert "billion parameters" in capsys.readouterr().out and not (tmp_path / "run").exists()
@@ -369,7 +371,7 @@ def test_a_processor_without_a_template(stock):
     assert (with_template["input_ids"][2] != audio_llms.AUDIO).all() and len(with_template["input_features"]) == 2
 
 
-def test_info_says_which_models(capsys):
+def test_info_lists_the_models(capsys):
     assert cli.main(["info", "--models"]) == 0
     text = capsys.readouterr().out
     assert all(kind in text for kind in FAMILIES)
@@ -380,7 +382,7 @@ def test_info_says_which_models(capsys):
 
 @pytest.fixture
 def one_precision():
-    """Which a process has, as a run has a process."""
+    """Reset accelerate's state: a process has one precision, and each run is usually a process."""
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state()

@@ -18,7 +18,7 @@ from tests.support.lalm_data import write_tones
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run of 4 steps with checkpoints after 2 and 4, beside what it was trained with."""
+    """Return the folder of a run of 4 steps with checkpoints after steps 2 and 4; its model and data are next to it."""
     folder = tmp_path_factory.mktemp("finetune")
     audio_llms.make("qwen2_audio").save_pretrained(folder / "model")
     audio_llms.processor("qwen2_audio").save_pretrained(folder / "model")
@@ -83,7 +83,7 @@ def test_the_newest_whole_checkpoint_is_taken(broken: str, run: Path, capsys: py
     assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
-def test_no_whole_checkpoint_is_a_start(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_without_a_whole_checkpoint_training_starts_again(run: Path, capsys: pytest.CaptureFixture[str]):
     out = run.parent / "new"
     (out / "checkpoint-2").mkdir(parents=True)
     assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
@@ -92,7 +92,7 @@ def test_no_whole_checkpoint_is_a_start(run: Path, capsys: pytest.CaptureFixture
     assert (out / "checkpoint-4" / "trainer_state.json").is_file()
 
 
-def test_a_run_goes_on_as_it_began(run: Path, capsys: pytest.CaptureFixture[str]):
+def test_resuming_with_other_settings_is_an_error(run: Path, capsys: pytest.CaptureFixture[str]):
     kept = (run / "run.yaml").read_text()
     other = (
         ({"rule": "uniform:5"}, "--rule of this run is 'uniform:3', got 'uniform:5'; resume with the same settings"),
@@ -105,7 +105,7 @@ def test_a_run_goes_on_as_it_began(run: Path, capsys: pytest.CaptureFixture[str]
     assert (run / "run.yaml").read_text() == kept
 
 
-def test_settings_are_there_from_the_start(run: Path, monkeypatch: pytest.MonkeyPatch):
+def test_settings_are_written_before_training(run: Path, monkeypatch: pytest.MonkeyPatch):
     import transformers
 
     def killed(*_: object, **__: object) -> None:

@@ -1,4 +1,4 @@
-"""Manifests: what is read, checked and refused."""
+"""Manifests: reading, checks and errors."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_manifest_is_read_and_written(tmp_path: Path):
 
 @pytest.mark.parametrize("character", ["\u2028", "\x85", "\x0c", "\x1e", "\r", "\n", "\ufeff", "\U0001f600"])
 def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
-    """Some are ends of lines to Python and none to JSON."""
+    """Python treats some of these characters as ends of lines, JSON does not."""
     text = f"one{character}two"
     utterances = [Utterance(None, text, text, more={"note": text}), Utterance(None, "three", "three")]
     write_manifest(tmp_path / "m.jsonl", utterances)
@@ -75,7 +75,7 @@ def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
     ],
     ids=lambda value: str(value)[:30],
 )
-def test_lines_that_no_reader_should_choke_on(line: Any, reason: str, tmp_path: Path):
+def test_lines_with_extreme_values(line: Any, reason: str, tmp_path: Path):
     with pytest.raises(ManifestError) as caught:
         read_manifest(write_lines(tmp_path, line))
     assert reason in str(caught.value)
@@ -166,8 +166,8 @@ def test_part_of_a_file(tmp_path: Path):
     whole = load_utterance(Utterance(path, "", ""), RATE)
     assert abs(len(whole) - 2 * RATE) <= 1
     part = load_utterance(Utterance(path, "", "", offset=0.5, duration=1.0), RATE)
-    np.testing.assert_allclose(part, whole[RATE // 2 : RATE // 2 + RATE], atol=1e-6)  # resampled
-    # Durations are rounded: without an offset they do not cut.
+    np.testing.assert_allclose(part, whole[RATE // 2 : RATE // 2 + RATE], atol=1e-6)  # up to resampling
+    # Durations in manifests are rounded, so a duration without an offset does not cut.
     assert len(load_utterance(Utterance(path, "", "", duration=1.99), RATE)) == len(whole)
     with pytest.raises(AudioError, match=r"a.wav: offset 5 s is after the end of the audio"):
         load_utterance(Utterance(path, "", "", offset=5.0), RATE)
@@ -178,7 +178,7 @@ def test_part_of_a_file(tmp_path: Path):
 
 
 def test_datasets_of_hugging_face():
-    """Rows as `datasets` gives them: decoded, or a path."""
+    """Rows of `datasets`, with decoded audio or a path."""
     rows = [
         {"audio": {"array": np.zeros(8000), "sampling_rate": 8000.0}, "sentence": "one", "german": "eins"},
         {"audio": {"path": "/a/b.wav", "bytes": None}, "sentence": "two", "german": "zwei"},

@@ -1,4 +1,4 @@
-"""Encoders that are trained and have their own random numbers, or statistics: repeated and resumed to the bit."""
+"""Trained encoders that have their own random numbers or statistics: repeated and resumed runs have equal bits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ pytestmark = [
     pytest.mark.xdist_group("training"),
 ]
 
-#: Of every encoder and decoder here.
+#: Sizes of every encoder and decoder in this file.
 SIZE = {"hidden_size": 16, "num_attention_heads": 2, "intermediate_size": 32}
 
 
 def training(kind: str, folder: Path, **values: Any) -> Training:
-    """Of a model with an encoder of SpecAugment and layer drop (wav2vec2), or of batch normalisation (Parakeet)."""
+    """Make a ``Training`` whose encoder has SpecAugment and layer drop (wav2vec2) or batch norm (Parakeet)."""
     if not (folder.parent / "train.jsonl").exists():
         write_tones(folder.parent, 12)
     utterances = read_manifest(folder.parent / "train.jsonl")
@@ -97,7 +97,7 @@ def test_an_encoder_is_repeated_and_resumed_to_the_bit(kind: str, tmp_path: Path
 
 
 def test_statistics_that_a_checkpoint_lacks(tmp_path: Path):
-    """As those lack them that were written before there were any."""
+    """Checkpoints of earlier versions have no statistics."""
     run = training("parakeet", tmp_path / "run")
     steps(run, 1)
     before = training("parakeet", tmp_path / "run")
@@ -119,8 +119,8 @@ def test_frozen_statistics_are_not_saved(tmp_path: Path):
     assert run.buffers and not frozen.buffers
 
 
-def test_what_an_encoder_leaves_out_is_in_the_graph(tmp_path: Path):
-    """Layers that are dropped, and what masked frames become: processes wait for each other's gradients."""
+def test_unused_weights_of_an_encoder_are_in_the_graph(tmp_path: Path):
+    """Dropped layers and the embedding of masked frames get gradients, for which other processes wait."""
     run = training("wav2vec2", tmp_path / "run")
     run.model.train()
     run.model.audio_tower.config.layerdrop, run.model.audio_tower.config.mask_time_prob = 1.0, 0.0

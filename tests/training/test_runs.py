@@ -1,4 +1,4 @@
-"""Runs of the reference audio LLM: what their folders say, and what resuming them asks for."""
+"""Runs of the reference audio LLM: the contents of their folders, and the conditions for resuming."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_rate_that_is_logged(data: Path, tmp_path: Path):
     assert [row["learning_rate"] for row in rows] == [1e-3 * given.rate(step) for step in range(2)]
 
 
-def test_a_projector_that_stays(data: Path, tmp_path: Path):
+def test_a_projector_with_learning_rate_0(data: Path, tmp_path: Path):
     run = Run(settings(data, tmp_path / "run", projector_learning_rate=0.0), say=lambda text: None)
     before = {name: p.clone() for name, p in run.training.trained.items()}
     run.training.update()
@@ -94,7 +94,7 @@ def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Pat
         settings(data, data / "run", **values)
 
 
-def test_a_manifest_that_changed_is_said(data: Path, tmp_path: Path):
+def test_a_changed_manifest_is_an_error(data: Path, tmp_path: Path):
     manifest = data / "changed.jsonl"
     manifest.write_text((data / "train.jsonl").read_text())
     said: list[str] = []
@@ -107,5 +107,5 @@ def test_a_manifest_that_changed_is_said(data: Path, tmp_path: Path):
     manifest.write_text("".join(manifest.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(RunError, match="changed.jsonl has changed since this run started; restore it to resume"):
         Run(read_record(TrainSettings, tmp_path / "run"), resume=True, say=said.append)
-    (tmp_path / "run" / "environment.json").unlink()  # as one that was moved without it
+    (tmp_path / "run" / "environment.json").unlink()  # as in a run that was moved without this file
     Run(read_record(TrainSettings, tmp_path / "run"), resume=True, say=said.append)

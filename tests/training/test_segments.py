@@ -1,4 +1,4 @@
-"""Segments of a long recording: what a manifest cuts, and what is decoded for it."""
+"""Parts of a long recording: the samples that a manifest selects, and the samples that are decoded."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def recording(path: Path, seconds: float, rate: int = RATE, **more: Any) -> Path
     ],
     ids=str,
 )
-def test_what_is_cut(line: dict[str, float], seconds: float, tmp_path: Path):
+def test_the_selected_samples(line: dict[str, float], seconds: float, tmp_path: Path):
     recording(tmp_path / "long.wav", 10.0)
     utterances = read_manifest(write_lines(tmp_path, {"audio_filepath": "long.wav", "text": "a", **line}))
     checked, _ = check_audio(utterances)

@@ -1,4 +1,4 @@
-"""Settings of ``train`` and ``finetune``: declared once, read from flags and YAML, written to ``run.yaml``."""
+"""Settings of ``train`` and ``finetune``: they are declared once, read from flags and YAML, and written to run.yaml."""
 
 from __future__ import annotations
 
@@ -43,11 +43,11 @@ def test_names_are_those_of_training_arguments(settings: type[Settings]):
     theirs = {field.name for field in fields(transformers.TrainingArguments)}
     ours = set(settings.groups()["optimization"] + settings.groups()["checkpoints and log"])
     assert "output_dir" in theirs
-    assert ours - theirs <= {"min_lr_rate", "projector_learning_rate", "augment"}  # which it has not
+    assert ours - theirs <= {"min_lr_rate", "projector_learning_rate", "augment"}  # not in TrainingArguments
 
 
 def test_one_dialect():
-    """A name means the same in both commands, and has the same type but for what is required."""
+    """A setting of both commands has the same meaning and type in both, but may be required in one only."""
     shared = type_hints(TrainSettings).keys() & type_hints(FinetuneSettings).keys()
     assert {"output_dir", "data", "dev", "model", "rule", "lora_rank", "max_steps", "save_steps", "bf16"} <= shared
     for name in shared:
@@ -71,7 +71,7 @@ def test_the_table_of_the_documentation():
 
 
 def test_kinds_of_learned_boundaries():
-    """They are declared a second time, since the configuration imports transformers."""
+    """The settings repeat the names of the configuration, which imports transformers."""
     assert get_args(type_hints(TrainSettings)["boundary_kind"]) == BOUNDARIES
 
 
@@ -142,7 +142,7 @@ def test_files_that_lack_something(tmp_path: Path):
 
 @both
 def test_a_record_is_read_as_it_was_written(settings: type[Settings], tmp_path: Path):
-    """In a folder that was moved, too; and it can be a --config."""
+    """A record can be read after its folder was moved, and can be used as --config."""
     required: dict[str, Any] = {"data": "ä: #b.jsonl", "output_dir": "old"}
     if settings is FinetuneSettings:
         required["model"] = "null"
@@ -155,7 +155,7 @@ def test_a_record_is_read_as_it_was_written(settings: type[Settings], tmp_path: 
 
 @both
 def test_every_flag_becomes_a_setting(settings: type[Settings]):
-    """Also those with the name of a method of jsonargparse's Namespace, such as ``keys``."""
+    """This includes flags with the name of a method of jsonargparse's Namespace, such as ``keys``."""
     values = {bool: True, int: 3, float: 0.5, str: "x"}
     wanted: dict[str, Any] = {}
     for name, hint in type_hints(settings).items():

@@ -1,4 +1,4 @@
-"""Training of the reference audio LLM: what survives a kill, what several processes compute, what stops it."""
+"""Training of the reference audio LLM: killed runs, several processes, and errors."""
 
 from __future__ import annotations
 
@@ -70,14 +70,14 @@ def losses(folder: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def trained(data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """An uninterrupted run."""
+    """Return the folder of an uninterrupted run."""
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("run") / "whole"
     Run(settings(data, folder, dev=str(data / "dev.jsonl")), say=lambda text: None).train()
     return folder
 
 
-def test_a_run_says_what_it_was(trained: Path, data: Path):
+def test_a_run_records_its_settings(trained: Path, data: Path):
     assert len(losses(trained)) == 8 and all(map(math.isfinite, losses(trained)))
     rows = logs.read(trained / "log.csv")
     assert [row["step"] for row in rows] == list(range(1, 9)) and rows[-1]["development_loss"] > 0
@@ -122,11 +122,11 @@ def environment(**more: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("when", some(["step 4", "writing a checkpoint", "writing the result"], "step 4"))
 def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
-    """``kill -9`` at a step, in the middle of a checkpoint, in the middle of the result."""
+    """The run is killed at a step, while it writes a checkpoint, and while it writes the result."""
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     steps = ["--max-steps", "8"]
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
-    # The process kills itself, at a place that no signal from outside could hit for sure.
+    # The process kills itself, because a signal from outside would not arrive exactly at this place.
     places = {
         "step 4": ("fastcompress.training.trainer.Training.update", 4),
         "writing a checkpoint": ("torch.save", 1),
@@ -176,7 +176,7 @@ sys.exit(main(sys.argv[1:]))
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("seed", range(3))
 def test_killed_at_any_moment(seed: int, data: Path, tmp_path: Path):
-    """From outside, again and again until it is through: the losses are those of a run that was left alone."""
+    """The run is killed from outside repeatedly until it is done. Its losses are those of an uninterrupted run."""
     whole, killed, steps = tmp_path / "whole", tmp_path / "killed", ["--max-steps", "30"]
     begin = time.monotonic()
     subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
@@ -213,7 +213,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     with pytest.raises(OSError, match="No space left"):
         files.write_folder(target, fail)
     assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["final"]
-    # Killed between the two renames: neither is there under its name, and cleaning puts the old one back.
+    # The process is killed between the two renames. No folder has the final name, and cleaning restores the old one.
     rename, calls = os.rename, []
 
     def once(a: Any, b: Any) -> None:
@@ -231,7 +231,7 @@ def test_a_folder_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: p
     assert (target / "a").read_text() == "two" and [p.name for p in tmp_path.iterdir()] == ["final"]
 
 
-# What cannot go on
+# Runs that must stop
 
 
 def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
@@ -250,7 +250,7 @@ def test_a_nan_stops_and_leaves_the_last_checkpoint(data: Path, tmp_path: Path):
     with pytest.raises(TrainingStopped, match=f"the loss of step 6 is nan .*{message}"):
         run.train()
     assert [p.name for p in checkpoints.found(tmp_path / "run" / "checkpoints")] == ["step-00000003"]
-    # What was learnt until then can be used.
+    # The last checkpoint can be used.
     again = Run(read_record(TrainSettings, tmp_path / "run"), resume=True, say=lambda text: None)
     assert again.training.step == 3 and again.training.model.projector.weight.isfinite().all()
     again.train()
@@ -312,7 +312,7 @@ def test_a_checkpoint_of_another_shape(trained: Path, data: Path, tmp_path: Path
 
 
 def test_damaged_files_are_skipped_and_listed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
-    """Headers are checked before; what is wrong inside shows when it is decoded, and must not end a run."""
+    """Headers are checked before training. A damage that is found when a file is decoded must not stop the run."""
     lines = (data / "train.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines[:8]]
     for entry in entries:
@@ -338,7 +338,7 @@ def test_damaged_files_are_skipped_and_listed(data: Path, tmp_path: Path, capsys
     assert len(losses(tmp_path / "run")) == 3
 
 
-# Going on with LoRA
+# Continuing with LoRA
 
 
 def test_lora_on_a_trained_model(trained: Path, data: Path, tmp_path: Path):
@@ -371,8 +371,8 @@ def test_frames_that_are_encoded_once(trained: Path, data: Path):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
-def test_dropout_goes_on_as_it_was(trained: Path, data: Path, tmp_path: Path):
-    """What is random in a step depends on the step alone, not on how many came before it in this process."""
+def test_dropout_depends_on_the_step(trained: Path, data: Path, tmp_path: Path):
+    """The random numbers of a step depend on the step alone, not on the number of earlier steps in this process."""
     pytest.importorskip("peft")
     lora = {"model": str(trained / "final"), "lora_rank": 4, "lora_dropout": 0.5, "max_steps": 6, "augment": False}
     Run(settings(data, tmp_path / "whole", **lora), say=lambda text: None).train()
@@ -399,10 +399,10 @@ def test_dropout_goes_on_as_it_was(trained: Path, data: Path, tmp_path: Path):
     ],
     ids=["accumulate", "checkpointing", "bf16"],
 )
-def test_other_ways_to_the_same_losses(values: dict[str, Any], tolerance: float, data: Path, tmp_path: Path):
+def test_settings_that_do_not_change_the_losses(values: dict[str, Any], tolerance: float, data: Path, tmp_path: Path):
     found = []
     for name, more in (("plain", {}), ("other", values)):
-        AcceleratorState._reset_state()  # a process has one precision, as a run has a process
+        AcceleratorState._reset_state()  # a process has one precision
         run = Run(settings(data, tmp_path / name, max_steps=3, augment=False, **more), say=lambda text: None)
         arguments = run.settings
         order = [[0, 1, 2, 25], [3, 4, 24, 5], [6, 7, 8, 9]]  # 24 and 25 have no audio
@@ -452,7 +452,7 @@ settings = TrainerSettings(
     max_steps=3, per_device_train_batch_size=batch_size, logging_steps=1, save_steps=0, augment=False
 )
 training = Training(model, examples, settings, folder)
-# The second process has text alone, in the second step.
+# In the second step, the second process has only text.
 order = [[0, 1, 2, 3, 4, 5], [6, 7, 8, 24, 25, 26], [9, 10, 11, 12, 13, 14]]
 count = training.accelerator.num_processes
 training.plan.batch = lambda step, process=0: order[step][process * batch_size : (process + 1) * batch_size]
@@ -464,10 +464,10 @@ if training.accelerator.is_main_process:
 
 @pytest.mark.slow
 def test_two_processes_are_one(data: Path, tmp_path: Path):
-    """Loss and weights are those of one process with the batches of both, though one batch is text alone."""
+    """Loss and weights are those of one process with the batches of both, also if one batch has only text."""
     script = tmp_path / "train.py"
     script.write_text(LAUNCH)
-    # On the CPU alone accelerate would want MPI; told of GPUs it takes torch's launcher, and then finds none.
+    # Without --multi_gpu, accelerate would use MPI on the CPU. With it, it uses torch's launcher, and finds no GPU.
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     launch += ["--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
     arguments = [str(script), str(tmp_path / "two"), "3", str(data / "train.jsonl")]

@@ -1,4 +1,4 @@
-"""Tests of the Triton kernels need triton, and NumPy for its interpreter."""
+"""Skip the tests of the Triton kernels if triton, or NumPy, which its interpreter needs, is not installed."""
 
 from tests.support.skips import skip_without
 

@@ -1,6 +1,7 @@
-"""Every Triton kernel compiled for every GPU, without one: no spills, wide loads, sums that are not fused.
+"""Every Triton kernel compiles for every GPU, with no spills, wide loads and sums that are not fused.
 
-The launches of the ops are recorded, so that what is compiled is what would run: dtypes, constants, alignment.
+No GPU is needed. The tests record the launches of the ops, so that they compile the dtypes, constants and alignments
+that would run.
 """
 
 from __future__ import annotations
@@ -58,13 +59,13 @@ POINTERS = {
     torch.int64: "*i64",
     torch.uint8: "*u8",
 }
-#: fp32 arithmetic that rounds in another way than the definition.
+#: Instructions for fp32 arithmetic that round differently from the definition.
 INEXACT = re.compile(r"fma\.rn\.f32|mad\.f32|div\.(?:full|approx)|r?sqrt\.approx|rcp\.approx|\.ftz")
 
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and its arguments, as the binder of Triton sees them."""
+    """A kernel and its arguments, in the form of Triton's binder."""
 
     kernel: Any
     num_warps: int
@@ -108,7 +109,7 @@ def fresh_cache(tmp_path_factory):
 
 @pytest.fixture
 def record(monkeypatch) -> Callable[..., list[Launch]]:
-    """Return a function that calls others and returns their distinct launches, without running one."""
+    """Return a function that calls other functions and returns their distinct launches, without running a kernel."""
 
     def run(*calls: Callable[[], Any]) -> list[Launch]:
         launches: dict[Launch, None] = {}
@@ -140,7 +141,7 @@ def compiled(launch: Launch, target: str, fused: bool = False) -> Any:
 
 
 def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: int, thorough: bool) -> Iterator:
-    """Yield calls of every op, on tensors whose values do not matter."""
+    """Yield calls of every op, on tensors of any values."""
     x, y = torch.zeros(rows, width, dtype=dtype), torch.zeros(segments, width, dtype=dtype)
     d = torch.zeros(rows, dtype=torch.float64 if dtype == torch.float64 else torch.float32)
     cu, group = torch.zeros(sequences + 1, dtype=torch.int32), torch.zeros(rows, dtype=torch.int32)
@@ -175,7 +176,7 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
 
 
 def resources(launch: Launch, target: str) -> dict[str, int]:
-    """Return bytes of stack and spilled registers."""
+    """Return the bytes of stack and of spilled registers."""
     kernel = compiled(launch, target)
     if target not in NVIDIA:
         found = re.findall(r"\.(vgpr_spill_count|private_segment_fixed_size):\s*(\d+)", kernel.asm["amdgcn"])
@@ -196,7 +197,7 @@ def check_no_spills(launches: list[Launch], target: str) -> None:
         assert len(used) == 2 and not any(used.values()), f"{launch.name} on {target}: {used}, {dict(launch.constants)}"
 
 
-@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # of the others: all forms, below
+@pytest.mark.parametrize("target", ["sm_90", "gfx942"])  # the slow test below covers all forms on all targets
 def test_every_kernel_compiles_without_spills(record, target: str):
     launches = record(*calls(torch.bfloat16, 4096, 1280, 8, 1000, thorough=False))
     kernels = {launch.name for launch in launches}
@@ -221,7 +222,7 @@ def test_every_form_compiles_without_spills(record, target: str, dtype: torch.dt
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_90", "gfx942"])
 def test_sizes_of_one_compile(record, target: str):
-    """Triton takes an argument of 1 for a constant."""
+    """Triton treats an argument with value 1 as a constant."""
     for launch in record(*calls(torch.float32, 1, 1, 1, 1, thorough=True)):
         compiled(launch, target)
 
@@ -229,7 +230,7 @@ def test_sizes_of_one_compile(record, target: str):
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_every_kernel_compiles_with_the_oldest_triton(tmp_path: Path):
-    """Of those that pyproject.toml allows; beside the one that is installed, as it is not the oldest."""
+    """The oldest triton that pyproject.toml allows is installed in addition to the newer one."""
     oldest = re.search(r'"triton>=([\d.]+),', (ROOT / "pyproject.toml").read_text())[1] + ".0"
     pip = [sys.executable, "-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path), f"triton=={oldest}"]
     try:

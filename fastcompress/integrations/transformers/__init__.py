@@ -6,6 +6,7 @@ the stock model.
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ import torch
 from torch import nn
 
 import fastcompress.decoder
+from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
-from fastcompress.integrations.transformers import budget, dynamic
+from fastcompress.integrations.transformers import budget, dynamic, features, patches, whisper
 from fastcompress.integrations.transformers.budget import BudgetProcessor
-from fastcompress.integrations.transformers.dynamic import Settings, compressed_prompt
+from fastcompress.integrations.transformers.dynamic import compressed_prompt
 from fastcompress.integrations.transformers.families import (
     FAMILIES,
     REFUSED,
     TESTED,
+    Family,
     check_version,
     family_of,
     support,
     table,
 )
+from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import LabelChange, Rule, as_rule
 
@@ -44,16 +48,20 @@ __all__ = [
 
 MODES = ("dynamic", "budget")
 
+saved_rule.watch()
+
 
 def apply_to(
     model: Any,
-    compressor: Rule | str | nn.Module,
-    mode: str = "dynamic",
+    compressor: Rule | str | nn.Module | None = None,
+    mode: str | None = None,
     pack: bool | None = None,
     *,
-    before_projector: bool = False,
+    before_projector: bool | None = None,
+    proportional_attention: bool | None = None,
+    silence: str | float | None = None,
 ) -> Any:
-    """Compress the audio of a stock audio LLM, in place.
+    """Compress the audio of a stock audio LLM, or of Whisper, in place.
 
     In **dynamic** mode the number of tokens may depend on the audio. Processor, chat template, ``forward`` with labels,
     ``generate``, ``Trainer`` and peft work as before, and the decoder's input becomes shorter. ``forward`` returns
@@ -66,6 +74,14 @@ def apply_to(
     that number of placeholders into the prompt. The rest of the model stays stock, and engines that count placeholders
     can serve it.
 
+    **Whisper** has one mode: its encoder returns pooled frames, and its decoder attends to them. Forward with labels,
+    ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
+
+    Saving writes rule, mode and side of the projector as ``fastcompress`` into ``config.json``, and with a peft adapter
+    into ``fastcompress.json`` beside ``adapter_config.json``. This holds for ``save_pretrained`` of the model, of a
+    ``PeftModel`` and of a merged model, and for checkpoints of ``Trainer``. A model that is loaded with them, but used
+    without ``apply_to``, warns once.
+
     Args:
         model: Audio LLM with a head, such as ``Qwen2AudioForConditionalGeneration``, which may be wrapped by peft.
         compressor: Rule or its text form, or a module that is called with rows ``[N, D]`` and ``cu_seqlens``
@@ -73,11 +89,18 @@ def apply_to(
             [`fastcompress.nn`][]. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
             the model, and can be among peft's ``modules_to_save``. If it has a ``loss`` after the call, as
             [`fastcompress.nn.LearnedBoundary`][] has, that is added to the model's, times its ``loss_weight``.
-        mode: ``"dynamic"`` or ``"budget"``.
+            ``None``: the rule that was saved with the weights. Another one than that causes a warning.
+        mode: ``"dynamic"`` or ``"budget"``. ``None``: the saved one if ``compressor`` is ``None``, else
+            ``"dynamic"``.
         pack: Whether the decoder runs on packed rows, without padding, in ``forward`` with labels or without a cache.
             ``None``: in dynamic mode. ``generate`` is always padded.
         before_projector: Whether to pool the encoder's frames, so that only tokens are projected; else the projector's
-            output is pooled.
+            output is pooled. ``None``: as saved if ``compressor`` is ``None``, else false.
+        proportional_attention: Whether a token of ``L`` frames weighs as much as its frames: ``log(L)`` is added to
+            its attention scores. Whisper only. ``None``: as saved if ``compressor`` is ``None``, else true.
+        silence: What happens to the frames of the silence that fills Whisper's window after the audio: ``"keep"``
+            each as a token, ``"pool"`` them like audio, or a number of seconds of it that are pooled, while the rest is
+            dropped. ``None``: as saved if ``compressor`` is ``None``, else ``"keep"``.
 
     Returns:
         ``model``.
@@ -86,19 +109,54 @@ def apply_to(
         NotImplementedError: The model, or its combination with an argument, is not supported. The message has the
             reason.
         TypeError: An argument has a wrong type.
-        ValueError: An argument has a wrong value, or the model is already compressed.
+        ValueError: An argument has a wrong value, the model is already compressed, or no rule is passed or saved.
     """
     base = unwrap(model)
-    check_version()
-    family = family_of(base)
+    is_whisper = whisper.takes(base)
+    family = None if is_whisper else family_of(base)
     kind = base.config.model_type
+    trained = saved_rule.stored(base)
+    if compressor is None:
+        if trained is None:
+            raise ValueError(f"no compression was saved with this {kind}; pass a rule, such as 'uniform:3'")
+        if trained.rule is None:
+            raise ValueError(f"this {kind} was trained with the module {trained.compressor}; pass that module")
+        compressor = SegmentPool(trained.rule, trained.reduce or "mean")
+        mode = trained.mode if mode is None else mode
+        before_projector = trained.before_projector if before_projector is None else before_projector
+        if proportional_attention is None:
+            proportional_attention = trained.proportional_attention
+        silence = trained.silence if silence is None else silence
+    mode, before_projector = "dynamic" if mode is None else mode, bool(before_projector)
     if mode not in MODES:
         raise ValueError(f"mode must be 'dynamic' or 'budget', got {mode!r}")
+    check_version(mode)
     if hasattr(base, "fastcompress_settings"):
-        raise ValueError(f"this {kind} is already compressed by {base.audio_compressor}; call revert first")
+        raise ValueError(f"this {kind} is already compressed by {saved_rule.current(base)}; call revert first")
     if mode == "budget" and pack:
         raise ValueError("pack must be None or False in budget mode, whose forward stays stock, got True")
     module = _compressor(compressor)
+    if family is None:
+        if mode == "budget" or pack:
+            raise NotImplementedError(f"{kind} has no budget mode and no packed rows: its prompt has no audio")
+        whisper.install(base, whisper.settings(module, proportional_attention, silence))
+    else:
+        if proportional_attention or silence is not None:
+            name = "proportional_attention" if proportional_attention else "silence"
+            raise NotImplementedError(f"{name} is supported for whisper only, got {kind}")
+        _install(base, family, module, mode, pack, before_projector)
+    patches.replace(base, "save_pretrained", _save_pretrained)
+    if trained is not None:
+        saved_rule.check_same(base.fastcompress_settings.saved_rule(base), trained, f"this {kind}")
+    saved_rule.store(base)
+    return model
+
+
+def _install(
+    base: Any, family: Family, module: nn.Module, mode: str, pack: bool | None, before_projector: bool
+) -> None:
+    """Compress an audio LLM, whose prompt has a placeholder per row of audio."""
+    kind = base.config.model_type
     if before_projector and (mode == "budget" or family.why_not_before):
         why = family.why_not_before or "budget mode pools the projector's output"
         raise NotImplementedError(f"{kind} cannot be compressed before its projector: {why}")
@@ -111,11 +169,11 @@ def apply_to(
     base.audio_compressor = module.to(table.device, table.dtype)
     base.fastcompress_settings = settings
     (budget if mode == "budget" else dynamic).install(base)
-    return model
+    features.install(base)
 
 
 def revert(model: Any) -> Any:
-    """Restore the stock model, in place.
+    """Restore the stock model, in place, and forget the rule that would be saved with it.
 
     Args:
         model: Model that [`apply_to`][] changed.
@@ -130,13 +188,18 @@ def revert(model: Any) -> Any:
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):
         raise ValueError(f"this {type(base).__name__} is not compressed, so there is nothing to revert")
-    settings: Settings = base.fastcompress_settings
-    dynamic.uninstall(base)
-    budget.uninstall(base)
-    if settings.attention is not None:
-        base.model.language_model.set_attn_implementation(settings.attention)
+    settings = base.fastcompress_settings
+    if isinstance(settings, Settings):
+        dynamic.uninstall(base)
+        budget.uninstall(base)
+        features.uninstall(base)
+        if settings.attention is not None:
+            base.model.language_model.set_attn_implementation(settings.attention)
+        del base.audio_compressor
+    else:
+        whisper.uninstall(base)
     del base.fastcompress_settings
-    del base.audio_compressor
+    saved_rule.erase(base)
     return model
 
 
@@ -156,6 +219,7 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
     from safetensors import safe_open
 
     base = unwrap(model)
+    _check_folder(base, Path(folder))
     prefix = "audio_compressor."
     found: dict[str, torch.Tensor] = {}
     for path in sorted(Path(folder).glob("*.safetensors")):
@@ -174,6 +238,24 @@ def load_compressor(model: Any, folder: str | Path) -> Any:
             )
     base.audio_compressor.load_state_dict(found)
     return model
+
+
+def _check_folder(base: Any, folder: Path) -> None:
+    """Warn if the model in a folder was trained with another compression."""
+    file = folder / "config.json"
+    data = json.loads(file.read_text(encoding="utf-8")).get(saved_rule.KEY) if file.is_file() else None
+    if data is not None:
+        trained = saved_rule.SavedRule.from_dict(data)
+        saved_rule.check_same(saved_rule.current(base), trained, f"the model in {folder}")
+
+
+def _save_pretrained(self: Any, save_directory: str | Path, *args: Any, **kwargs: Any) -> Any:
+    """Replace ``save_pretrained`` of the model: save the compression, too."""
+    saved_rule.store(self)
+    found = patches.original(self, "save_pretrained")(save_directory, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        saved_rule.save_beside_adapter(self, save_directory)
+    return found
 
 
 def _compressor(compressor: Any) -> nn.Module:

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastcompress.checks import IGNORED_LABEL
+from fastcompress.checks import IGNORED_LABEL, as_mask
+from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import patches
-from fastcompress.integrations.transformers.families import Family
+from fastcompress.integrations.transformers.families import FAMILIES, Family
 from fastcompress.nn import SegmentPool
-from fastcompress.rules import TopK, Uniform
+from fastcompress.rules import MinVariance, Rule, TopK, Uniform
 
 #: Number of rows of each audio, which the patched encoder of Qwen2-Audio passes to its patched projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
@@ -31,12 +32,21 @@ def check(kind: str, family: Family, compressor: nn.Module) -> None:
     Raises:
         NotImplementedError: They do not. The message has the reason.
     """
+    check_rule(kind, family, compressor.rule if type(compressor) is SegmentPool else compressor)
+
+
+def check_rule(kind: str, family: Family, rule: Any) -> None:
+    """Check that a family and a rule support budget mode.
+
+    Raises:
+        NotImplementedError: They do not. The message has the reason.
+    """
     if family.budget is None:
         raise NotImplementedError(f"{kind} has no budget mode: {family.why_no_budget}")
-    if not (type(compressor) is SegmentPool and isinstance(compressor.rule, (Uniform, TopK))):
+    if not isinstance(rule, Uniform | TopK | MinVariance):
         raise NotImplementedError(
-            "budget mode needs a rule whose number of tokens depends only on the length, uniform:N or top-k, got "
-            f"{compressor}; use mode='dynamic' for other rules"
+            "budget mode needs a rule whose number of tokens depends only on the length (uniform, min-variance or "
+            f"top-k), got {rule}; use mode='dynamic' for other rules"
         )
 
 
@@ -52,6 +62,7 @@ def install(model: Any) -> None:
     else:
         patches.replace(core.audio_tower, "_get_feat_extract_output_lengths", _lengths(pool))
         patches.replace(core.multi_modal_projector, "forward", _projector(pool))
+        patches.replace(core, "_merge_input_ids_with_audio_features", _scatter)
 
 
 def uninstall(model: Any) -> None:
@@ -86,18 +97,12 @@ def _merge(pool: SegmentPool) -> Callable[..., Any]:
 
 def _lengths(pool: SegmentPool) -> Callable[..., Any]:
     rule = pool.rule
-    assert isinstance(rule, Uniform | TopK)  # see `check`
+    assert isinstance(rule, Uniform | TopK | MinVariance)  # see `check`
 
     def _get_feat_extract_output_lengths(self: Any, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         frames, rows = patches.original(self, "_get_feat_extract_output_lengths")(*args, **kwargs)
         _LENGTHS.set(rows)
-        counts = rule.num_segments(rows)
-        if not bool((counts > 1).any()):  # with one placeholder per audio, the model would expand the placeholders
-            raise NotImplementedError(
-                "Qwen2-Audio in budget mode needs at least one audio of 2 or more tokens per batch, got token counts "
-                f"{counts.tolist()}; use mode='dynamic'"
-            )
-        return frames, counts
+        return frames, rule.num_segments(rows)
 
     return _get_feat_extract_output_lengths
 
@@ -112,10 +117,36 @@ def _projector(pool: SegmentPool) -> Callable[..., Any]:
     return forward
 
 
+def _scatter(
+    self: Any,
+    audio_features: Tensor,
+    num_audio_tokens: Tensor,
+    inputs_embeds: Tensor,
+    input_ids: Tensor,
+    attention_mask: Tensor | None,
+    labels: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, None, Tensor]:
+    """Replace the merge for prompts of old processors, which Qwen2-Audio calls if no two placeholders are adjacent.
+
+    The stock method expands the one placeholder of each audio. In budget mode that one is the audio's only token.
+    """
+    column = torch.arange(audio_features.shape[1], device=audio_features.device)
+    rows = audio_features[column < num_audio_tokens.to(audio_features.device)[:, None]]
+    is_audio = input_ids == self.config.audio_token_id
+    if rows.shape[0] != int(is_audio.sum()):
+        raise ValueError(
+            f"input_ids must have one placeholder per token, as BudgetProcessor writes them, got {int(is_audio.sum())} "
+            f"for {rows.shape[0]} tokens"
+        )
+    merged = inputs_embeds.masked_scatter(is_audio[..., None], rows.to(inputs_embeds))
+    return merged, attention_mask, labels, None, input_ids
+
+
 class BudgetProcessor:
     """Wrap a stock processor so that its prompts have one placeholder per token of a model in budget mode.
 
-    Everything else is delegated to the stock processor; ``save_pretrained`` saves that.
+    Everything else is delegated to the stock processor; ``save_pretrained`` saves that. The rules are those
+    whose number of tokens depends only on the length of the audio: ``uniform``, ``min-variance`` and ``top-k``.
 
     Args:
         processor: Stock processor of the model.
@@ -133,10 +164,42 @@ class BudgetProcessor:
                 f"model must be compressed in budget mode, got {type(model).__name__}; call "
                 "apply_to(model, rule, mode='budget') first"
             )
+        self._set(processor, model.config, model.audio_compressor.rule)
+
+    @classmethod
+    def from_config(cls, processor: Any, config: Any) -> BudgetProcessor:
+        """Wrap a stock processor for a model that is not in this process, such as one in a serving engine.
+
+        Args:
+            processor: Stock processor of the model.
+            config: Configuration of a model that was saved in budget mode, from
+                ``AutoConfig.from_pretrained(folder)``; its ``fastcompress`` has the rule.
+
+        Raises:
+            NotImplementedError: The model or the rule has no budget mode.
+            ValueError: The configuration has no saved rule, or one of dynamic mode.
+        """
+        if config.model_type not in FAMILIES:
+            raise NotImplementedError(f"{config.model_type} is not a supported audio LLM")
+        saved = saved_rule.stored_in(config)
+        if saved is None or saved.mode != "budget":
+            got = "none" if saved is None else f"one of {saved.mode} mode"
+            raise ValueError(
+                f"config must have a rule that was saved in budget mode, got {got}; call apply_to(model, rule, "
+                "mode='budget') before model.save_pretrained"
+            )
+        rule = None if saved.rule is None else Rule.from_string(saved.rule)
+        check_rule(config.model_type, FAMILIES[config.model_type], rule)
+        found = cls.__new__(cls)
+        found._set(processor, config, rule)
+        return found
+
+    def _set(self, processor: Any, config: Any, rule: Any) -> None:
+        family = FAMILIES[config.model_type]
         self.processor = processor
-        self._rule: Uniform | TopK = model.audio_compressor.rule
-        self._window = None if settings.family.window is None else settings.family.window(model.config)
-        self._token = model.config.audio_token_id
+        self._rule: Uniform | TopK | MinVariance = rule
+        self._window = None if family.window is None else family.window(config)
+        self._token = config.audio_token_id
 
     def __getattr__(self, name: str) -> Any:
         if name == "processor":  # copy looks attributes up before `processor` is set
@@ -178,7 +241,9 @@ class BudgetProcessor:
         ids = inputs["input_ids"]
         if not isinstance(ids, Tensor):
             raise TypeError(f"input_ids must be a tensor (return_tensors='pt'), got {type(ids).__name__}")
-        mask = inputs["attention_mask"].bool() if "attention_mask" in inputs else torch.ones_like(ids, dtype=torch.bool)
+        mask = torch.ones_like(ids, dtype=torch.bool)
+        if "attention_mask" in inputs:
+            mask = as_mask("attention_mask", inputs["attention_mask"])
         kept = [self._kept(row, real) for row, real in zip(ids, mask, strict=True)]
         tokenizer = getattr(self.processor, "tokenizer", None)
         side: str = getattr(tokenizer, "padding_side", "right")

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import dataclasses
 import inspect
-import pickle
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,9 +23,11 @@ import fastcompress as fc
 from fastcompress import decoder
 from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt, setting, unwrap
+from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
 from fastcompress.integrations.transformers import patches
-from fastcompress.integrations.transformers.families import Family
+from fastcompress.integrations.transformers.outputs import ignore_in_predictions, with_compressed
+from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
 from fastcompress.ops.row_groups import row_groups
 from fastcompress.segments import Pooled
@@ -36,32 +36,6 @@ from fastcompress.segments import Pooled
 CACHES = ("past_key_values", "cache")
 #: Settings of ``generate`` that turn assisted decoding on.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
-
-
-@dataclass
-class Settings:
-    """Hold the compression settings of a model.
-
-    Attributes:
-        family: Family of the model.
-        mode: ``"dynamic"`` or ``"budget"``.
-        pack: Whether ``forward`` runs the decoder on packed rows.
-        before_projector: Whether frames are pooled before the projector.
-        attention: Name of the decoder's attention before ``apply_to`` changed it; ``None``: not changed.
-    """
-
-    family: Family
-    mode: str
-    pack: bool
-    before_projector: bool
-    attention: str | None = None
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Settings:
-        return dataclasses.replace(self)
-
-    def __reduce__(self) -> Any:
-        # Bound methods are pickled by name, so a loaded model would silently have the stock methods.
-        raise pickle.PicklingError("a compressed model cannot be pickled; call revert first, or use save_pretrained")
 
 
 @dataclass
@@ -103,6 +77,7 @@ def _running(call: Call) -> Iterator[None]:
 
 def install(model: Any) -> None:
     """Replace methods of a model that has its ``Settings`` in ``fastcompress_settings``."""
+    ignore_in_predictions(model.config)
     patches.replace(model, "forward", _forward)
     patches.replace(model, "generate", _generate)
     patches.replace(model.model.language_model, "forward", _decode)
@@ -168,6 +143,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "nothing was compressed, because forward of language_model was replaced after apply_to; call revert and "
             "apply_to again"
         )
+    warn_of_positions(self.config, call.inputs)
     loss = None
     if labels is not None:
         loss = _loss(call, out.logits, num_items)
@@ -177,8 +153,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             loss = loss + self.audio_compressor.loss_weight * share * own.to(loss.device)
         if not has_audio and torch.is_grad_enabled():
             loss = loss + _unused(self, loss.device)
-    found = type(out)(**{"loss": loss} | {name: value for name, value in out.items() if name != "loss"})
-    found.compressed = call.inputs
+    found = with_compressed(out, call.inputs, loss=loss)
     return found.to_tuple() if as_tuple else found
 
 
@@ -392,8 +367,9 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
         self.enable_adapters()  # the stock method does this only if it gets audio features
         stock = GenerationMixin.generate.__get__(self)
-    out = stock(**rest)
-    return prepend_prompt(out, ids, embeds.shape[1] if family.prompt_ids else 0)
+    out = prepend_prompt(stock(**rest), ids, embeds.shape[1] if family.prompt_ids else 0)
+    warn_of_limits(self, rest, out, ids.shape[1], packed)
+    return out
 
 
 def compressed_prompt(model: Any, **inputs: Any) -> fc.PackedInputs:

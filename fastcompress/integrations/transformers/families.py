@@ -16,6 +16,8 @@ from torch import Tensor
 
 #: Versions of transformers that the tests cover: the first and later, but before the second.
 TESTED = ("5.24", "5.25")
+#: First version with which budget mode is tested; serving engines pin older versions than training does.
+TESTED_BUDGET = "5.16"
 
 
 @dataclass(frozen=True)
@@ -34,6 +36,8 @@ class Family:
         why_no_budget: Reason for the missing budget mode.
         why_not_before: Reason why frames cannot be pooled before the projector; empty: they can.
         features: Arguments of ``forward`` that hold audio.
+        mask: Argument of ``forward`` with the mask of the features.
+        time: Dimension of the features that is time.
         refused: Arguments of ``forward`` that are not supported with compression.
         prompt_ids: Whether ``generate`` gets the ids of the compressed prompt. False where the model computes
             positions from them.
@@ -48,6 +52,8 @@ class Family:
     why_no_budget: str = ""
     why_not_before: str = ""
     features: tuple[str, ...] = ("input_features",)
+    mask: str = "input_features_mask"
+    time: int = -1
     refused: tuple[str, ...] = ()
     prompt_ids: bool = True
     adapters_hear: bool = False
@@ -98,7 +104,7 @@ _PICTURES = ("pixel_values", "pixel_values_videos", "image_grid_thw", "video_gri
 _MARKERS = "it puts time markers between the placeholders of one audio"
 _ADAPTOR = "its adaptor attends between frames"
 _QFORMER = "its projector attends to frames in windows of a fixed size"
-_GRANITE: dict[str, Any] = {"budget": "merge", "why_not_before": _QFORMER, "adapters_hear": True}
+_GRANITE: dict[str, Any] = {"budget": "merge", "why_not_before": _QFORMER, "adapters_hear": True, "time": 1}
 _FLAMINGO: dict[str, Any] = {
     "lengths": _by_tower("input_features_mask"),
     "window": lambda c: c.audio_config.max_source_positions // 2,
@@ -108,6 +114,7 @@ _FLAMINGO: dict[str, Any] = {
 FAMILIES: dict[str, Family] = {
     "qwen2_audio": Family(
         "Qwen2-Audio", 25, lengths=_by_tower("feature_attention_mask"), budget="projector",
+        mask="feature_attention_mask",
     ),
     "audioflamingo3": Family("Audio Flamingo 3", 25, **_FLAMINGO),
     "musicflamingo": Family(
@@ -124,18 +131,18 @@ FAMILIES: dict[str, Family] = {
         "Qwen2.5-Omni (thinker)", 25, budget=None, prompt_ids=False,
         why_no_budget="it computes positions of audio from the length of its features",
         why_not_before="its projector is inside the encoder",
-        refused=_PICTURES,
+        mask="feature_attention_mask", refused=_PICTURES,
     ),
     "qwen3_omni_moe_thinker": Family(
         "Qwen3-Omni (thinker)", 13, budget=None, prompt_ids=False,
         why_no_budget="it computes positions of audio from the length of its features",
         why_not_before="its projector is inside the encoder",
-        refused=_PICTURES,
+        mask="feature_attention_mask", refused=_PICTURES,
     ),
     "qwen3_asr": Family("Qwen3-ASR", 13, lengths=_qwen3_asr_lengths),
-    "fun_asr_nano": Family("Fun-ASR-Nano", 16.7, lengths=_mask_lengths, why_not_before=_ADAPTOR),
+    "fun_asr_nano": Family("Fun-ASR-Nano", 16.7, lengths=_mask_lengths, why_not_before=_ADAPTOR, time=1),
     "vibevoice_asr": Family(
-        "VibeVoice-ASR", 7.5, lengths=_vibevoice_lengths, features=("input_values",),
+        "VibeVoice-ASR", 7.5, lengths=_vibevoice_lengths, features=("input_values",), mask="padding_mask",
         why_not_before="its projector combines the outputs of two encoders",
     ),
     "moss_transcribe_diarize": Family(
@@ -161,19 +168,22 @@ REFUSED: dict[str, str] = {
 }
 
 
-def check_version() -> None:
+def check_version(mode: str) -> None:
     """Warn if transformers is newer than the tested versions.
 
     Raises:
-        ImportError: transformers is older than the tested versions.
+        ImportError: transformers is older than the tested versions of this mode.
     """
     import warnings
 
-    version = tuple(int(part) for part in transformers.__version__.split(".")[:2])
-    oldest, newest = (tuple(int(part) for part in text.split(".")) for text in TESTED)
+    first = TESTED_BUDGET if mode == "budget" else TESTED[0]
+    version, oldest, newest = (
+        tuple(int(part) for part in text.split(".")[:2]) for text in (transformers.__version__, first, TESTED[1])
+    )
     if version < oldest:
         raise ImportError(
-            f"compressing stock models needs transformers {TESTED[0]} or later, got {transformers.__version__}"
+            f"{mode} mode needs transformers {first} or later, got {transformers.__version__}: install a newer one"
+            + ("" if mode == "budget" else f", or use budget mode, which needs {TESTED_BUDGET}")
         )
     if version >= newest:
         warnings.warn(
@@ -218,6 +228,16 @@ def support() -> dict[str, dict[str, Any]]:
             "why_no_budget": family.why_no_budget or None,
         }
         for kind, family in FAMILIES.items()
+    }
+    found["whisper"] = {
+        "name": "Whisper",
+        "tokens_per_second": 50,
+        "dynamic": True,
+        "packed": False,
+        "before_projector": True,
+        "why_not_before": None,
+        "budget": False,
+        "why_no_budget": "its prompt has no audio",
     }
     return found | {kind: {"refused": reason} for kind, reason in REFUSED.items()}
 

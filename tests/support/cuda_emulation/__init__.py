@@ -1,7 +1,7 @@
-"""Builds and loads the CUDA ops as CPU ops, their kernels run by ``emulator.h`` (see there).
+"""Build and load the CUDA ops as CPU ops whose kernels run in the emulator (``emulator.h``).
 
-``load()`` compiles ``csrc/cuda`` and ``module.cpp`` with g++ by ninja into ``build/``, once for each kind of build, and
-returns the pybind11 module. ``emulated()`` routes the ops of CPU tensors to it for the length of a ``with``.
+``load()`` compiles ``csrc/cuda`` and ``module.cpp`` with g++ and ninja into ``build/``, once for each kind of build,
+and returns the pybind11 module. Inside ``with emulated():``, the ops of CPU tensors run in it.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from tests.support import ROOT
 
 HERE = Path(__file__).parent
 TORCH = Path(torch.__file__).parent
-#: The imaginary GPU of module.cpp: multiprocessors, bytes of shared memory of each, and of a block at most.
+#: The imaginary GPU of module.cpp: multiprocessors, bytes of shared memory per multiprocessor, maximum bytes per block.
 DEFAULT_DEVICE = (4, 100 << 10, 99 << 10)
-#: What each kind of build adds to the compiler's flags.
+#: Compiler flags that each kind of build adds.
 KINDS = {
     "plain": "-O2",
-    # UBSan continues after what it finds, and the process ends well, unless it is told otherwise.
+    # By default UBSan continues after an error, and the process exits with 0.
     "address": "-O1 -g -fsanitize=address,undefined -fno-sanitize-recover=all",
     "thread": "-O1 -g -fsanitize=thread",
 }
@@ -46,12 +46,12 @@ FLAGS = (
 
 
 def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Path:
-    """Compiles and returns the path of the module.
+    """Compile the module and return its path.
 
     Args:
-        kind: a key of ``KINDS``.
-        change: a file of ``csrc/cuda``, text that occurs in it once, and what to write instead: a seeded bug. Only
-            packing or greedy segments, if the file is their own, or the fused op is compiled with it.
+        kind: Key of ``KINDS``.
+        change: Seeded bug: a file of ``csrc/cuda``, text that occurs in it once, and its replacement. With a change,
+            only the op of that file is compiled: packing, greedy segments, or else the fused op.
     """
     csrc = ROOT / "csrc"
     folder = ROOT / "build" / f"emulated-{kind}"
@@ -67,7 +67,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
         shutil.rmtree(seeded, ignore_errors=True)
         shutil.copytree(csrc, seeded / "csrc")
         text = (csrc / "cuda" / name).read_text()
-        assert text.count(old) == 1, f"{name} has {text.count(old)} times {old!r}"
+        assert text.count(old) == 1, f"{name} contains {old!r} {text.count(old)} times"
         (seeded / "csrc" / "cuda" / name).write_text(text.replace(old, new))
         unit = next((unit for unit in ("pack", "greedy_segments") if name.startswith(unit)), "segment_pool")
         objects = [seeded / f"{unit}.o" if path.stem == unit else path for path in objects]
@@ -87,7 +87,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
         "",
     ]
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # test processes side by side
+    with open(folder / "lock", "w") as lock:  # several test processes may build at the same time
         fcntl.flock(lock, fcntl.LOCK_EX)
         (folder / "build.ninja").write_text("\n".join(lines))
         done = subprocess.run([sys.executable, "-m", "ninja", "-C", folder], capture_output=True, text=True)
@@ -98,7 +98,7 @@ def build(kind: str = "plain", change: tuple[str, str, str] | None = None) -> Pa
 
 @functools.cache
 def load() -> ModuleType:
-    """The module, built if need be. ``FASTCOMPRESS_EMULATED`` names one that is built already."""
+    """Return the module, and build it if necessary. ``FASTCOMPRESS_EMULATED`` can name a module that is built."""
     path = os.environ.get("FASTCOMPRESS_EMULATED") or build()
     library = torch.library.Library("fastcompress_emulated", "DEF")
     for schema in SCHEMAS:
@@ -114,7 +114,7 @@ def load() -> ModuleType:
 
 @contextlib.contextmanager
 def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
-    """Within this context the ops of CPU tensors run the CUDA kernels, with that schedule."""
+    """Run the CUDA kernels for the ops of CPU tensors in this context, with the given schedule."""
     module = load()
     module.set_schedule(seed, os_threads)
     library = override({name: getattr(torch.ops.fastcompress_emulated, name) for name in OPS}, ("CPU",))
@@ -125,7 +125,7 @@ def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
 
 
 def run(command: list[str], module: Path, sanitizer: str | None = None) -> subprocess.CompletedProcess[str]:
-    """Runs Python with ``command`` on the kernels of ``module``, which were built for a sanitizer or for none."""
+    """Run Python with ``command`` on the kernels of ``module``, which may be built with a sanitizer."""
     environment = {**os.environ, "FASTCOMPRESS_EMULATED": str(module), "PYTHONPATH": str(ROOT)}
     command = [sys.executable, *command]
     if sanitizer is not None:
@@ -138,5 +138,5 @@ def run(command: list[str], module: Path, sanitizer: str | None = None) -> subpr
             "ASAN_OPTIONS": "detect_leaks=0:detect_stack_use_after_return=0:allocator_may_return_null=1",
             "OMP_NUM_THREADS": "1",  # torch's threads synchronize in ways that ThreadSanitizer does not see
         }
-        command = ["setarch", "-R", *command]  # ThreadSanitizer wants the usual layout of memory
+        command = ["setarch", "-R", *command]  # ThreadSanitizer does not support a randomized memory layout
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)

@@ -1,15 +1,15 @@
-// Runs CUDA C++ kernels on the CPU: a fibre for each CUDA thread of a block, an OS thread for each block that is
-// resident. Stands in for <cuda_runtime.h> when the kernels of csrc/cuda are compiled by g++ for the tests.
+// Runs CUDA C++ kernels on the CPU, with one fibre per CUDA thread of a block and one OS thread per resident block. It
+// replaces <cuda_runtime.h> when g++ compiles the kernels of csrc/cuda for the tests.
 //
-// What it checks beyond results:
-// * barriers and warp operations that not all threads reach, or that name lanes which do not take part, end the process
-//   with a message;
-// * threads run in another order for every `schedule().seed`, so code that relies on warps in lockstep fails;
-// * an asynchronous copy arrives when it is waited for and not before;
-// * under AddressSanitizer shared memory has red zones;
-// * under ThreadSanitizer fibres are threads of their own, ordered by __syncthreads and release/acquire pairs alone
-//   (votes and shuffles order no memory), so that a missing barrier is a reported race.
-// What it does not have: weak memory ordering, timing, tensor cores, clusters.
+// It detects the following faults of a kernel:
+// * The process ends with a message if not all threads reach a barrier or a warp operation, or if a warp operation
+//   names lanes that do not take part.
+// * Threads run in another order for every `schedule().seed`, so code that relies on warps in lockstep fails.
+// * An asynchronous copy is executed when the thread waits for it, and not before.
+// * Under AddressSanitizer shared memory has red zones.
+// * ThreadSanitizer treats fibres as threads that only __syncthreads and release/acquire pairs order (votes and
+//   shuffles do not order memory), so it reports a missing barrier as a race.
+// It does not emulate weak memory ordering, timing, tensor cores or clusters.
 #pragma once
 
 #include <algorithm>
@@ -35,7 +35,7 @@
 #endif
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
-// The emulator's own bookkeeping is not what is to be checked.
+// ThreadSanitizer need not check the emulator's own bookkeeping.
 #define EMULATOR_QUIET __attribute__((noinline, no_sanitize("thread")))
 #else
 #define EMULATOR_QUIET
@@ -48,7 +48,7 @@
 #define __launch_bounds__(...)
 #define __restrict__ __restrict
 #if defined(__SANITIZE_ADDRESS__)
-#define __shared__ static  // thread-local memory would have no red zones; so one OS thread at a time
+#define __shared__ static  // under AddressSanitizer, which needs one OS thread: thread-local memory has no red zones
 #else
 #define __shared__ static thread_local
 #endif
@@ -66,10 +66,10 @@ struct alignas(16) uint4 {
 
 namespace emulator {
 
-// How blocks and threads are run; set before a launch.
+// The order and concurrency of blocks and threads; set before a launch.
 struct Schedule {
-  uint64_t seed = 0;   // 0: threads in their order; else a random order, a new one after every barrier
-  int os_threads = 1;  // blocks that are resident at once
+  uint64_t seed = 0;   // 0: threads run in their order; else in a random order, a new one after every barrier
+  int os_threads = 1;  // number of resident blocks
 };
 inline Schedule& schedule() {
   static Schedule instance;
@@ -84,8 +84,8 @@ struct AsyncCopy {
   const void* source;
 };
 
-// Saves the registers that a call preserves and the stack in *from, and continues where `to` was saved. swapcontext
-// would do, but asks the system for the signal mask each time, which costs six times as much.
+// Saves the stack pointer and the registers that a call preserves in *from, and continues where `to` was saved.
+// swapcontext also makes a system call for the signal mask, which takes six times as long.
 extern "C" void fastcompress_emulator_switch(void** from, void* to);
 asm(R"(
 .text
@@ -111,12 +111,12 @@ fastcompress_emulator_switch:
 )");
 
 struct Fibre {
-  void* saved_stack;  // its stack pointer while others run
+  void* saved_stack;  // stack pointer while other fibres run
   char* stack;
   uint3 index;
   int number;
   State state;
-  // The operation of the warp that it waits in.
+  // The warp operation in which the fibre waits.
   unsigned mask;
   WarpOp op;
   int source;
@@ -125,7 +125,7 @@ struct Fibre {
   std::vector<AsyncCopy> copies;
 #if defined(__SANITIZE_THREAD__)
   void* tsan;
-  int barriers;  // passed so far: two sync objects in turn, or neighbouring phases would be ordered too
+  int barriers;  // number of barriers passed; two sync objects alternate, so that only one phase is ordered at a time
 #endif
 #if defined(__SANITIZE_ADDRESS__)
   void* fake_stack;
@@ -212,7 +212,7 @@ EMULATOR_QUIET inline void run_fibre() {
   __tsan_acquire(&b->begin);
 #endif
   (*b->body)();
-  if (!b->current->copies.empty()) die("a thread ends with asynchronous copies that nobody waited for");
+  if (!b->current->copies.empty()) die("a thread ends with asynchronous copies that it has not waited for");
 #if defined(__SANITIZE_THREAD__)
   __tsan_release(&b->end);
 #endif
@@ -312,10 +312,10 @@ EMULATOR_QUIET inline void prepare(Block& b) {
 #endif
     f.stack = b.stacks.get() + kStackBytes * i;
 #if defined(__SANITIZE_ADDRESS__)
-    __asan_unpoison_memory_region(f.stack, kStackBytes);  // what the last block left of its frames
+    __asan_unpoison_memory_region(f.stack, kStackBytes);  // the frames of the last block may be poisoned
 #endif
-    // As if it had called the switch: six registers and the return address, above them the frame of a function that
-    // never returns. The stack is aligned as the call of a function leaves it.
+    // The stack looks as if the fibre had called the switch: six registers and the return address, and above them the
+    // frame of a function that never returns. The alignment is that after a function call.
     void** top = reinterpret_cast<void**>(reinterpret_cast<uintptr_t>(f.stack + kStackBytes) & ~uintptr_t(15));
     *--top = nullptr;
     *--top = reinterpret_cast<void*>(run_fibre);
@@ -375,7 +375,7 @@ EMULATOR_QUIET inline void run_block(Block& b) {
   block() = nullptr;
 }
 
-// Takes blocks in order until there are none left.
+// Runs blocks in order until none is left.
 EMULATOR_QUIET inline void run_blocks(dim3 grid, dim3 size, size_t shared_bytes, const std::function<void()>& body,
                                       std::atomic<uint64_t>& next) {
   Block b;

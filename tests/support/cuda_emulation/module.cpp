@@ -1,6 +1,6 @@
-// The CUDA ops on CPU tensors, their kernels run by the emulator: the launchers of csrc/cuda compiled by g++, bound for
-// the tests. The ops are registered as fastcompress_emulated::<op>, whose schemas
-// tests/support/cuda_emulation/__init__.py defines.
+// Binds the CUDA ops for CPU tensors for the tests: g++ compiles the launchers of csrc/cuda, and the emulator runs the
+// kernels. The ops are registered as fastcompress_emulated::<op>; tests/support/cuda_emulation/__init__.py defines
+// their schemas.
 #include <pybind11/pybind11.h>
 
 #include <cstring>
@@ -11,7 +11,7 @@
 
 namespace fastcompress::cuda {
 namespace {
-// An imaginary small GPU. Its sizes decide how the fused op cuts its rows.
+// An imaginary small GPU. Its sizes determine the tiles of the fused op.
 Device device{4, 100 << 10, 99 << 10};
 }  // namespace
 
@@ -36,12 +36,12 @@ PYBIND11_MODULE(_emulated, m) {
         emulator::schedule().os_threads = os_threads;
       },
       pybind11::arg("seed"), pybind11::arg("os_threads"),
-      "In which order threads run (0: their own) and how many blocks are resident at once.");
+      "Set the seed of the order of threads (0: their own order) and the number of resident blocks.");
   m.def(
       "set_device",
       [](int processors, int shared_per_processor, int shared_per_block) {
         fastcompress::cuda::device = {processors, shared_per_processor, shared_per_block};
       },
       pybind11::arg("processors"), pybind11::arg("shared_per_processor"), pybind11::arg("shared_per_block"),
-      "The imaginary GPU: multiprocessors, and bytes of shared memory.");
+      "Set the imaginary GPU: multiprocessors, and bytes of shared memory.");
 }

@@ -1,4 +1,4 @@
-"""Where triton is an interpreter, its conversions from and to bf16 are those of hardware."""
+"""Replace the interpreter's conversions from and to bf16 by those of hardware."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 
 @pytest.fixture(autouse=True)
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    # Not above: this file is also read where nothing is interpreted, and the import would change that.
+    # Imported here, since this file is also imported without the interpreter, which the import would start.
     from tests.support.triton_interpreter import convert_float, interpreter
 
     monkeypatch.setattr(interpreter, "_convert_float", convert_float)

@@ -1,4 +1,4 @@
-"""Wrong input, launches, fakes and memory.
+"""Invalid input, launches, fakes and memory.
 
 Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/contracts.py``.
 """
@@ -25,7 +25,7 @@ from tests.support.triton_interpreter import (
     given_segments,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, for infinities
 
 
 HOSTILE = ([0, 99], [1, 40], [0, 30, 20, 40], [0, -5, 40], [0, 2**31 - 1, 40], [-(2**31), 40], [0, 39], [7])
@@ -33,12 +33,15 @@ HOSTILE = ([0, 99], [1, 40], [0, 30, 20, 40], [0, -5, 40], [0, 2**31 - 1, 40], [
 
 @pytest.mark.parametrize("values", HOSTILE, ids=str)
 def test_hostile_offsets(values: list[int]):
-    """It raises where the count is read; else all rows are one sequence, and no access is out of bounds."""
+    """The error is raised where the count is read. Without a read, all rows are one sequence.
+
+    No access is out of bounds in either case.
+    """
     x = torch.full((140, 8), torch.nan)
     x[50:90] = features("iid", 40, 8, torch.float32)
     x, cu = x[50:90], torch.tensor(values, dtype=torch.int32)
     sequences = len(values) - 1
-    # Offsets are read in the same way for every rule.
+    # All rules read offsets in the same way.
     rules = (fc.LocalMax(), fc.Uniform(3), fc.Threshold(0.5, min_len=2)) if values == HOSTILE[2] else (fc.LocalMax(),)
     for rule in rules:
         args = rule.op_args()
@@ -103,7 +106,7 @@ def test_values_are_checked_at_once_if_asked(monkeypatch):
 
 
 def test_launches(monkeypatch):
-    """An op launches a known number of kernels, and reads nothing from the device without ``compact``."""
+    """An op launches a fixed number of kernels, and reads nothing from the device without ``compact``."""
     names = []
     options = common.compile_options
     monkeypatch.setattr(common, "compile_options", lambda *args: names.append(1) or options(*args))
@@ -132,7 +135,7 @@ def test_launches(monkeypatch):
 @pytest.mark.parametrize("compact", [True, False])
 @pytest.mark.parametrize("rule", [fc.LocalMax(), fc.LocalMax(min_len=2), fc.Uniform(1)], ids=str)
 def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
-    """Results are no aliases and have the strides and offsets of new tensors, also for an odd number of segments."""
+    """Results do not alias inputs and have the strides and offsets of new tensors, also with an odd number of rows."""
     x = packed("iid", 5, torch.float32, (4, 0, 10)).x
     cu, d = offsets((4, 0, 10)), x[:, 0].contiguous()
     with fc.backend("triton"):
@@ -146,7 +149,7 @@ def test_results_are_what_the_fakes_say(rule: fc.Rule, compact: bool):
 
 
 def test_the_default_device_does_not_matter():
-    """Numbers that are passed as bits are not computed by a tensor on that device."""
+    """Numbers are converted to bits without a tensor on the default device."""
     x = features("iid", 20, 5, torch.float32)
     for rule in (fc.Threshold(0.7312), fc.LocalMax(prominence=0.1)):
         expected = DEFINITION["segment_pool"](x, None, None, None, None, *rule.op_args(), False)
@@ -165,7 +168,7 @@ def test_bits_of_numbers(value: float):
 
 
 def test_rows_that_are_too_wide():
-    """A grid cannot have as many programs as such rows need."""
+    """Such rows would need more programs than a grid can have."""
     x, starts = torch.zeros(1, 2**21 + 1, dtype=torch.float64), torch.zeros(1, dtype=torch.int64)
     with pytest.raises(RuntimeError, match="rows must not be wider than 2097152, got 2097153"):
         OPS["segment_reduce"](x, starts, starts + 1, "mean")
@@ -176,7 +179,7 @@ def test_rows_that_are_too_wide():
 
 @pytest.mark.parametrize("runs, kept", [(3, 3), (30, 41)])
 def test_few_segments_do_not_hold_the_memory_of_many(runs: int, kept: int):
-    """The bound is 41 segments; results of less than half of it are copied."""
+    """The bound is 41 segments. Results that need less than half of it are copied."""
     x = features("iid", runs, 4, torch.float32)[torch.arange(40) * runs // 40]
     args = None, None, None, *fc.Threshold(1e-4).op_args(), True
     d = DEFINITION["adjacent_distance"](x, None, None, 1)

@@ -1,4 +1,4 @@
-"""Selection and pooling: the bits of the definition, in every layout, over tiles, with keys, of every stride.
+"""Selection and pooling have the bits of the definition in every layout, across tiles, with keys and strides.
 
 Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/pooling.py``.
 """
@@ -36,7 +36,7 @@ from tests.support.triton_interpreter import (
     layouts,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, for infinities
 
 TILED = some(FUSED, fc.Uniform(3, tail="drop"), fc.Threshold(0.15), fc.LocalMax(order=16))
 
@@ -48,7 +48,7 @@ def check_selection(batch: Batch, dtype: torch.dtype, rules: tuple[fc.Rule, ...]
         check("select_boundaries", d, *args, what=f"{batch}, {rule}, compact={compact}")
 
 
-# The last differs from 1 in fp64 alone.
+# The last threshold differs from 1 only in fp64.
 SELECTED = (*RULES, fc.LocalMax(order=3), fc.LocalMax(threshold=0.9999999999))
 
 
@@ -81,7 +81,7 @@ def test_segment_pool_in_every_layout_by_every_rule(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_segment_pool(dtype: torch.dtype):
-    # All of the rules in every layout: test_segment_pool_in_every_layout_by_every_rule.
+    # test_segment_pool_in_every_layout_by_every_rule tests all rules in every layout.
     rules = (fc.Uniform(3, tail="drop"), fc.LocalMax(), fc.LocalMax(order=2, min_len=2, max_len=5))
     for i, batch in enumerate(layouts(17, dtype)):
         rule, compact = rules[i % 3], i % 2 == 0
@@ -149,7 +149,7 @@ def test_limits_over_tiles():
 @pytest.mark.parametrize("key_dtype", QUICK, ids=str)
 def test_keys_are_scored_and_x_is_pooled(key_dtype: torch.dtype):
     for dtype in DTYPES:
-        # One pass over packed rows, the three parts over padded ones: keys meet each dtype of x in both.
+        # Packed rows take one pass and padded rows three steps; both run with keys of each dtype of x.
         batches = {
             fc.LocalMax(): packed("iid", 33, dtype, SHORT),
             fc.Threshold(0.9, min_len=2): padded("iid", 33, dtype, SHORT),

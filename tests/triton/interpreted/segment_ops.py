@@ -1,4 +1,4 @@
-"""Distances, reductions, integrate-and-fire and packing: the bits of the definition.
+"""Distances, reductions, integrate-and-fire and packing have the bits of the definition.
 
 Run by tests/triton/test_triton.py. By hand: ``TRITON_INTERPRET=1 pytest tests/triton/interpreted/segment_ops.py``.
 """
@@ -37,7 +37,7 @@ from tests.support.triton_interpreter import (
     layouts,
 )
 
-pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of arithmetic with infinities
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # from numpy, for infinities
 
 
 def test_round_trip_of_bfloat16():
@@ -118,7 +118,7 @@ def test_weighted_mean(dtype: torch.dtype):
     check("segment_weighted_mean_backward", grad, x, y, weights, starts, lengths)
 
 
-# Widths: a tile of columns is wider, has a tail, or there are several.
+# Widths: less than a tile of columns, one tile with a tail, and several tiles.
 @pytest.mark.parametrize(
     ("dtype", "width"),
     some(

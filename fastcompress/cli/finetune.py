@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError
+from fastcompress.cli.models import MANIFEST_HELP
 from fastcompress.cli.settings import Given, make_settings_parser, resume_hint
 from fastcompress.training.settings import FinetuneSettings, SettingsError
 
@@ -31,8 +32,8 @@ def _make_parser() -> SettingsParser:
         "finetune",
         "--model MODEL --output-dir FOLDER --data MANIFEST",
         "Compress the audio of a stock audio LLM of transformers and train LoRA on its decoder, and its projector, to "
-        "recover the quality. `fastcompress info --models` lists the models. The folder gets run.yaml, adapter/ and "
-        "finetune.json. For several GPUs: accelerate launch -m fastcompress finetune ...",
+        "recover the quality. `fastcompress info --models` lists the models. The folder gets run.yaml, skipped.txt, "
+        f"adapter/ and finetune.json. {MANIFEST_HELP} For several GPUs: accelerate launch -m fastcompress finetune ...",
         lambda parser: parser.add_argument(
             "--dry-run", action="store_true", help="Print parameters and memory, and load nothing"
         ),

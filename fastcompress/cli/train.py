@@ -7,7 +7,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError
-from fastcompress.cli.models import positive, quiet_transformers
+from fastcompress.cli.models import MANIFEST_HELP, positive, quiet_transformers
 from fastcompress.cli.settings import Given, make_settings_parser, resume_hint
 from fastcompress.training.settings import SettingsError, TrainSettings
 
@@ -28,8 +28,8 @@ def _make_parser() -> SettingsParser:
         "train",
         "--output-dir FOLDER --data MANIFEST",
         "Train the reference audio LLM. Without a model to start from, make a small one for the data. The folder gets "
-        "run.yaml, log.csv, checkpoints/ and final/, which evaluate and transcribe load. "
-        "For several processes: accelerate launch -m fastcompress train ...",
+        "run.yaml, log.csv, skipped.txt, checkpoints/ and final/, which evaluate and transcribe load. "
+        f"{MANIFEST_HELP} For several processes: accelerate launch -m fastcompress train ...",
         lambda parser: parser.add_argument(
             "--threads", type=positive, metavar="N", help="Threads of torch (default: one per core)"
         ),

@@ -294,3 +294,34 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     assert complete("train", "--max-s") == ["--max-seconds", "--max-steps"]
     assert complete("finetune", "--mode", "") == ["dynamic", "budget"]
     assert complete("make-data", "x", "--task", "n") == ["numbers"]
+
+
+# Progress
+
+
+def test_transcribe_has_a_bar_on_a_terminal():
+    terminal, other_end = os.openpty()
+    files = [str(DIGITS / f"{i % 2}.wav") for i in range(4)]
+    command = [
+        sys.executable,
+        "-m",
+        "fastcompress",
+        "transcribe",
+        *files,
+        "--model",
+        MODEL,
+        "--batch-size",
+        "1",
+        *SHORT,
+    ]
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=other_end, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    os.close(other_end)
+    shown = b""
+    with contextlib.suppress(OSError):  # how Linux ends a terminal
+        while part := os.read(terminal, 4096):
+            shown += part
+    os.close(terminal)
+    assert process.stdout is not None and process.stdout.read().count("\n") == 4 and process.wait() == 0
+    assert b"0/4" in shown and b"file" in shown

@@ -62,6 +62,7 @@ def test_help(command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     words = " ".join(text.split())
     assert "--max-steps INT Updates of the weights (default: 1000)" in words
     assert "--data MANIFEST Manifest to train on (required)" in words
+    assert '{"audio_filepath": "audio/1.wav", "duration": 2.31, "text": "two hundred"}' in words
     assert "--bf16, --no-bf16" in text
     assert not any(line.rstrip().endswith("-") for line in lines)  # no line ends inside a flag
     assert words.endswith(EXIT_CODES)

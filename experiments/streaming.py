@@ -17,7 +17,8 @@ import torch
 from fastcompress.lalm.streaming import StreamingTranscriber
 from fastcompress.training.evaluation import transcribe
 from fastcompress.training.examples import Examples
-from fastcompress.training.manifest import Utterance, load_utterance, read_manifest
+from fastcompress.training.manifest import Utterance, read_manifest
+from fastcompress.training.usable import load_utterance
 
 ROOT = Path(__file__).resolve().parents[1]
 MODELS = ("digits", "digits-uniform-4")

@@ -9,16 +9,26 @@ import math
 import os
 from collections.abc import Callable, Iterator
 from functools import lru_cache
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 import soxr
 import torch
 
 from fastcompress.audio_file import AudioFile, audio_seconds
-from fastcompress.audio_source import AudioError
+from fastcompress.audio_source import AudioError, AudioWarning
 
-__all__ = ["AudioError", "audio_blocks", "audio_seconds", "load_audio", "log_mel", "mel_centres", "mel_filters"]
+__all__ = [
+    "AudioError",
+    "AudioWarning",
+    "audio_blocks",
+    "audio_seconds",
+    "float_samples",
+    "load_audio",
+    "log_mel",
+    "mel_centres",
+    "mel_filters",
+]
 
 SAMPLE_RATE = 16_000  # Hz, of everything after `load_audio`
 WINDOW = 400  # samples: 25 ms
@@ -35,11 +45,12 @@ Progress = Callable[[float, float], None]
 
 
 def load_audio(
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | bytes,
     sample_rate: int = SAMPLE_RATE,
     progress: Progress | None = None,
     offset: float = 0.0,
     duration: float | None = None,
+    name: str | None = None,
 ) -> np.ndarray:
     """Read any file that ffmpeg reads (WAV, FLAC, MP3, M4A, Ogg, Opus, video, ...) as mono samples.
 
@@ -47,11 +58,12 @@ def load_audio(
     rate and channels.
 
     Args:
-        path: The file.
+        path: The file, or its content.
         sample_rate: Rate of the result in Hz.
         progress: Function called after each block with the seconds read and the seconds that the header promises.
         offset: Seconds of the file to skip (``AudioFile.skip_to`` lists the formats in which they are not decoded).
         duration: Seconds to read; ``None``: to the end.
+        name: Name in messages; ``None``: the file's.
 
     Returns:
         float32 ``[S]``, full scale at 1.0, ``S = seconds * sample_rate`` to within a sample. A silent file gives zeros.
@@ -59,22 +71,26 @@ def load_audio(
 
     Raises:
         AudioError: As ``audio_blocks``.
+
+    Warns:
+        AudioWarning: As ``audio_blocks``.
     """
     # A bytearray grows in place (its reserve is never touched) and becomes an array without a copy. The header's length
     # is not used for this, because it is an estimate in some formats and missing in others.
     samples = bytearray()
-    for block in audio_blocks(path, sample_rate, progress=progress, offset=offset, duration=duration):
+    for block in audio_blocks(path, sample_rate, progress=progress, offset=offset, duration=duration, name=name):
         samples += block.tobytes()
     return np.frombuffer(samples, dtype=np.float32)
 
 
 def audio_blocks(
-    source: str | os.PathLike[str] | BinaryIO,
+    source: str | os.PathLike[str] | bytes | BinaryIO,
     sample_rate: int = SAMPLE_RATE,
     seconds: float | None = None,
     progress: Progress | None = None,
     offset: float = 0.0,
     duration: float | None = None,
+    name: str | None = None,
 ) -> Iterator[np.ndarray]:
     """Yield mono samples of a file or stream, block by block as they are read.
 
@@ -86,13 +102,14 @@ def audio_blocks(
     index is at the end, and keeps the encoder's padding at the end of MP3.
 
     Args:
-        source: File that ffmpeg reads, or binary stream at its first byte, which need not seek.
+        source: File that ffmpeg reads, its content as bytes, or a binary stream at its first byte, which need not seek.
         sample_rate: Rate of the result in Hz.
         seconds: Length of a block before resampling; ``None``: 65,536 samples.
         progress: Function called after each block with the seconds read and the seconds that the header promises.
         offset: Seconds to skip. The result is that part of the whole, to within rounding of the filter and of lossy
             decoders.
         duration: Seconds to read; ``None``: to the end.
+        name: Name in messages; ``None``: that of the file or stream.
 
     Yields:
         float32 ``[S]``, full scale at 1.0; may be empty.
@@ -101,8 +118,11 @@ def audio_blocks(
         AudioError: The file is missing, a directory, not readable or not audio; it holds no samples, or NaN or infinite
             ones; the decoder fails; or WAV, FLAC, AIFF, AU, CAF, WavPack or TTA holds fewer samples than its header
             promises.
+
+    Warns:
+        AudioWarning: Several channels cancel when they are averaged, as stereo with one channel inverted.
     """
-    with AudioFile(source) as file:
+    with AudioFile(source, name) as file:
         size = _BLOCK_FRAMES if seconds is None else max(1, round(seconds * file.rate))
         resampler = None
         if file.rate != sample_rate:
@@ -140,9 +160,39 @@ def audio_blocks(
             if progress:
                 progress(frames_read / file.rate, max(file.expected, frames_read) / file.rate)
             if given >= left:
-                return
-        if resampler:
-            yield of_part(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+                break
+        else:
+            if resampler:
+                yield of_part(resampler.resample_chunk(np.zeros(0, np.float32), last=True))
+        file.warn_if_channels_cancel()
+
+
+def float_samples(samples: Any) -> np.ndarray:
+    """Return samples as float32 with full scale at 1.0; integers are divided by the full scale of their dtype.
+
+    Args:
+        samples: Array or tensor of any shape.
+
+    Raises:
+        TypeError: The dtype has no full scale: only uint8, int8, int16, int32 and floating point have.
+    """
+    if isinstance(samples, torch.Tensor):
+        samples = samples.detach().cpu()
+        samples = (samples.float() if samples.is_floating_point() else samples).numpy()
+    values: np.ndarray = np.asarray(samples)
+    floats: np.ndarray = values.astype(np.float32, copy=False) if values.dtype.kind in "fiu" else values
+    if values.dtype.kind == "f":
+        return floats
+    if values.dtype in (np.int8, np.int16, np.int32):
+        floats *= np.float32(2.0 ** (1 - 8 * values.dtype.itemsize))
+        return floats
+    if values.dtype == np.uint8:
+        floats -= 128
+        floats *= np.float32(1 / 128)
+        return floats
+    raise TypeError(
+        f"samples must be floating point with full scale at 1, or uint8, int8, int16 or int32, got {values.dtype}"
+    )
 
 
 def _first_frame(rate: int, sample_rate: int, begin: int) -> int:
@@ -165,7 +215,7 @@ def log_mel(
     the whole audio, then ``(x + 4) / 4``.
 
     Args:
-        samples: ``[S]`` float at 16 kHz, S at least one window (400).
+        samples: ``[S]`` at 16 kHz, S at least one window (400); see ``float_samples`` for their dtype.
         mel_bins: number of bands.
         chunk_frames: frames computed at a time; bounds memory, changes the result by no more than its last bit.
         progress: called after each chunk with (seconds done, seconds in all).
@@ -174,9 +224,10 @@ def log_mel(
         float32 ``[S // 160, mel_bins]``, 100 frames per second.
 
     Raises:
+        TypeError: samples of another dtype.
         ValueError: samples of another shape, or shorter than a window.
     """
-    samples = torch.as_tensor(samples)
+    samples = torch.from_numpy(float_samples(samples))
     if samples.ndim != 1:
         raise ValueError(f"samples must be [S], got shape {tuple(samples.shape)}")
     count = samples.shape[0]

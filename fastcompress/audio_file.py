@@ -5,8 +5,10 @@ Needs ``av`` (``pip install 'fastcompress[audio]'``).
 
 from __future__ import annotations
 
+import math
 import os
 import re
+import warnings
 from collections.abc import Iterator
 from typing import Any, BinaryIO, cast
 
@@ -16,7 +18,7 @@ from av.audio.frame import AudioFrame
 from av.container.input import InputContainer
 from av.error import FFmpegError
 
-from fastcompress.audio_source import FLOAT, PCM, AudioError, Source, open_file
+from fastcompress.audio_source import FLOAT, PCM, AudioError, AudioWarning, Source, open_bytes, open_file
 
 #: Formats whose header holds the exact number of samples. WAV is read by ``audio_source.py``.
 _EXACT = ("flac", "aiff", "au", "caf", "tta", "wv", "nistsphere")
@@ -25,6 +27,8 @@ _SEEKS_PCM = ("wav", "w64", "aiff", "au", "caf")
 _SEEKS = ("flac", "mov,mp4,m4a,3gp,3g2,mj2")
 #: Formats and codecs whose packets have exact times, so that those before a part need no decoding.
 _SKIPS = (("mp3", "mp3float"), ("mp3", "mp3"), ("ogg", "flac"), ("ogg", "opus"), ("ogg", "libopus"))
+#: Least power of the mean of several channels, in powers of a channel; independent channels have 1 / channels.
+_CANCELLED = 0.01
 #: Seconds that a lossy codec decodes before a part, so that its state is that of the whole.
 _LEAD_IN = 1.0
 #: Seconds by which the clock of Ogg may jump. ffmpeg drops pages that fail their checksum without an error.
@@ -40,8 +44,9 @@ class AudioFile:
     """Mono samples of an audio file or of a stream that need not seek.
 
     Args:
-        source: File that ffmpeg reads, or binary stream at its first byte. Of several audio streams in a file, the one
-            that ffmpeg considers best.
+        source: File that ffmpeg reads, the content of one as bytes, or a binary stream at its first byte. Of several
+            audio streams in a file, the one that ffmpeg considers best.
+        name: Name in messages. ``None``: that of the file or stream.
 
     Attributes:
         name: Name in messages.
@@ -65,15 +70,18 @@ class AudioFile:
     _ready: int  # samples in them
     _drop: int  # samples to be dropped from the following frames
 
-    def __init__(self, source: str | os.PathLike[str] | BinaryIO) -> None:
-        self._is_file = isinstance(source, str | os.PathLike)
+    def __init__(self, source: str | os.PathLike[str] | bytes | BinaryIO, name: str | None = None) -> None:
+        self._is_file = isinstance(source, str | os.PathLike | bytes)
         self._stream: Any = None
-        if isinstance(source, str | os.PathLike):
-            self.name = os.fspath(source)
-            stream: Any = open_file(self.name)
-            self._stream = stream
+        self._power = self._mono_power = 0.0  # sums of squares: mean of the channels, and of their mean
+        if isinstance(source, bytes):
+            self.name = name or "audio"
+            stream: Any = open_bytes(source, self.name)
+        elif isinstance(source, str | os.PathLike):
+            self.name = name or os.fspath(source)
+            stream = self._stream = open_file(os.fspath(source), self.name)
         else:
-            self.name, stream = str(getattr(source, "name", "stream")), source
+            self.name, stream = name or str(getattr(source, "name", "stream")), source
         try:
             self._source = Source(stream, self.name, self._is_file)
             self._start()
@@ -202,8 +210,25 @@ class AudioFile:
         guess = self._audio.duration
         self.expected = self.length or (round(guess * self._audio.time_base * self.rate) if guess else 0)
 
+    def warn_if_channels_cancel(self) -> None:
+        """Warn if the channels that were read so far cancel when they are averaged."""
+        if self._mono_power < _CANCELLED * self._power < math.inf:
+            loss = 10 * math.log10(self._power / max(self._mono_power, 1e-30))
+            channels = self._audio.codec_context.channels
+            warnings.warn(
+                f"{self.name}: the {channels} channels cancel when averaged to mono, which is "
+                f"{f'{loss:.0f} dB quieter' if loss < 200 else 'silent'}; if one channel is inverted, write a file "
+                "with one channel alone",
+                AudioWarning,
+                stacklevel=4,
+            )
+
     def _add(self, frame: AudioFrame) -> None:
-        part = _mono(frame)
+        part, power = _mono(frame)
+        if power is not None:
+            self._power += power
+            with np.errstate(over="ignore", invalid="ignore"):
+                self._mono_power += float(np.dot(part, part))
         dropped = min(self._drop, len(part))
         self._drop -= dropped
         if not self._ready:
@@ -298,15 +323,19 @@ class AudioFile:
         return self._end / self.rate if self.rate else 0.0
 
 
-def audio_seconds(path: str | os.PathLike[str]) -> float:
+def audio_seconds(path: str | os.PathLike[str] | bytes, name: str | None = None) -> float:
     """Return the length of a file in seconds, from its header where that is exact, and else from all of its packets.
 
     MP3, AAC and Opus can be up to 0.1 s shorter when decoded, because encoders add samples at the ends.
 
+    Args:
+        path: The file, or its content.
+        name: Name in messages. ``None``: the file's.
+
     Raises:
         AudioError: The file cannot be read or holds no audio.
     """
-    with AudioFile(path) as file:
+    with AudioFile(path, name) as file:
         return file.count() / file.rate
 
 
@@ -320,8 +349,12 @@ def _whole(packet: Any, sample_size: int) -> Any:
     return whole
 
 
-def _mono(frame: AudioFrame) -> np.ndarray:
-    """Return the mean of a frame's channels, float32 ``[S]``, full scale at 1.0."""
+def _mono(frame: AudioFrame) -> tuple[np.ndarray, float | None]:
+    """Return the mean of a frame's channels, float32 ``[S]``, full scale at 1.0.
+
+    Returns:
+        The mean, and, of several channels, the mean of their sums of squares.
+    """
     kind, channels, count = frame.format.name, frame.layout.nb_channels, frame.samples
     dtype = np.dtype(_TYPES[kind.removesuffix("p")])
     planes = cast(Any, frame.planes)
@@ -335,15 +368,30 @@ def _mono(frame: AudioFrame) -> np.ndarray:
         middle = full if dtype.kind == "u" else 0.0
     with np.errstate(over="ignore", invalid="ignore"):  # what becomes infinite or NaN is reported by the caller
         mono = samples[0].astype(np.float32)
+        if len(samples) == 1:
+            return _scaled(mono, middle, full), None
+        power = _power(mono, middle)
         for channel in samples[1:]:
-            mono += channel.astype(np.float32)
-        if middle:
-            mono -= np.float32(middle * len(samples))
-        if full != 1:
-            mono *= np.float32(1 / full)
-        if len(samples) > 1:
-            mono /= np.float32(len(samples))
-    return mono
+            values = channel.astype(np.float32)
+            power += _power(values, middle)
+            mono += values
+        mono = _scaled(mono, middle * len(samples), full)
+        mono /= np.float32(len(samples))
+    return mono, power / len(samples) / full**2
+
+
+def _scaled(samples: np.ndarray, middle: float, full: float) -> np.ndarray:
+    """Subtract ``middle`` and divide by ``full``, in place."""
+    if middle:
+        samples -= np.float32(middle)
+    if full != 1:
+        samples *= np.float32(1 / full)
+    return samples
+
+
+def _power(samples: np.ndarray, middle: float) -> float:
+    values = samples - np.float32(middle) if middle else samples
+    return float(np.dot(values, values))
 
 
 def _cause(error: Exception) -> str:

@@ -5,6 +5,7 @@ The header of WAV is read here, because PyAV does not expose the length that it 
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from dataclasses import dataclass
@@ -23,6 +24,10 @@ _EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b
 
 class AudioError(ValueError):
     """An audio file that cannot be used. The message is one line that names the file and the reason."""
+
+
+class AudioWarning(UserWarning):
+    """Audio that was read, and may not be what the user expects. The message is one line that names the file."""
 
 
 @dataclass(frozen=True)
@@ -62,7 +67,7 @@ class Source:
         self.ended = False
         self.wav = _wav_header(self)
         hides_size = self._peek(4) in _EXACT_MAGIC
-        self._size = os.fstat(stream.fileno()).st_size if is_file else 0
+        self._size = stream.seek(0, os.SEEK_END) if is_file else 0
         self._whences = (os.SEEK_SET, os.SEEK_CUR) if hides_size else (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
         self.rewind()
 
@@ -171,18 +176,29 @@ def _is_chunk(head: bytes, order: str, most: int) -> bool:
     return 8 + cast(int, struct.unpack(order + "I", size)[0]) <= most
 
 
-def open_file(path: str) -> BinaryIO:
+def open_file(path: str, name: str) -> BinaryIO:
     """Open a file that is not empty.
 
     Raises:
-        AudioError: It cannot be opened, or has 0 bytes.
+        AudioError: It cannot be opened, or has 0 bytes. The message begins with ``name``.
     """
     try:
         file = open(path, "rb")
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise AudioError(f"{path}: {reason.lower()}") from error
+        raise AudioError(f"{name}: {reason.lower()}") from error
     if not file.peek(1):
         file.close()
-        raise AudioError(f"{path}: the file is empty (0 bytes)")
+        raise AudioError(f"{name}: the file is empty (0 bytes)")
     return file
+
+
+def open_bytes(content: bytes, name: str) -> BinaryIO:
+    """Return the content of a file, which must not be empty, as a file.
+
+    Raises:
+        AudioError: It has 0 bytes. The message begins with ``name``.
+    """
+    if not content:
+        raise AudioError(f"{name}: the file is empty (0 bytes)")
+    return io.BytesIO(content)

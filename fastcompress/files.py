@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -77,13 +78,42 @@ def clean(folder: Path) -> None:
             path.unlink(missing_ok=True)
 
 
+def check_folder(folder: Path) -> None:
+    """Check that a folder can be made and written to, without making it.
+
+    Raises:
+        OSError: It cannot.
+    """
+    existing = folder.absolute()
+    while not existing.exists() and existing != existing.parent:
+        existing = existing.parent
+    if not existing.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(existing))
+    if not os.access(existing, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(existing))
+
+
+def reason(error: BaseException) -> str:
+    """Return the cause of an error on one line, for messages that already name the file."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    return " ".join(str(error).split())
+
+
+def named(path: object, message: str) -> str:
+    """Return a message that names a file, which other libraries' messages do or do not."""
+    return message if str(path) in message else f"{path}: {message}"
+
+
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line.
 
-    If the operating system raised an error earlier in the chain, return that message: ``torch.save`` hides it behind an
-    error of its own.
+    If the operating system raised an error earlier in the chain, return its cause and the last part of its path:
+    ``torch.save`` hides it behind an error of its own.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):
         cause = cause.__context__
-    return " ".join(str(cause or error).split())
+    if isinstance(cause, OSError) and cause.strerror and isinstance(cause.filename, str):
+        return f"{reason(cause)}: {os.path.basename(cause.filename)}"
+    return reason(cause or error)

@@ -12,6 +12,7 @@ and configuration files, and a dict form (``Rule.from_dict``, ``Rule.to_dict``) 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
@@ -79,10 +80,11 @@ class Rule:
         for key in fields:
             if key not in known:
                 raise ValueError(f"rule {cls.name!r} has no field {key!r}; its fields are {', '.join(known)}")
-        try:
-            return cls(**fields)
-        except TypeError as error:  # a field without a default is missing
-            raise ValueError(f"rule {cls.name!r}: {error}") from None
+        for key in known:
+            if key not in fields and not hasattr(cls, key):  # a field with a default is an attribute of the class
+                value = 3 if cls.__annotations__[key] == "int" else 0.15
+                raise ValueError(f"rule {cls.name!r} needs {key}, as in '{cls.name}:{value}'")
+        return cls(**fields)
 
     @staticmethod
     def from_string(text: str) -> Rule:
@@ -474,7 +476,9 @@ RULES: dict[str, type[Rule]] = {rule.name: rule for rule in _ALL}
 
 def _rule_class(name: Any) -> type[Rule]:
     if not isinstance(name, str) or name not in RULES:
-        raise ValueError(f"unknown rule {name!r}; the rules are {', '.join(RULES)}")
+        near = difflib.get_close_matches(str(name)[:80], RULES, n=1)
+        hint = f"did you mean {near[0]}? The" if near else "the"
+        raise ValueError(f"unknown rule {name!r}; {hint} rules are {', '.join(RULES)}")
     return RULES[name]
 
 

@@ -11,7 +11,15 @@ import soxr
 import torch
 
 from fastcompress import audio
-from fastcompress.audio import AudioError, load_audio, log_mel, mel_centres
+from fastcompress.audio import (
+    AudioError,
+    AudioWarning,
+    audio_seconds,
+    float_samples,
+    load_audio,
+    log_mel,
+    mel_centres,
+)
 from tests.support import ROOT
 
 
@@ -49,9 +57,53 @@ def test_every_format_and_rate_keeps_frequency_level_and_time(tmp_path, suffix, 
         np.testing.assert_allclose(middle, sine(440, 1.5, 16_000)[4_000:20_000], atol=wave_error)
 
 
-def test_channels_of_opposite_sign_cancel(tmp_path):
-    soundfile.write(tmp_path / "a.wav", np.stack([sine(300, 1, 16_000), -sine(300, 1, 16_000)], 1), 16_000, "FLOAT")
-    assert np.abs(load_audio(tmp_path / "a.wav")).max() == 0
+@pytest.mark.parametrize("kind", ["a.wav", "a.flac", "a.mp3"])
+def test_channels_of_opposite_sign_cancel_with_a_warning(tmp_path, kind):
+    path = tmp_path / kind
+    soundfile.write(path, np.stack([sine(300, 1, 16_000), -sine(300, 1, 16_000)], 1), 16_000)
+    with pytest.warns(AudioWarning, match=rf"{kind}: the 2 channels cancel when averaged to mono, which is ") as caught:
+        assert np.abs(load_audio(path)).max() < 1e-3
+    assert len(caught) == 1 and caught[0].filename == __file__
+
+
+def test_channels_that_differ_do_not_cancel(tmp_path, recwarn):
+    left, silent = noise(16_000), np.zeros(16_000, np.float32)
+    for number, channels in enumerate(
+        ([left, silent], [left, noise(16_000, 1)], [left, 0.3 * left], [silent] * 2, [left, *[silent] * 7])
+    ):
+        for subtype in ("PCM_U8", "PCM_24"):  # the middle of 8 bits is 128
+            path = tmp_path / f"{number}.wav"
+            soundfile.write(path, np.stack(channels, 1), 16_000, subtype)
+            load_audio(path)
+    assert not recwarn.list
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "ogg", "aiff"])
+def test_the_content_of_a_file_is_read_as_the_file(tmp_path, kind):
+    path = tmp_path / f"a.{kind}"
+    soundfile.write(path, sine(300, 2, 44_100), 44_100)
+    content = path.read_bytes()
+    for part in ({}, {"offset": 0.5, "duration": 0.25}):
+        np.testing.assert_array_equal(load_audio(content, **part), load_audio(path, **part))
+    assert audio_seconds(content) == audio_seconds(path)
+    with pytest.raises(AudioError, match=r"^row 3: not an audio file"):
+        load_audio(b"no audio", name="row 3")
+    with pytest.raises(AudioError, match=r"^audio: the file is empty"):
+        load_audio(b"")
+
+
+def test_integer_samples_are_scaled_to_full_scale():
+    wanted = noise(4_000)
+    for dtype, full in ((np.int16, 2**15), (np.int32, 2**31), (np.int8, 2**7)):
+        integers = (wanted.astype(np.float64) * full).astype(dtype)
+        for samples in (integers, torch.from_numpy(integers)):
+            np.testing.assert_allclose(float_samples(samples), wanted, atol=1.1 / full)
+        torch.testing.assert_close(log_mel(integers), log_mel(integers / np.float32(full)))
+    np.testing.assert_allclose(float_samples((128 + 127 * wanted).astype(np.uint8)), wanted, atol=0.02)
+    assert float_samples(torch.ones(3, dtype=torch.bfloat16)).dtype == np.float32
+    for samples in ([0, 1], np.zeros(3, bool), np.zeros(3, np.uint16), np.zeros(3, complex), np.array([None])):
+        with pytest.raises(TypeError, match="samples must be floating point with full scale at 1, or uint8"):
+            float_samples(samples)
 
 
 def test_what_16_khz_cannot_hold_is_filtered_out(tmp_path):

@@ -7,10 +7,23 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError, check_writable
-from fastcompress.cli.models import add_model_options, load_model_and_processor, positive
+from fastcompress.cli.models import (
+    MANIFEST_HELP,
+    add_model_options,
+    check_model_options,
+    clipped,
+    load_model_and_processor,
+    positive,
+)
+
+if TYPE_CHECKING:
+    from fastcompress.training.manifest import Utterance
+
+#: ``fastcompress.training.normalization.NORMALIZERS``, which needs no import for ``--help``.
+_NORMALIZERS = ("none", "basic", "whisper")
 
 
 def add_command(commands: Any) -> None:
@@ -20,11 +33,19 @@ def add_command(commands: Any) -> None:
         help="error rates, tokens per second and times of a model on manifests",
         description="Transcribe the utterances of manifests and score them: word error rate with a 95 % interval, "
         "character error rate, exact matches, BLEU; tokens per second of audio, ratio (frames per token), median times "
-        "of encoder and prefill.",
+        f"of encoder and prefill. {MANIFEST_HELP}",
     )
     parser.add_argument("model", metavar="MODEL", help="folder of a model or of a run")
     parser.add_argument("manifests", nargs="+", type=Path, metavar="MANIFEST", help="manifest to score")
     add_model_options(parser, batch_size=16, max_new_tokens=128)
+    parser.add_argument(
+        "--normalize",
+        choices=_NORMALIZERS,
+        default="none",
+        help="normalization of references and transcripts before they are compared: none compares them as they are, "
+        "with case and punctuation; basic removes both, for any language; whisper is that of Whisper for English "
+        "(default: none)",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the scores and every transcript")
     parser.set_defaults(run=_run_evaluate)
@@ -32,54 +53,92 @@ def add_command(commands: Any) -> None:
 
 def _run_evaluate(options: argparse.Namespace) -> int:
     import torch
-    from tabulate import tabulate
-    from tqdm import tqdm
 
-    from fastcompress.audio import AudioError
     from fastcompress.decoder.generation import unwrap
-    from fastcompress.training.evaluation import evaluate
-    from fastcompress.training.examples import Examples
-    from fastcompress.training.manifest import ManifestError, check_audio, format_skipped, read_manifest
+    from fastcompress.training.normalization import normalizer
 
     if options.threads:
         torch.set_num_threads(options.threads)
+    normalizer(options.normalize)  # fail now if its package is missing
     if options.json:
         check_writable(f"--json {options.json}", options.json)
+    check_model_options(options)
+    manifests = {path: _read(path) for path in options.manifests}  # all, before hours of work on the first
     model, processor = load_model_and_processor(options)
-    rule = unwrap(model).compression
-    found: dict[str, Any] = {"model": options.model, "rule": rule, "num_beams": options.num_beams, "manifests": {}}
-    rows = []
-    for path in options.manifests:
+    found: dict[str, Any] = {
+        "model": options.model,
+        "rule": unwrap(model).compression,
+        "num_beams": options.num_beams,
+        "normalize": options.normalize,
+        "manifests": {},
+    }
+    rows: list[list[str]] = []
+    try:
+        for path, read in manifests.items():
+            found["manifests"][str(path)], row = _score(model, processor, path, *read, options)
+            rows.append(row)
+    finally:  # what is done is kept if the work on another manifest fails or is interrupted
+        if rows:
+            _show(found, rows, options)
+    return EXIT_OK
+
+
+def _read(path: Path) -> tuple[list[Utterance], Any]:
+    from fastcompress.training.manifest import ManifestError
+    from fastcompress.training.usable import Skipped
+
+    skipped = Skipped()
+    try:
+        return skipped.read(path), skipped
+    except ManifestError as error:
+        raise UserError(error) from error
+
+
+def _score(
+    model: Any, processor: Any, path: Path, utterances: list[Utterance], skipped: Any, options: argparse.Namespace
+) -> tuple[dict[str, Any], list[str]]:
+    from tqdm import tqdm
+
+    from fastcompress.audio import AudioError
+    from fastcompress.training.evaluation import evaluate
+    from fastcompress.training.examples import Examples
+
+    with tqdm(total=len(utterances), desc=path.stem, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
         try:
-            utterances, skipped = check_audio(read_manifest(path))
-            if skipped:
-                print(f"{path}: {format_skipped(skipped)}", file=sys.stderr)
-            if not utterances:
-                raise UserError(f"{path}: has no usable utterance")
-            with tqdm(total=len(utterances), desc=path.stem, file=sys.stderr, disable=not sys.stderr.isatty()) as bar:
-                result, written = evaluate(
-                    model,
-                    Examples(utterances, processor),
-                    options.batch_size,
-                    progress=lambda done: bar.update(done - bar.n),  # noqa: B023
-                    num_beams=options.num_beams,
-                    max_new_tokens=options.max_new_tokens,
-                )
-        except (ManifestError, AudioError) as error:
-            raise UserError(error) from error
-        lines = [{"reference": u.target, "written": w} for u, w in zip(utterances, written, strict=True)]
-        found["manifests"][str(path)] = dataclasses.asdict(result) | {"lines": lines}
-        found["manifests"][str(path)]["skipped"] += len(skipped)
-        rows.append(_row(path.stem, result))
-    print(f"{options.model}, rule {rule}")
+            result, written = evaluate(
+                model,
+                Examples(utterances, processor, report=skipped),
+                options.batch_size,
+                progress=lambda done: bar.update(done - bar.n),
+                normalize=options.normalize,
+                num_beams=options.num_beams,
+                max_new_tokens=options.max_new_tokens,
+            )
+        except AudioError as error:
+            raise UserError(f"{path}: {error}") from error
+    skipped.finish()
+    if result.clipped:
+        print(f"{path}: {clipped(result.clipped, result.utterances, options)}", file=sys.stderr)
+    lines = [{"reference": u.target, "written": w} for u, w in zip(utterances, written, strict=True)]
+    scores = dataclasses.asdict(result) | {"lines": lines, "skipped": len(skipped), "skipped_lines": [*skipped.lines]}
+    return scores, _row(path.stem, result)
+
+
+def _show(found: dict[str, Any], rows: list[list[str]], options: argparse.Namespace) -> None:
+    """Print the table, and write the JSON file."""
+    from tabulate import tabulate
+
+    from fastcompress.files import reason
+
+    normalized = "" if options.normalize == "none" else f", normalized: {options.normalize}"
+    print(f"{options.model}, rule {found['rule']}{normalized}")
     alignment = ("left", *["right"] * len(_HEAD[1:]))
     print(tabulate(rows, _HEAD, tablefmt="plain", disable_numparse=True, colalign=alignment))
     if options.json:
         try:
             options.json.write_text(json.dumps(found, indent=1, ensure_ascii=False), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
-    return EXIT_OK
+            raise UserError(f"--json {options.json}: {reason(error)}") from error
 
 
 _HEAD = (

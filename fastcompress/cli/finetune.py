@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError
-from fastcompress.cli.settings import Given, make_settings_parser
+from fastcompress.cli.models import MANIFEST_HELP
+from fastcompress.cli.settings import Given, make_settings_parser, resume_hint
 from fastcompress.training.settings import FinetuneSettings, SettingsError
 
 if TYPE_CHECKING:
@@ -29,8 +32,8 @@ def _make_parser() -> SettingsParser:
         "finetune",
         "--model MODEL --output-dir FOLDER --data MANIFEST",
         "Compress the audio of a stock audio LLM of transformers and train LoRA on its decoder, and its projector, to "
-        "recover the quality. `fastcompress info --models` lists the models. The folder gets run.yaml, adapter/ and "
-        "finetune.json. For several GPUs: accelerate launch -m fastcompress finetune ...",
+        "recover the quality. `fastcompress info --models` lists the models. The folder gets run.yaml, skipped.txt, "
+        f"adapter/ and finetune.json. {MANIFEST_HELP} For several GPUs: accelerate launch -m fastcompress finetune ...",
         lambda parser: parser.add_argument(
             "--dry-run", action="store_true", help="Print parameters and memory, and load nothing"
         ),
@@ -47,6 +50,7 @@ def _run_finetune(options: argparse.Namespace) -> int:
     if not sys.stderr.isatty():
         logging.disable_progress_bar()
     given = Given.of(FinetuneSettings, options)
+    settings = None
     try:
         settings = given.make(options.resume)
         if options.dry_run:
@@ -57,9 +61,23 @@ def _run_finetune(options: argparse.Namespace) -> int:
             print("plus activations")
             return EXIT_OK
         finetuning.finetune(settings, options.resume, lambda text: print(text, flush=True))
+    except KeyboardInterrupt:
+        if settings is not None and os.environ.get("RANK", "0") == "0":
+            _print_how_to_resume(Path(settings.output_dir))
+        raise
     except SettingsError as error:
         raise UserError(given.explain(error)) from error
     except (finetuning.FinetuningError, ManifestError, AudioError, NotImplementedError, ValueError) as error:
         raise UserError(error) from error
     print(f"adapter: {settings.output_dir}/{finetuning.ADAPTER}")
     return EXIT_OK
+
+
+def _print_how_to_resume(folder: Path) -> None:
+    from fastcompress.training.finetuning import newest_checkpoint
+    from fastcompress.training.parsing import RECORD
+
+    if (folder / RECORD).is_file():
+        last = newest_checkpoint(folder)
+        begin = f"after {last.name}" if last is not None else "from the start, since there is no checkpoint yet"
+        print(f"fastcompress: interrupted; {resume_hint('finetune', folder)} continues {begin}", file=sys.stderr)

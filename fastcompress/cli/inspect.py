@@ -18,7 +18,9 @@ from fastcompress.cli.errors import (
     check_writable,
     print_error,
 )
+from fastcompress.files import reason
 
+_OTHER_PICTURES = (".bmp", ".eps", ".gif", ".jpeg", ".jpg", ".pdf", ".ps", ".svg", ".tif", ".tiff", ".webp")
 _BAR_FROM_SECONDS = 60.0  # of audio; without a terminal, shorter audio shows no bar
 
 
@@ -44,7 +46,20 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--encoder",
         metavar="FOLDER",
-        help="compress the output of this transformers audio encoder (a local folder) instead of log-mel frames",
+        help="compress the output of this model instead of log-mel frames: a local folder of an audio encoder of "
+        "transformers, of an audio LLM that `fastcompress info --models` lists, or of a run of train",
+    )
+    parser.add_argument(
+        "--before-projector",
+        action="store_true",
+        help="of an audio LLM, compress the encoder's frames and not the projector's output",
+    )
+    parser.add_argument(
+        "--ratio",
+        type=_ratio,
+        metavar="R",
+        help="search the thresholds that leave R frames per token, for all files together, and print them with the "
+        "quantiles of the distances; --json then writes an object with files and search",
     )
     parser.add_argument(
         "--png",
@@ -67,6 +82,7 @@ def _run_inspect(options: argparse.Namespace) -> int:
     from tqdm import tqdm  # noqa: F401  (fail now if it is missing)
 
     from fastcompress.audio import AudioError
+    from fastcompress.inspection import search as searching
     from fastcompress.inspection import table
 
     pictures = _picture_paths(options.files, options.png)
@@ -76,9 +92,12 @@ def _run_inspect(options: argparse.Namespace) -> int:
         check_writable(f"--png {options.png}", picture)
     if options.json:
         check_writable(f"--json {options.json}", options.json)
-    source = _load_encoder(options.encoder) if options.encoder else table.LogMel()
+    if options.before_projector and not options.encoder:
+        raise UserError("--before-projector needs --encoder, with the folder of an audio LLM")
+    source = _load_encoder(options.encoder, options.before_projector) if options.encoder else table.LogMel()
     failed: list[str] = []
     tables: list[dict[str, Any]] = []
+    distances: list[Any] = []
     for number, file in enumerate(options.files):
         progress = _ProgressBars(file)
         try:
@@ -93,18 +112,25 @@ def _run_inspect(options: argparse.Namespace) -> int:
             print()
         print(table.format_table(inspected), flush=True)
         tables.append(table.to_dict(inspected))
+        distances.append(inspected.distance)
         if pictures:
             try:
                 drawing.draw(inspected, pictures[number], options.start, options.seconds)
                 print(f"picture: {pictures[number]}", flush=True)
             except (ValueError, OSError) as error:
                 failed.append(file)
-                print_error(f"{file}: {error}")
+                print_error(f"{file}: {reason(error)}")
+    content: Any = tables
+    if options.ratio and tables:
+        found = searching.search(distances, options.ratio, sum(file["seconds"] for file in tables))
+        print()
+        print(searching.format_search(found), flush=True)
+        content = {"files": tables, "search": searching.to_dict(found)}
     if options.json:
         try:
-            options.json.write_text(json.dumps(tables), encoding="utf-8")
+            options.json.write_text(json.dumps(content), encoding="utf-8")
         except OSError as error:
-            raise UserError(f"--json {options.json}: {(error.strerror or str(error)).lower()}") from error
+            raise UserError(f"--json {options.json}: {reason(error)}") from error
     if failed and len(options.files) > 1:
         print_error(f"{len(failed)} of {len(options.files)} files failed: {', '.join(failed)}")
     if not failed:
@@ -112,15 +138,16 @@ def _run_inspect(options: argparse.Namespace) -> int:
     return EXIT_ERROR if len(failed) == len(options.files) else EXIT_SOME_FAILED
 
 
-def _load_encoder(path: str) -> Any:
+def _load_encoder(path: str, before_projector: bool) -> Any:
     from transformers.utils import logging
 
-    from fastcompress.inspection.table import Encoder, EncoderError
+    from fastcompress.inspection.audio_llm import load_source
+    from fastcompress.inspection.table import EncoderError
 
     if not sys.stderr.isatty():
         logging.disable_progress_bar()  # of loading weights
     try:
-        return Encoder(path)
+        return load_source(path, before_projector)
     except EncoderError as error:
         raise UserError(error) from error
 
@@ -135,6 +162,8 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
         return [png]
     if png.exists() and not png.is_dir():
         raise UserError(f"--png {png}: neither a folder nor a .png file")
+    if png.suffix.lower() in _OTHER_PICTURES and not png.is_dir():
+        raise UserError(f"--png {png}: pictures are PNG files; name {png.with_suffix('.png')}, or a folder")
     pictures: dict[Path, str] = {}
     for file in files:
         picture = png / f"{Path(file).stem}.png"
@@ -198,6 +227,16 @@ def _seconds(text: str) -> float:
         value = -1.0
     if not 0 <= value < float("inf"):
         raise argparse.ArgumentTypeError(f"{text!r} is not a time in seconds")
+    return value
+
+
+def _ratio(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 1 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"must be more than 1, got {text!r}")
     return value
 
 

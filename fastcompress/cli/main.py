@@ -7,15 +7,26 @@ the exit code. Packages that only one command needs are imported inside that fun
 from __future__ import annotations
 
 import argparse
+import contextlib
 import io
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from fastcompress import __version__
-from fastcompress.cli import evaluate, finetune, info, inspect, make_data, train, transcribe
-from fastcompress.cli.errors import EXIT_CODES, EXIT_ERROR, EXIT_INTERRUPTED, UserError, print_error
+from fastcompress.cli import completion, evaluate, finetune, info, inspect, make_data, train, transcribe
+from fastcompress.cli.errors import (
+    EXIT_CODES,
+    EXIT_ERROR,
+    EXIT_INTERRUPTED,
+    GuardedStdout,
+    StdoutError,
+    UserError,
+    did_you_mean,
+    one_line_warnings,
+    print_error,
+)
 from fastcompress.cli.settings import spell_flags
 from fastcompress.training.settings import SettingsError
 
@@ -24,7 +35,7 @@ if TYPE_CHECKING:
 
 # Which extra of the package installs a module that is missing.
 _EXTRA = {name: "audio" for name in ("av", "numpy", "soxr", "matplotlib", "tabulate", "tqdm")}
-_EXTRA |= {"transformers": "encoders"}
+_EXTRA |= {"transformers": "encoders", "whisper_normalizer": "normalize", "shtab": "completion"}
 _EXTRA |= {
     name: "lalm"
     for name in (
@@ -57,6 +68,30 @@ class Parser(argparse.ArgumentParser):
             self.error(spell_flags(str(error)))
         return argparse.Namespace(run=self.get_default("run"), flags=flags, **options), []
 
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parse, and report the nearest option for an unknown one."""
+        options, rest = self.parse_known_args(args, namespace)
+        if rest:
+            command = self.commands[options.command]
+            known = [option for action in command._actions for option in action.option_strings]
+            hint = did_you_mean(rest[0].partition("=")[0], known) if rest[0].startswith("-") else ""
+            command.error(f"unrecognized arguments: {' '.join(rest)}{hint}")
+        return options
+
+    @property
+    def commands(self) -> dict[str, Parser]:
+        """The parsers of the commands by name."""
+        return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """Raise for a value that is no choice, with the nearest one."""
+        if action.choices is not None and value not in action.choices:
+            is_command = isinstance(action, argparse._SubParsersAction)
+            known = list(map(str, action.choices))
+            hint = did_you_mean(str(value), known) or f"; choose one of {', '.join(known)}"
+            message = f"unknown {'command' if is_command else 'choice'} {value!r}{hint}"
+            raise argparse.ArgumentError(None if is_command else action, message)
+
     def error(self, message: str) -> NoReturn:
         """Raise a mistake in the options.
 
@@ -66,7 +101,7 @@ class Parser(argparse.ArgumentParser):
         raise UserError(f"{message} (see: {self.prog} --help)")
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> Parser:
     """Make the parser of every command and its options."""
     parser = Parser(
         prog="fastcompress",
@@ -74,8 +109,9 @@ def make_parser() -> argparse.ArgumentParser:
         epilog=f"Options of a command: fastcompress COMMAND --help. {EXIT_CODES}",
     )
     parser.add_argument("--version", action="version", version=f"fastcompress {__version__}")
+    parser.set_defaults(parser=parser)  # for the command that prints all options
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for command in (inspect, info, make_data, train, evaluate, transcribe, finetune):
+    for command in (inspect, info, make_data, train, evaluate, transcribe, finetune, completion):
         command.add_command(commands)
     for command_parser in commands.choices.values():
         command_parser.epilog = EXIT_CODES
@@ -87,6 +123,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+    stdout = sys.stdout
+    sys.stdout = cast(TextIO, GuardedStdout(stdout))
+    try:
+        with one_line_warnings():
+            try:
+                code = _run(arguments)
+            finally:
+                sys.stdout.flush()  # fail here, and not in the interpreter's exit
+    except StdoutError as error:
+        if not isinstance(error.__cause__, BrokenPipeError):  # the reader (`head`, `less`) has closed the pipe
+            print_error(error)
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # or the flush at exit fails again
+        return EXIT_ERROR
+    finally:
+        sys.stdout = stdout
+    return code
+
+
+def _run(arguments: Sequence[str] | None) -> int:
     try:
         options = make_parser().parse_args(arguments)
         code: int = options.run(options)
@@ -102,9 +158,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_ERROR
     except KeyboardInterrupt:
         return EXIT_INTERRUPTED
-    except BrokenPipeError:  # the reader (`head`, `less`) has closed the pipe
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the flush at exit fails again
-        return EXIT_ERROR
 
 
 if __name__ == "__main__":

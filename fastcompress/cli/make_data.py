@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError
+from fastcompress.files import reason
 
 _TASKS, _DIRECTIONS = ("digits", "numbers", "commands"), ("recognition", "translation")
 
@@ -71,8 +72,10 @@ def _run_make_data(options: argparse.Namespace) -> int:
             jobs=options.jobs,
             progress=progress,
         )
-    except (ValueError, SynthesisError, OSError) as error:
+    except (ValueError, SynthesisError) as error:
         raise UserError(error) from error
+    except OSError as error:
+        raise UserError(f"{error.filename or options.folder}: {reason(error)}") from error
     finally:
         if bar is not None:
             bar.close()

@@ -1,11 +1,17 @@
-"""What ``evaluate`` and ``transcribe`` share: loading a model, and its options."""
+"""What commands share: loading a model, its options, and texts about manifests and limits."""
 
 from __future__ import annotations
 
 import argparse
 from typing import Any
 
-from fastcompress.cli.errors import UserError
+from fastcompress.cli.errors import UserError, did_you_mean
+
+#: What a manifest looks like; ``fastcompress.training.manifest`` reads it.
+MANIFEST_HELP = (
+    'A manifest has one line of JSON per utterance, such as {"audio_filepath": "audio/1.wav", "duration": 2.31, '
+    '"text": "two hundred"}. Paths are relative to its folder; offset, target and prompt are optional.'
+)
 
 
 def add_model_options(parser: argparse.ArgumentParser, batch_size: int, max_new_tokens: int) -> None:
@@ -24,11 +30,26 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int, max_new_
         metavar="N",
         help=f"longest text, in tokens (default: {max_new_tokens})",
     )
-    parser.add_argument("--device", default="cpu", help="cpu or cuda (default: cpu)")
+    parser.add_argument(
+        "--device", default="cpu", type=_device, help="cpu, cuda, or one of several GPUs, such as cuda:1 (default: cpu)"
+    )
 
 
-def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Load ``options.model`` with ``options.rule`` on ``options.device``.
+def _device(text: str) -> str:
+    kind, colon, index = text.partition(":")
+    if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
+        hint = "; did you mean cuda?" if kind == "gpu" else did_you_mean(kind, ("cpu", "cuda"))
+        raise argparse.ArgumentTypeError(f"must be cpu, cuda or cuda:N, got {text!r}{hint}")
+    return text
+
+
+def clipped(count: int, total: int, options: argparse.Namespace) -> str:
+    """Return a warning of texts that were cut at the limit of new tokens."""
+    return f"warning: {count} of {total} texts were cut at --max-new-tokens {options.max_new_tokens}"
+
+
+def check_model_options(options: argparse.Namespace) -> None:
+    """Check the rule and the device, which takes no time.
 
     Raises:
         UserError: One of them cannot be used.
@@ -36,10 +57,8 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     import torch
 
     from fastcompress import Rule
-    from fastcompress.files import one_line
-    from fastcompress.lalm.loading import RunError, load_model
+    from fastcompress.files import reason
 
-    quiet_transformers()
     if options.rule not in (None, "none"):
         try:
             Rule.from_string(options.rule)
@@ -48,7 +67,19 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     try:
         torch.empty(0, device=options.device)
     except (RuntimeError, AssertionError) as error:  # AssertionError: torch without CUDA
-        raise UserError(f"--device {options.device}: {one_line(error)}") from error
+        raise UserError(f"--device {options.device}: {reason(error)}") from error
+
+
+def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
+    """Load ``options.model`` with ``options.rule`` on ``options.device``.
+
+    Raises:
+        UserError: One of them cannot be used.
+    """
+    from fastcompress.lalm.loading import RunError, load_model
+
+    quiet_transformers()
+    check_model_options(options)
     try:
         return load_model(options.model, options.rule, options.device)
     except (RunError, RuntimeError) as error:

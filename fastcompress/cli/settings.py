@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import shlex
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -104,6 +105,11 @@ class Given(Generic[S]):
         if names and names[0] in self.values and names[0] not in self.flags:
             return f"{self.config}: {error}"
         return spell_flags(str(error))
+
+
+def resume_hint(command: str, folder: Path) -> str:
+    """Return the command line that resumes a run."""
+    return f"`fastcompress {command} --output-dir {shlex.quote(str(folder))} --resume`"
 
 
 def spell_flags(message: str) -> str:

@@ -7,8 +7,8 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from fastcompress.cli.errors import EXIT_OK, UserError
-from fastcompress.cli.models import positive, quiet_transformers
-from fastcompress.cli.settings import Given, make_settings_parser
+from fastcompress.cli.models import MANIFEST_HELP, positive, quiet_transformers
+from fastcompress.cli.settings import Given, make_settings_parser, resume_hint
 from fastcompress.training.settings import SettingsError, TrainSettings
 
 if TYPE_CHECKING:
@@ -28,8 +28,8 @@ def _make_parser() -> SettingsParser:
         "train",
         "--output-dir FOLDER --data MANIFEST",
         "Train the reference audio LLM. Without a model to start from, make a small one for the data. The folder gets "
-        "run.yaml, log.csv, checkpoints/ and final/, which evaluate and transcribe load. "
-        "For several processes: accelerate launch -m fastcompress train ...",
+        "run.yaml, log.csv, skipped.txt, checkpoints/ and final/, which evaluate and transcribe load. "
+        f"{MANIFEST_HELP} For several processes: accelerate launch -m fastcompress train ...",
         lambda parser: parser.add_argument(
             "--threads", type=positive, metavar="N", help="Threads of torch (default: one per core)"
         ),
@@ -51,6 +51,7 @@ def _run_train(options: argparse.Namespace) -> int:
         torch.set_num_threads(options.threads)
     quiet_transformers()
     given = Given.of(TrainSettings, options)
+    run = None
     try:
         run = Run(given.make(options.resume), options.resume, lambda text: print(text, flush=True))
         main = run.accelerator.is_main_process
@@ -70,6 +71,10 @@ def _run_train(options: argparse.Namespace) -> int:
 
         with bar:
             final = run.train(progress)
+    except KeyboardInterrupt:
+        if run is not None and run.accelerator.is_main_process:
+            print(f"fastcompress: {_interrupted(run)}", file=sys.stderr)
+        raise
     except SettingsError as error:
         raise UserError(given.explain(error)) from error
     except (RunError, ManifestError, CheckpointError, TrainingStopped, AudioError) as error:
@@ -77,3 +82,12 @@ def _run_train(options: argparse.Namespace) -> int:
     if main:
         print(f"trained: {final}")
     return EXIT_OK
+
+
+def _interrupted(run: Any) -> str:
+    """Return how to resume a run that was interrupted."""
+    from fastcompress.training import checkpoints
+
+    found = checkpoints.found(run.folder / "checkpoints")
+    begin = f"after {found[-1].name}" if found else "from the start, since there is no checkpoint yet"
+    return f"interrupted after step {run.training.step}; {resume_hint('train', run.folder)} continues {begin}"

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcompress.cli.errors import EXIT_ERROR, EXIT_OK, EXIT_SOME_FAILED, UserError, print_error
-from fastcompress.cli.models import add_model_options, load_model_and_processor
+from fastcompress.cli.models import add_model_options, clipped, load_model_and_processor
 
 
 def add_command(commands: Any) -> None:
@@ -53,37 +53,50 @@ def _run_transcribe(options: argparse.Namespace) -> int:
         raise UserError(f"--{next(iter(settings)).replace('_', '-')} needs --stream")
     if "-" in options.files:
         raise UserError("- (standard input) needs --stream")
-    from fastcompress.audio import AudioError
-    from fastcompress.training.evaluation import transcribe
-    from fastcompress.training.examples import Examples
-    from fastcompress.training.manifest import Utterance, load_utterance
+    from tqdm import tqdm
+
+    from fastcompress.training.usable import Skipped, print_line
 
     model, processor = load_model_and_processor(options)
-    utterances, failed = [], 0
-    for file in options.files:
-        utterance = Utterance(Path(file), "", "", prompt=options.prompt)
+    skipped = Skipped(label="fastcompress: error: ", listed=len(options.files))
+    size = options.batch_size
+    done = cut = 0
+    terminal = sys.stderr.isatty()
+    with tqdm(total=len(options.files), unit="file", file=sys.stderr, disable=not terminal, leave=False) as bar:
         try:
-            samples = load_utterance(utterance, processor.sampling_rate)
-        except AudioError as error:
-            print_error(error)
-            failed += 1
-            continue
-        seconds = len(samples) / processor.sampling_rate
-        rate = processor.sampling_rate
-        utterances.append(Utterance(Path(file), "", "", seconds, prompt=options.prompt, samples=(samples, rate)))
-    examples = Examples(utterances, processor)
-    if utterances:
-        settings = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens, "do_sample": False}
-        written, _ = transcribe(model, examples, options.batch_size, **settings)
-        for utterance, text in zip(utterances, written, strict=True):
-            if text is not None:
-                print(f"{utterance.audio_filepath}: {text}" if len(options.files) > 1 else text)
-    for reason in examples.skipped.values():
-        print_error(reason)
-        failed += 1
-    if failed:
+            for begin in range(0, len(options.files), size):
+                files = options.files[begin : begin + size]
+                texts, clipped_here = _texts(model, processor, files, skipped, options)
+                for file, text in zip(files, texts, strict=True):
+                    if text is not None:
+                        tqdm.write(f"{file}: {text}" if len(options.files) > 1 else text, file=sys.stdout)
+                        done += 1
+                sys.stdout.flush()  # each batch as soon as it is done
+                cut += clipped_here
+                bar.update(len(files))
+        except KeyboardInterrupt:
+            print_line(f"fastcompress: interrupted; {done} of {len(options.files)} files are done")
+            raise
+    if cut:
+        print_line(f"fastcompress: {clipped(cut, done, options)}")
+    if failed := len(options.files) - done:
         return EXIT_ERROR if failed == len(options.files) else EXIT_SOME_FAILED
     return EXIT_OK
+
+
+def _texts(
+    model: Any, processor: Any, files: list[str], skipped: Any, options: argparse.Namespace
+) -> tuple[list[str | None], int]:
+    """Return the text of each file, ``None`` if it cannot be read, and the number of texts that were cut."""
+    from fastcompress.training.evaluation import transcribe
+    from fastcompress.training.examples import Examples
+    from fastcompress.training.manifest import Utterance
+
+    utterances = [Utterance(Path(file), "", "", prompt=options.prompt) for file in files]
+    limits = {"num_beams": options.num_beams, "max_new_tokens": options.max_new_tokens, "do_sample": False}
+    examples = Examples(utterances, processor, report=skipped)
+    written, totals = transcribe(model, examples, len(files), **limits)
+    return written, int(totals["clipped"])
 
 
 def _run_stream(options: argparse.Namespace, settings: dict[str, float]) -> int:

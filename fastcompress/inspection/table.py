@@ -121,7 +121,7 @@ class Encoder:
             model: Any = load_encoder(self.path)
             self._model = model.float().eval()
         except Exception as error:  # for a bad folder, transformers, safetensors and json raise errors of many types
-            raise EncoderError(f"{self.path}: cannot load a transformers encoder ({_first_line(error)})") from error
+            raise EncoderError(f"{self.path}: cannot load a transformers encoder ({first_line(error)})") from error
         self.sample_rate: int = self._extractor.sampling_rate
         #: Length of the encoder's window in samples; ``None``: the encoder takes any length.
         self.window: int | None = getattr(self._extractor, "n_samples", None)
@@ -166,7 +166,7 @@ class Encoder:
             frames, lengths = encode(self._model, features, None)
         except (ValueError, TypeError, RuntimeError, AttributeError) as error:
             seconds = len(piece) / self.sample_rate
-            raise EncoderError(f"{self.path}: cannot encode {seconds:.2f} s of audio ({_first_line(error)})") from error
+            raise EncoderError(f"{self.path}: cannot encode {seconds:.2f} s of audio ({first_line(error)})") from error
         return frames[0, : int(lengths[0])]
 
 
@@ -322,7 +322,8 @@ def _run(rule: Rule, frames: Tensor, seconds: float, on_noise: bool) -> RuleResu
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 

@@ -11,7 +11,7 @@ from tokenizers import AddedToken
 from torch import Tensor
 from transformers import AutoProcessor, BatchFeature, ProcessorMixin
 
-from fastcompress.audio import load_audio
+from fastcompress.audio import float_samples, load_audio
 from fastcompress.lalm.configuration import FastCompressConfig
 
 #: Keyword arguments that every tokenizer's ``apply_chat_template`` accepts, whether the template uses them or not.
@@ -105,17 +105,18 @@ class FastCompressProcessor(ProcessorMixin):
         """Compute the encoder's input for one audio.
 
         Args:
-            samples: Samples ``[S]``, full scale at 1.
+            samples: Samples ``[S]``, full scale at 1, or integers, which are divided by the full scale of their dtype.
             sampling_rate: Sampling rate of the samples in Hz.
 
         Returns:
             Features ``[bins, T]`` or samples ``[S]``, fp32.
 
         Raises:
+            TypeError: The dtype of the samples has no full scale.
             ValueError: The sampling rate is not the extractor's, or the samples are not ``[S]`` or shorter than one
                 feature frame.
         """
-        samples = np.asarray(samples, dtype=np.float32)
+        samples = float_samples(samples)
         if sampling_rate != self.sampling_rate:
             raise ValueError(f"sampling_rate must be {self.sampling_rate} Hz, got {sampling_rate}")
         if samples.ndim != 1 or samples.shape[0] < self.shortest:

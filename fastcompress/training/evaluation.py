@@ -17,6 +17,7 @@ from fastcompress.audio import AudioError
 from fastcompress.decoder.generation import unwrap
 from fastcompress.decoder.limits import counting_answers
 from fastcompress.training.examples import Examples
+from fastcompress.training.normalization import normalizer
 
 #: Resamples of the bootstrap of 95 % confidence intervals.
 RESAMPLES = 1000
@@ -35,7 +36,7 @@ class Result:
         cer: Character error rate of all utterances together, in %.
         exact: Utterances without an error, in %.
         bleu: Corpus BLEU (sacrebleu), 0 to 100.
-        seconds: Seconds of audio.
+        seconds: Seconds of audio that were decoded.
         frames_per_second: Frames per second of audio.
         tokens_per_second: Audio tokens per second of audio.
         ratio: Frames per token.
@@ -44,6 +45,7 @@ class Result:
         written_per_second: Generated tokens per second, in batches.
         peak_bytes: Peak memory: allocated by decoding on a GPU, of the whole process so far on the CPU.
         skipped: Utterances with damaged audio, which count in no other number.
+        clipped: Texts that were cut at the limit of new tokens.
     """
 
     utterances: int
@@ -63,6 +65,7 @@ class Result:
     written_per_second: float
     peak_bytes: int
     skipped: int
+    clipped: int
 
 
 @counting_answers()  # it counts them itself, over all batches
@@ -84,14 +87,16 @@ def transcribe(
         generation: Arguments of ``generate``.
 
     Returns:
-        The text of each utterance, ``None`` for damaged audio; and counts of tokens, frames and seconds.
+        The text of each utterance, ``None`` for damaged audio; and counts of tokens, frames, seconds, and texts that
+        were cut at the limit of new tokens.
     """
     model.eval()
     base = unwrap(model)
     tokenizer = examples.processor.tokenizer
     order = sorted(range(len(examples)), key=lambda i: examples.utterances[i].duration or 0.0)
     written: list[str | None] = [None] * len(order)
-    totals = {"audio_tokens": 0.0, "frames": 0.0, "written": 0.0, "seconds": 0.0}
+    totals = {"audio_tokens": 0.0, "frames": 0.0, "written": 0.0, "seconds": 0.0, "clipped": 0.0}
+    ends = end_tokens(base, tokenizer)
     done = 0
     for begin in range(0, len(order), batch_size):
         indices = [i for i in order[begin : begin + batch_size] if examples.is_usable(i)]
@@ -115,6 +120,7 @@ def transcribe(
         new = out[:: len(out) // len(indices), batch["input_ids"].shape[1] :]
         totals["seconds"] += time.perf_counter() - since
         totals["written"] += int((new != tokenizer.pad_token_id).sum())
+        totals["clipped"] += count_clipped(new, ends)
         for index, text in zip(indices, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True):
             written[index] = text.strip()
         if progress is not None:
@@ -128,6 +134,7 @@ def evaluate(
     batch_size: int = 16,
     timed: int = 10,
     progress: Callable[[int], object] | None = None,
+    normalize: str = "none",
     **generation: Any,
 ) -> tuple[Result, list[str | None]]:
     """Score a model on the utterances of a manifest.
@@ -138,6 +145,8 @@ def evaluate(
         batch_size: Utterances per batch.
         timed: Utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
         progress: Called with the number of utterances that are done.
+        normalize: Name of the normalization of references and texts before they are compared
+            (``fastcompress.training.normalization``).
         generation: Arguments of ``generate``; by default greedy search of at most 128 tokens.
 
     Returns:
@@ -149,6 +158,7 @@ def evaluate(
     import jiwer
     import sacrebleu
 
+    normalized = normalizer(normalize)
     cuda = model.device.type == "cuda"
     if cuda:
         torch.cuda.reset_peak_memory_stats(model.device)
@@ -161,11 +171,11 @@ def evaluate(
     scored = [(u, w) for u, w in zip(examples.utterances, written, strict=True) if w is not None]
     if not scored:
         raise AudioError(f"no usable audio: {next(iter(examples.skipped.values()))}")
-    references, hypotheses = [u.target for u, _ in scored], [w for _, w in scored]
+    references, hypotheses = [normalized(u.target) for u, _ in scored], [normalized(w) for _, w in scored]
     counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, hypotheses, strict=True)]
     low, high = _interval(counts)
     errors, words = (sum(column) for column in zip(*counts, strict=True))
-    seconds = sum(u.duration or 0.0 for u, _ in scored if u.has_audio)
+    seconds = sum(examples.seconds[i] for i, w in enumerate(written) if w is not None and i in examples.seconds)
     encode_ms, prefill_ms = _times(model, examples, timed)
     result = Result(
         utterances=len(references),
@@ -185,8 +195,23 @@ def evaluate(
         written_per_second=totals["written"] / max(1e-9, totals["seconds"]),
         peak_bytes=peak,
         skipped=len(examples.skipped),
+        clipped=int(totals["clipped"]),
     )
     return result, written
+
+
+def count_clipped(new: Tensor, ends: Sequence[int]) -> int:
+    """Return how many rows of new ids ``[B, L]`` end without an end token: the limit of new tokens cut them."""
+    if not new.numel():
+        return 0
+    return int((~torch.isin(new, torch.tensor(ends, device=new.device)).any(1)).sum())
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """Return the ids after which generation ends, and that of the padding, which follows them."""
+    ends = model.generation_config.eos_token_id
+    ends = ends if isinstance(ends, list) else [ends]
+    return [i for i in {*ends, tokenizer.eos_token_id, tokenizer.pad_token_id} if i is not None]
 
 
 def _encoded(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from fastcompress.audio import AudioError
 from fastcompress.checks import IGNORED_LABEL
-from fastcompress.training.manifest import ManifestError, Utterance, load_utterance
+from fastcompress.training.manifest import ManifestError, Utterance
+from fastcompress.training.usable import Skipped, load_utterance
 
 
 @dataclass(frozen=True)
@@ -87,16 +88,27 @@ class Examples:
         processor: A ``FastCompressProcessor``.
         cache: Keep features in memory, in half precision.
         phones: Units of the auxiliary CTC loss. ``None``: no such loss.
+        report: Is told of each utterance whose audio is damaged.
+
+    Attributes:
+        skipped: Reasons why utterances could not be decoded, by their indices.
+        seconds: Seconds of audio that were decoded, by the indices of the utterances.
 
     Raises:
         ManifestError: An utterance has a phone that is not in ``phones``.
     """
 
     def __init__(
-        self, utterances: Sequence[Utterance], processor: Any, cache: bool = False, phones: Sequence[str] | None = None
+        self,
+        utterances: Sequence[Utterance],
+        processor: Any,
+        cache: bool = False,
+        phones: Sequence[str] | None = None,
+        report: Skipped | None = None,
     ) -> None:
         self.utterances: list[Utterance] = list(utterances)
         self.processor = processor
+        self.report = report
         self.phones: dict[str, int] | None = None
         if phones is not None:
             self.phones = {phone: i for i, phone in enumerate(phones, start=1)}
@@ -105,6 +117,7 @@ class Examples:
                 if unknown:
                     raise ManifestError(f"{utterance.name}: the model has no phone {unknown[0]!r}")
         self.skipped: dict[int, str] = {}
+        self.seconds: dict[int, float] = {}
         self._features: dict[int, Tensor] | None = {} if cache else None
         self._checked: dict[int, Tensor] = {}  # features from is_usable, without a cache
 
@@ -126,6 +139,7 @@ class Examples:
             return self._checked.pop(index)
         rate = self.processor.feature_extractor.sampling_rate
         samples = load_utterance(utterance, rate)
+        self.seconds[index] = len(samples) / rate
         if len(samples) < self.processor.shortest:
             raise AudioError(
                 f"{utterance.name}: has {len(samples) / rate:.3f} s of audio, less than one frame of "
@@ -145,6 +159,8 @@ class Examples:
                     self._checked[index] = features
             except AudioError as error:
                 self.skipped[index] = str(error)
+                if self.report is not None:
+                    self.report.add(self.utterances[index], error)
         return index not in self.skipped
 
     def usable(self, index: int) -> int:
@@ -226,6 +242,7 @@ class EncodedExamples(Examples):
     def __init__(self, examples: Examples, model: Any, batch_size: int = 16) -> None:
         super().__init__(examples.utterances, examples.processor)
         self.skipped: dict[int, str] = examples.skipped
+        self.seconds: dict[int, float] = examples.seconds
         self._frames: dict[int, Tensor] = {}
         order = sorted(range(len(self)), key=lambda i: self.utterances[i].duration or 0.0)
         model.eval()

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import platform
 import re
 import sys
@@ -20,16 +21,19 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from fastcompress.audio import AudioError
 from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import unwrap
 from fastcompress.decoder.limits import counting_answers
-from fastcompress.files import write_file
+from fastcompress.files import check_folder, named, reason, write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
+from fastcompress.integrations.transformers.prompts import processor_inputs
 from fastcompress.lalm.lora import lora_targets
-from fastcompress.training.manifest import Utterance, check_audio, format_skipped, load_utterance, read_manifest
+from fastcompress.training.evaluation import count_clipped, end_tokens
+from fastcompress.training.manifest import Utterance
+from fastcompress.training.normalization import normalizer
 from fastcompress.training.parsing import RECORD, check_record, write_record
-from fastcompress.training.settings import FinetuneSettings
+from fastcompress.training.settings import FinetuneSettings, SettingsError
+from fastcompress.training.usable import SKIPPED, Skipped, load_utterance, print_line
 from fastcompress.version import __version__
 
 #: In the folder of a run: the adapter with its processor, and versions, losses and scores.
@@ -53,6 +57,7 @@ class Conversations:
         self.prompt = prompt
         extractor = getattr(processor, "feature_extractor", None) or getattr(processor, "audio_processor", None)
         self.sampling_rate: int = getattr(extractor, "sampling_rate", 16000)
+        self.decoded: int = 0  # samples, so far
 
     def prompts(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """Return the model's inputs up to the answer, padded on the left.
@@ -78,19 +83,9 @@ class Conversations:
     def _processed(self, utterances: Sequence[Utterance]) -> Any:
         """Return the processor's output for utterances that all have audio, or all have none."""
         audios = [load_utterance(u, self.sampling_rate) for u in utterances if u.has_audio]
+        self.decoded += sum(map(len, audios))
         prompts = [self.prompt if u.prompt is None else u.prompt for u in utterances]
-        padded = {"text_kwargs": {"padding": True}, "return_tensors": "pt"}
-        if not (getattr(self.processor, "chat_template", None) or self.processor.tokenizer.chat_template):
-            texts = [f"{self.processor.audio_token if audios else ''}{prompt}" for prompt in prompts]
-            return self.processor(text=texts, audio=audios or None, **padded)
-        heard = [[{"type": "audio", "audio": audio}] for audio in audios] or [[] for _ in prompts]
-        conversations = [
-            [{"role": "user", "content": [*audio, {"type": "text", "text": prompt}]}]
-            for audio, prompt in zip(heard, prompts, strict=True)
-        ]
-        return self.processor.apply_chat_template(
-            conversations, tokenize=True, return_dict=True, add_generation_prompt=True, processor_kwargs=padded
-        )
+        return processor_inputs(self.processor, audios, prompts)
 
     def __call__(self, utterances: Sequence[Utterance]) -> dict[str, Tensor]:
         """Return the model's inputs with the answers and their labels, padded on the right."""
@@ -121,8 +116,10 @@ def load(path: str, dtype: torch.dtype) -> tuple[Any, Any]:
     try:
         model = _class_of(transformers.AutoConfig.from_pretrained(path), path).from_pretrained(path, dtype=dtype)
         return model, transformers.AutoProcessor.from_pretrained(path)
+    except FinetuningError:
+        raise
     except (OSError, ValueError) as error:
-        raise FinetuningError(f"{path}: {str(error).strip().splitlines()[0]}") from error
+        raise FinetuningError(named(path, str(error).strip().splitlines()[0])) from error
 
 
 def _class_of(config: Any, path: str) -> Any:
@@ -203,9 +200,15 @@ def finetune(settings: FinetuneSettings, resume: bool = False, say: Callable[[st
         raise FinetuningError(f"{out}: holds a run already; resume it, or choose another folder")
     if resume and (out / RECORD).is_file():
         check_record(settings, out)
-    last = _last_checkpoint(out, say)
-    data = _read(settings.data, settings, say)
-    dev = [] if settings.dev is None else _read(settings.dev, settings, say)
+    normalizer(settings.normalize)  # fail now if its package is missing
+    try:
+        check_folder(out)  # before gigabytes are loaded
+    except OSError as error:
+        raise SettingsError(f"`output_dir` {out}: {reason(error)}") from error
+    last = newest_checkpoint(out, say)
+    skipped = Skipped(out / SKIPPED, print_line if os.environ.get("RANK", "0") == "0" else None)
+    data = _read(settings.data, settings, skipped, training=True)
+    dev = [] if settings.dev is None else _read(settings.dev, settings, skipped)
     model, processor = load(settings.model, weights_dtype(settings))
     apply_to(model, settings.rule, settings.mode, before_projector=settings.before_projector)
     if settings.mode == "budget":
@@ -216,9 +219,11 @@ def finetune(settings: FinetuneSettings, resume: bool = False, say: Callable[[st
     trainer = transformers.Trainer(
         model=model, args=_training_arguments(settings), train_dataset=data, data_collator=conversations
     )
-    if trainer.is_world_process_zero() and last is None:  # before the first checkpoint, which is resumed with them
+    if trainer.is_world_process_zero():
         out.mkdir(parents=True, exist_ok=True)
-        write_record(settings, out)
+        skipped.write()
+        if last is None:  # before the first checkpoint, which is resumed with them
+            write_record(settings, out)
     if last is not None:
         say(f"resuming after step {last.name.rpartition('-')[2]} of {settings.max_steps}")
     trainer.train(resume_from_checkpoint=None if last is None else str(last))
@@ -236,7 +241,9 @@ def finetune(settings: FinetuneSettings, resume: bool = False, say: Callable[[st
         processor.save_pretrained(out / ADAPTER)
         if dev:
             batch_size = settings.per_device_train_batch_size
-            scores = score(model, conversations, dev, batch_size, settings.max_new_tokens)
+            scores = score(model, conversations, dev, batch_size, settings.max_new_tokens, settings.normalize)
+            if scores["clipped"]:
+                say(f"{scores['clipped']} of {len(dev)} answers were cut at {settings.max_new_tokens} new tokens")
             say(f"dev: {scores['wer']:.1f} % WER, {scores['tokens_per_second']:.1f} tokens per second of audio")
             results["scores"] = scores
         write_file(out / RESULTS, json.dumps(results, indent=1))
@@ -258,7 +265,7 @@ def _training_arguments(settings: FinetuneSettings) -> transformers.TrainingArgu
     )
 
 
-def _last_checkpoint(out: Path, say: Callable[[str], None]) -> Path | None:
+def newest_checkpoint(out: Path, say: Callable[[str], object] = lambda text: None) -> Path | None:
     """Return the newest whole checkpoint. ``Trainer`` writes them in place, so a kill can leave part of one."""
     found = [path for path in out.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d+", path.name) and path.is_dir()]
     for path in sorted(found, key=lambda path: int(path.name.rpartition("-")[2]), reverse=True):
@@ -280,37 +287,30 @@ def _is_whole(checkpoint: Path) -> bool:
         return False
 
 
-def _read(path: str, settings: FinetuneSettings, say: Callable[[str], None]) -> list[Utterance]:
-    good, skipped = check_audio(read_manifest(path), max_seconds=settings.max_seconds)
-    if skipped:
-        say(f"{path}: {format_skipped(skipped)}")
-    usable, damaged = [], []
-    for u in good:  # now, not after an hour of training
-        try:
-            if u.has_audio:
-                load_utterance(u, 16000)
-            usable.append(u)
-        except AudioError as error:
-            damaged.append((u, str(error)))
-    if damaged:
-        say(f"{path}: {format_skipped(damaged)}")
-    if not usable:
-        raise FinetuningError(f"{path}: has no usable utterance")
-    return usable
+def _read(path: str, settings: FinetuneSettings, skipped: Skipped, training: bool = False) -> list[Utterance]:
+    """Return the utterances of a manifest that can be decoded: now, not after an hour of training."""
+    return skipped.decode(path, skipped.read(path, settings.max_seconds, training), 16000)
 
 
 @counting_answers()  # it counts them itself, over all batches
 @torch.no_grad()
 def score(
-    model: Any, conversations: Conversations, utterances: Sequence[Utterance], batch_size: int, max_new_tokens: int
+    model: Any,
+    conversations: Conversations,
+    utterances: Sequence[Utterance],
+    batch_size: int,
+    max_new_tokens: int,
+    normalize: str = "none",
 ) -> dict[str, float]:
     """Compute word and character error rates of greedy answers in %, and tokens per second of audio."""
     import jiwer
 
+    normalized = normalizer(normalize)
     base = unwrap(model)
     model.eval()
     written: list[str] = []
-    tokens = 0
+    tokens = clipped = 0
+    before = conversations.decoded
     tokenizer = conversations.processor.tokenizer
     for begin in range(0, len(utterances), batch_size):
         inputs = conversations.prompts(utterances[begin : begin + batch_size])
@@ -327,12 +327,15 @@ def score(
             else:
                 tokens += int(is_audio.sum())
             out = model.generate(**inputs, max_new_tokens=max_new_tokens, do_sample=False)
-        written += tokenizer.batch_decode(out[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    references, hypotheses = [u.target for u in utterances], [text.strip() for text in written]
-    seconds = sum(u.duration or 0.0 for u in utterances if u.has_audio)
+        new = out[:, inputs["input_ids"].shape[1] :]
+        clipped += count_clipped(new, end_tokens(base, tokenizer))
+        written += tokenizer.batch_decode(new, skip_special_tokens=True)
+    references, hypotheses = [normalized(u.target) for u in utterances], [normalized(t.strip()) for t in written]
+    seconds = (conversations.decoded - before) / conversations.sampling_rate
     return {
         "utterances": len(utterances),
         "wer": 100 * float(jiwer.wer(references, hypotheses)),
         "cer": 100 * float(jiwer.cer(references, hypotheses)),
         "tokens_per_second": tokens / seconds if seconds else 0.0,
+        "clipped": clipped,
     }

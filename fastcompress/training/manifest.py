@@ -1,29 +1,40 @@
-"""Manifests: one utterance per line, as JSON.
+"""Manifests: one utterance per line, as JSON, or a JSON array of them.
 
-A line has ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds and ``text``, the words that
-are said. Optional are ``target`` (the answer, if it is not the text, such as a translation), ``prompt``, ``phones``
-(units of an auxiliary loss) and ``offset`` (seconds into the file, where ``duration`` starts). Other keys are kept. A
-line without ``audio_filepath`` is text alone: a prompt and a target.
+An utterance has ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds and ``text``, the words
+that are said. Optional are ``target`` (the answer, if it is not the text, such as a translation), ``prompt``,
+``phones`` (units of an auxiliary loss) and ``offset`` (seconds into the file, where ``duration`` starts). Other keys
+are kept. Other common names of the audio and the text are read, too (``AUDIO_KEYS``, ``TEXT_KEYS``). An utterance
+without audio is text alone: a prompt and a target.
 """
 
 from __future__ import annotations
 
+import codecs
+import difflib
 import json
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from fastcompress.audio import AudioError, audio_seconds, load_audio
-from fastcompress.files import write_file
+from fastcompress.audio import float_samples
+from fastcompress.files import reason, write_file
 
-#: Shortest audio in seconds that gives an encoder a frame.
-SHORTEST = 0.025
-_ROUNDING = 0.1  # a duration that is shorter than its file by less than this, in seconds, does not cut it
+#: Names of the audio's path: ours, and those of datasets, NeMo, ms-swift, the audio folders of Hugging Face, ...
+AUDIO_KEYS = (
+    "audio_filepath", "audio", "audio_file", "audio_filename", "audio_path", "audios", "file", "file_name", "file_path",
+    "filename", "filepath", "path", "sound", "wav", "wav_file", "wav_filename", "wav_path",
+)  # fmt: skip
+#: Names of the words that are said: ours, and those of Common Voice and others.
+TEXT_KEYS = ("text", "sentence", "transcript", "transcription")
+
+_AUDIO_SUFFIXES = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm")
+_SEGMENT_KEYS = ("start", "end", "start_time", "end_time", "begin", "start_offset")  # of manifests that cut otherwise
 _TOO_LONG = 1e9  # seconds: longer than any audio, and the samples can still be counted
+_BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
 
 
 class ManifestError(ValueError):
@@ -32,10 +43,10 @@ class ManifestError(ValueError):
 
 @dataclass(frozen=True)
 class Utterance:
-    """A line of a manifest.
+    """An utterance of a manifest.
 
     Attributes:
-        audio_filepath: Path of the audio. ``None``: text alone.
+        audio_filepath: Path of the audio. ``None``: text alone, or ``samples`` or ``encoded``.
         text: Words that are said.
         target: Text that the model learns to write.
         duration: Seconds. ``None``: unknown.
@@ -43,7 +54,9 @@ class Utterance:
         prompt: Instruction.
         phones: Phones, separated by spaces. ``None``: unknown.
         samples: Samples and their sampling rate in Hz, in place of a file.
-        more: Other keys of the line.
+        encoded: Content of an audio file, in place of a file.
+        more: Other keys.
+        source: Where the utterance comes from, for messages, such as ``m.jsonl:3``.
     """
 
     audio_filepath: Path | None
@@ -54,17 +67,21 @@ class Utterance:
     prompt: str | None = None
     phones: str | None = None
     samples: tuple[np.ndarray, int] | None = None
+    encoded: bytes | None = field(default=None, repr=False)
     more: dict[str, Any] = field(default_factory=dict)
+    source: str = field(default="", compare=False)
 
     @property
     def has_audio(self) -> bool:
         """True if there is audio beside the text."""
-        return self.audio_filepath is not None or self.samples is not None
+        return self.audio_filepath is not None or self.samples is not None or self.encoded is not None
 
     @property
     def name(self) -> str:
         """Name of the utterance in messages."""
-        return str(self.audio_filepath) if self.audio_filepath is not None else f"the utterance {self.text!r}"
+        if self.audio_filepath is not None:
+            return str(self.audio_filepath)
+        return self.source or f"the utterance {self.text!r}"
 
 
 _TYPES: dict[str, tuple[type, ...]] = {
@@ -79,46 +96,69 @@ _TYPES: dict[str, tuple[type, ...]] = {
 
 
 def read_manifest(path: str | Path) -> list[Utterance]:
-    """Read the utterances of a manifest. ``check_audio`` checks their audio.
+    """Read the utterances of a manifest. ``fastcompress.training.usable`` checks their audio.
 
     Raises:
-        ManifestError: It cannot be read or is empty, or a line is not a JSON object, lacks a key or has a wrong value.
+        ManifestError: It cannot be read or is empty, or an utterance is not a JSON object, lacks a key, names its audio
+            or text twice, or has a wrong value.
     """
     path = Path(path)
     try:
-        # Not splitlines: it also splits at characters such as U+2028, which JSON strings can have.
-        lines = path.read_text(encoding="utf-8").split("\n")
+        content = path.read_bytes()
+        encoding = next((name for mark, name in _BYTE_ORDER_MARKS if content.startswith(mark)), "utf-8")
+        text = content.decode(encoding)
     except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path with a 0
-        reason = error.strerror.lower() if isinstance(error, OSError) and error.strerror else str(error)
-        raise ManifestError(f"{path}: {reason}") from error
+        raise ManifestError(f"{path}: {reason(error)}") from error
     utterances = []
-    for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
+    for source, values in _items(path, text):
         try:
-            utterances.append(_parse(line, path.parent))
+            utterances.append(_parse(values, path.parent, source))
         except ValueError as error:
-            raise ManifestError(f"{path}:{number}: {error}") from error
+            raise ManifestError(f"{source}: {error}") from error
     if not utterances:
         raise ManifestError(f"{path}: has no utterance")
     return utterances
 
 
-def _parse(line: str, folder: Path) -> Utterance:
+def _items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """Yield the items of an array, or of lines, and where they are."""
+    if text.lstrip()[:1] == "[":
+        for number, item in enumerate(_json(text, str(path)), start=1):
+            yield f"{path}: item {number}", item
+        return
+    # Not splitlines: it also splits at characters such as U+2028, which JSON strings can have.
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            yield f"{path}:{number}", _json(line, f"{path}:{number}")
+
+
+def _json(text: str, source: str) -> Any:
     try:
-        values = json.loads(line)
+        values = json.loads(text)
     except json.JSONDecodeError as error:
-        raise ValueError(f"not JSON ({error.msg} at column {error.colno})") from error
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if "\\u" in line:  # half of a surrogate pair cannot be encoded
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        raise ManifestError(f"{source}: not JSON ({error.msg} at {line}column {error.colno})") from error
+    except (RecursionError, ValueError) as error:  # ValueError: a number of too many digits
+        why = "nested too deeply" if isinstance(error, RecursionError) else reason(error)
+        raise ManifestError(f"{source}: {why}") from error
+    if "\\u" in text:  # half of a surrogate pair cannot be encoded
         try:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
-            raise ValueError(f"holds {error.object[error.start : error.end]!r}, which is not a character") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"must be an object, got {type(values).__name__}")
-    values = {key: value for key, value in values.items() if value is not None}
+            wrong = error.object[error.start : error.end]
+            raise ManifestError(f"{source}: holds {wrong!r}, which is not a character") from error
+    return values
+
+
+def _parse(item: Any, folder: Path, source: str) -> Utterance:
+    if not isinstance(item, dict):
+        raise ValueError(f"must be an object, got {type(item).__name__}")
+    values = {key: value for key, value in item.items() if value is not None}
+    for key in AUDIO_KEYS:
+        if key in values:
+            values[key] = _path_of(values[key], key)
+    for keys in (AUDIO_KEYS, TEXT_KEYS):
+        _rename(values, keys)
     for key, types in _TYPES.items():
         if key in values and (not isinstance(values[key], types) or isinstance(values[key], bool)):
             raise ValueError(f"{key} must be {types[-1].__name__}, got {values[key]!r}")
@@ -127,30 +167,78 @@ def _parse(line: str, folder: Path) -> Utterance:
             raise ValueError(f"{key} must be a number of seconds, got {values[key]!r}")
     if "\0" in values.get("audio_filepath", ""):
         raise ValueError(f"audio_filepath must be a path, got {values['audio_filepath']!r}")
-    if not values.get("target", values.get("text")):
-        raise ValueError("has neither text nor target")
+    if "text" not in values and "target" not in values:
+        raise ValueError(f"has neither text nor target{_others(item)}")
     known = {key: values.pop(key) for key in list(_TYPES) if key in values}
     audio = known.pop("audio_filepath", None)
+    if audio is None:
+        _refuse_audio_under_other_keys(values)
     text = known.pop("text", known.get("target"))
     return Utterance(
         audio_filepath=None if audio is None else folder / audio,
         text=text,
         target=known.pop("target", text),
         more=values,
+        source=source,
         **known,
     )
+
+
+def _rename(values: dict[str, Any], keys: Sequence[str]) -> None:
+    """Give a value that has a name of ``keys`` the first of them."""
+    found = [key for key in keys if key in values]
+    for key in found[1:]:
+        if values[key] != values[found[0]]:
+            raise ValueError(f"{found[0]} and {key} differ: keep the one to be read")
+    if found:
+        values[keys[0]] = [values.pop(key) for key in found][0]
+
+
+def _path_of(value: Any, key: str) -> str:
+    """Return the path in a value, which may also be a list of one path or an object of ``datasets`` with a path."""
+    audio = value[0] if isinstance(value, list) and len(value) == 1 else value
+    if isinstance(audio, dict) and isinstance(audio.get("path"), str):
+        audio = audio["path"]
+    if not isinstance(audio, str):
+        raise ValueError(f"{key} must be str, got {value!r}")
+    return audio
+
+
+def _refuse_audio_under_other_keys(more: Mapping[str, Any]) -> None:
+    for key, value in more.items():
+        if isinstance(value, str) and value.lower().endswith(_AUDIO_SUFFIXES):
+            raise ValueError(f"has no audio_filepath, but {key} is {value!r}: rename the key, or remove it")
+
+
+def _others(values: Mapping[str, Any]) -> str:
+    """Return the keys that are there, and the most similar one, for messages."""
+    if not values:
+        return ""
+    near = [(key, name) for name in ("text", "target") for key in difflib.get_close_matches(name, values, n=1)]
+    return f", only {', '.join(values)}" + (f"; rename {near[0][0]} to {near[0][1]}" if near else "")
+
+
+def warnings_of(utterances: Sequence[Utterance]) -> list[str]:
+    """Return what is unusual about a manifest as a whole, one line each: audio or segments may be under other keys."""
+    found = []
+    if not any(u.has_audio for u in utterances):
+        found.append(f"none of the {len(utterances)} utterances has audio: audio_filepath is missing")
+    cut = {key: None for u in utterances if u.has_audio and u.offset is None for key in _SEGMENT_KEYS if key in u.more}
+    if cut:
+        found.append(f"{', '.join(cut)} are not read: a segment has offset and duration, in seconds")
+    return found
 
 
 def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     """Write a manifest, whole or not at all. Paths below its folder become relative, others absolute.
 
     Raises:
-        ManifestError: An utterance has samples, which a manifest cannot hold.
+        ManifestError: An utterance has samples or the content of a file, which a manifest cannot hold.
     """
     folder = path.parent.absolute()  # not abspath, which follows .. past links
     lines = []
     for u in utterances:
-        if u.samples is not None:
+        if u.samples is not None or u.encoded is not None:
             raise ManifestError(f"{path}: {u.name} has samples, which a manifest cannot hold; set `audio_filepath`")
         values: dict[str, Any] = {}
         if u.audio_filepath is not None:
@@ -163,87 +251,6 @@ def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     write_file(path, "".join(f"{line}\n" for line in lines))
 
 
-def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """Load the samples from ``offset`` to ``offset + duration``, float32 ``[S]``. No others are decoded.
-
-    Raises:
-        AudioError: The audio cannot be used, or is shorter than a frame.
-    """
-    offset, duration = utterance.offset or 0.0, utterance.duration
-    if utterance.samples is not None:
-        samples, rate = utterance.samples
-        samples = np.asarray(samples, np.float32)
-        if samples.ndim != 1 or not np.isfinite(samples).all():
-            raise AudioError(f"{utterance.name}: samples must be [S] and finite, got shape {list(samples.shape)}")
-        if rate != sample_rate:
-            import soxr
-
-            samples = soxr.resample(samples, rate, sample_rate, quality="HQ")
-        samples = samples[round(offset * sample_rate) :]
-    else:
-        assert utterance.audio_filepath is not None
-        more = None if duration is None else duration + 2 * _ROUNDING  # enough to see whether the file is longer
-        samples = load_audio(utterance.audio_filepath, sample_rate, offset=offset, duration=more)
-    if duration is not None and _cuts(utterance, len(samples) / sample_rate):
-        samples = samples[: round(duration * sample_rate)]
-    if len(samples) < SHORTEST * sample_rate:
-        raise AudioError(
-            f"{utterance.name}: has {len(samples) / sample_rate:.3f} s of audio after {offset:g} s, less than one "
-            f"frame of {SHORTEST} s"
-        )
-    return samples
-
-
-def _cuts(utterance: Utterance, left: float) -> bool:
-    """Return True if the duration cuts the audio, which has ``left`` seconds after the offset."""
-    if utterance.duration is None:
-        return False
-    return utterance.offset is not None or left > utterance.duration + _ROUNDING
-
-
-def check_audio(
-    utterances: Sequence[Utterance], max_seconds: float = math.inf
-) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
-    """Split utterances into those with usable audio, with their durations, and the others, with the reason.
-
-    Only headers are read: damage inside a file shows when it is decoded.
-    """
-    lengths: dict[Path, float] = {}  # many segments may lie in one long recording
-    good: list[Utterance] = []
-    skipped: list[tuple[Utterance, str]] = []
-    for u in utterances:
-        try:
-            left = None
-            if u.samples is not None:
-                left = len(u.samples[0]) / u.samples[1] - (u.offset or 0.0)
-            elif u.audio_filepath is not None:
-                if not u.audio_filepath.is_file():
-                    raise AudioError("no such file")
-                if u.audio_filepath not in lengths:
-                    lengths[u.audio_filepath] = audio_seconds(u.audio_filepath)
-                left = lengths[u.audio_filepath] - (u.offset or 0.0)
-            if left is not None:
-                seconds = min(u.duration, left) if u.duration is not None and _cuts(u, left) else left
-                if not SHORTEST <= seconds <= max_seconds:
-                    raise AudioError(f"{seconds:.3f} s, not between {SHORTEST:g} and {max_seconds:g}")
-                u = Utterance(**(vars(u) | {"duration": seconds}))
-            good.append(u)
-        except AudioError as error:
-            skipped.append((u, str(error).removeprefix(f"{u.audio_filepath}: ")))
-        except OSError as error:  # a name that is too long, a folder without permission
-            skipped.append((u, (error.strerror or str(error)).lower()))
-    return good, skipped
-
-
-def format_skipped(skipped: Sequence[tuple[Utterance, str]], most: int = 5) -> str:
-    """Format a line with the number of skipped utterances, and one for each of the first."""
-    lines = [f"skipped {len(skipped)} utterances:"]
-    lines += [f"  {u.name}: {reason}" for u, reason in skipped[:most]]
-    if len(skipped) > most:
-        lines.append(f"  ... and {len(skipped) - most} more")
-    return "\n".join(lines)
-
-
 def from_hf_dataset(
     dataset: Any,
     audio_column: str = "audio",
@@ -254,32 +261,42 @@ def from_hf_dataset(
     """Make utterances of a Hugging Face dataset, which must be indexable (``datasets.load_dataset`` without streaming).
 
     Args:
-        dataset: Rows with an audio ``{"array": [S], "sampling_rate": Hz}`` or ``{"path": file}``.
+        dataset: Rows with an audio: ``{"array": [S], "sampling_rate": Hz}``, ``{"path": file}``, or, as
+            ``datasets.Audio(decode=False)`` returns it, ``{"bytes": content of a file, "path": its name}``. Integer
+            samples are scaled (``fastcompress.audio.float_samples``).
         audio_column: Name of the column of the audio.
         text_column: Name of the column of the text.
         target_column: Name of the column of the target. ``None``: the text.
         prompt: Instruction of all utterances.
 
     Raises:
-        ManifestError: A row lacks a column, or its audio has neither array nor path.
+        ManifestError: A row lacks a column or its text, or its audio has neither array, bytes nor path.
     """
     utterances = []
     for number in range(len(dataset)):
-        row = dataset[number]
+        row, source = dataset[number], f"row {number}"
         for column in filter(None, (audio_column, text_column, target_column)):
             if column not in row:
-                raise ManifestError(f"row {number} has no column {column!r}, only {', '.join(map(repr, row))}")
+                raise ManifestError(f"{source} has no column {column!r}, only {', '.join(map(repr, row))}")
         audio, text = row[audio_column], row[text_column]
         target = row[target_column] if target_column else text
-        samples = _samples_of(audio, f"row {number}: {audio_column}")
-        path = audio.get("path") if isinstance(audio, Mapping) else audio
+        for name, value in ((text_column, text), (target_column, target)):
+            if not isinstance(value, str):
+                raise ManifestError(f"{source}: {name} must be text, got {value!r}")
+        samples = _samples_of(audio, f"{source}: {audio_column}")
+        found = audio if isinstance(audio, Mapping) else {"path": audio}
+        encoded, path = found.get("bytes"), found.get("path")
+        kept: dict[str, Any] = {"prompt": prompt, "source": source}
         if samples is not None:
             seconds = len(samples[0]) / samples[1]
-            utterances.append(Utterance(None, text, target, seconds, prompt=prompt, samples=samples))
+            utterances.append(Utterance(None, text, target, seconds, samples=samples, **kept))
+        elif isinstance(encoded, bytes):
+            kept["source"] = f"{source} ({path})" if path else source
+            utterances.append(Utterance(None, text, target, encoded=encoded, **kept))
         elif isinstance(path, (str, Path)):
-            utterances.append(Utterance(Path(path), text, target, prompt=prompt))
+            utterances.append(Utterance(Path(path), text, target, **kept))
         else:
-            raise ManifestError(f"row {number}: {audio_column} has neither array nor path")
+            raise ManifestError(f"{source}: {audio_column} has neither array, bytes nor path")
     return utterances
 
 
@@ -294,12 +311,13 @@ def _samples_of(audio: Any, name: str) -> tuple[np.ndarray, int] | None:
     if array is None:  # there can be a path
         return None
     try:
-        samples, rate = np.asarray(array, np.float32), audio["sampling_rate"]
+        values, rate = np.asarray(array), audio["sampling_rate"]
+        samples = float_samples(values)
     except (KeyError, TypeError, ValueError) as error:
         raise ManifestError(f"{name} needs an array of numbers and a sampling_rate: {error!r}") from None
     # A column of integers with missing values is a column of floats.
     whole = isinstance(rate, (int, float, np.integer)) and not isinstance(rate, bool) and rate > 0 and rate % 1 == 0
-    if samples.ndim != 1 or not whole:
+    if samples.ndim != 1 or not whole or not math.isfinite(rate):
         shape = list(samples.shape)
         raise ManifestError(f"{name} must be an array [S] at a positive sampling_rate, got {shape} at {rate!r}")
     return samples, int(rate)

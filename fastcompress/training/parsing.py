@@ -17,7 +17,7 @@ import docstring_parser
 import jsonargparse
 import yaml
 
-from fastcompress.files import one_line, write_file
+from fastcompress.files import reason, write_file
 from fastcompress.training.settings import Settings, SettingsError, type_hints
 
 #: The settings of a run, in its folder; ``--config`` reads this file, too.
@@ -89,7 +89,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
         try:
             parsed = vars(self.parse_args(arguments, defaults=False))
         except ArithmeticError as error:  # of an integer that no float can hold
-            raise SettingsError(one_line(error)) from error
+            raise SettingsError(reason(error)) from error
         # jsonargparse puts a zero-width space before names that its Namespace has as methods, such as `keys`.
         given = {name.removeprefix("\u200b"): value for name, value in parsed.items()}
         settings = {name: value for name, value in given.items() if name in type_hints(self.settings)}
@@ -148,7 +148,7 @@ def read_values(settings: type[Settings], path: Path) -> dict[str, Any]:
         content = yaml.safe_load(path.read_text(encoding="utf-8"))
     # ValueError: not UTF-8, or an impossible date. RecursionError: nested too deeply.
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise SettingsError(f"{path}: {one_line(error)}") from error
+        raise SettingsError(f"{path}: {reason(error)}") from error
     if not isinstance(content, dict):
         raise SettingsError(f"{path}: must hold names and values, got {type(content).__name__}")
     parser = SettingsParser(settings)

@@ -19,16 +19,17 @@ from typing import Any
 import torch
 
 from fastcompress.decoder.generation import unwrap
-from fastcompress.files import WRITE_ERRORS, clean, one_line, write_file, write_folder
+from fastcompress.files import WRITE_ERRORS, check_folder, clean, one_line, reason, write_file, write_folder
 from fastcompress.lalm.dtypes import float_trained
 from fastcompress.lalm.loading import BASE_FILE, RunError, load_model, load_parts, set_compression
 from fastcompress.lalm.lora import add_lora
 from fastcompress.lalm.processing import FastCompressProcessor
 from fastcompress.training.examples import EncodedExamples, Examples
-from fastcompress.training.manifest import Utterance, check_audio, format_skipped, read_manifest
+from fastcompress.training.manifest import Utterance
 from fastcompress.training.parsing import RECORD, check_record, write_record
 from fastcompress.training.settings import SettingsError, TrainSettings
 from fastcompress.training.trainer import Training
+from fastcompress.training.usable import SKIPPED, Skipped, print_line
 
 _PACKAGES = ("torch", "transformers", "peft", "accelerate", "tokenizers", "numpy", "av", "soxr")
 
@@ -98,29 +99,36 @@ class Run:
             _check_manifests(folder, settings)
         elif (folder / RECORD).exists():
             raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
+        try:
+            check_folder(folder)  # before hours of reading and loading
+        except OSError as error:
+            raise SettingsError(f"`output_dir` {folder}: {reason(error)}") from error
         self.folder: Path = folder
         self.settings: TrainSettings = settings
         self.say: Callable[[str], object] = say
         self.accelerator: Any = Accelerator(mixed_precision="bf16" if settings.bf16 else "no")
-        if not self.accelerator.is_main_process:
+        main = self.accelerator.is_main_process
+        if not main:
             self.say = lambda text: None
-        train, skipped = self._read(settings.data)
-        dev, _ = self._read(settings.dev) if settings.dev else ([], [])
+        self.skipped: Skipped = Skipped(folder / SKIPPED, print_line if main else None)
+        train = self.skipped.read(settings.data, settings.max_seconds, training=True)
+        dev = self.skipped.read(settings.dev, settings.max_seconds, training=True) if settings.dev else []
         self.processor: FastCompressProcessor
         self.base: dict[str, Any]
         model, self.processor, self.base = self._build(train)
         config = unwrap(model).config
         if settings.encode_once and config.train_encoder:
             raise SettingsError("`encode_once` needs a frozen encoder: set `lora_rank`, or `train_encoder` to false")
-        if self.accelerator.is_main_process:
+        if main:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder)
+            self.skipped.write()
             if not resume:
-                self._record(skipped)
+                self._record()
         self.model = model
         units = config.ctc_tokens if config.train_encoder else None
-        examples = Examples(train, self.processor, settings.cache, units)
-        development = Examples(dev, self.processor, settings.cache) if dev else None
+        examples = Examples(train, self.processor, settings.cache, units, self.skipped)
+        development = Examples(dev, self.processor, settings.cache, report=self.skipped) if dev else None
         if settings.encode_once:
             examples = EncodedExamples(examples, unwrap(model))
             development = EncodedExamples(development, unwrap(model)) if development else None
@@ -138,15 +146,7 @@ class Run:
             why = f"{type(error).__name__}: {one_line(error)}"
             raise SettingsError(f"`audio_model` {audio}, `text_model` {text}: cannot be loaded ({why})") from error
 
-    def _read(self, path: str) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
-        good, skipped = check_audio(read_manifest(path), max_seconds=self.settings.max_seconds)
-        if skipped:
-            self.say(f"{path}: {format_skipped(skipped)}")
-        if not good:
-            raise RunError(f"{path}: has no usable utterance")
-        return good, skipped
-
-    def _record(self, skipped: list[tuple[Utterance, str]]) -> None:
+    def _record(self) -> None:
         environment = {
             "command": sys.argv,
             "python": platform.python_version(),
@@ -158,23 +158,28 @@ class Run:
             "sha256": {p: _digest(p) for p in (self.settings.data, self.settings.dev) if p},
         }
         write_file(self.folder / "environment.json", json.dumps(environment, indent=1))
-        write_file(self.folder / "skipped.txt", "".join(f"{u.name}: {reason}\n" for u, reason in skipped))
         write_record(self.settings, self.folder)  # last: a folder with this file is a run
 
     def train(self, progress: Callable[[int, dict[str, float]], None] | None = None) -> Path:
         """Train to the last step, write ``final/`` and return its path."""
         self.training.run(progress)
         final = self.folder / "final"
+        self._gather_skipped()
         if self.accelerator.is_main_process:
             try:
                 write_folder(final, self._write_final)
             except WRITE_ERRORS as error:
                 raise RunError(f"{final}: cannot be written ({one_line(error)}); resume to try again") from error
-            damaged = self.training.examples.skipped
-            if damaged:
-                self.say(f"skipped {len(damaged)} utterances with damaged audio: {'; '.join(damaged.values())}")
+            self.skipped.finish()
         self.accelerator.wait_for_everyone()
         return final
+
+    def _gather_skipped(self) -> None:
+        """Add to the list of the main process what the others have skipped."""
+        from accelerate.utils import gather_object
+
+        if self.accelerator.num_processes > 1:
+            self.skipped.merge(gather_object(list(self.skipped.lines)))
 
     def _write_final(self, folder: Path) -> None:
         model = self.accelerator.unwrap_model(self.model)

@@ -377,11 +377,13 @@ class FinetuneDataSettings(DataSettings):
         dev: Manifest that is scored at the end.
         prompt: Instruction for utterances whose manifest line has no prompt.
         max_new_tokens: Longest answer, in tokens, when --dev is scored.
+        normalize: Normalization of answers and references before they are compared; whisper is for English.
     """
 
     max_seconds: float = 30.0
     prompt: str = "Transcribe the audio."
     max_new_tokens: int = 128
+    normalize: Literal["none", "basic", "whisper"] = "none"
 
     def __post_init__(self) -> None:
         super().__post_init__()

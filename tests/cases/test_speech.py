@@ -1,6 +1,5 @@
 """Inputs that users of similar projects reported, with the right value, for manifests and commands.
 
-A case that is marked as an expected failure is an open fault. The mark is strict: whoever fixes the fault removes it.
 Audio files of unusual kinds are in ``tests/test_audio.py``.
 """
 
@@ -20,17 +19,14 @@ from fastcompress.cli import main as cli
 from fastcompress.lalm.loading import load_model
 from fastcompress.training.evaluation import evaluate
 from fastcompress.training.examples import Examples
-from fastcompress.training.manifest import ManifestError, check_audio, from_hf_dataset
+from fastcompress.training.manifest import ManifestError, from_hf_dataset
+from fastcompress.training.usable import check_audio
 from tests.support import ROOT
 from tests.support.audio_llms import make, processor
 
 DIGITS, MODEL = ROOT / "assets" / "digits", str(ROOT / "assets" / "models" / "digits")
 SAID = "three nine four one"
 SHORT = ["--max-new-tokens", "8"]
-
-
-def fault(reason: str, *errors: type[BaseException]) -> pytest.MarkDecorator:
-    return pytest.mark.xfail(reason=reason, raises=errors or AssertionError, strict=True)
 
 
 def write(path: Path, *lines: dict[str, Any]) -> str:
@@ -44,7 +40,6 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, *capsys.readouterr()
 
 
-@fault("the line becomes one of text alone")
 @pytest.mark.parametrize("key", ["audio_filename", "audio_path", "audio", "path", "wav"])
 def test_other_keys_of_the_audio_are_taken_or_refused(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     manifest = write(tmp_path / "m.jsonl", {key: str(DIGITS / "0.wav"), "duration": 1.6044, "text": SAID})
@@ -67,7 +62,6 @@ def test_a_file_that_does_not_decode_is_listed(tmp_path: Path, capsys: pytest.Ca
     assert code == 0 and "damaged.wav" in err
 
 
-@fault("durations are not compared with the audio")
 @pytest.mark.parametrize("line", [{"duration": 9.0}, {"offset": 1.0, "duration": 5.0}], ids=["file", "segment"])
 def test_audio_shorter_than_the_manifest_says_is_skipped(
     line: dict[str, float], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -78,7 +72,6 @@ def test_audio_shorter_than_the_manifest_says_is_skipped(
     assert code == 0 and "skipped 1" in err and "1.60" in err
 
 
-@fault("lines are written when the last file is done")
 def test_transcribe_prints_as_it_goes():
     files = [str(DIGITS / f"{i % 2}.wav") for i in range(24)]
     command = ["-m", "fastcompress", "transcribe", *files, "--model", MODEL, "--batch-size", "1", *SHORT]
@@ -89,7 +82,6 @@ def test_transcribe_prints_as_it_goes():
     assert times[-1] - times[0] > 0.1
 
 
-@fault("the second manifest is read after the first is scored")
 def test_every_manifest_is_read_before_the_first_is_scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     manifest = write(tmp_path / "a.jsonl", {"audio_filepath": str(DIGITS / "0.wav"), "text": SAID})
     monkeypatch.setattr("fastcompress.training.evaluation.evaluate", lambda *_, **__: pytest.fail("worked first"))
@@ -100,7 +92,6 @@ def test_every_manifest_is_read_before_the_first_is_scored(tmp_path: Path, monke
     assert code == 2
 
 
-@fault("an empty text is refused")
 def test_an_empty_text_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     manifest = write(
         tmp_path / "a.jsonl",
@@ -110,7 +101,6 @@ def test_an_empty_text_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert run(capsys, "evaluate", MODEL, manifest, *SHORT)[0] == 0
 
 
-@fault("a full stdout is a traceback")
 def test_a_full_stdout_is_one_line():
     command = [sys.executable, "-m", "fastcompress", "inspect", str(DIGITS / "0.wav"), "--no-noise"]
     with open("/dev/full", "w") as full:
@@ -118,7 +108,6 @@ def test_a_full_stdout_is_one_line():
     assert done.returncode != 0 and done.stderr.count("\n") == 1 and "space" in done.stderr
 
 
-@fault("the bytes of a row are ignored", ManifestError, AssertionError)
 @pytest.mark.parametrize("path", ["0.wav", None])
 def test_rows_of_datasets_with_bytes(path: str | None):
     audio = {"bytes": (DIGITS / "0.wav").read_bytes(), "path": path}
@@ -126,7 +115,6 @@ def test_rows_of_datasets_with_bytes(path: str | None):
     assert len(good) == 1 and skipped == []
 
 
-@fault("a missing text fails in evaluate, without the row", TypeError, ValueError, AttributeError)
 @pytest.mark.parametrize("text", [None, float("nan")], ids=str)
 def test_a_missing_text_names_its_row(text: Any):
     audio = {"array": np.zeros(16_000, np.float32), "sampling_rate": 16_000}
@@ -135,7 +123,6 @@ def test_a_missing_text_names_its_row(text: Any):
         evaluate(*(lambda m, p: (m, Examples(rows, p)))(*load_model(MODEL)), max_new_tokens=2)
 
 
-@fault("int16 samples are 32768 times too loud")
 def test_int16_samples_are_scaled_or_refused():
     _, speech = load_model(MODEL)
     samples = np.sin(np.arange(16_000) / 10, dtype=np.float32) / 2
@@ -143,24 +130,21 @@ def test_int16_samples_are_scaled_or_refused():
         features = speech.features((samples * 32768).astype(np.int16), 16_000)
     except TypeError:
         return
-    np.testing.assert_allclose(features, speech.features(samples, 16_000), atol=1e-2)
+    np.testing.assert_allclose(features, speech.features(samples, 16_000), atol=3e-2)  # of 16 bits
 
 
-@fault("a byte order mark is refused")
 def test_a_manifest_may_begin_with_a_byte_order_mark(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     line = json.dumps({"audio_filepath": str(DIGITS / "0.wav"), "text": SAID})
     (tmp_path / "a.jsonl").write_text(line + "\n", encoding="utf-8-sig")
     assert run(capsys, "evaluate", MODEL, str(tmp_path / "a.jsonl"), *SHORT)[0] == 0
 
 
-@fault("a JSON array is refused")
 def test_a_manifest_may_be_a_json_array(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     lines = [{"audio_filepath": str(DIGITS / f"{i}.wav"), "text": SAID} for i in range(2)]
     (tmp_path / "a.json").write_text(json.dumps(lines, indent=1))
     assert run(capsys, "evaluate", MODEL, str(tmp_path / "a.json"), *SHORT)[0] == 0
 
 
-@fault("the reason has a negative duration")
 def test_an_offset_after_the_end_says_so(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     manifest = write(
         tmp_path / "a.jsonl",
@@ -171,18 +155,16 @@ def test_an_offset_after_the_end_says_so(tmp_path: Path, capsys: pytest.CaptureF
     assert code == 0 and "skipped 1" in err and "-3.39" not in err and "offset" in err
 
 
-@fault("the error shows a signature of Python")
 def test_a_rule_without_its_size_names_the_field(capsys: pytest.CaptureFixture[str]):
     code, _, err = run(capsys, "inspect", str(DIGITS / "0.wav"), "--rule", "uniform")
     assert code == 2 and "size" in err and "__init__" not in err
 
 
-@fault("the model is loaded before the folder is looked at", AssertionError, OSError)
 def test_a_folder_that_cannot_be_made_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     make("qwen2_audio").save_pretrained(tmp_path / "model")
     processor("qwen2_audio").save_pretrained(tmp_path / "model")
     manifest = write(tmp_path / "a.jsonl", {"audio_filepath": str(DIGITS / "0.wav"), "text": SAID})
     (tmp_path / "file").touch()
-    arguments = ["--model", str(tmp_path / "model"), "--data", manifest, "--out", str(tmp_path / "file" / "run")]
+    arguments = ["--model", str(tmp_path / "model"), "--data", manifest, "--output-dir", str(tmp_path / "file" / "run")]
     code, _, err = run(capsys, "finetune", *arguments)
     assert code == 2 and err.count("\n") == 1 and "not a directory" in err.lower()

@@ -95,7 +95,11 @@ def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, caps
     assert [line["written"] is None for line in found["some"]["lines"]] == [False, True, False, False]
     assert 50e6 < found["good"]["peak_bytes"] < 24e9
     write_manifest(tmp_path / "all.jsonl", [bad])
-    assert "no usable audio" in fails(["evaluate", str(run), str(tmp_path / "all.jsonl")], capsys)
+    capsys.readouterr()
+    assert main(["evaluate", str(run), str(tmp_path / "all.jsonl")]) == 2
+    skipped, error = capsys.readouterr().err.splitlines()
+    assert skipped.startswith(f"skipped {tmp_path / 'all.jsonl'}:1: {tmp_path / 'nan.wav'}: holds NaN")
+    assert error.startswith(f"fastcompress: error: {tmp_path / 'all.jsonl'}: no usable audio")
 
 
 def test_choices_of_make_data_are_those_that_there_are():

@@ -17,8 +17,9 @@ from fastcompress.cli import main as cli
 from fastcompress.lalm import FastCompressProcessor
 from fastcompress.training import logs
 from fastcompress.training.examples import Examples
-from fastcompress.training.manifest import ManifestError, Utterance, check_audio, read_manifest
+from fastcompress.training.manifest import ManifestError, Utterance, read_manifest
 from fastcompress.training.recipes import build_small, build_tokenizer
+from fastcompress.training.usable import check_audio
 from tests.support.command_line import fails
 from tests.support.lalm_data import write_tones
 
@@ -38,7 +39,7 @@ def test_a_device_that_is_not_there(data: Path, capsys: pytest.CaptureFixture[st
     sound = str(data / "audio" / "train-0.wav")
     for command in (["transcribe", sound, "--model", str(data / "model")], ["evaluate", str(data / "model"), "x"]):
         assert "--device cuda" in fails([*command, "--device", "cuda"], capsys)
-    assert "--device nope" in fails([*command, "--device", "nope"], capsys)
+    assert "must be cpu, cuda or cuda:N, got 'nope'" in fails([*command, "--device", "nope"], capsys)
 
 
 def test_parts_that_are_not_there(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

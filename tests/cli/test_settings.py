@@ -62,6 +62,7 @@ def test_help(command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     words = " ".join(text.split())
     assert "--max-steps INT Updates of the weights (default: 1000)" in words
     assert "--data MANIFEST Manifest to train on (required)" in words
+    assert '{"audio_filepath": "audio/1.wav", "duration": 2.31, "text": "two hundred"}' in words
     assert "--bf16, --no-bf16" in text
     assert not any(line.rstrip().endswith("-") for line in lines)  # no line ends inside a flag
     assert words.endswith(EXIT_CODES)
@@ -87,7 +88,7 @@ def test_mistakes_are_named_as_they_were_typed(tmp_path: Path, capsys: pytest.Ca
         assert "no run to resume" in fails([command, "--output-dir", str(tmp_path), "--resume"], capsys)
     config = tmp_path / "c.yaml"
     train = ["train", "--output-dir", str(tmp_path / "run"), "--data", "x", "--config", str(config)]
-    assert "c.yaml: [errno 2] no such file" in fails(train, capsys).lower()
+    assert "c.yaml: no such file or directory\n" in fails(train, capsys)
     for text, message in (
         ("max-stepz: 3", f"error: {config}: unknown key 'max-stepz'; the nearest known key is max_steps"),
         ("max-steps: x", f"error: {config}: `max_steps` must be a whole number, got 'x'"),

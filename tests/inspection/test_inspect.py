@@ -224,7 +224,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(capsys, monkeypatch, tmp_path, ar
 
 def test_no_command_and_an_unknown_one_are_mistakes(capsys):
     assert main([]) == 2 and "required: COMMAND" in capsys.readouterr().err
-    assert main(["inspct"]) == 2 and "invalid choice: 'inspct'" in capsys.readouterr().err
+    assert main(["inspct"]) == 2 and "unknown command 'inspct'; did you mean inspect?" in capsys.readouterr().err
 
 
 def test_files_that_fail_do_not_stop_the_others(tmp_path, capsys):

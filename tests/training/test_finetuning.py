@@ -322,7 +322,7 @@ def test_finetune_skips_unreadable_audio(stock, tmp_path, capsys):
     bad = json.dumps({"audio_filepath": "audio/damaged.wav", "text": "low"})
     (stock / "mixed.jsonl").write_text("\n".join([*lines[:3], missing, bad]))
     assert cli.main(arguments(stock, "qwen2_audio", tmp_path / "run", data=stock / "mixed.jsonl", max_steps=1)) == 0
-    assert "skipped 2 utterances" in capsys.readouterr().out
+    assert f"{stock / 'mixed.jsonl'}: skipped 2 of 5 utterances:" in capsys.readouterr().err
     for more, text in (
         ({"data": stock / "none.jsonl"}, "no such file"),
         ({"model": stock}, "config"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,9 @@ import numpy as np
 import pytest
 import soundfile
 
-from fastcompress.audio import load_audio
-from fastcompress.training.manifest import (
-    ManifestError,
-    Utterance,
-    check_audio,
-    load_utterance,
-    read_manifest,
-    write_manifest,
-)
+from fastcompress.audio import AudioError, load_audio
+from fastcompress.training.manifest import ManifestError, Utterance, read_manifest, write_manifest
+from fastcompress.training.usable import check_audio, load_utterance
 from tests.support.lalm_data import write_lines
 
 RATE = 16_000
@@ -36,11 +31,11 @@ def recording(path: Path, seconds: float, rate: int = RATE, **more: Any) -> Path
         ({"offset": 0.0, "duration": 9.95}, 9.95),
         ({"offset": 0.0}, 10.0),
         ({"offset": 2.5, "duration": 3.0}, 3.0),
-        ({"offset": 8.0, "duration": 3.0}, 2.0),
+        ({"offset": 8.0, "duration": 2.05}, 2.0),  # rounded
         ({"offset": 8.0}, 2.0),
         ({"duration": 2.5}, 2.5),
         ({"duration": 9.95}, 10.0),  # rounded
-        ({"duration": 12.0}, 10.0),
+        ({"duration": 10.05}, 10.0),
         ({}, 10.0),
     ],
     ids=str,
@@ -55,6 +50,36 @@ def test_the_selected_samples(line: dict[str, float], seconds: float, tmp_path: 
     begin = round(line.get("offset", 0.0) * RATE)
     for u in (*utterances, *checked):
         assert np.array_equal(load_utterance(u, RATE), whole[begin : begin + round(seconds * RATE)])
+
+
+@pytest.mark.parametrize("kind", ["wav", "flac", "mp3", "samples"])
+@pytest.mark.parametrize(
+    "line, reason",
+    [
+        ({"duration": 12.0}, "the audio is 10.0.. s long, but the manifest says 12 s"),
+        ({"offset": 0.0, "duration": 12.0}, "the audio is 10.0.. s long, but the manifest says 12 s"),
+        ({"offset": 8.0, "duration": 3.0}, "the segment from 8 to 11 s ends after the audio, which is 10.0.. s long"),
+        ({"offset": 11.0, "duration": 1.0}, "offset 11 s is after the end of the audio, which is 10.0.. s long"),
+        ({"offset": 11.0}, "offset 11 s is after the end of the audio, which is 10.0.. s long"),
+    ],
+    ids=str,
+)
+def test_what_is_missing(line: dict[str, float], reason: str, kind: str, tmp_path: Path):
+    """By the header, and without it when the samples are decoded."""
+    if kind == "samples":
+        u = Utterance(None, "a", "a", samples=(np.ones(10 * RATE, np.float32), RATE), **line)
+    else:
+        recording(tmp_path / f"a.{kind}", 10.0)
+        (u,) = read_manifest(write_lines(tmp_path, {"audio": f"a.{kind}", "text": "a", **line}))
+    ((skipped, why),) = check_audio([u])[1]
+    assert skipped == u and re.fullmatch(reason, why)
+    with pytest.raises(AudioError) as caught:
+        load_utterance(u, RATE)
+    message = str(caught.value).removeprefix(f"{u.name}: ")
+    if "offset" not in line or line["offset"] < 10:
+        assert re.fullmatch(reason.replace("10.0..", r"(9\.9|10\.).*"), message)
+    else:
+        assert "after the end of the audio" in message
 
 
 def test_samples_are_cut_as_files_are():

@@ -136,7 +136,7 @@ def test_files_that_lack_something(tmp_path: Path):
     for text, message in (("seed: -0x" + "f" * 5000, "less than 2\\*\\*63"), ("lora_alpha: .nan", "a number, got nan")):
         with pytest.raises(SettingsError, match=rf"c.yaml: `\w+` must be {message}$"):
             read_settings(TrainSettings, write(tmp_path, f"output_dir: r\ndata: a\n{text}"))
-    with pytest.raises(SettingsError, match="no.yaml: .*No such file"):
+    with pytest.raises(SettingsError, match="no.yaml: no such file"):
         read_values(TrainSettings, tmp_path / "no.yaml")
 
 

@@ -311,7 +311,7 @@ def test_a_checkpoint_of_another_shape(trained: Path, data: Path, tmp_path: Path
         checkpoints.load(tmp_path / "step-00000001", weights, training.optimizer)
 
 
-def test_damaged_files_are_skipped_and_said(data: Path, tmp_path: Path):
+def test_damaged_files_are_skipped_and_listed(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     """Headers are checked before training. A damage that is found when a file is decoded must not stop the run."""
     lines = (data / "train.jsonl").read_text().splitlines()
     entries = [json.loads(line) for line in lines[:8]]
@@ -321,15 +321,20 @@ def test_damaged_files_are_skipped_and_said(data: Path, tmp_path: Path):
     import soundfile
 
     soundfile.write(tmp_path / "nan.wav", np.full(8000, np.nan, np.float32), 16000, subtype="FLOAT")
-    entries[1]["audio_filepath"] = str(tmp_path / "nan.wav")
+    entries[1] |= {"audio_filepath": str(tmp_path / "nan.wav"), "duration": 0.5}
     entries[2]["audio_filepath"] = str(tmp_path / "missing.wav")
     manifest = tmp_path / "train.jsonl"
     manifest.write_text("\n".join(map(json.dumps, entries)))
-    said: list[str] = []
-    Run(settings(data, tmp_path / "run", data=str(manifest), max_steps=3), say=said.append).train()
-    assert "skipped 1 utterances" in said[0] and "missing.wav: no such file" in said[0]
-    assert "missing.wav" in (tmp_path / "run" / "skipped.txt").read_text()
-    assert "skipped 1 utterances with damaged audio" in said[-1] and "nan.wav: holds NaN" in said[-1]
+    run = Run(settings(data, tmp_path / "run", data=str(manifest), max_steps=3), say=lambda text: None)
+    before, after = f"{manifest}:3: {tmp_path / 'missing.wav'}: no such file", f"{manifest}:2: {tmp_path / 'nan.wav'}: "
+    file = tmp_path / "run" / "skipped.txt"
+    assert file.read_text() == f"{before}\n"
+    run.train()
+    found = file.read_text().splitlines()
+    assert found[0] == before and len(found) == 2 and found[1].startswith(f"{after}holds NaN")
+    err = capsys.readouterr().err.splitlines()
+    assert err[:3] == [f"{manifest}: skipped 1 of 8 utterances:", f"  {before}", f"skipped {found[1]}"]
+    assert err[3:] == [f"skipped 1 utterances that could not be decoded, listed in {file}"]
     assert len(losses(tmp_path / "run")) == 3
 
 

@@ -88,7 +88,7 @@ class Examples:
         processor: A ``FastCompressProcessor``.
         cache: Keep features in memory, in half precision.
         phones: Units of the auxiliary CTC loss. ``None``: no such loss.
-        report: Is told of each utterance whose audio is damaged.
+        report: Function that is called with each utterance whose audio is damaged.
 
     Attributes:
         skipped: Reasons why utterances could not be decoded, by their indices.

@@ -1,4 +1,4 @@
-"""The suites, in the order in which they run. The first line of a suite's docstring describes what it measures."""
+"""The suites, in the order in which they run. The first line of a suite's docstring describes its measurements."""
 
 from __future__ import annotations
 

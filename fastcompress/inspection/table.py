@@ -54,7 +54,7 @@ StageProgress = Callable[[str, float, float], None]
 
 
 class EncoderError(ValueError):
-    """Report that an encoder cannot be loaded or run; the message is one line with the path and the cause."""
+    """An encoder cannot be loaded or run. The message is one line with the path and the cause."""
 
 
 class FrameSource(Protocol):
@@ -172,7 +172,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """Hold one row of the table: the result of a rule on the audio or on white noise.
+    """One row of the table: the result of a rule on the audio or on white noise.
 
     Attributes:
         rule: The rule.
@@ -205,7 +205,7 @@ class RuleResult:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold the inspection of one audio file.
+    """Inspection of one audio file.
 
     Attributes:
         path: Path of the file.
@@ -298,7 +298,7 @@ def inspect_audio(
 
 
 def white_noise(count: int) -> np.ndarray:
-    """Return Gaussian white noise, ``[count]`` fp32, the same on every call."""
+    """Return Gaussian white noise, ``[count]`` fp32, which is the same in every call."""
     samples = np.random.default_rng(_NOISE_SEED).standard_normal(count, dtype=np.float32)
     samples *= _NOISE_LEVEL  # in place, because an hour takes 230 MB
     return samples

@@ -219,7 +219,7 @@ def make_data(
         Number of utterances of each manifest.
 
     Raises:
-        ValueError: An argument is out of range, or the folder holds other data.
+        ValueError: An argument is out of range, or the folder contains other data.
         SynthesisError: No synthesizer is installed.
     """
     if task not in TASKS:
@@ -236,7 +236,7 @@ def make_data(
     if record.exists():
         known = json.loads(record.read_text(encoding="utf-8"))
         if any(known.get(name) != value for name, value in made_of.items()):
-            raise ValueError(f"{folder} holds other data, {known}: choose another folder")
+            raise ValueError(f"{folder} contains other data, {known}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(record, json.dumps(made_of | {"version": __version__}))
     phonemes("one")  # raises if there is no synthesizer, before any process starts

@@ -473,7 +473,7 @@ def test_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     soundfile.write(tmp_path / "short.wav", np.zeros(100), RATE)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
     assert "short.wav: audio must be [S] with at least 400" in fails(tmp_path / "short.wav", "--stream")
-    assert "none.wav: holds no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
+    assert "none.wav: contains no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
     for content in (b"", b"no wave " * 9):
         stdin = io.BytesIO(content)
         stdin.name = "<stdin>"

@@ -78,7 +78,7 @@ def apply_to(
     ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
 
     Saving writes rule, mode and side of the projector as ``fastcompress`` into ``config.json``, and with a peft adapter
-    into ``fastcompress.json`` beside ``adapter_config.json``. This holds for ``save_pretrained`` of the model, of a
+    into ``fastcompress.json`` next to ``adapter_config.json``. This applies to ``save_pretrained`` of the model, of a
     ``PeftModel`` and of a merged model, and for checkpoints of ``Trainer``. A model that is loaded with them, but used
     without ``apply_to``, warns once.
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import nn
@@ -31,6 +31,7 @@ from fastcompress.integrations.transformers.families import (
 )
 from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
+from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import LabelChange, Rule, as_rule
 
 __all__ = [
@@ -46,7 +47,8 @@ __all__ = [
     "table",
 ]
 
-MODES = ("dynamic", "budget")
+Mode = Literal["dynamic", "budget"]
+MODES: tuple[str, ...] = get_args(Mode)
 
 saved_rule.watch()
 
@@ -54,7 +56,7 @@ saved_rule.watch()
 def apply_to(
     model: Any,
     compressor: Rule | str | nn.Module | None = None,
-    mode: str | None = None,
+    mode: Mode | None = None,
     pack: bool | None = None,
     *,
     before_projector: bool | None = None,
@@ -121,9 +123,8 @@ def apply_to(
             raise ValueError(f"no compression was saved with this {kind}; pass a rule, such as 'uniform:3'")
         if trained.rule is None:
             raise ValueError(f"this {kind} was trained with the module {trained.compressor}; pass that module")
-        reduce: Any = trained.reduce or "mean"
-        compressor = SegmentPool(trained.rule, reduce)
-        mode = trained.mode if mode is None else mode
+        compressor = SegmentPool(trained.rule, cast(Reduce, trained.reduce or "mean"))
+        mode = cast(Mode, trained.mode) if mode is None else mode
         before_projector = trained.before_projector if before_projector is None else before_projector
         if proportional_attention is None:
             proportional_attention = trained.proportional_attention

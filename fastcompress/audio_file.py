@@ -245,6 +245,8 @@ class AudioFile:
         if name == "wav" and self._source.wav is not None:
             wav = self._source.wav
             return wav.size // wav.block if is_pcm and wav.size and wav.block else None
+        if name == "w64":
+            return self._source.w64_samples if is_pcm else None
         if name not in _EXACT:
             return None
         duration = self._audio.duration

@@ -23,6 +23,11 @@ _PIECE = 1 << 16
 _EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
 
 
+#: Ends of the names of the chunks of W64, after four letters; that of the file itself has another.
+_W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+_W64_CHUNK = bytes.fromhex("f3acd3118cd100c04f8edb8a")
+
+
 class AudioError(ValueError):
     """An audio file that cannot be used. The message is one line that names the file and the reason."""
 
@@ -67,6 +72,7 @@ class Source:
         self._place = 0
         self.ended = False
         self.wav = _wav_header(self)
+        self.w64_samples = _w64_samples(self)
         hides_size = self._peek(4) in _EXACT_MAGIC
         self._size = stream.seek(0, os.SEEK_END) if is_file else 0
         self._whences = (os.SEEK_SET, os.SEEK_CUR) if hides_size else (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
@@ -166,6 +172,24 @@ def _wav_header(source: Source) -> WavHeader | None:
         elif name == b"ds64" and len(content) >= 16:
             long_size = struct.unpack("<Q", content[8:16])[0]
         place += size + size % 2
+    return None
+
+
+def _w64_samples(source: Source) -> int | None:
+    """Return the samples per channel that the header of an uncompressed W64 file promises; ``None``: unknown."""
+    if source.peek(0, 16) != _W64_RIFF:
+        return None
+    block, place = 0, 40
+    while len(head := source.peek(place, 24)) == 24 and place < _MOST_HEADER:
+        size = struct.unpack("<Q", head[16:])[0]  # counts these 24 bytes
+        if head[:16] == b"data" + _W64_CHUNK:
+            return (size - 24) // block if block and 24 < size < 1 << 62 else None
+        if head[:16] == b"fmt " + _W64_CHUNK:
+            content = source.peek(place + 24, 14)
+            block = struct.unpack("<12xH", content)[0] if len(content) == 14 else 0
+        if size < 24:
+            return None
+        place += (size + 7) // 8 * 8
     return None
 
 

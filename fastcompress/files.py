@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 #: Prefix of the name under which a file or folder is written before it is renamed.
 UNFINISHED = "unfinished-"
 
 #: Errors that the writing libraries raise when the disk is full or the folder is not writable.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError)
+with contextlib.suppress(ImportError):  # without safetensors, nothing writes weights
+    from safetensors import SafetensorError
+
+    WRITE_ERRORS += (SafetensorError,)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:

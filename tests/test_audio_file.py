@@ -150,7 +150,7 @@ def test_chunks_after_the_samples_are_ignored(tmp_path: Path, size: int, heard: 
 
 
 # CAF can be read from files only.
-@pytest.mark.parametrize("kind", ["WAV", "RF64", "AIFF", "AU", "CAF", "NIST"])
+@pytest.mark.parametrize("kind", ["WAV", "RF64", "W64", "AIFF", "AU", "CAF", "NIST"])
 def test_fewer_samples_than_promised_are_an_error(tmp_path: Path, kind: str):
     content = written(tmp_path / "a", 60_000, format=kind, subtype="PCM_16")
     content = content[: len(content) * 2 // 3]

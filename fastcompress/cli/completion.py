@@ -7,9 +7,10 @@ of the tab key.
 from __future__ import annotations
 
 import argparse
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 from fastcompress.cli.errors import EXIT_OK
+from fastcompress.training.settings import type_hints
 
 _SHELLS = ("bash", "zsh", "fish")
 _FILES = ("FILE", "MANIFEST", "PATH")
@@ -37,7 +38,10 @@ def _run_completion(options: argparse.Namespace) -> int:
     for name, command in parser.commands.items():
         full = parser.commands[name] = command.full()
         full.prog = f"{parser.prog} {name}"
+        hints = type_hints(full.settings) if hasattr(full, "settings") else {}
         for action in full._actions:
+            if get_origin(hints.get(action.dest)) is Literal:
+                action.choices = get_args(hints[action.dest])
             metavar = action.metavar if isinstance(action.metavar, str) else ""
             if metavar in _FILES:
                 action.complete = shtab.FILE

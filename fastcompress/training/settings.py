@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import Rule
 
 #: Texts, and what ``--help`` shows for their values.
@@ -149,6 +150,8 @@ class LoraSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(0, "lora_rank", "lora_dropout")
+        if not self.lora_dropout < 1:
+            raise SettingsError(f"`lora_dropout` must be less than 1, got {self.lora_dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,6 +283,10 @@ class TrainCompressionSettings(CompressionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, known in (("reduce", get_args(Reduce)), ("keys", ("frames", "ctc"))):
+            value = getattr(self, name)
+            if value not in (None, *known):
+                raise SettingsError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
         if self.boundary_ratio is None:
             return
         if not self.boundary_ratio > 1:

@@ -85,7 +85,7 @@ def check_folder(folder: Path) -> None:
     """Check that a folder can be made and written to, without making it.
 
     Raises:
-        OSError: It cannot.
+        OSError: The folder cannot be made or written to.
     """
     existing = folder.absolute()
     while not existing.exists() and existing != existing.parent:

@@ -218,7 +218,7 @@ def test_refused(make, message: str):
 @pytest.mark.parametrize(("text", "field"), [("uniform", "size"), ("threshold:min_len=2", "threshold")])
 def test_missing_field_is_named(text: str, field: str):
     name = text.partition(":")[0]
-    with pytest.raises(ValueError, match=rf"^rule '{name}': .*missing 1 required positional argument: '{field}'$"):
+    with pytest.raises(ValueError, match=rf"^rule '{name}' needs {field}, as in '"):
         Rule.from_string(text)
 
 

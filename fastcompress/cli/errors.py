@@ -28,14 +28,14 @@ class UserError(Exception):
 
 
 class StdoutError(Exception):
-    """Standard output that cannot be written: a full disk, or a pipe that its reader has closed.
+    """Standard output cannot be written, because the disk is full or the reader has closed the pipe.
 
-    It is no ``OSError``, which argparse would ignore when it prints help.
+    This is not an ``OSError``, which argparse would ignore when it prints help.
     """
 
 
 class GuardedStdout:
-    """Standard output whose failures are ``StdoutError``, so that they are not taken for those of other files."""
+    """Standard output that raises ``StdoutError``, which differs from the errors of other files."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -51,7 +51,7 @@ class GuardedStdout:
             raise StdoutError(f"standard output: {reason(error)}") from error
 
     def flush(self) -> None:
-        """Write what is buffered."""
+        """Write the buffered text."""
         try:
             self._stream.flush()
         except OSError as error:
@@ -66,7 +66,7 @@ def print_error(error: object) -> None:
 
 @contextlib.contextmanager
 def one_line_warnings() -> Iterator[None]:
-    """Print warnings of this package as one line, without the place in the code."""
+    """Print warnings of this package as one line, without the file and line of the code."""
     shown = warnings.showwarning
 
     def show(message: Any, category: Any, filename: str, *args: Any, **kwargs: Any) -> None:
@@ -81,7 +81,7 @@ def one_line_warnings() -> Iterator[None]:
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
-    """Return the end of a sentence with the most similar name, or nothing."""
+    """Return the end of a sentence with the most similar name, or an empty string."""
     nearest = difflib.get_close_matches(name[:80], list(known), n=1)
     return f"; did you mean {nearest[0]}?" if nearest else ""
 

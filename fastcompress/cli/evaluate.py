@@ -42,8 +42,8 @@ def add_command(commands: Any) -> None:
         "--normalize",
         choices=_NORMALIZERS,
         default="none",
-        help="normalization of references and transcripts before they are compared: none compares them as they are, "
-        "with case and punctuation; basic removes both, for any language; whisper is that of Whisper for English "
+        help="normalization of references and transcripts before they are compared: none compares them unchanged, "
+        "with case and punctuation; basic removes both, for any language; whisper is Whisper's for English "
         "(default: none)",
     )
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch (default: one per core)")
@@ -63,7 +63,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     if options.json:
         check_writable(f"--json {options.json}", options.json)
     check_model_options(options)
-    manifests = {path: _read(path) for path in options.manifests}  # all, before hours of work on the first
+    manifests = {path: _read(path) for path in options.manifests}  # before scoring, which can take hours
     model, processor = load_model_and_processor(options)
     found: dict[str, Any] = {
         "model": options.model,
@@ -77,7 +77,7 @@ def _run_evaluate(options: argparse.Namespace) -> int:
         for path, read in manifests.items():
             found["manifests"][str(path)], row = _score(model, processor, path, *read, options)
             rows.append(row)
-    finally:  # what is done is kept if the work on another manifest fails or is interrupted
+    finally:  # scores are kept if another manifest fails or the user interrupts
         if rows:
             _show(found, rows, options)
     return EXIT_OK

@@ -52,13 +52,13 @@ def add_command(commands: Any) -> None:
     parser.add_argument(
         "--before-projector",
         action="store_true",
-        help="of an audio LLM, compress the encoder's frames and not the projector's output",
+        help="compress the encoder's frames of an audio LLM instead of the projector's output",
     )
     parser.add_argument(
         "--ratio",
         type=_ratio,
         metavar="R",
-        help="search the thresholds that leave R frames per token, for all files together, and print them with the "
+        help="search the thresholds that give R frames per token, for all files together, and print them with the "
         "quantiles of the distances; --json then writes an object with files and search",
     )
     parser.add_argument(

@@ -80,11 +80,11 @@ class Parser(argparse.ArgumentParser):
 
     @property
     def commands(self) -> dict[str, Parser]:
-        """The parsers of the commands by name."""
+        """Parsers of the commands by name."""
         return next(action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction))
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
-        """Raise for a value that is no choice, with the nearest one."""
+        """Raise an error for a value that is not a choice, with the nearest choice."""
         if action.choices is not None and value not in action.choices:
             is_command = isinstance(action, argparse._SubParsersAction)
             known = list(map(str, action.choices))
@@ -135,7 +135,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if not isinstance(error.__cause__, BrokenPipeError):  # the reader (`head`, `less`) has closed the pipe
             print_error(error)
         with contextlib.suppress(OSError):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # or the flush at exit fails again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())  # otherwise the flush at exit fails again
         return EXIT_ERROR
     finally:
         sys.stdout = stdout

@@ -44,7 +44,7 @@ def _device(text: str) -> str:
 
 
 def clipped(count: int, total: int, options: argparse.Namespace) -> str:
-    """Return a warning of texts that were cut at the limit of new tokens."""
+    """Return a warning about texts that were cut at the limit of new tokens."""
     return f"warning: {count} of {total} texts were cut at --max-new-tokens {options.max_new_tokens}"
 
 

@@ -71,7 +71,7 @@ def _run_transcribe(options: argparse.Namespace) -> int:
                     if text is not None:
                         tqdm.write(f"{file}: {text}" if len(options.files) > 1 else text, file=sys.stdout)
                         done += 1
-                sys.stdout.flush()  # each batch as soon as it is done
+                sys.stdout.flush()  # print each batch as soon as it is done
                 cut += clipped_here
                 bar.update(len(files))
         except KeyboardInterrupt:

@@ -68,7 +68,7 @@ class Result:
     clipped: int
 
 
-@counting_answers()  # it counts them itself, over all batches
+@counting_answers()  # this function counts cut answers over all batches
 @torch.inference_mode()
 def transcribe(
     model: Any,

@@ -120,7 +120,8 @@ class AudioLLM:
         return rows, len(rows) * self.sample_rate / count
 
     def _rows(self, piece: np.ndarray) -> Tensor:
-        from fastcompress.integrations.transformers import compressed_prompt, family_of, prompts
+        from fastcompress.integrations.transformers import compressed_prompt, prompts
+        from fastcompress.integrations.transformers.families import family_of
 
         seconds = len(piece) / self.sample_rate
         try:

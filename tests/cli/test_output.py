@@ -288,7 +288,8 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     def complete(*words: str) -> list[str]:
         typed = " ".join(f"'{word}'" for word in ("fastcompress", *words))
-        line = f"source ./script; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_fastcompress; echo ${{COMPREPLY[@]}}"
+        line = f"source ./script; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_fastcompress"
+        line += "; echo ${COMPREPLY[@]}"
         return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path).stdout.split()
 
     assert complete("tra") == ["train", "transcribe"]

@@ -1,5 +1,5 @@
 """Time and memory of fastcompress against baselines in PyTorch, and against the bandwidth bound.
 
-``python -m benchmarks --help`` describes the command. ``registry.py`` lists the suites, ``suites/`` says what is
-measured and ``harness/`` how; ``measurement.py`` is what is written.
+``python -m benchmarks --help`` describes the command. ``registry.py`` lists the suites, ``suites/`` defines what is
+measured and ``harness/`` how; ``results.py`` is what is written.
 """

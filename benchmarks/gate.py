@@ -9,11 +9,9 @@ that ran other forms before. Times are the 10th percentile, which other work on 
 from __future__ import annotations
 
 import argparse
-import statistics
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from pathlib import Path
 
 import pandas as pd
@@ -21,7 +19,7 @@ from tabulate import tabulate
 
 from benchmarks.__main__ import main as measure
 from benchmarks.harness import machine
-from benchmarks.measurement import BOUND, DTYPES, OURS, RESULTS, TABLE, Results, read, read_all
+from benchmarks.results import BOUND, DTYPES, OURS, RESULTS, TABLE, read
 from benchmarks.suites.scaling import FORMS
 
 #: Suites that are measured; none takes more than a few minutes. Those of ``--now`` are compared with ``scaling`` too.
@@ -31,75 +29,59 @@ COMPARED = (*MEASURED, "scaling")
 CASE = "S1"
 
 
-@dataclass(frozen=True)
-class Change:
-    """Multiples of our time in one table, then and now, by form."""
-
-    table: str
-    then: Mapping[str, float]
-    now: Mapping[str, float]
-
-    @property
-    def factor(self) -> float:
-        """Median of now over then; below 1 we have become slower next to the others."""
-        return statistics.median(self.now[name] / self.then[name] for name in self.then.keys() & self.now.keys())
+def multiples(rows: pd.DataFrame) -> pd.Series[float]:
+    """Time of each other form as a multiple of ours, by table and form."""
+    rows = rows[rows["suite"].isin(COMPARED)].dropna(subset="p10")
+    ours = rows[rows["group"] == OURS].groupby(TABLE, sort=False)["p10"].first()
+    others = rows[~rows["group"].isin((OURS, BOUND))].set_index([*TABLE, "contender"])["p10"]
+    return (others / ours.reindex(others.index.droplevel("contender")).to_numpy()).dropna()
 
 
-def multiples(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
-    """Time of each other form as a multiple of ours, by table."""
-    found = {}
-    rows = rows[rows["suite"].isin(COMPARED)]
-    for key, table in rows.groupby(TABLE, sort=False):
-        p10 = table.dropna(subset="p10").set_index("contender")[["p10", "group"]]
-        ours = p10.loc[p10["group"] == OURS, "p10"]
-        others = p10.loc[~p10["group"].isin((OURS, BOUND)), "p10"]
-        if len(ours) and len(others):
-            suite, case, dtype, threads, direction = key
-            name = f"{suite}, {case}, {dtype}, {threads} thr, {direction}"
-            found[name] = {str(form): float(time / ours.iloc[0]) for form, time in others.items()}
-    return found
+def compare(then: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
+    """Return a row per table of both results: the number of forms in both, and the median of now over then.
+
+    Below 1 we have become slower next to the others.
+    """
+    change = (multiples(now) / multiples(then)).dropna()
+    return change.groupby(TABLE, sort=False).agg(forms="size", factor="median")
 
 
-def compare(then: pd.DataFrame, now: pd.DataFrame) -> list[Change]:
-    """The tables of both results that have at least one form in common."""
-    before, after = multiples(then), multiples(now)
-    changes = [Change(name, before[name], after[name]) for name in before if name in after]
-    return [change for change in changes if change.then.keys() & change.now.keys()]
+def _title(table: Sequence[object]) -> str:
+    suite, case, dtype, threads, direction = table
+    return f"{suite}, {case}, {dtype}, {threads} thr, {direction}"
 
 
-def missing(then: pd.DataFrame, now: pd.DataFrame, suites: Sequence[str], threads: Sequence[int]) -> list[str]:
-    """Committed tables of the suites and threads measured now that have nothing of now to be compared with."""
-    wanted = then[then["suite"].isin(suites) & then["threads"].isin(threads)]
-    wanted = wanted[(wanted["suite"] != MEASURED[0]) | (wanted["case"] == CASE)]
-    after = multiples(now)
-    return [name for name, forms in multiples(wanted).items() if not forms.keys() & after.get(name, {}).keys()]
-
-
-def text(changes: Sequence[Change], least: float) -> str:
-    """One line per table, the worst first."""
-    lines = []
-    for change in sorted(changes, key=lambda change: change.factor):
-        shared = len(change.then.keys() & change.now.keys())
-        lines.append([change.table, shared, change.factor, "lost ground" if change.factor < least else ""])
+def text(changes: pd.DataFrame, least: float) -> str:
+    """Return a line per table, the worst first."""
+    lines = [
+        [_title(one.Index), one.forms, one.factor, "lost ground" if one.factor < least else ""]
+        for one in changes.sort_values("factor").itertuples()
+    ]
     return tabulate(lines, ["", "forms", "now / then", ""], floatfmt=".2f")
 
 
-def _measured(suites: Sequence[str], then: pd.DataFrame, threads: Sequence[int]) -> tuple[int, Results | None]:
-    """Status and results of the suites, measured now; of ``segment_pool`` against the fastest of each group."""
-    with tempfile.TemporaryDirectory() as folder:
-        for suite in suites:
-            dtypes = sorted({DTYPES[dtype] for dtype in then.loc[then["suite"] == suite, "dtype"]})
-            arguments = [suite, "--threads", *map(str, threads), "--reps", "9", "--no-bound", "--out", folder]
-            if suite == MEASURED[0]:
-                arguments += ["--cases", CASE, "--contenders", *FORMS]
-            status = measure([*arguments, "--dtypes", *dtypes])
-            if status:
-                return status, None
-        return 0, next(iter(read_all(Path(folder)).values()), None)
+def missing(then: pd.DataFrame, changes: pd.DataFrame, suites: Sequence[str], threads: Sequence[int]) -> list[str]:
+    """List committed tables of the measured suites and threads for which there is no new measurement."""
+    wanted = then[then["suite"].isin(suites) & then["threads"].isin(threads)]
+    wanted = wanted[(wanted["suite"] != MEASURED[0]) | (wanted["case"] == CASE)]
+    tables = multiples(wanted).index.droplevel("contender").unique()
+    return [_title(table) for table in tables.difference(changes.index, sort=False)]
+
+
+def _measure(suites: Sequence[str], then: pd.DataFrame, threads: Sequence[int], folder: Path) -> int:
+    """Measure the suites and return the status; of ``segment_pool`` against the fastest of each group."""
+    for suite in suites:
+        dtypes = sorted({DTYPES[dtype] for dtype in then.loc[then["suite"] == suite, "dtype"]})
+        arguments = [suite, "--threads", *map(str, threads), "--reps", "9", "--no-bound", "--out", str(folder)]
+        if suite == MEASURED[0]:
+            arguments += ["--cases", CASE, "--contenders", *FORMS]
+        if status := measure([*arguments, "--dtypes", *dtypes]):
+            return status
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """1 where we have become slower or a committed table was not measured, 2 where there is nothing to compare with."""
+    """Return 1 if fastcompress is slower or a committed table was not measured, 2 if no table can be compared."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gate", description=__doc__)
     parser.add_argument("--committed", type=Path, help="results to compare with (default: those of this machine)")
     parser.add_argument("--now", type=Path, help="results of now (default: measures)")
@@ -118,25 +100,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     suites = [
         suite for suite in options.suites if (then["suite"] == suite).any()
     ]  # others have nothing to compare with
-    if options.now is not None:
-        now = read(options.now)
-    else:
-        status, measured = _measured(suites, then, options.threads)
-        if status:
+    with tempfile.TemporaryDirectory() as folder:
+        if options.now is None and (status := _measure(suites, then, options.threads, Path(folder))):
             return status
-        if measured is None:
-            print(f"the committed results have none of {', '.join(options.suites)}", file=sys.stderr)
-            return 2
-        now = measured
-    changes = compare(then, now.rows)
-    if not changes:
+        now = options.now or next(Path(folder).glob("*.jsonl"), None)
+        changes = compare(then, read(now).rows) if now else pd.DataFrame()
+    if changes.empty:
         print("no table is in both results", file=sys.stderr)
         return 2
     print(text(changes, options.least))
-    gone = missing(then, now.rows, suites, options.threads) if options.now is None else []
+    gone = missing(then, changes, suites, options.threads) if options.now is None else []
     for name in gone:
         print(f"not measured any more: {name}", file=sys.stderr)
-    return int(bool(gone) or any(change.factor < options.least for change in changes))
+    return int(bool(gone) or bool((changes["factor"] < options.least).any()))
 
 
 if __name__ == "__main__":

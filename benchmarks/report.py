@@ -2,61 +2,114 @@
 
 from __future__ import annotations
 
-import argparse
+import operator
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import NamedTuple
 
 import pandas as pd
 
-from benchmarks import aims, plots
+from benchmarks import plots
 from benchmarks.harness import machine
-from benchmarks.measurement import BOUND, CLONE, DTYPES, FORWARD, OURS, RESULTS, TABLE, Results, read_all
+from benchmarks.harness.bandwidth_bound import KINDS
+from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, RESULTS, TABLE, Results, read_all
 from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
 from benchmarks.tables import (
     FRESH,
     LINES,
-    best,
+    fastest,
     figure,
     limits,
-    line,
     markdown,
     matrix,
     place_text,
     roof,
-    setting,
+    seconds,
     timed,
     with_places,
-    work,
+    with_work,
 )  # fmt: skip
 
 FOLDER = Path(__file__).parent
 REPORT, PLOTS = FOLDER / "report.md", FOLDER / "plots"
 #: Libraries that take part, as the versions of a run name them.
 PEERS = ("torch-scatter", "fbgemm-gpu-cpu")
+#: Groups without a compiler: what runs PyTorch or another library operation by operation.
+EAGER = ("eager", "library", "loop")
 
 
-def _runs(results: Results) -> Iterator[str]:
-    """What was measured when, with what, and how far other work got into it."""
-    lines = [["suite", "date", "commit", "torch", "rounds", "samples", "retried", "kept", "others"]]
-    for (suite, date), rows in results.rows.groupby(["suite", "run"], sort=False):
-        run, once = results.runs[str(date)], rows.drop_duplicates(TABLE)
-        known = "samples" in once and once["samples"].notna().any()
-        sums = [f"{once[key].sum():.0f}" if known else "" for key in ("samples", "retried", "kept")]
-        foreign = f"{once['foreign'].mean():.2f} cores" if known else ""
-        commit, _, dirty = (run["commit"] or "unknown").partition("-")
-        commit = f"`{'-'.join(filter(None, [commit[:8], dirty]))}`"
-        rounds = str(run["settings"]["reps"])
-        lines.append([str(suite), run["run"][:10], commit, run["versions"]["torch"], rounds, *sums, foreign])
-    yield markdown(lines)
-    yield (
-        "*rounds*: as asked for; slow forms and slow suites take fewer. *retried*: samples discarded because our "
-        "threads waited for a core. *kept*: samples that waited and count all the same, because there were no others. "
-        "*others*: cores that other processes kept busy on average. Times taken next to other work are too long, "
-        "ratios less so, since all forms of a table are timed in turn."
-    )
+# --- aims -------------------------------------------------------------------------------------------------------------
+
+
+class Aim(NamedTuple):
+    """What the library set out to reach, in each table of some cases.
+
+    Attributes:
+        name, dtype, direction: Name, and setting of the tables.
+        sign, goal: What the figure must be: for ``<=`` our time over the other's, else the other's over ours.
+        others: Groups or contenders of which the fastest is the other; without any, our microseconds count.
+        cases: Names of the cases.
+    """
+
+    name: str
+    dtype: str
+    direction: str
+    sign: str
+    goal: float
+    others: Sequence[str]
+    cases: Sequence[str] = ("S1", "S2", "clip")
+
+
+def _pool_aims() -> Iterator[Aim]:
+    for dtype, compiled, eager, bound in (("float32", 3.2, 7.5, 1.25), ("bfloat16", 4.0, 6.5, 2.0)):
+        name = f"{DTYPES[dtype]} forward"
+        yield Aim(f"{name} against compile", dtype, FORWARD, ">=", compiled, ["compile"])
+        yield Aim(f"{name} against eager", dtype, FORWARD, ">=", eager, EAGER)
+        if dtype == "float32":
+            yield Aim(f"{name} against AvgPool1d", dtype, FORWARD, ">", 1.0, ["less work"])
+        for kind in KINDS:
+            yield Aim(f"{name} / {BOUND}, {kind}", dtype, FORWARD, "<=", bound, [f"{BOUND}, {kind}"])
+    for dtype, compiled in (("float32", 2.7), ("bfloat16", 3.2)):
+        yield Aim(f"{DTYPES[dtype]} fwd + bwd against compile", dtype, BOTH, ">=", compiled, ["compile"])
+        yield Aim(f"{DTYPES[dtype]} fwd + bwd against eager", dtype, BOTH, ">=", 6.0, EAGER)
+    for dtype in ("float32", "bfloat16"):
+        yield Aim(f"{DTYPES[dtype]} tiny call, µs", dtype, FORWARD, "<=", 20.0, [], ["tiny"])
+
+
+def _pack_aims() -> Iterator[Aim]:
+    for dtype in ("float32", "bfloat16"):
+        for name, goal, others in (
+            ("masked_scatter as in transformers", 5.0, ["transformers"]),
+            ("the best packed form by hand", 1.4, ["eager"]),
+            (f"a {CLONE}", 1.0, [CLONE]),
+        ):
+            yield Aim(f"{DTYPES[dtype]} against {name}", dtype, FORWARD, ">=", goal, others, ["32 samples"])
+
+
+def _aims(rows: pd.DataFrame, aims: Iterable[Aim]) -> Iterator[str]:
+    """Yield a table with a line per aim and a column per case and number of threads."""
+    signs, lines, by = {"<=": operator.le, ">=": operator.ge, ">": operator.gt}, {}, ["case", "threads"]
+    for aim in aims:
+        table = rows[(rows["dtype"] == aim.dtype) & (rows["direction"] == aim.direction) & rows["case"].isin(aim.cases)]
+        ours, others = (seconds(table, names, by) for names in ([OURS], aim.others))
+        figures = (ours / others if aim.sign == "<=" else others / ours) if aim.others else ours * 1e6
+        cells = {
+            f"{case}, {threads} thr": f"**{value:.2f}**" if signs[aim.sign](value, aim.goal) else f"{value:.2f}"
+            for (case, threads), value in figures.dropna().items()
+        }
+        if cells:
+            lines[aim.name] = {"aim": f"{aim.sign} {aim.goal:g}"} | cells
+    if lines:
+        yield "Aims, and what was reached; those met are in bold."
+        yield markdown(pd.DataFrame.from_dict(lines, orient="index"))
+
+
+# --- sections ---------------------------------------------------------------------------------------------------------
+
+
+def _several(count: int, thing: str) -> str:
+    return f"{count} {thing}s" if count > 1 else f"{count} {thing}"
 
 
 def _pool(results: Results) -> Iterator[str]:
@@ -67,82 +120,77 @@ def _pool(results: Results) -> Iterator[str]:
         "nothing else, into memory that is new (fresh), new in huge pages (huge), or was written before (warm). GB/s "
         "count the input read and the result written once, and twice with the backward pass."
     )
-    rows = timed(all_rows)
-    for case, table in rows.groupby("case", sort=False):
+    for case, table in timed(all_rows).groupby("case", sort=False):
         one = table.iloc[0]
-        sequences = f"{one.sequences} sequence" + ("s" if one.sequences > 1 else "")
-        yield f"#### {case}: {sequences}, {one.frames:,} x {one.dim} to {one.tokens:,} tokens ({results.name})"
-        yield matrix(table)
+        shape = f"{one['frames']:,} x {one['dim']} to {one['tokens']:,} tokens"
+        yield f"#### {case}: {_several(one['sequences'], 'sequence')}, {shape} ({results.name})"
+        yield markdown(matrix(table))
     if "not_timed" in all_rows:
         left = all_rows[all_rows["not_timed"].notna()]
-        texts = {f"`{one.contender}` ({one.case}, {setting(one)}), {one.not_timed}" for one in left.itertuples()}
+        left = timed(left.assign(median=0.0))
+        texts = {f"`{one.contender}` ({one.case}, {one.setting}), {one.not_timed}" for one in left.itertuples()}
         yield f"Not timed: {'; '.join(sorted(texts))}."
     versions = results.runs[all_rows["run"].max()]["versions"]
     peers = [f"{name} {versions[name]}" for name in PEERS if versions.get(name)]
     yield f"Other libraries: {', '.join(peers) or 'none'}."
-    yield from aims.tables(results.rows, segment_pool.NAME)
+    yield from _aims(all_rows, _pool_aims())
 
 
 def _memory(results: Results) -> Iterator[str]:
     yield "Peak of one call of `segment_pool` in a fresh process, beyond its outputs."
-    lines = [["", "bytes per frame beyond the outputs", "outputs"]]
-    for one in results.suite(memory.NAME).itertuples():
-        name = f"{DTYPES[one.dtype]}, {one.threads} thr, {one.frames:,.0f} x {one.dim:.0f}"
-        extra = f"{(one.peak_bytes - one.output_bytes) / one.frames:.1f}"
-        lines.append([name, extra, f"{one.output_bytes / 1e6:.0f} MB"])
-    yield markdown(lines)
-
-
-def _methods(results: Results) -> Iterator[str]:
-    yield "Each published method against the forms in which it is published, which give the same tokens."
-    rows = timed(results.suite(methods.NAME))
-    lines: list[str] = []
-    for method, table in rows.groupby("case", sort=False):
-        part = matrix(table).splitlines()
-        lines += [*([] if lines else part[:2]), *(re.sub(r"^\| ", f"| {method}: ", text) for text in part[2:])]
-    yield "\n".join(lines)
+    rows = results.suite(memory.NAME).dropna(subset="peak_bytes")
+    lines = {
+        f"{DTYPES[one.dtype]}, {one.threads} thr, {one.frames:,} x {one.dim}": {
+            "bytes per frame beyond the outputs": f"{(one.peak_bytes - one.output_bytes) / one.frames:.1f}",
+            "outputs": f"{one.output_bytes / 1e6:.0f} MB",
+        }
+        for one in rows.itertuples()
+    }
+    yield markdown(pd.DataFrame.from_dict(lines, orient="index"))
 
 
 def _pack(results: Results) -> Iterator[str]:
     yield "`pack` of text and audio, forward, and with the gradient of the audio. GB/s count the packed rows twice."
-    for _, table in timed(results.suite(pack.NAME)).groupby("case", sort=False):
+    rows = timed(results.suite(pack.NAME))
+    for _, table in rows.groupby("case", sort=False):
         one = table.iloc[0]
-        samples = f"{len(one.text)} sample" + ("s" if len(one.text) > 1 else "")
-        yield (
-            f"#### {samples}, {sum(one.audio):,} rows of audio and {sum(one.text):,} of text x {one.width} "
-            f"({results.name})"
-        )
-        yield matrix(table)
-    yield from aims.tables(results.rows, pack.NAME)
+        shape = f"{sum(one['audio']):,} rows of audio and {sum(one['text']):,} of text x {one['width']}"
+        yield f"#### {_several(len(one['text']), 'sample')}, {shape} ({results.name})"
+        yield markdown(matrix(table))
+    yield from _aims(rows, _pack_aims())
 
 
 def _peaks(rows: pd.DataFrame) -> Iterator[str]:
-    if "peak_bytes" not in rows:
-        return
-    peaks = rows.pivot(index="contender", columns="setting", values="peak_bytes")[list(dict.fromkeys(rows["setting"]))]
-    lines = [["peak memory", *peaks.columns]]
-    for name, values in peaks.iterrows():
-        lines.append([str(name), *("" if pd.isna(value) else f"{value / 1e6:.0f} MB" for value in values)])
-    yield markdown(lines)
+    if "peak_bytes" in rows:
+        peaks = rows.pivot(index="contender", columns="setting", values="peak_bytes")[rows["setting"].unique()]
+        peaks.index.name, peaks.columns.name = "peak memory", None
+        yield markdown(peaks.map(lambda size: "" if pd.isna(size) else f"{size / 1e6:.0f} MB"))
 
 
 def _decoder(results: Results) -> Iterator[str]:
     rows = timed(results.suite(decoder.NAME))
     yield f"{len(rows['lengths'].iloc[0])} samples; {rows['padding'].iloc[0]:.0%} of their padded batch is padding."
-    yield matrix(rows)
+    yield markdown(matrix(rows))
     yield from _peaks(rows)
 
 
 def _prefill(results: Results) -> Iterator[str]:
     rows = timed(results.suite(prefill.NAME))
     one, tokens = rows.iloc[0], rows.drop_duplicates("contender").sort_values("tokens", ascending=False)
-    counts = ", ".join(f"{row.tokens:.0f} {row.contender}" for row in tokens.itertuples())
+    counts = ", ".join(f"{row.tokens} {row.contender}" for row in tokens.itertuples())
     yield (
-        f"{one.layers} layers x {one.width}, {one['count']} prompt of {one.seconds} s of audio, to the first token. "
-        f"Rows of the prompt: {counts}."
+        f"{one['layers']} layers x {one['width']}, {one['count']} prompt of {one['seconds']} s of audio, to the first "
+        f"token. Rows of the prompt: {counts}."
     )
-    yield matrix(rows, prefill.STOCK)
+    yield markdown(matrix(rows, prefill.STOCK))
     yield from _peaks(rows)
+
+
+def _methods(results: Results) -> Iterator[str]:
+    yield "Each published method against the forms in which it is published, which give the same tokens."
+    tables = timed(results.suite(methods.NAME)).groupby("case", sort=False)
+    found = {method: matrix(table) for method, table in tables}
+    yield markdown(pd.concat([table.set_axis(f"{method}: " + table.index) for method, table in found.items()]))
 
 
 def _training(results: Results) -> Iterator[str]:
@@ -151,17 +199,20 @@ def _training(results: Results) -> Iterator[str]:
         "batches of 8: a step from features to updated weights, and the part of it that the profiler finds in "
         "fastcompress's ops, forward and backward. *CPU time* leaves out the waiting for a core."
     )
-    lines = [
-        ["", "tokens per frame", "step", "10th to 90th percentile", "CPU time", "in fastcompress", "share of CPU time"]
-    ]
+    lines = {}
     for (rule, threads), rows in results.suite(training_step.NAME).groupby(["case", "threads"], sort=False):
         named = rows.set_index("contender")
         step, busy = named.loc[training_step.STEP], float(named.loc[training_step.BUSY, "median"])
         ops = float(rows.loc[rows["group"] == "op", "median"].sum())
-        spread = f"{step['p10'] * 1e3:.0f} to {step['p90'] * 1e3:.0f} ms"
-        times = [f"{step['median'] * 1e3:.0f} ms", spread, f"{busy * 1e3:.0f} ms", f"{ops * 1e3:.2f} ms"]
-        lines.append([f"{rule}, {threads} thr", f"{step['tokens_per_frame']:.2f}", *times, f"{ops / busy:.2%}"])
-    yield markdown(lines)
+        lines[f"{rule}, {threads} thr"] = {
+            "tokens per frame": f"{step['tokens_per_frame']:.2f}",
+            "step": f"{step['median'] * 1e3:.0f} ms",
+            "10th to 90th percentile": f"{step['p10'] * 1e3:.0f} to {step['p90'] * 1e3:.0f} ms",
+            "CPU time": f"{busy * 1e3:.0f} ms",
+            "in fastcompress": f"{ops * 1e3:.2f} ms",
+            "share of CPU time": f"{ops / busy:.2%}",
+        }
+    yield markdown(pd.DataFrame.from_dict(lines, orient="index"))
 
 
 def _scaling(results: Results) -> Iterator[str]:
@@ -174,29 +225,18 @@ def _scaling(results: Results) -> Iterator[str]:
         "that no form pays for padding. Times here are the 10th percentile, which other work on the machine moves "
         f"least; on {threads} thread(s), all axes but that of threads on the last."
     )
-    most = results.runs[rows["run"].max()]["settings"].get("most")
-    if most is not None:
-        yield f"Cases with more than {most:g} MB of input in fp32 were left out (`--most`)."
-    for direction in dict.fromkeys(rows["direction"]):
+    for direction in rows["direction"].unique():
         yield f"![GB/s of {direction}, by what changes](plots/{results.name}-scaling-{direction}.png)"
-    for axis, on_axis in rows.groupby("axis", sort=False):
-        places = sorted(set(on_axis["place"])) if axis != scaling.LENGTH else []
-        lines: list[list[str]] = []
-        for _, some in on_axis.groupby(["dtype", "direction"], sort=False):
-            tables = [table for _, table in some.groupby("place")]
-            lines = lines or [[str(axis), *(place_text(table["place"].iloc[0]) for table in tables)]]
-            ours = [float(table.loc[table["group"] == OURS, "p10"].iloc[0]) for table in tables]
-            for name in LINES:
-                found = [line(table, name) for table in tables]
-                cells = [
-                    "" if one is None else f"{figure(one['p10'] / own)}x" for one, own in zip(found, ours, strict=True)
-                ]
-                if name == OURS:
-                    cells = [f"**{figure(own * 1e3)} ms**" for own in ours]
-                if any(cells):
-                    lines.append([f"{setting(some.iloc[0], threads=False)}: {name}", *cells])
-        assert not places or len(lines[0]) == len(places) + 1
-        yield markdown(lines)
+    for axis, on_axis in fastest(rows, ["axis", "short", "place"], "p10").groupby("axis", sort=False):
+        lines = {}
+        for short, some in on_axis.groupby("short", sort=False):
+            times = some.pivot(index="line", columns="place", values="p10").reindex(LINES)
+            ours = times.loc[OURS]
+            lines[f"{short}: {OURS}"] = (ours * 1e3).map(lambda ms: figure(ms, "**{} ms**"))
+            for line, ratios in (times / ours).drop(OURS).dropna(how="all").iterrows():
+                lines[f"{short}: {line}"] = ratios.map(lambda ratio: figure(ratio, "{}x"))
+        table = pd.DataFrame(lines).T.rename(columns=place_text)
+        yield markdown(table.rename_axis(str(axis)))
 
 
 def _roofline(results: Results) -> Iterator[str]:
@@ -205,18 +245,14 @@ def _roofline(results: Results) -> Iterator[str]:
         "many of each. The definition of the distance rounds each product, so that fused instructions, which do both "
         "at once, cannot be used in fp32."
     )
-    found = limits(results.rows)
-    lines = [["", "read", "copy", roofline.SEPARATE, roofline.FUSED]]
-    for threads, rates in found.items():
-        rate = [f"{rates[name] / 1e9:.1f} GB/s" if name in rates else "" for name in (roofline.READ, roofline.COPY)]
-        done = [
-            f"{rates[name] / 1e9:.0f} Gop/s" if name in rates else "" for name in (roofline.SEPARATE, roofline.FUSED)
-        ]
-        lines.append([f"{threads} thr" if threads else "GPU", *rate, *done])
-    yield markdown(lines)
-    pooled = results.suite(segment_pool.NAME)
-    pooled = pooled[pooled["threads"].isin(found) & (pooled["group"] == OURS)]
-    pooled = pooled[[roofline.SEPARATE in found[threads] for threads in pooled["threads"]]]
+    rates = limits(results.rows)
+    units = {roofline.READ: "{:.1f} GB/s", roofline.COPY: "{:.1f} GB/s"}
+    shown = pd.DataFrame(
+        {name: (rates[name] / 1e9).map(units.get(name, "{:.0f} Gop/s").format) for name in rates.dropna(axis="columns")}
+    )
+    yield markdown(shown.rename(index=lambda threads: f"{threads} thr" if threads else "GPU").rename_axis(None))
+    pooled = with_work(timed(results.suite(segment_pool.NAME)), rates)
+    pooled = pooled[(pooled["group"] == OURS) & (pooled["case"] != "tiny")]
     if not pooled.empty:
         yield (
             "Work of pooling N x D to M tokens: 2 multiplications and 2 additions per element of x to score it, 1 "
@@ -224,23 +260,24 @@ def _roofline(results: Results) -> Iterator[str]:
             "what the limits allow at so many operations per byte."
         )
         yield f"![Roofline](plots/{results.name}-roofline.png)"
-        lines = [["fastcompress", "operations per byte", "GB/s", "Gop/s", "share"]]
-        for one in pooled[pooled["case"] != "tiny"].itertuples():
-            intensity, speed = work(one)
-            share = speed / roof(found[one.threads], intensity)
-            cells = [f"{intensity:.2f}", f"{speed / intensity / 1e9:.1f}", f"{speed / 1e9:.1f}", f"{share:.0%}"]
-            lines.append([f"{one.case}, {setting(one)}", *cells])
-        yield markdown(lines)
-    packed = results.suite(pack.NAME)
-    packed = packed[packed["threads"].isin(found) & (packed["group"] == OURS) & (packed["direction"] == FORWARD)]
+        lines = {
+            f"{one.case}, {one.setting}": {
+                "operations per byte": f"{one.intensity:.2f}",
+                "GB/s": f"{one.speed / one.intensity / 1e9:.1f}",
+                "Gop/s": f"{one.speed / 1e9:.1f}",
+                "share": f"{one.speed / roof(rates.loc[one.threads], one.intensity):.0%}",
+            }
+            for one in pooled.itertuples()
+        }
+        yield markdown(pd.DataFrame.from_dict(lines, orient="index").rename_axis("fastcompress"))
+    packed = timed(results.suite(pack.NAME))
+    packed = packed[packed["threads"].isin(rates.index) & (packed["group"] == OURS) & (packed["direction"] == FORWARD)]
     if not packed.empty:
         yield "Packing computes nothing; bytes are the packed rows, read and written."
-        lines = [["pack", "GB/s", "share of copy"]]
-        for one in packed.itertuples():
-            speed = one.moved / one.median
-            share = speed / found[one.threads][roofline.COPY]
-            lines.append([f"{one.case}, {setting(one)}", f"{speed / 1e9:.1f}", f"{share:.0%}"])
-        yield markdown(lines)
+        speed = packed["moved"] / packed["median"]
+        share = speed / packed["threads"].map(rates[roofline.COPY])
+        cells = {"GB/s": (speed / 1e9).map("{:.1f}".format), "share of copy": share.map("{:.0%}".format)}
+        yield markdown(pd.DataFrame(cells).set_axis(packed["case"] + ", " + packed["setting"]).rename_axis("pack"))
 
 
 #: Heading and text of each suite, in the order of the report.
@@ -257,68 +294,72 @@ SECTIONS: dict[str, tuple[str, Callable[[Results], Iterator[str]]]] = {
 }
 
 
-def _one(rows: pd.DataFrame, suite: str, case: str, dtype: str) -> pd.DataFrame:
-    """One table, forward, on the most threads."""
-    rows = rows[(rows["suite"] == suite) & (rows["case"] == case) & (rows["dtype"] == dtype)]
-    rows = rows[(rows["direction"] == FORWARD) & rows["median"].notna()]
-    return rows[rows["threads"] == rows["threads"].max()]
+# --- the report -------------------------------------------------------------------------------------------------------
+
+
+def _runs(results: Results) -> Iterator[str]:
+    """Yield a table of when each suite was measured, with what, and how far other work disturbed it."""
+    lines = []
+    for (suite, date), rows in results.rows.groupby(["suite", "run"], sort=False):
+        run, once = results.runs[str(date)], rows.drop_duplicates(TABLE)
+        commit, _, dirty = (run["commit"] or "unknown").partition("-")
+        line = {"suite": suite, "date": run["run"][:10], "commit": f"`{'-'.join(filter(None, [commit[:8], dirty]))}`"}
+        line |= {"torch": run["versions"]["torch"], "rounds": str(run["settings"]["reps"])}
+        if "samples" in once and once["samples"].notna().any():
+            line |= {key: f"{once[key].sum():.0f}" for key in ("samples", "retried", "kept")}
+            line |= {"others": f"{once['foreign'].mean():.2f} cores"}
+        lines.append(line)
+    yield markdown(pd.DataFrame(lines).set_index("suite"))
+    yield (
+        "*rounds*: as asked for; slow forms and slow suites take fewer. *retried*: samples discarded because our "
+        "threads waited for a core. *kept*: samples that waited and count all the same, because there were no others. "
+        "*others*: cores that other processes kept busy on average. Times taken next to other work are too long, "
+        "ratios less so, since all forms of a table are timed in turn."
+    )
+
+
+#: What the summary compares our time with: groups or contenders of which the fastest counts.
+_OTHERS = {
+    f"the {BOUND}": [FRESH],
+    f"a {CLONE}": [CLONE],
+    "best `torch.compile` form": ["compile", "max-autotune"],
+    "best eager form": EAGER,
+    "`masked_scatter` of transformers": ["transformers"],
+}
 
 
 def _headlines(results: Results) -> dict[str, str]:
-    """The most important figures of a machine, by name."""
-    rows, found = results.rows, {}
-    cases = [(segment_pool.NAME, "S1"), (segment_pool.NAME, "32 x 1500 x 1280"), (pack.NAME, "32 samples")]
-    for suite, case in cases:
-        for dtype in ("float32", "bfloat16"):
-            table = _one(rows, suite, case, dtype)
-            ours = best(table, OURS)
-            if ours is None:
-                continue
-            name = f"`{suite}` {case}, {setting(ours, threads=False)}"
-            found[name] = f"**{figure(ours['median'] * 1e3)} ms, {figure(ours['moved'] / ours['median'] / 1e9)} GB/s**"
-            others: list[tuple[str, Any]] = [
-                (f"the {BOUND}", best(table[table["contender"] == FRESH], BOUND)),
-                (f"a {CLONE}", best(table[table["contender"] == CLONE], "clone")),
-                ("best `torch.compile` form", best(table, "compile", "max-autotune")),
-                ("best eager form", best(table, *aims.EAGER)),
-                ("`masked_scatter` of transformers", best(table, "transformers")),
-            ]
-            for text, other in others:
-                if other is not None:
-                    found[f"{name}: {text}"] = f"{figure(other['median'] / ours['median'])}x"
-    table = rows[(rows["suite"] == decoder.NAME) & (rows["direction"] == FORWARD)]
-    table = table[table["threads"] == table["threads"].max()]
-    ours, padded = best(table, OURS), best(table, "padded")
-    if ours is not None and padded is not None:
-        found["packed decoder, forward: the padded batch"] = f"{figure(padded['median'] / ours['median'])}x"
+    """Return the most important figures of a machine, forward on the most threads, by name."""
+    found, rows = {}, timed(results.rows[results.rows["direction"] == FORWARD])
+    rows = rows[rows["threads"] == rows.groupby("suite")["threads"].transform("max")]
+
+    def ratio(table: pd.DataFrame, others: Sequence[str], ours: Sequence[str] = (OURS,)) -> str:
+        times = [seconds(table, names, ["suite"]).min() for names in (others, ours)]
+        return figure(times[0] / times[1], "{}x")
+
+    for suite, case in ((segment_pool.NAME, "S1"), (segment_pool.NAME, "32 x 1500 x 1280"), (pack.NAME, "32 samples")):
+        for short in ("fp32, fwd", "bf16, fwd"):
+            table = rows[(rows["suite"] == suite) & (rows["case"] == case) & (rows["short"] == short)]
+            name, ours = f"`{suite}` {case}, {short}", table[table["group"] == OURS]
+            if not ours.empty:
+                time, moved = ours.iloc[0][["median", "moved"]]
+                found[name] = f"**{figure(time * 1e3)} ms, {figure(moved / time / 1e9)} GB/s**"
+            found |= {f"{name}: {text}": ratio(table, others) for text, others in _OTHERS.items()}
+    found["packed decoder, forward: the padded batch"] = ratio(rows[rows["suite"] == decoder.NAME], ["padded"])
     table = rows[rows["suite"] == prefill.NAME]
-    table = table[table["threads"] == table["threads"].max()].set_index("contender")
-    if {prefill.STOCK, "uniform:3"} <= set(table.index):
-        ratio = table.loc[prefill.STOCK, "median"] / table.loc["uniform:3", "median"]
-        found["prefill with `uniform:3`: the stock model"] = f"{figure(ratio)}x"
+    found["prefill with `uniform:3`: the stock model"] = ratio(table, [prefill.STOCK], ["uniform:3"])
     return found
 
 
-def _summary(machines: Mapping[str, Results]) -> str:
-    columns = [_headlines(results) for results in machines.values()]
-    lines = [["", *machines]]
-    for name in dict.fromkeys(name for column in columns for name in column):
-        lines.append([name, *(column.get(name, "") for column in columns)])
-    return markdown(lines)
-
-
 def _anchor(heading: str) -> str:
-    """The anchor that a heading gets."""
+    """Return the anchor of a heading."""
     return re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-")
 
 
 def _contents(headings: Iterable[str]) -> str:
-    lines = []
-    for heading in headings:
-        level, _, title = heading.partition(" ")
-        if level in ("##", "###"):
-            lines.append(f"{'  ' * (len(level) - 2)}* [{title}](#{_anchor(title)})")
-    return "\n".join(lines)
+    parts = [heading.partition(" ") for heading in headings]
+    levels = {"##": "", "###": "  "}
+    return "\n".join(f"{levels[level]}* [{title}](#{_anchor(title)})" for level, _, title in parts if level in levels)
 
 
 def _machine(name: str, results: Results) -> Iterator[str]:
@@ -334,8 +375,9 @@ def _machine(name: str, results: Results) -> Iterator[str]:
 
 
 def text(machines: Mapping[str, Results]) -> str:
-    """The report."""
+    """Return the report."""
     parts = [part for name, results in machines.items() for part in _machine(name, results)]
+    summary = pd.DataFrame({name: _headlines(results) for name, results in machines.items()})
     paragraphs = [
         "<!-- Written by `make bench-report` from the files in results/: change those, not this. -->",
         "# Benchmark report",
@@ -344,7 +386,7 @@ def text(machines: Mapping[str, Results]) -> str:
         "`python -m benchmarks` measures, `make bench-check` compares ratios with those here.",
         "## Summary",
         "Forward passes on the most threads measured; multiples of the time in bold, or of ours.",
-        _summary(machines),
+        markdown(summary[summary.fillna("").ne("").any(axis=1)]),
         "## Contents",
         _contents(part for part in parts if part.startswith("#")),
         *parts,
@@ -352,9 +394,8 @@ def text(machines: Mapping[str, Results]) -> str:
     return "\n\n".join(paragraphs) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main() -> int:
     """Write the report and the plots."""
-    argparse.ArgumentParser(prog="python -m benchmarks.report", description=__doc__).parse_args(argv)
     machines = read_all(RESULTS)
     REPORT.write_text(text(machines), encoding="utf-8")
     print(f"written: {REPORT}")
@@ -362,7 +403,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         for path in plots.write(PLOTS, results):
             print(f"written: {path}")
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import pandas as pd
-from tabulate import tabulate
 
-from benchmarks.measurement import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, TABLE
+from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS
 from benchmarks.suites import roofline, scaling
 
 FRESH = f"{BOUND}, fresh"
-DIRECTIONS = {FORWARD: "fwd", BOTH: "fwd + bwd", "backward": "bwd"}
-#: Lines of the tables and plots of scaling, and the groups whose best each is.
+DIRECTIONS = {FORWARD: "fwd", BOTH: "fwd + bwd"}
+#: Lines of the tables and plots of scaling, and the group whose best each is.
 LINES = {
     "fastcompress": OURS,
     "best torch.compile form": "compile",
@@ -23,89 +21,68 @@ LINES = {
 }
 
 
-def figure(value: float) -> str:
-    """Three digits, without an exponent."""
-    return f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip(".")
+def figure(value: float, form: str = "{}") -> str:
+    """Format three digits, without an exponent, in a form; return "" for a missing value."""
+    if pd.isna(value):
+        return ""
+    return form.format(f"{value:,.0f}" if value >= 999.5 else f"{value:#.3g}".rstrip("."))
 
 
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    """A table: the first line is its head, the first column is left-aligned, the others right-aligned."""
-    align = ["left", *["right"] * (len(lines[0]) - 1)]
-    return tabulate(lines[1:], lines[0], "pipe", disable_numparse=True, colalign=align)
-
-
-def _fields(row: Any) -> Mapping[str, Any]:
-    """The fields of a row or of a named tuple of one."""
-    fields: Mapping[str, Any] = row if isinstance(row, pd.Series) else row._asdict()
-    return fields
-
-
-def setting(row: Any, threads: bool = True) -> str:
-    """The head of a column: dtype, direction, and threads if there are any."""
-    row = _fields(row)
-    names = [DTYPES.get(row["dtype"], row["dtype"]), DIRECTIONS[row["direction"]]]
-    return ", ".join(names + ([f"{row['threads']} thr"] if threads and row["threads"] else []))
+def markdown(table: pd.DataFrame) -> str:
+    """Format a table of texts; the index is left-aligned, the columns are right-aligned."""
+    align = ["left", *["right"] * table.shape[1]]
+    return str(table.fillna("").to_markdown(tablefmt="pipe", disable_numparse=True, colalign=align))
 
 
 def timed(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows that have times, with columns ``setting`` and ``times``, the multiple of our time in the same table.
-
-    A table that was measured in stages, each against ours, is one: the first of our rows counts.
-    """
+    """Return the rows with times, with columns ``short``, the dtype and direction, and ``setting``, threads as well."""
     rows = rows[rows["median"].notna()].copy()
-    rows["setting"] = [setting(row) for row in rows.itertuples()]
-    stages = [*TABLE, "stage"] if "stage" in rows else TABLE
-    ours = rows[rows["group"] == OURS].drop_duplicates(stages).set_index(stages)["median"]
-    rows["times"] = rows["median"].to_numpy() / ours.reindex(pd.MultiIndex.from_frame(rows[stages])).to_numpy()
-    return rows.drop_duplicates([*TABLE, "contender"])
+    rows["short"] = rows["dtype"].replace(DTYPES) + ", " + rows["direction"].map(DIRECTIONS)
+    rows["setting"] = rows["short"] + rows["threads"].map(lambda threads: f", {threads} thr" if threads else "")
+    return rows
 
 
-def matrix(rows: pd.DataFrame, first: str | None = None) -> str:
-    """One column per setting; our milliseconds and GB/s, and the other forms as multiples of our time.
+def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
+    """Return a column per setting: our milliseconds and GB/s, and the other forms as multiples of our time.
 
     Args:
         rows: One case, from ``timed``.
         first: Form that the others are multiples of, if not ours.
     """
-    columns = list(dict.fromkeys(rows["setting"]))
-    median = rows.pivot(index="contender", columns="setting", values="median")[columns]
     first = first or str(rows.loc[rows["group"] == OURS, "contender"].iloc[0])
-    multiples = rows.pivot(index="contender", columns="setting", values="times")[columns]
-    if first not in rows.loc[rows["group"] == OURS, "contender"].to_numpy():
-        multiples = median / median.loc[first]
-    lines = [["", *columns], [f"{first}, ms", *(f"**{figure(value * 1e3)}**" for value in median.loc[first])]]
+    wide = rows.assign(rate=rows["moved"] / rows["median"] / 1e9 if "moved" in rows else float("nan"))
+    wide = wide.pivot(index="contender", columns="setting")
+    settings = rows["setting"].unique()
+    median, rates = wide["median"][settings], wide["rate"][settings]
+    table = {f"{first}, ms": (median.loc[first] * 1e3).map(lambda ms: figure(ms, "**{}**"))}
     if "call" in rows:
-        calls = rows[rows["contender"] == first].set_index("setting")["call"].reindex(columns)
-        lines.append([f"{first}, end to end, ms", *("" if pd.isna(one) else figure(one * 1e3) for one in calls)])
-    if "moved" in rows:
-        rates = rows.assign(rate=rows["moved"] / rows["median"] / 1e9).pivot(
-            index="contender", columns="setting", values="rate"
-        )[columns]
-        for name in (first, CLONE, FRESH):
-            if name in rates.index and rates.loc[name].notna().any():
-                lines.append([f"{name}, GB/s", *("" if pd.isna(one) else figure(one) for one in rates.loc[name])])
-    for name, values in multiples.drop(first).assign(middle=multiples.median(axis=1)).sort_values("middle").iterrows():
-        cells = ["" if pd.isna(value) else f"{figure(value)}x" for value in values[columns]]
-        lines.append([str(name), *cells])
-    return markdown(lines)
+        table[f"{first}, end to end, ms"] = (wide["call"].loc[first, settings] * 1e3).map(figure)
+    for name in (first, CLONE, FRESH):
+        if name in rates.index and rates.loc[name].notna().any():
+            table[f"{name}, GB/s"] = rates.loc[name].map(figure)
+    times = (median / median.loc[first]).drop(first)
+    for name in times.median(axis=1).sort_values().index:
+        table[str(name)] = times.loc[name].map(lambda ratio: figure(ratio, "{}x"))
+    return pd.DataFrame(table).T[settings]
 
 
-def best(rows: pd.DataFrame, *groups: str, column: str = "median") -> pd.Series[Any] | None:
-    """The fastest row of some groups."""
-    some = rows[rows["group"].isin(groups) & rows[column].notna()]
-    return None if some.empty else some.loc[some[column].idxmin()]
+def seconds(rows: pd.DataFrame, names: Sequence[str], by: Sequence[str]) -> pd.Series[float]:
+    """Return the least median of the rows whose group or contender has one of some names, by columns."""
+    found = rows[rows["group"].isin(names) | rows["contender"].isin(names)]
+    return found.groupby(list(by), sort=False)["median"].min()
 
 
-def line(rows: pd.DataFrame, name: str) -> pd.Series[Any] | None:
-    """The row of one of ``LINES`` in a table: the best at the 10th percentile; the bound is that in fresh memory."""
-    if LINES[name] == BOUND:
-        rows = rows[rows["contender"] == FRESH]
-    return best(rows, LINES[name], column="p10")
+def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
+    """Return the fastest row of each of ``LINES`` by columns, with a column ``line``; the bound is the fresh one."""
+    rows = rows[(rows["group"] != BOUND) | (rows["contender"] == FRESH)]
+    rows = rows.assign(line=rows["group"].map({group: name for name, group in LINES.items()})).reset_index(drop=True)
+    rows = rows.dropna(subset=["line", column])
+    return rows.loc[rows.groupby([*by, "line"], sort=False)[column].idxmin()]
 
 
 def with_places(rows: pd.DataFrame) -> pd.DataFrame:
-    """The rows of ``scaling``, once per axis, with columns ``axis`` and ``place``; axes with one place are left out."""
-    rows = rows.explode("axes").rename(columns={"axes": "axis"})
+    """Return the rows of ``scaling`` once per axis, with columns ``axis`` and ``place``, without axes of one place."""
+    rows = timed(rows).explode("axes").rename(columns={"axes": "axis"})
     rows["place"] = [
         scaling.value(row.axis, row.frames, row.dim, row.tokens, row.window, row.threads) for row in rows.itertuples()
     ]
@@ -114,28 +91,31 @@ def with_places(rows: pd.DataFrame) -> pd.DataFrame:
 
 
 def place_text(place: float) -> str:
-    """A place on an axis as a label: lengths of segments are fractions, all else is counted."""
+    """Format a place on an axis."""
     return f"{place:,.0f}" if place >= 10 else f"{place:.2g}"
 
 
-def limits(rows: pd.DataFrame) -> dict[int, Mapping[str, float]]:
-    """Rates of the machine by number of threads."""
-    found = rows[rows["suite"] == roofline.NAME]
-    return {
-        int(str(threads)): dict(zip(one["contender"], one["rate"], strict=True))
-        for threads, one in found.groupby("threads")
-    }
+def limits(rows: pd.DataFrame) -> pd.DataFrame:
+    """Return the rates of the machine: a row per number of threads, a column per limit; a GPU has copies alone."""
+    columns = [roofline.READ, roofline.COPY, roofline.SEPARATE, roofline.FUSED]
+    rates = rows[rows["suite"] == roofline.NAME]
+    found = rates.pivot(index="threads", columns="contender", values="rate") if len(rates) else pd.DataFrame()
+    return found.reindex(columns=columns)
 
 
-def work(row: Any) -> tuple[float, float]:
-    """Operations per byte and operations per second of a row of ``segment_pool``."""
-    row = _fields(row)
-    shape = int(row["frames"]), int(row["dim"]), int(row["tokens"]), row["direction"]
-    operations = roofline.operations(*shape, scores=row["group"] != "less work")
-    return operations / row["moved"], operations / row["median"]
+def with_work(rows: pd.DataFrame, rates: pd.DataFrame) -> pd.DataFrame:
+    """Return rows of ``segment_pool`` on threads whose limits are known, with columns ``intensity`` and ``speed``.
+
+    These are operations per byte and operations per second.
+    """
+    rows = rows[rows["threads"].isin(rates.dropna().index)]
+    shapes = zip(
+        rows["frames"], rows["dim"], rows["tokens"], rows["direction"], rows["group"] != "less work", strict=True
+    )
+    done = pd.Series([roofline.operations(*shape) for shape in shapes], rows.index, dtype="float64")
+    return rows.assign(intensity=done / rows["moved"], speed=done / rows["median"])
 
 
-def roof(rates: Mapping[str, float], intensity: float) -> float:
-    """Operations per second that the limits allow at some operations per byte."""
-    bandwidth = max(rates[roofline.READ], rates[roofline.COPY])
-    return min(rates[roofline.SEPARATE], bandwidth * intensity)
+def roof(rates: pd.Series[float], intensity: float) -> float:
+    """Return the operations per second that the limits allow at some operations per byte."""
+    return float(min(rates[roofline.SEPARATE], max(rates[roofline.READ], rates[roofline.COPY]) * intensity))

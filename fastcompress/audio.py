@@ -54,20 +54,20 @@ def load_audio(
 ) -> np.ndarray:
     """Read any file that ffmpeg reads (WAV, FLAC, MP3, M4A, Ogg, Opus, video, ...) as mono samples.
 
-    Memory holds the result and one block (``audio_blocks``): 230 MB per hour at 16 kHz, whatever the file's own
-    rate and channels.
+    It needs memory for the result and one block (``audio_blocks``): 230 MB per hour at 16 kHz, whatever the file's
+    own rate and channels.
 
     Args:
         path: The file, or its content.
         sample_rate: Rate of the result in Hz.
-        progress: Function called after each block with the seconds read and the seconds that the header promises.
+        progress: Function called after each block with the seconds read and the seconds that the header declares.
         offset: Seconds of the file to skip (``AudioFile.skip_to`` lists the formats in which they are not decoded).
         duration: Seconds to read; ``None``: to the end.
         name: Name in messages; ``None``: the file's.
 
     Returns:
         float32 ``[S]``, full scale at 1.0, ``S = seconds * sample_rate`` to within a sample. A silent file gives zeros.
-        The length is that of ffmpeg: MP3, AAC and Opus lose the samples that the encoder added, where the file says so.
+        The length is that of ffmpeg: in MP3, AAC and Opus, samples that the encoder added and marked are removed.
 
     Raises:
         AudioError: As ``audio_blocks``.
@@ -97,15 +97,15 @@ def audio_blocks(
     Channels are averaged, and resampled (soxr, high quality, no delay) across the blocks: joined, they are the same
     samples whatever the size of the blocks.
 
-    A file is never shortened silently. A header that does not know the length (0, or the large values that recorders
-    write to a pipe) means that everything up to the end is read. From a stream, ffmpeg cannot read CAF, nor MP4 whose
-    index is at the end, and keeps the encoder's padding at the end of MP3.
+    A file is never shortened silently. If the length in the header is unknown (0, or the large values that recorders
+    write to a pipe), everything up to the end is read. From a stream, ffmpeg can read neither CAF nor MP4 whose index
+    is at the end, and it keeps the encoder's padding at the end of MP3.
 
     Args:
         source: File that ffmpeg reads, its content as bytes, or a binary stream at its first byte, which need not seek.
         sample_rate: Rate of the result in Hz.
         seconds: Length of a block before resampling; ``None``: 65,536 samples.
-        progress: Function called after each block with the seconds read and the seconds that the header promises.
+        progress: Function called after each block with the seconds read and the seconds that the header declares.
         offset: Seconds to skip. The result is that part of the whole, to within rounding of the filter and of lossy
             decoders.
         duration: Seconds to read; ``None``: to the end.
@@ -115,9 +115,9 @@ def audio_blocks(
         float32 ``[S]``, full scale at 1.0; may be empty.
 
     Raises:
-        AudioError: The file is missing, a directory, not readable or not audio; it holds no samples, or NaN or infinite
-            ones; the decoder fails; or WAV, FLAC, AIFF, AU, CAF, WavPack or TTA holds fewer samples than its header
-            promises.
+        AudioError: The file is missing, a directory, not readable or not audio; it has no samples, or NaN or infinite
+            ones; the decoder fails; or WAV, FLAC, AIFF, AU, CAF, WavPack or TTA has fewer samples than its header
+            declares.
 
     Warns:
         AudioWarning: Several channels cancel when they are averaged, as stereo with one channel inverted.
@@ -155,7 +155,9 @@ def audio_blocks(
         while len(block := file.read(max(1, wanted()))):
             frames_read += len(block)
             if not np.isfinite(block).all():
-                raise AudioError(f"{file.name}: holds NaN or infinite samples before {frames_read / file.rate:.1f} s")
+                raise AudioError(
+                    f"{file.name}: contains NaN or infinite samples before {frames_read / file.rate:.1f} s"
+                )
             yield of_part(resampler.resample_chunk(block) if resampler else block)
             if progress:
                 progress(frames_read / file.rate, max(file.expected, frames_read) / file.rate)
@@ -208,24 +210,25 @@ def log_mel(
     chunk_frames: int = _CHUNK_FRAMES,
     progress: Progress | None = None,
 ) -> torch.Tensor:
-    """Whisper's log-mel spectrogram: what its feature extractor gives, without the padding to 30 s.
+    """Compute Whisper's log-mel spectrogram, as its feature extractor does, without the padding to 30 s.
 
     Hann window of 25 ms, hop 10 ms, frame t centred on sample 160 t (the ends are mirrored), power, mel bands on the
-    Slaney scale with Slaney's equal-area normalisation from 0 to 8 kHz, log10, floor at 8 below the loudest value of
+    Slaney scale with Slaney's equal-area normalization from 0 to 8 kHz, log10, floor at 8 below the loudest value of
     the whole audio, then ``(x + 4) / 4``.
 
     Args:
         samples: ``[S]`` at 16 kHz, S at least one window (400); see ``float_samples`` for their dtype.
-        mel_bins: number of bands.
-        chunk_frames: frames computed at a time; bounds memory, changes the result by no more than its last bit.
-        progress: called after each chunk with (seconds done, seconds in all).
+        mel_bins: Number of bands.
+        chunk_frames: Number of frames to compute at a time; it bounds memory and changes at most the last bit of the
+            result.
+        progress: Function called after each chunk with the seconds done and the seconds in all.
 
     Returns:
         float32 ``[S // 160, mel_bins]``, 100 frames per second.
 
     Raises:
         TypeError: samples of another dtype.
-        ValueError: samples of another shape, or shorter than a window.
+        ValueError: The samples have another shape, or are shorter than a window.
     """
     samples = torch.from_numpy(float_samples(samples))
     if samples.ndim != 1:
@@ -256,7 +259,7 @@ def log_mel(
 
 @lru_cache(maxsize=4)
 def mel_filters(mel_bins: int = MEL_BINS) -> torch.Tensor:
-    """Triangular mel bands, float32 ``[201, mel_bins]``: Slaney scale, 0 to 8 kHz, each of area 1 over its width in Hz.
+    """Return triangular mel bands, float32 ``[201, mel_bins]``: Slaney scale, 0 to 8 kHz, each with area 1.
 
     Equal to ``librosa.filters.mel(sr=16000, n_fft=400)``, transposed.
     """
@@ -268,12 +271,15 @@ def mel_filters(mel_bins: int = MEL_BINS) -> torch.Tensor:
 
 
 def mel_centres(mel_bins: int = MEL_BINS) -> torch.Tensor:
-    """Centre of each band in Hz, float64 ``[mel_bins]``."""
+    """Return the centre of each band in Hz, float64 ``[mel_bins]``."""
     return _mel_edges(mel_bins)[1:-1]
 
 
 def _mel_edges(mel_bins: int) -> torch.Tensor:
-    """Hz, float64 ``[mel_bins + 2]``, evenly spaced on Slaney's scale: linear below 1 kHz, logarithmic above."""
+    """Return frequencies in Hz, float64 ``[mel_bins + 2]``, evenly spaced on Slaney's scale.
+
+    The scale is linear below 1 kHz and logarithmic above.
+    """
     linear_hz, linear_mel, log_step = 1000.0, 15.0, math.log(6.4) / 27
     top_mel = linear_mel + math.log(SAMPLE_RATE / 2 / linear_hz) / log_step
     mel = torch.linspace(0, top_mel, mel_bins + 2, dtype=torch.float64)
@@ -282,7 +288,7 @@ def _mel_edges(mel_bins: int) -> torch.Tensor:
 
 
 def _mirrored(samples: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-    """samples[start:stop] as float32, positions beyond either end read mirrored about the end sample."""
+    """Return samples[start:stop] as float32, with the samples mirrored about the end samples."""
     count = samples.shape[0]
     if start >= 0 and stop <= count:
         return samples[start:stop].float()

@@ -20,7 +20,7 @@ from av.error import FFmpegError
 
 from fastcompress.audio_source import FLOAT, PCM, AudioError, AudioWarning, Source, open_bytes, open_file
 
-#: Formats whose header holds the exact number of samples. WAV is read by ``audio_source.py``.
+#: Formats whose header has the exact number of samples. ``audio_source.py`` reads WAV.
 _EXACT = ("flac", "aiff", "au", "caf", "tta", "wv", "nistsphere")
 #: Formats in which ffmpeg seeks to an exact sample: those of the first line if they hold PCM.
 _SEEKS_PCM = ("wav", "w64", "aiff", "au", "caf")
@@ -51,11 +51,11 @@ class AudioFile:
     Attributes:
         name: Name in messages.
         rate: Samples per second.
-        length: Number of samples that the header promises, ``None`` if it is unknown or only an estimate.
+        length: Number of samples that the header declares, ``None`` if it is unknown or only an estimate.
         expected: Number of samples to expect, 0 if there is no estimate.
 
     Raises:
-        AudioError: The file cannot be opened or holds no audio.
+        AudioError: The file cannot be opened or contains no audio.
     """
 
     name: str
@@ -109,7 +109,7 @@ class AudioFile:
         """Return the next samples, float32 ``[count]``, full scale at 1.0; fewer at the end, and then none.
 
         Raises:
-            AudioError: The decoder fails, or the file ends before its header says so.
+            AudioError: The decoder fails, or the file is shorter than its header declares.
         """
         while self._ready < count and (frame := next(self._frames, None)) is not None:
             self._add(frame)
@@ -121,7 +121,7 @@ class AudioFile:
     def skip_to(self, sample: int) -> None:
         """Continue to read at a sample, counted from the first one; must be called before ``read``.
 
-        What is before it is not decoded in WAV, FLAC, AIFF, AU, MP3, MP4, Ogg FLAC and Opus.
+        Earlier samples are not decoded in WAV, FLAC, AIFF, AU, MP3, MP4, Ogg FLAC and Opus.
         """
         codec, name = self._audio.codec_context, self._container.format.name
         is_pcm = codec.name.startswith("pcm_")
@@ -137,7 +137,7 @@ class AudioFile:
                 self._frames = self._decoded(None if seeks else time)
                 found = next(self._frames, None)
             except (AudioError, FFmpegError):
-                pass  # read from the start, which raises what is wrong
+                pass  # read from the start, which raises the error
             if found is not None and found.pts is not None and self._index(found.pts) <= sample:
                 self._end = self._index(found.pts) + found.samples
                 self._parts, self._ready, self._drop = [], 0, sample - self._index(found.pts)
@@ -153,7 +153,7 @@ class AudioFile:
         """Return the number of samples, without decoding if possible; nothing can be read afterwards."""
         if self.length is not None:
             if self._source.wav is not None and self._is_file:
-                self._check_end()  # costs nothing, because the size of the file tells
+                self._check_end()  # cheap, because it compares the size of the file
             return self.length
         end = None
         for packet in self._packets():
@@ -174,7 +174,7 @@ class AudioFile:
         source, wav = self._source, self._source.wav
         source.rewind()
         options, form = {"protocol_whitelist": ""}, None  # playlists may not open other files
-        if wav is not None and wav.kind in (PCM, FLOAT):  # the header says all that probing could find
+        if wav is not None and wav.kind in (PCM, FLOAT):  # the header has everything that probing could find
             form = "wav"
             options |= {"probesize": "32"} | ({"max_size": str(_PACKET)} if self._is_file else {})
         try:
@@ -201,7 +201,7 @@ class AudioFile:
         self._frames = self._decoded()
         first = None if wav is not None and wav.is_empty else next(self._frames, None)
         if first is None:
-            raise AudioError(f"{self.name}: holds no audio (0 seconds)")
+            raise AudioError(f"{self.name}: contains no audio (0 seconds)")
         self._first = first.pts or 0
         self._parts, self._ready, self._drop = [], 0, 0
         self._add(first)
@@ -240,11 +240,13 @@ class AudioFile:
         return int(round((time - self._first) * self._audio.time_base * self.rate))
 
     def _promised(self) -> int | None:
-        """Return the number of samples that the header promises, ``None`` if it is unknown or an estimate."""
+        """Return the number of samples that the header declares, ``None`` if it is unknown or an estimate."""
         name, is_pcm = self._container.format.name, self._audio.codec_context.name.startswith("pcm_")
         if name == "wav" and self._source.wav is not None:
             wav = self._source.wav
             return wav.size // wav.block if is_pcm and wav.size and wav.block else None
+        if name == "w64":
+            return self._source.w64_samples if is_pcm else None
         if name not in _EXACT:
             return None
         duration = self._audio.duration
@@ -271,7 +273,7 @@ class AudioFile:
             yield packet
 
     def _decoded(self, begin: int | None = None) -> Iterator[AudioFrame]:
-        """Yield frames that hold samples, and check that they are all there."""
+        """Yield frames with samples, and check that no sample is missing."""
         codec = self._audio.codec_context
         bits = re.search(r"\d+", codec.name)  # none in pcm_mulaw and pcm_alaw
         sample_size = codec.channels * (int(bits[0]) // 8 if bits else 1) if codec.name.startswith("pcm_") else 0
@@ -317,9 +319,7 @@ class AudioFile:
         elif wav is not None and not source.ended:
             raise AudioError(f"{self.name}: decoding stopped before the end, after {self._seconds():.1f} s")
         if held < promised:
-            raise AudioError(
-                f"{self.name}: cut short: the header promises {promised} {unit}, but the file holds {held}"
-            )
+            raise AudioError(f"{self.name}: cut short: the header declares {promised} {unit}, but the file has {held}")
 
     def _seconds(self) -> float:
         return self._end / self.rate if self.rate else 0.0
@@ -335,7 +335,7 @@ def audio_seconds(path: str | os.PathLike[str] | bytes, name: str | None = None)
         name: Name in messages. ``None``: the file's.
 
     Raises:
-        AudioError: The file cannot be read or holds no audio.
+        AudioError: The file cannot be read or contains no audio.
     """
     with AudioFile(path, name) as file:
         return file.count() / file.rate

@@ -1,6 +1,6 @@
 """The bytes of audio files and streams, in the form that PyAV reads.
 
-The header of WAV is read here, because PyAV does not expose the length that it promises.
+The header of WAV is read here, because PyAV does not expose the length that it declares.
 """
 
 from __future__ import annotations
@@ -17,9 +17,15 @@ _UNKNOWN = 0x7FFFF000
 #: Bytes before the samples that are searched for the WAV header.
 _MOST_HEADER = 1 << 24
 _PIECE = 1 << 16
-#: How files begin whose header may hold an exact length. ffmpeg gets no size of such a file, or it would estimate a
-#: length that the header leaves open. FLAC is not among them: ffmpeg estimates nothing there, and seeks by the size.
+#: First bytes of files whose header may have an exact length. ffmpeg does not get the size of such a file, because it
+#: would estimate the length if the header does not declare one. FLAC is not included: ffmpeg does not estimate its
+#: length, and needs the size to seek.
 _EXACT_MAGIC = (b"RIFF", b"RIFX", b"RF64", b"BW64", b"FORM", b".snd", b"caff", b"TTA1", b"wvpk", b"NIST")
+
+
+#: Ends of the names of the chunks of W64, after four letters; that of the file itself has another.
+_W64_RIFF = b"riff" + bytes.fromhex("2e91cf11a5d628db04c10000")
+_W64_CHUNK = bytes.fromhex("f3acd3118cd100c04f8edb8a")
 
 
 class AudioError(ValueError):
@@ -32,14 +38,14 @@ class AudioWarning(UserWarning):
 
 @dataclass(frozen=True)
 class WavHeader:
-    """What a WAV header says of the samples.
+    """Description of the samples in a WAV header.
 
     Attributes:
         kind: Format code, of the subformat for extensible headers.
         block: Bytes of one sample of every channel, or of one block of a compressed codec.
         begin: Position of the first sample in the file, in bytes.
-        size: Bytes of samples; 0 if the header does not know.
-        is_empty: True if there are no samples, rather than an unknown number of them.
+        size: Bytes of samples; 0 if the number is unknown or there are none.
+        is_empty: Whether there are no samples.
     """
 
     kind: int
@@ -52,13 +58,13 @@ class WavHeader:
 class Source:
     """The bytes of a file or stream, in the form that PyAV reads.
 
-    PyAV calls from C code, where an exception could get lost: ``check`` raises it afterwards.
+    PyAV calls the methods from C code, where an exception could get lost; ``check`` raises it afterwards.
     """
 
     def __init__(self, stream: Any, name: str, is_file: bool) -> None:
-        self.name = name  # PyAV takes a hint from the extension
+        self.name = name  # PyAV uses the extension to detect the format
         self._stream = stream
-        # A BufferedReader waits until it has all bytes that `read` asks for; `read1` returns those that have arrived.
+        # `read` of a BufferedReader waits for all requested bytes; `read1` returns those that have arrived.
         self._read = getattr(stream, "read1", stream.read)
         self._is_file = is_file
         self._error: BaseException | None = None
@@ -66,6 +72,7 @@ class Source:
         self._place = 0
         self.ended = False
         self.wav = _wav_header(self)
+        self.w64_samples = _w64_samples(self)
         hides_size = self._peek(4) in _EXACT_MAGIC
         self._size = stream.seek(0, os.SEEK_END) if is_file else 0
         self._whences = (os.SEEK_SET, os.SEEK_CUR) if hides_size else (os.SEEK_SET, os.SEEK_CUR, os.SEEK_END)
@@ -76,14 +83,14 @@ class Source:
         if self._is_file:
             self._stream.seek(0)
             self._ahead, self._place = b"", 0
-        # ffmpeg looks for S/PDIF in the first 64 KiB of PCM, which take seconds to arrive from a microphone. At the
-        # end of a file it looks at less, and then goes back to the first sample and reads on.
+        # ffmpeg searches the first 64 KiB of PCM for S/PDIF, and they take seconds to arrive from a microphone. At the
+        # end of a file it searches fewer bytes, and then seeks back to the first sample.
         is_pcm = self.wav is not None and self.wav.kind == PCM
         self.pauses = is_pcm and not self._is_file
 
     @property
     def held(self) -> int:
-        """Bytes of the whole file, or those that a stream has delivered."""
+        """Number of bytes of the file, or of those that a stream has returned so far."""
         return self._size if self._is_file else self._place
 
     def check(self) -> None:
@@ -113,7 +120,7 @@ class Source:
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         try:
             return cast(int, self._stream.seek(offset, whence)) if whence in self._whences else -1
-        except (OSError, ValueError, OverflowError):  # ffmpeg tries places that headers name
+        except (OSError, ValueError, OverflowError):  # ffmpeg seeks to positions that a damaged header may contain
             return -1
         except BaseException as error:
             self._error = error
@@ -126,7 +133,7 @@ class Source:
         return self._is_file
 
     def peek(self, begin: int, count: int) -> bytes:
-        """Return bytes of the head, which stay to be read; fewer at the end."""
+        """Return the next bytes without consuming them; fewer at the end."""
         return self._peek(begin + count)[begin:]
 
     def _peek(self, end: int) -> bytes:
@@ -152,7 +159,7 @@ def _wav_header(source: Source) -> WavHeader | None:
         if name == b"data":
             if size == 0xFFFFFFFF and 0 < long_size < 1 << 62:
                 return WavHeader(kind, block, place, long_size, False)
-            # A length of 0 is unknown, unless another chunk follows at once, within the length of the whole.
+            # A length of 0 means unknown, unless another chunk follows immediately, within the length of the file.
             is_empty = size == 0 and place < end < _UNKNOWN and _is_chunk(source.peek(place, 8), order, end - place)
             return WavHeader(kind, block, place, size if size < _UNKNOWN else 0, is_empty)
         if place + size > _MOST_HEADER:
@@ -168,8 +175,26 @@ def _wav_header(source: Source) -> WavHeader | None:
     return None
 
 
+def _w64_samples(source: Source) -> int | None:
+    """Return the samples per channel that the header of an uncompressed W64 file promises; ``None``: unknown."""
+    if source.peek(0, 16) != _W64_RIFF:
+        return None
+    block, place = 0, 40
+    while len(head := source.peek(place, 24)) == 24 and place < _MOST_HEADER:
+        size = struct.unpack("<Q", head[16:])[0]  # counts these 24 bytes
+        if head[:16] == b"data" + _W64_CHUNK:
+            return (size - 24) // block if block and 24 < size < 1 << 62 else None
+        if head[:16] == b"fmt " + _W64_CHUNK:
+            content = source.peek(place + 24, 14)
+            block = struct.unpack("<12xH", content)[0] if len(content) == 14 else 0
+        if size < 24:
+            return None
+        place += (size + 7) // 8 * 8
+    return None
+
+
 def _is_chunk(head: bytes, order: str, most: int) -> bool:
-    """Whether bytes are the name and the size of a chunk of at most so many bytes, and not samples."""
+    """Return whether bytes are the name and size of a chunk of at most ``most`` bytes, and not samples."""
     name, size = head[:4], head[4:]
     if len(size) < 4 or not name.isascii() or not name.decode().isprintable():
         return False
@@ -184,7 +209,7 @@ def open_file(path: str, name: str) -> BinaryIO:
     """
     try:
         file = open(path, "rb")
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
+    except (OSError, ValueError) as error:  # ValueError: the name contains a zero byte
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise AudioError(f"{name}: {reason.lower()}") from error
     if not file.peek(1):

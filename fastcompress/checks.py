@@ -2,7 +2,7 @@
 
 The ``check_*_values`` functions read tensor values and therefore synchronize with the device. The reference calls them
 before it computes. Compiled kernels check values themselves; after one has rejected its input, these functions run to
-raise an error that says why.
+raise an error that names the argument and the value.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ def check_dense(name: str, x: Tensor | None) -> None:
         raise TypeError(f"{name} must be a tensor, got {type(x).__name__}")
     if x.layout != torch.strided:  # sparse, jagged
         raise TypeError(f"{name} must be a dense tensor, got layout {x.layout}")
-    if x.is_nested:  # whose layout is strided as well
+    if x.is_nested:  # its layout is also strided
         raise TypeError(
             f"{name} must be a dense tensor, got a nested one of the strided layout; make it jagged with "
             f"torch.nested.as_nested_tensor(list({name}.unbind()), layout=torch.jagged)"
@@ -41,7 +41,7 @@ def unnest(
 ) -> tuple[Tensor, Tensor | None]:
     """Return a jagged nested tensor ``[B, j, ...]`` as packed rows and their offsets ``[B + 1]``.
 
-    Any other tensor is returned as it is, with ``cu_seqlens``.
+    Any other tensor is returned unchanged, with ``cu_seqlens``.
     """
     if not isinstance(x, Tensor) or not x.is_nested or x.layout != torch.jagged:
         return x, cu_seqlens
@@ -72,7 +72,7 @@ def check_integers(name: str, x: Tensor, bools: bool = False) -> None:
 
 
 def as_number(name: str, value: float) -> float:
-    """Return a real number, which may be infinite, as a Python number: one of NumPy, for example, is converted.
+    """Return a real number, which may be infinite, as a Python number; a NumPy number, for example, is converted.
 
     NaN and numbers too large for float64 raise ``ValueError``.
     """
@@ -87,7 +87,7 @@ def as_number(name: str, value: float) -> float:
 
 
 def as_integer(name: str, value: int | None, error: type[Exception] = TypeError) -> int:
-    """Return an integer as a Python ``int``: one of NumPy, for example, is converted."""
+    """Return an integer as a Python ``int``; a NumPy integer, for example, is converted."""
     if type(value) in (int, torch.SymInt):
         return cast(int, value)
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -147,11 +147,11 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
     fix = f"1 keeps a row and 0 drops it; an additive mask becomes one by `{name} >= 0`"
     if torch.compiler.is_compiling():
         if mask.is_floating_point():
-            torch._assert_async((mask == kept).all(), f"{name} must be bool or hold 0 and 1: {fix}")
+            torch._assert_async((mask == kept).all(), f"{name} must be bool or contain only 0 and 1: {fix}")
     elif values_are_checked(mask) or (mask.is_floating_point() and is_readable(mask) and not _is_captured(mask)):
         wrong = mask != kept
         if bool(wrong.any()):
-            raise ValueError(f"{name} must be bool or hold 0 and 1, got {mask[wrong][0].item():g}: {fix}")
+            raise ValueError(f"{name} must be bool or contain only 0 and 1, got {mask[wrong][0].item():g}: {fix}")
     return kept
 
 
@@ -217,17 +217,17 @@ def check_layout(
     padded = dim == rank + 1
     if cu_seqlens is not None:
         if padded:
-            raise ValueError(f"cu_seqlens goes with packed input; padded input {list(rows.shape)} takes lengths")
+            raise ValueError(f"cu_seqlens is for packed input; padded input {list(rows.shape)} takes lengths")
         _check_index("cu_seqlens", cu_seqlens, rows, None)
         if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 1:
             raise ValueError(f"cu_seqlens must have shape [B + 1], got {list(cu_seqlens.shape)}")
     if lengths is not None:
         if not padded:
-            raise ValueError(f"lengths goes with padded input; packed input {list(rows.shape)} takes cu_seqlens")
+            raise ValueError(f"lengths is for padded input; packed input {list(rows.shape)} takes cu_seqlens")
         _check_index("lengths", lengths, rows, (rows.shape[0],))
     if attention_mask is not None:
         if not padded:
-            raise ValueError(f"attention_mask goes with padded input; packed input {list(rows.shape)} takes row_group")
+            raise ValueError(f"attention_mask is for padded input; packed input {list(rows.shape)} takes row_group")
         if lengths is not None or row_group is not None:
             raise ValueError("attention_mask cannot be combined with lengths or row_group: pass one of them")
         check_same_device("attention_mask", attention_mask, rows)

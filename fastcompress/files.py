@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 #: Prefix of the name under which a file or folder is written before it is renamed.
 UNFINISHED = "unfinished-"
 
 #: Errors that the writing libraries raise when the disk is full or the folder is not writable.
-WRITE_ERRORS = (OSError, RuntimeError, SafetensorError)
+WRITE_ERRORS: tuple[type[Exception], ...] = (OSError, RuntimeError)
+with contextlib.suppress(ImportError):  # without safetensors, nothing writes weights
+    from safetensors import SafetensorError
+
+    WRITE_ERRORS += (SafetensorError,)
 
 
 def write_folder(target: Path, write: Callable[[Path], None]) -> None:
-    """Create the folder ``target`` atomically with what ``write`` puts into the folder it is passed.
+    """Create the folder ``target`` atomically. ``write`` is called with a temporary folder and writes the files.
 
     An existing folder is replaced.
     """
@@ -101,15 +104,15 @@ def reason(error: BaseException) -> str:
 
 
 def named(path: object, message: str) -> str:
-    """Return a message that names a file, which other libraries' messages do or do not."""
+    """Return a message with the name of a file, which is added if the message does not have it."""
     return message if str(path) in message else f"{path}: {message}"
 
 
 def one_line(error: BaseException) -> str:
     """Return the message of an error on one line.
 
-    If the operating system raised an error earlier in the chain, return its cause and the last part of its path:
-    ``torch.save`` hides it behind an error of its own.
+    If an earlier error in the chain is from the operating system, return its cause and the last part of its path,
+    because ``torch.save`` raises an error of its own after it.
     """
     cause: BaseException | None = error
     while cause is not None and not isinstance(cause, OSError):

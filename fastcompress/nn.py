@@ -162,9 +162,9 @@ def _check_width(x: Tensor, width: int) -> None:
 
 
 def _usable_rows(x: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
-    """Return the rows ``[N, D]``, zeros where they are excluded or not finite, and which are neither, ``[N]`` bool.
+    """Return the rows ``[N, D]``, with zeros for excluded and non-finite rows, and a mask of the others, ``[N]`` bool.
 
-    Zeros before a product, and not a mask after it: the gradient of a product with NaN is NaN even where its upstream
+    A mask after the product is not enough, since the gradient of a product with NaN is NaN even if the upstream
     gradient is 0.
     """
     rows = x.reshape(-1, x.shape[-1])
@@ -173,10 +173,10 @@ def _usable_rows(x: Tensor, runs: Runs) -> tuple[Tensor, Tensor]:
 
 
 class LearnedCompressor(torch.nn.Module):
-    """Base class of learned compressors, which aim at a ratio by means of an auxiliary loss.
+    """Base class of learned compressors, whose auxiliary loss keeps the ratio near a target.
 
     Attributes:
-        ratio: Frames per token to aim at.
+        ratio: Target ratio, in frames per token.
         loss_weight: Factor with which the caller should add ``loss`` to the training loss.
         loss: Auxiliary loss of the last call, a scalar; ``None`` before the first call.
     """
@@ -336,7 +336,7 @@ class IntegrateAndFire(LearnedCompressor):
         x, cu_seqlens = unnest("x", x, cu_seqlens, lengths)
         _check_width(x, self.weight.in_features)
         check_layout(x, 2, cu_seqlens, lengths)
-        # A frame that is not finite weighs nothing: as a part of its token it spoils that token and no other.
+        # A frame that is not finite has weight 0, so that it affects its own token and no other.
         runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
         rows, usable = _usable_rows(x, runs)
         alpha = torch.where(usable, self.weight(rows)[..., 0].float().sigmoid(), 0.0).view(x.shape[:-1])
@@ -459,7 +459,7 @@ class LearnedBoundary(LearnedCompressor):
         runs = find_checked_runs(x.shape[:-1], x.device, cu_seqlens, lengths)
         rows, usable = _usable_rows(x, runs)
         probability = self.probability(rows)
-        # A pair with a frame that is not finite is no boundary, as a comparison with NaN is false, and has no gradient.
+        # A comparison with NaN is false: a pair with a non-finite frame gives no boundary and no gradient.
         pair = usable & torch.nn.functional.pad(usable, (1, 0))[:-1]
         probability = torch.where(runs.first, 1.0, torch.where(pair, probability, 0.5))
         boundary = probability.detach() > 0.5

@@ -1,4 +1,4 @@
-"""Checks of the fields of rules. Numbers of other types, such as those of NumPy, become plain ones.
+"""Checks of the fields of rules. Numbers of other types, such as those of NumPy, become Python numbers.
 
 Errors name the rule and the field.
 """
@@ -14,7 +14,7 @@ from fastcompress.checks import as_number, as_whole
 
 
 def _set(rule: Any, field: str, value: float | None) -> None:
-    """Set a field of a frozen rule to its plain form. Dynamo cannot trace this, and never needs it."""
+    """Set a field of a frozen rule to its Python form. Dynamo cannot trace this, and never needs to."""
     if value is not getattr(rule, field):
         object.__setattr__(rule, field, value)
 

@@ -447,7 +447,7 @@ class PeakHeight(Rule):
 
 def finite(value: float) -> float:
     """Return the finite float64 next to ``value``: AOTInductor cannot load a package with an infinite op argument."""
-    limit = torch.finfo(torch.float64).max  # no global, which a compiled graph would take for a variable
+    limit = torch.finfo(torch.float64).max  # not a global, which a compiled graph would treat as a variable
     return min(max(float(value), -limit), limit)
 
 

@@ -1,8 +1,8 @@
 """Streaming compression: frames arrive in chunks, and each token is returned as soon as it is final.
 
-The tokens have the same bits as those of the whole stream pooled at once. The state consists of one sum, the frames of
-the open segment that are not in it yet (fewer than 64, the block size of sums, see ``docs/numerics.md``), and the
-frames and distances that the rule still needs. A token is final
+The tokens are bit-equal to those of the whole stream in one call. The state consists of one sum, the frames of the open
+segment that are not in it yet (fewer than 64, the block size of sums, see ``docs/numerics.md``), and the frames and
+distances that the rule still needs. A token is final
 
 * with ``Uniform``, when its last frame has arrived;
 * with ``Threshold`` and ``Lookback``, one frame after its last frame;
@@ -158,8 +158,8 @@ class StreamingSegmentPool:
     def _measure(self, x: Tensor) -> list[bool]:
         """Append the distances of the new frames to the frames before them.
 
-        For ``Lookback``, return instead ``window`` flags per new frame, flattened: flag ``k`` tells whether the frame
-        is within the threshold of one of the ``k + 1`` frames before it.
+        For ``Lookback``, return ``window`` flags per new frame instead, flattened: flag ``k`` is true if the frame is
+        within the threshold of one of the ``k + 1`` frames before it.
         """
         rule, count = self.rule, x.shape[0]
         if isinstance(rule, (Uniform, MinVariance)) or not count:

@@ -168,9 +168,9 @@ def broken_file(folder: Path, kind: str) -> Path:
         ("empty", "the file is empty (0 bytes)"),
         ("text", "not an audio file that can be read (Invalid data found when processing input)"),
         ("headerless", "has no audio stream"),  # by its name, ffmpeg detects images
-        ("no-samples", "holds no audio (0 seconds)"),
-        ("nan", "holds NaN or infinite samples before 0.0 s"),
-        ("infinite", "holds NaN or infinite samples before 0.0 s"),
+        ("no-samples", "contains no audio (0 seconds)"),
+        ("nan", "contains NaN or infinite samples before 0.0 s"),
+        ("infinite", "contains NaN or infinite samples before 0.0 s"),
         ("cut-flac", "decoding failed after "),
     ],
 )

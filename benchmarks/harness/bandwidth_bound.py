@@ -11,12 +11,7 @@ Three kinds of output memory, because pages that the kernel has yet to provide c
 from __future__ import annotations
 
 import ctypes
-import hashlib
-import os
-import platform
-import subprocess
-import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -26,46 +21,30 @@ KINDS = ("fresh", "huge", "warm")
 #: Bytes per row of memory that is read or copied.
 LINE = 4096
 
-_SOURCE = Path(__file__).with_suffix(".cpp")
 #: Bytes from which the library asks for huge pages.
 _MIN_ADVISED = 4 << 20
-_FLAGS = ("-O3", "-march=native", "-std=c++17", "-fPIC", "-fopenmp")
 
 
 class BoundUnavailable(Exception):
     """The bandwidth bound cannot be built here."""
 
 
-def _openmp() -> list[str]:
-    """Linker arguments for the OpenMP of torch: a second one would keep threads of its own spinning."""
-    found = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))
-    return [str(found[0])] if found else ["-fopenmp"]
+def _build() -> ctypes.CDLL:
+    """Compile ``bandwidth_bound.cpp`` unless an earlier build fits."""
+    # The OpenMP of torch: a second one would keep threads of its own spinning.
+    openmp = sorted(Path(torch.__file__).parent.glob("lib/libgomp*.so*"))[:1]
+    # -march=native: a build of another machine with the same home folder may not run here.
+    name = f"fastcompress_bandwidth_bound_{torch.backends.cpu.get_cpu_capability().lower()}"
+    source = str(Path(__file__).with_suffix(".cpp"))
+    flags, linked = ["-O3", "-march=native", "-fopenmp"], [str(path) for path in openmp] or ["-fopenmp"]
+    try:
+        from torch.utils import cpp_extension  # needs setuptools
 
-
-def build() -> Path:
-    """Compile ``bandwidth_bound.cpp`` unless a cached build fits, and return the library."""
-    compiler = os.environ.get("CXX", "g++")
-    key = "\0".join((_SOURCE.read_text(), compiler, *_FLAGS, *_openmp(), platform.processor(), torch.__version__))
-    user = os.getuid() if hasattr(os, "getuid") else 0
-    folder = Path(tempfile.gettempdir()) / f"fastcompress-benchmarks-{user}"
-    library = folder / f"bandwidth-bound-{hashlib.sha256(key.encode()).hexdigest()[:16]}.so"
-    if library.exists():
-        return library
-    folder.mkdir(mode=0o700, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
-        target, built = f"{scratch}/bound.o", Path(scratch) / "bound.so"
-        try:
-            for command in (
-                [compiler, *_FLAGS, "-c", str(_SOURCE), "-o", target],
-                [compiler, "-shared", target, "-o", str(built), *_openmp()],
-            ):
-                subprocess.run(command, check=True, capture_output=True)
-        except FileNotFoundError as error:
-            raise BoundUnavailable(f"no compiler {compiler!r}") from error
-        except subprocess.CalledProcessError as error:
-            raise BoundUnavailable(error.stderr.decode(errors="replace").strip()) from error
-        built.replace(library)
-    return library
+        return ctypes.CDLL(
+            cpp_extension.load(name, source, extra_cflags=flags, extra_ldflags=linked, is_python_module=False)
+        )
+    except (ImportError, OSError, RuntimeError) as error:  # no setuptools, ninja or compiler, or an error of it
+        raise BoundUnavailable(str(error)) from error
 
 
 class BandwidthBound:
@@ -76,7 +55,7 @@ class BandwidthBound:
     """
 
     def __init__(self) -> None:
-        self._library = ctypes.CDLL(str(build()))
+        self._library = _build()
         pointer, integer = ctypes.c_void_p, ctypes.c_int64
         for name in ("bound_pool", "bound_expand"):
             getattr(self._library, name).argtypes = (pointer, integer, pointer, integer, integer, ctypes.c_int)
@@ -85,16 +64,14 @@ class BandwidthBound:
         self._library.bound_arithmetic.argtypes = (integer, ctypes.c_int, ctypes.c_int)
         self._library.bound_arithmetic.restype = integer
 
-    def _output(self, kind: str, size: int, warm: Tensor | None) -> Tensor:
-        if warm is not None:
-            return warm
+    def _output(self, kind: str, size: int) -> Tensor:
         memory = torch.empty(size, dtype=torch.uint8)
         if kind == "huge" and size >= _MIN_ADVISED:
             self._library.bound_advise(memory.data_ptr(), size)
         return memory
 
     def calls(
-        self, kind: str, xs: list[Tensor], grads: list[Tensor], tokens: int, threads: int, backward: bool
+        self, kind: str, xs: Sequence[Tensor], grads: Sequence[Tensor], tokens: int, threads: int, backward: bool
     ) -> Callable[[int], object]:
         """Build the function to time, whose argument is a running number that picks the buffers.
 
@@ -106,8 +83,7 @@ class BandwidthBound:
             threads: Number of threads.
             backward: Whether to move the bytes of the backward pass too.
         """
-        rows = xs[0].shape[0]
-        row_bytes = xs[0].shape[1] * xs[0].itemsize
+        rows, row_bytes = xs[0].shape[0], xs[0][0].nbytes
         if row_bytes % 64:
             raise ValueError(f"rows of xs must be a multiple of 64 bytes, got {row_bytes}")
         size, size_back = tokens * row_bytes, rows * row_bytes
@@ -116,11 +92,11 @@ class BandwidthBound:
         pool, expand = self._library.bound_pool, self._library.bound_expand
 
         def call(i: int) -> object:
-            out = self._output(kind, size, warm[i % 2] if warm else None)
+            out = warm[i % 2] if warm else self._output(kind, size)
             pool(xs[i % len(xs)].data_ptr(), rows, out.data_ptr(), tokens, row_bytes, threads)
             if not backward:
                 return out
-            grad_x = self._output(kind, size_back, warm_back)
+            grad_x = self._output(kind, size_back) if warm_back is None else warm_back
             expand(grads[i % len(grads)].data_ptr(), tokens, grad_x.data_ptr(), rows, row_bytes, threads)
             return out, grad_x
 
@@ -136,12 +112,9 @@ class BandwidthBound:
         self._library.bound_expand(source.data_ptr(), rows, target.data_ptr(), rows, LINE, threads)
 
     def arithmetic(self, steps: int, fused: bool, threads: int) -> int:
-        """Multiply and add fp32 in registers, and return the number of operations.
+        """Multiply and add fp32 in registers for some steps per thread, and return the number of operations.
 
-        Args:
-            steps: Steps per thread.
-            fused: Whether a multiplication and an addition share one instruction.
-            threads: Number of threads.
+        With ``fused`` a multiplication and an addition share one instruction.
         """
         operations: int = self._library.bound_arithmetic(steps, int(fused), threads)
         return operations

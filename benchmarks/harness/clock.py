@@ -8,13 +8,13 @@ import itertools
 import mmap
 import os
 import random
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 #: Share of a sample that our threads may wait for a core before the sample counts as disturbed.
@@ -28,42 +28,35 @@ _ENOUGH = 3
 #: Seconds of scheduling noise that are no disturbance.
 _FREE_WAIT = 2e-5
 
+Call = Callable[[int], Any]
+
 
 @dataclass
 class Samples:
     """Seconds per call, those taken on a quiet machine and those that were disturbed.
 
     Disturbed samples of one thread are its CPU time, without the time that it waited for a core; those of more threads
-    include the waits, which overlap.
+    include the waits, which overlap. ``busy`` is the CPU time of all threads, retries included.
     """
 
     quiet: list[float] = field(default_factory=list)
     disturbed: list[float] = field(default_factory=list)
+    busy: list[float] = field(default_factory=list)
 
     @property
     def seconds(self) -> list[float]:
         """The samples that count: the quiet ones if there are enough of them, else all."""
         return self.quiet if len(self.quiet) >= _ENOUGH else self.quiet + self.disturbed
 
-    def _quantile(self, share: float) -> float:
-        return sorted(self.seconds)[min(len(self.seconds) - 1, int(share * len(self.seconds)))]
-
-    @property
-    def median(self) -> float:
-        return statistics.median(self.seconds)
-
-    @property
-    def p10(self) -> float:
-        return self._quantile(0.1)
-
-    @property
-    def p90(self) -> float:
-        return self._quantile(0.9)
+    def fields(self) -> dict[str, Any]:
+        """Return median, 10th and 90th percentile, and the number of samples, as fields of a measurement."""
+        p10, median, p90 = np.quantile(self.seconds, (0.1, 0.5, 0.9)).tolist()
+        return {"median": median, "p10": p10, "p90": p90, "reps": len(self.seconds)}
 
 
 @dataclass
 class Disturbance:
-    """How far other work got into the samples.
+    """How far other work got into the samples of a table.
 
     Attributes:
         samples: Samples taken, retries included.
@@ -79,8 +72,12 @@ class Disturbance:
     foreign: float = 0.0
 
 
+#: Takes one sample of a call, whose arguments come from the numbers.
+Clock = Callable[[Call, Iterator[int], Samples, Disturbance], None]
+
+
 def _waited() -> float:
-    """Seconds that the threads of this process have waited for a core; 0 where the system does not report it."""
+    """Return the seconds that our threads have waited for a core; 0 if the system does not report it."""
     total = 0
     for path in Path("/proc/self/task").glob("*/schedstat"):
         with contextlib.suppress(OSError):  # a thread that has just ended
@@ -89,7 +86,7 @@ def _waited() -> float:
 
 
 def _foreign() -> float:
-    """Core-seconds of other processes since some time; 0 where the system does not report it."""
+    """Return the core-seconds of other processes since boot; 0 if the system does not report them."""
     try:
         user, nice, system, _, _, irq, softirq = map(int, Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:8])
     except (OSError, ValueError):
@@ -118,57 +115,66 @@ def recall_memory(size: int) -> None:
         del view  # the mapping cannot close while it is in use
 
 
-def _sample(
-    call: Callable[[int], Any], numbers: Iterator[int], calls: int, tries: int, recall: int, samples: Samples,
-    noted: Disturbance,
-) -> None:  # fmt: skip
-    """Add the seconds per call of ``call``, from the least disturbed of a few tries."""
-    best, least = 0.0, float("inf")
-    for attempt in range(tries):
-        if attempt:
-            noted.retried += 1
-            time.sleep(_PAUSE * 2 ** (attempt - 1))
-        turn = list(itertools.islice(numbers, calls))
-        recall_memory(recall)
-        waited = _waited()
-        start, busy = time.perf_counter(), time.process_time()
-        for i in turn:
-            result = call(i)
-        elapsed, busy = time.perf_counter() - start, time.process_time() - busy
-        wait = (_waited() - waited - _FREE_WAIT) / elapsed
-        del result  # freeing the result is not part of any call
-        noted.samples += 1
-        if wait < MAX_WAIT:
-            samples.quiet.append(elapsed / calls)
-            return
-        if wait < least:
-            best, least = (busy if torch.get_num_threads() == 1 else elapsed) / calls, wait
-    samples.disturbed.append(best)
+@dataclass(frozen=True)
+class CpuClock:
+    """Takes the least disturbed of a few tries.
+
+    Attributes:
+        calls: Calls per sample.
+        tries: Tries of a sample that other work disturbs.
+        recall: Bytes for ``recall_memory``.
+    """
+
+    calls: int = 1
+    tries: int = TRIES
+    recall: int = 0
+
+    def __call__(self, call: Call, numbers: Iterator[int], samples: Samples, noted: Disturbance) -> None:
+        best, least = 0.0, float("inf")
+        for attempt in range(self.tries):
+            if attempt:
+                noted.retried += 1
+                time.sleep(_PAUSE * 2 ** (attempt - 1))
+            turn = list(itertools.islice(numbers, self.calls))
+            recall_memory(self.recall)
+            waited = _waited()
+            start, busy = time.perf_counter(), time.process_time()
+            for i in turn:
+                result = call(i)
+            elapsed, busy = time.perf_counter() - start, time.process_time() - busy
+            wait = (_waited() - waited - _FREE_WAIT) / elapsed
+            del result  # freeing the result is not part of any call
+            samples.busy.append(busy / self.calls)
+            noted.samples += 1
+            if wait < MAX_WAIT:
+                samples.quiet.append(elapsed / self.calls)
+                return
+            if wait < least:
+                best, least = (busy if torch.get_num_threads() == 1 else elapsed) / self.calls, wait
+        samples.disturbed.append(best)
 
 
 def interleave(
-    functions: Mapping[str, Callable[[int], Any]], reps: int, calls: int = 1, max_seconds: float = 10.0,
-    tries: int = TRIES, recall: int = 0, seed: int = 0,
-) -> tuple[dict[str, Samples], Disturbance]:  # fmt: skip
+    functions: Mapping[str, Call], reps: int, clock: Clock, max_seconds: float = 10.0, warm: int = 1
+) -> tuple[dict[str, Samples], Disturbance]:
     """Time all functions in rounds, in a new random order in each round, so that drift and other work hit all alike.
 
     Args:
         functions: Functions by name. Their argument is a number that grows with every call of any of them, by which a
             function picks its input buffer, so that the buffer touched longest ago comes next.
         reps: Rounds.
-        calls: Calls per sample.
+        clock: Function that takes a sample.
         max_seconds: A function that has used as much is left out of later rounds, but not of the first three.
-        tries: Tries of a sample that other work disturbs.
-        recall: Bytes for ``recall_memory``.
-        seed: Seed of the order.
+        warm: Calls of each function before the first round, which warm up code, allocator and thread pool.
     """
-    order, generator = list(functions), random.Random(seed)
+    order, generator = list(functions), random.Random(0)
     samples = {name: Samples() for name in functions}
-    disturbance = Disturbance()
+    noted = Disturbance()
     used = dict.fromkeys(functions, 0.0)
     numbers = itertools.count()
-    for function in functions.values():  # warm: code, allocator, thread pool
-        function(next(numbers))
+    for function in functions.values():
+        for _ in range(warm):
+            function(next(numbers))
     enabled = gc.isenabled()
     gc.collect()
     gc.disable()
@@ -180,11 +186,11 @@ def interleave(
                 if rep >= 3 and used[name] > max_seconds:
                     continue
                 start = time.perf_counter()
-                _sample(functions[name], numbers, calls, tries, recall, samples[name], disturbance)
+                clock(functions[name], numbers, samples[name], noted)
                 used[name] += time.perf_counter() - start
     finally:
         if enabled:
             gc.enable()
-    disturbance.foreign = max(0.0, _foreign() - foreign) / (time.perf_counter() - begin)
-    disturbance.kept = sum(len(sample.seconds) - len(sample.quiet) for sample in samples.values())
-    return samples, disturbance
+    noted.foreign = max(0.0, _foreign() - foreign) / (time.perf_counter() - begin)
+    noted.kept = sum(len(sample.seconds) - len(sample.quiet) for sample in samples.values())
+    return samples, noted

@@ -1,15 +1,15 @@
 """The one harness: check every contender, time those that are right in turn, record each measurement.
 
-On the CPU the directions are the forward pass, and forward and backward together. On a GPU they are forward and
-backward on their own: device times of replays of a CUDA graph, each with a cold second-level cache. A contender that
+The directions are the forward pass, and forward and backward together. The CPU rotates through inputs that are in no
+cache. On a GPU device times of replays of a CUDA graph are taken, each with a cold second-level cache; a contender that
 reads sizes from the device cannot be in a graph and is timed between events.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib.util
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,17 +19,17 @@ from tabulate import tabulate
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness import clock, device
+from benchmarks.harness import clock, device, machine
 from benchmarks.harness.bandwidth_bound import BandwidthBound
-from benchmarks.harness.cases import Batch, buffer_count
-from benchmarks.harness.clock import Disturbance, Samples
-from benchmarks.measurement import BACKWARD, BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, Recorder
+from benchmarks.harness.cases import rotation
+from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, Recorder
 
 TRITON = "triton"
-#: Group of the copy by PyTorch.
-COPY = "clone"
 #: Torch dtypes by the short names that the command takes.
 TORCH_DTYPES: dict[str, torch.dtype] = {short: getattr(torch, name) for name, short in DTYPES.items()}
+
+#: Takes the tensor that gets a gradient and the rest of the batch; returns a tensor, or an object whose ``values`` are.
+Form = Callable[[Any, Any], Any]
 
 
 class WrongResult(Exception):
@@ -43,20 +43,17 @@ class Contender:
     Attributes:
         name: Name of the row.
         group: Kind of contender; ``fastcompress`` for ours.
-        build: Function that returns the call to time; called anew in each setting. The call takes a batch and returns a
-            tensor, or an object whose ``values`` are one.
+        form: What is timed.
         graph: A form for a CUDA graph, whose result has the size of an upper bound.
-        both: Forward and backward in one call, for a contender whose gradient is not that of the batch's leaf.
         backend: Backend of the library to run on.
-        padded: Whether it takes the padded batch.
+        padded: Whether it takes the padded input.
         module: Package that it needs.
     """
 
     name: str
     group: str
-    build: Callable[[], Callable[[Any], Any]]
-    graph: Callable[[Any], Any] | None = None
-    both: Callable[[Any], Any] | None = None
+    form: Form
+    graph: Form | None = None
     backend: str | None = None
     padded: bool = False
     module: str | None = None
@@ -81,10 +78,10 @@ class Bench:
         threads: Numbers of threads; ``[0]`` on a GPU.
         dtypes: Short names of dtypes.
         cases, contenders: Names of cases, and texts of which names of contenders have one; all when ``None``.
+        quick: Whether to measure small cases only.
         dry: Whether the harness of the GPU runs on the CPU, on tiny shapes: nothing is measured.
-        deadline: Time, by ``time.monotonic``, from which contenders are left out.
         bound: Probe of the bandwidth bound; ``None`` leaves it out.
-        most: Most bytes of input in fp32 of a case of ``scaling``.
+        cache: Bytes of the last-level cache.
     """
 
     recorder: Recorder
@@ -97,11 +94,8 @@ class Bench:
     dry: bool = False
     reps: int = 15
     tries: int = clock.TRIES
-    max_seconds: float = 10.0
-    deadline: float = float("inf")
     bound: BandwidthBound | None = None
-    cache: int = 32 << 20
-    most: float | None = None
+    cache: int = field(default_factory=machine.last_level_cache)
 
     @property
     def on_gpu(self) -> bool:
@@ -109,29 +103,44 @@ class Bench:
         return self.device.type == "cuda" or self.dry
 
     def settings(self, dtypes: Sequence[str] | None = None) -> Iterator[tuple[torch.dtype, int]]:
-        """Every dtype with every number of threads."""
+        """Yield every dtype with every number of threads."""
         for dtype in dtypes or self.dtypes:
             for threads in self.threads:
                 yield TORCH_DTYPES[dtype], threads
 
     def wants(self, contender: Contender) -> bool:
-        """Whether a contender takes part."""
+        """Return whether a contender takes part."""
         return contender.ours or self.contenders is None or any(text in contender.name for text in self.contenders)
+
+    def rotation(self, x: Tensor) -> list[Tensor]:
+        """Copy an input to rotate through; on a GPU, whose cache is emptied instead, return it alone."""
+        return [x] if self.on_gpu else rotation(x, self.cache)
+
+
+#: Checks the result of a contender, by its name: takes the input, the result, and the gradient that goes in and the one
+#: that comes out, if there are any. Returns fields to write with the contender's measurements, or raises WrongResult.
+Check = Callable[[str, Any, Any, Tensor | None, Tensor | None], dict[str, Any]]
 
 
 @dataclass
 class Job:
-    """One table to measure. Suites override ``check`` and ``moved``.
+    """One table to measure.
 
     Attributes:
         suite, case, dtype, threads: Setting of the table.
         contenders: Who takes part, ours among them.
-        batches, padded: Equal inputs in different memory, to rotate through.
+        check: Function that refuses wrong results.
+        xs: Inputs of equal values in different memory, to rotate through.
+        batch: What a form takes as the second argument.
+        padded: The inputs of contenders that take padded ones.
         grads: Flat gradients to start backward passes from; empty to time the forward pass only.
+        both: Runs a form on an input forward and backward; by default the gradient of the input is taken.
+        moved: Bytes to read and write, by direction.
+        bounds: Function that returns calls of the bandwidth bound on the CPU, by kind of memory.
         strict: Whether a contender other than ours that is wrong stops the suite.
         calls: Calls per sample.
         recall: Bytes of new memory to make ready before a sample.
-        reps, max_seconds: Limits below those of the run.
+        reps, max_seconds: Most rounds, and seconds after which a contender is left out of further rounds.
         wall: Whether a GPU is timed from the call until it is idle, for contenders that wait for it.
         peak: Function of a contender's name and a direction that returns the peak memory of a call on the CPU.
         details: Fields written with every measurement.
@@ -142,100 +151,83 @@ class Job:
     dtype: torch.dtype
     threads: int
     contenders: Sequence[Contender]
-    batches: Sequence[Any]
+    check: Check
+    xs: Sequence[Any] = (None,)
+    batch: Any = None
     padded: Sequence[Any] = ()
     grads: Sequence[Tensor] = ()
+    both: Callable[[Form, Any], Any] | None = None
+    moved: Mapping[str, int] = field(default_factory=dict)
+    bounds: Callable[[BandwidthBound, bool], Mapping[str, Callable[[int], Any]]] | None = None
     strict: bool = False
     calls: int = 1
     recall: int = 0
     reps: int = 1 << 30
-    max_seconds: float = float("inf")
+    max_seconds: float = 10.0
     wall: bool = False
     peak: Callable[[str, str], int | None] | None = None
     details: dict[str, Any] = field(default_factory=dict)
 
-    def check(self, name: str, batch: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        """Check a result, and a gradient if there is one; return fields to write with the contender's measurements.
+    @property
+    def directions(self) -> tuple[str, ...]:
+        """What is timed."""
+        return (FORWARD, BOTH) if self.grads or self.both else (FORWARD,)
 
-        Raises:
-            WrongResult: It is wrong.
-        """
-        raise NotImplementedError
+    def run(self, form: Form, x: Any, i: int) -> tuple[Any, Tensor | None, Tensor | None]:
+        """Run forward and backward; return the result, the gradient that goes in and the one that comes out."""
+        if self.both:
+            return self.both(form, x), None, None
+        result = form(x, self.batch)
+        values: Tensor = result if isinstance(result, Tensor) else result.values
+        grad = self.grads[i % len(self.grads)][: values.numel()].view(values.shape)
+        return result, grad, torch.autograd.grad(values, x, grad)[0]
 
-    def moved(self, direction: str) -> int | None:
-        """Bytes to read and write in a direction."""
-        return None
+    def function(self, contender: Contender, direction: str, graph: bool = False) -> Callable[[int], Any]:
+        """Return what is timed, as a function of a running number that picks the buffers."""
+        xs = self.padded if contender.padded else self.xs
+        form = contender.graph if graph and contender.graph else contender.form
+        leaves = [x.detach().requires_grad_() for x in xs if direction == BOTH and self.grads] or xs
 
-    def bounds(self, bound: BandwidthBound, backward: bool) -> Mapping[str, Callable[[int], Any]]:
-        """Calls of the bandwidth bound on the CPU, by kind of memory."""
-        return {}
+        def function(i: int) -> Any:
+            if direction == FORWARD:
+                return form(xs[i % len(xs)], self.batch)
+            return self.run(form, leaves[i % len(leaves)], i)
 
-
-@dataclass
-class Entry:
-    """A contender whose result is right, on its inputs."""
-
-    contender: Contender
-    call: Callable[[Any], Any]
-    inputs: Sequence[Batch]
-    leaves: Sequence[Batch]
-    details: dict[str, Any] = field(default_factory=dict)
-
-
-def values_of(result: Any) -> Tensor:
-    """The tensor of a result."""
-    values: Tensor = result if isinstance(result, Tensor) else result.values
-    return values
+        return fc.backend(contender.backend)(function) if contender.backend else function
 
 
-def _backward(call: Callable[[Any], Any], batch: Batch, grads: Tensor) -> tuple[Any, Tensor, Tensor]:
-    """Result, the gradient that goes in, the gradient that comes out."""
-    result = call(batch)
-    values = values_of(result)
-    grad = grads[: values.numel()].view(values.shape)
-    return result, grad, torch.autograd.grad(values, batch.leaf, grad)[0]
-
-
-def _on_backend(contender: Contender, call: Callable[..., Any]) -> Callable[..., Any]:
-    """The call on the contender's backend, if it has one."""
-    return fc.backend(contender.backend)(call) if contender.backend else call
-
-
-def _enter(job: Job, contender: Contender, where: torch.device) -> Entry:
-    """Build and check a contender; raises whatever goes wrong."""
-    inputs = job.padded if contender.padded else job.batches
-    differentiable = bool(job.grads) and contender.both is None
-    leaves = [batch.differentiable() for batch in inputs] if differentiable else []
-    entry = Entry(contender, _on_backend(contender, contender.build()), inputs, leaves)
+def _check(job: Job, contender: Contender, where: torch.device) -> dict[str, Any]:
+    """Check a contender and return its fields; raises whatever goes wrong."""
+    details: dict[str, Any] = {}
     on_device = where if where.type == "cuda" else contextlib.nullcontext()  # the checks make their own tensors
-    graph = contender.graph and _on_backend(contender, contender.graph)
-    for name, call in ((contender.name, entry.call), (f"{contender.name}, in a graph", graph)):
-        if call is not None:
-            with torch.no_grad():
-                result = call(inputs[0])
-            with on_device:
-                entry.details |= job.check(name, inputs[0], result, None, None)
-    if differentiable:
-        result, grad, grad_x = _backward(entry.call, leaves[0], job.grads[0])
+    x = (job.padded if contender.padded else job.xs)[0]
+    for graph in (False, True) if contender.graph else (False,):
+        with torch.no_grad():
+            result = job.function(contender, FORWARD, graph)(0)
         with on_device:
-            job.check(contender.name, inputs[0], result, grad, grad_x)
-    return entry
+            details |= job.check(f"{contender.name}, in a graph" if graph else contender.name, x, result, None, None)
+    if BOTH in job.directions:
+        result, grad, grad_x = job.function(contender, BOTH)(0)
+        with on_device:
+            job.check(contender.name, x, result, grad, grad_x)
+    return details
 
 
-def admit(bench: Bench, job: Job) -> list[Entry]:
-    """Build and check the contenders, ours first; record who is left out and why.
+def admit(bench: Bench, job: Job) -> dict[str, tuple[Contender, dict[str, Any]]]:
+    """Check the contenders, ours first, and record which are left out and why.
+
+    Returns:
+        The contenders that are right, and fields of their measurements, by name.
 
     Raises:
         WrongResult: Ours is wrong or fails, so that nothing can be compared; or another is wrong in a strict job.
     """
-    entries = []
+    admitted = {}
     for contender in sorted(filter(bench.wants, job.contenders), key=lambda one: one.group != OURS):
         reason = "" if contender.available else f"{contender.module} is not installed"
-        if time.monotonic() > bench.deadline:
-            reason = "out of time"
         if not reason:
             try:
-                entries.append(_enter(job, contender, bench.device))
+                admitted[contender.name] = contender, _check(job, contender, bench.device)
             except Exception as error:  # code of others: name it and continue
                 kind = "wrong" if isinstance(error, WrongResult) else f"fails: {type(error).__name__}"
                 reason = f"{kind}: {error}".split("\n", 1)[0]
@@ -243,7 +235,7 @@ def admit(bench: Bench, job: Job) -> list[Entry]:
                     raise WrongResult(f"{job.suite}, {job.case}: {contender.name}: {reason}") from error
         if reason:
             _record(bench, job, FORWARD, contender.name, contender.group, {"not_timed": reason})
-    return entries
+    return admitted
 
 
 def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
@@ -252,27 +244,19 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
     Raises:
         WrongResult: See ``admit``.
     """
-    if not bench.on_gpu:
+    if job.threads:
         torch.set_num_threads(job.threads)
-    entries = admit(bench, job)
-    if not any(entry.contender.ours for entry in entries):
-        return []  # out of time
-    directions = [FORWARD]
-    if any(entry.contender.both for entry in entries):
-        directions.append(BOTH)
-    elif job.grads:
-        directions.append(BACKWARD if bench.on_gpu else BOTH)
-    groups = {entry.contender.name: entry.contender.group for entry in entries} | {CLONE: COPY}
+    admitted = admit(bench, job)
     found = []
-    for direction in directions:
-        with torch.set_grad_enabled(direction != FORWARD):
-            timed = (_on_gpu if bench.on_gpu else _on_cpu)(bench, job, entries, direction)
-        own = {entry.contender.name: entry.details for entry in entries}
-        moved = {"moved": job.moved(direction)}
-        table = [
-            _record(bench, job, direction, name, groups.get(name, BOUND), fields | moved | own.get(name, {}))
-            for name, fields in sorted(timed.items(), key=lambda item: item[1]["median"])
-        ]
+    for direction in job.directions:
+        with torch.set_grad_enabled(direction == BOTH):
+            timed = _time(bench, job, [contender for contender, _ in admitted.values()], direction)
+        table = []
+        for name, fields in sorted(timed.items(), key=lambda item: float(item[1]["median"])):
+            group = "clone" if name == CLONE else BOUND
+            if name in admitted:
+                group, fields = admitted[name][0].group, fields | admitted[name][1]
+            table.append(_record(bench, job, direction, name, group, fields | {"moved": job.moved.get(direction)}))
         print(table_text(table), end="\n\n", flush=True)
         found += table
     return found
@@ -284,116 +268,54 @@ def _record(bench: Bench, job: Job, direction: str, name: str, group: str, field
     return bench.recorder.add(job.suite, job.case, name, group, direction, dtype, job.threads, **fields)
 
 
-def fields_of(sample: Samples, disturbance: Disturbance | None = None) -> dict[str, Any]:
-    """Times, and the disturbance of their table, as fields of a measurement."""
-    times = {"median": sample.median, "p10": sample.p10, "p90": sample.p90, "reps": len(sample.seconds)}
-    return times | (vars(disturbance) if disturbance else {})
-
-
-#: Fields of each contender.
-_Timed = dict[str, dict[str, Any]]
-
-
-def _on_cpu(bench: Bench, job: Job, entries: Sequence[Entry], direction: str) -> _Timed:
-    backward = direction != FORWARD
-
-    def function(entry: Entry) -> Callable[[int], Any]:
-        call, inputs, leaves, grads = entry.call, entry.inputs, entry.leaves, job.grads
-        if backward and entry.contender.both is not None:
-            call = entry.contender.both
-        elif backward:
-            return lambda i: _backward(call, leaves[i % len(leaves)], grads[i % len(grads)])
-        return lambda i: call(inputs[i % len(inputs)])
-
-    functions = {entry.contender.name: function(entry) for entry in entries}
-    if bench.bound is not None:
-        for kind, call in job.bounds(bench.bound, backward).items():
-            functions[f"{BOUND}, {kind}"] = call
-    moved = job.moved(direction)
-    if moved is not None and not backward and job.calls == 1:
-        size = moved // 2
-        sources = [torch.ones(size, dtype=torch.uint8) for _ in range(buffer_count(size, bench.cache))]
-        functions[CLONE] = lambda i: sources[i % len(sources)].clone()
-    samples, disturbance = clock.interleave(
-        functions,
-        min(bench.reps, job.reps),
-        job.calls,
-        min(bench.max_seconds, job.max_seconds),
-        bench.tries,
-        job.recall,
-    )
-    timed = {name: fields_of(sample, disturbance) for name, sample in samples.items()}
-    if job.peak is not None:
-        for name, fields in timed.items():
-            fields["peak_bytes"] = job.peak(name, direction)
+def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: str) -> dict[str, dict[str, Any]]:
+    """Time contenders and bounds in turn, and return the fields of each by name."""
+    backward, moved, on_cuda = direction == BOTH, job.moved.get(direction), bench.device.type == "cuda"
+    clocked: clock.Clock = clock.CpuClock(job.calls, bench.tries, job.recall)
+    if bench.on_gpu:
+        clocked = device.DeviceClock(bench.device, job.wall)
+    details: dict[str, dict[str, Any]] = {}
+    with device.side_stream(bench.device):  # a backward pass runs where its forward pass did, and can be captured there
+        functions = {one.name: job.function(one, direction, graph=bench.on_gpu) for one in contenders}
+        if bench.on_gpu:
+            for one in contenders:
+                functions[one.name], details[one.name] = _in_graph(bench, job, one, functions[one.name])
+        if bench.bound is not None and job.bounds is not None:
+            for kind, bound in job.bounds(bench.bound, backward).items():
+                functions[f"{BOUND}, {kind}"] = bound
+        if moved is not None and not backward and job.calls == 1:
+            sources = bench.rotation(torch.ones(moved // 2, dtype=torch.uint8, device=bench.device))
+            functions[CLONE] = lambda i: sources[i % len(sources)].clone()
+        warm, reps = 3 if on_cuda else 1, min(bench.reps, job.reps)
+        samples, disturbance = clock.interleave(functions, reps, clocked, job.max_seconds, warm)
+        timed = {name: sample.fields() | vars(disturbance) | details.get(name, {}) for name, sample in samples.items()}
+        if job.peak is not None and not bench.dry:
+            for name, fields in timed.items():
+                on_gpu = device.peak(functools.partial(functions[name], 0), bench.device) if on_cuda else None
+                fields["peak_bytes"] = on_gpu if on_cuda else job.peak(name, direction)
+        if bench.on_gpu and not backward and not job.wall:  # end to end, including launch and wait
+            calls = {one.name: job.function(one, direction) for one in contenders}
+            until_idle = device.DeviceClock(bench.device, wall=True)
+            for name, sample in clock.interleave(calls, reps, until_idle, job.max_seconds, warm)[0].items():
+                timed[name]["call"] = sample.fields()["median"]
     return timed
 
 
-def _prepare(bench: Bench, entry: Entry, direction: str) -> tuple[Callable[[], Any], dict[str, Any]]:
-    """What to time on a GPU, and how."""
-    contender, batch = entry.contender, entry.inputs[0]
-    call = contender.graph or entry.call
-    if direction == FORWARD:
-
-        def run() -> Any:
-            return call(batch)
-
-    elif contender.both is not None:
-        both = contender.both
-
-        def run() -> Any:
-            return both(batch)
-
-    else:
-        leaf = entry.leaves[0]
-        values = values_of(call(leaf))
-        grad = torch.randn_like(values)
-        device.synchronize(bench.device)
-
-        def run() -> Any:
-            return torch.autograd.grad(values, leaf.leaf, grad, retain_graph=True)
-
-        run()
-    ready = _on_backend(contender, run)
+def _in_graph(
+    bench: Bench, job: Job, contender: Contender, function: Callable[[int], Any]
+) -> tuple[Callable[[int], Any], dict[str, Any]]:
+    """Return what to time on a GPU, a replay if the contender can be in a graph, and how."""
     if contender.graph is None:
-        return ready, {"how": "events"}
+        return function, {"how": "wall" if job.wall else "events"}
     try:
-        return device.capture(ready, bench.device)[0], {"how": "graph" if bench.device.type == "cuda" else "no graph"}
+        replay, _ = device.capture(functools.partial(function, 0), bench.device)
     except RuntimeError as error:
-        return ready, {"how": "events", "no_graph": str(error).split("\n", 1)[0]}
-
-
-def _on_gpu(bench: Bench, job: Job, entries: Sequence[Entry], direction: str) -> _Timed:
-    reps, seconds, flush = (
-        min(bench.reps, job.reps),
-        min(bench.max_seconds, job.max_seconds),
-        device.Flush(bench.device),
-    )
-    how = device.wall if job.wall else device.elapsed
-    ready: dict[str, Callable[[], Any]] = {}
-    details: dict[str, dict[str, Any]] = {}
-    with device.side_stream(bench.device):  # a backward pass runs where its forward pass did, and can be captured there
-        for entry in entries:
-            name = entry.contender.name
-            ready[name], details[name] = _prepare(bench, entry, direction)
-            if job.wall:
-                details[name]["how"] = "wall"
-            if job.peak is not None:
-                details[name]["peak_bytes"] = device.peak(ready[name], bench.device)
-        moved = job.moved(direction)
-        if moved is not None:
-            ready[CLONE] = torch.ones(moved // 2, dtype=torch.uint8, device=bench.device).clone
-        samples = device.interleave(ready, flush, bench.device, reps, seconds, how)
-        if direction == FORWARD and not job.wall:  # end to end, including launch and wait
-            calls = {entry.contender.name: lambda entry=entry: entry.call(entry.inputs[0]) for entry in entries}
-            walls = device.interleave(calls, flush, bench.device, reps, seconds, device.wall)
-            for name, sample in walls.items():
-                details[name]["call"] = sample.median
-    return {name: fields_of(sample) | details.get(name, {"how": "events"}) for name, sample in samples.items()}
+        return function, {"how": "events", "no_graph": str(error).split("\n", 1)[0]}
+    return lambda _: replay(), {"how": "graph" if bench.device.type == "cuda" else "no graph"}
 
 
 def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
-    """A table for the terminal."""
+    """Format a table for the terminal."""
     one = rows[0]
     title = [one["suite"], one["case"], one["dtype"], one["direction"], f"{one['threads']} thr"]
     ours = next((row["median"] for row in rows if row["group"] == OURS), None)

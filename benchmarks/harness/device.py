@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch.utils import _pytree
 
-from benchmarks.harness.clock import Samples
+from benchmarks.harness.clock import Call, Disturbance, Samples
 
 
 def synchronize(device: torch.device) -> None:
@@ -44,8 +45,9 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
         result = call()
 
         def again() -> None:
-            for old, new in zip(_tensors(result), _tensors(call()), strict=True):
-                old.data.copy_(new)
+            for old, new in zip(_pytree.tree_leaves(result), _pytree.tree_leaves(call()), strict=True):
+                if isinstance(old, Tensor):
+                    old.data.copy_(new)
 
         return again, result
     default = torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
@@ -60,79 +62,46 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
     return graph.replay, result
 
 
-def _tensors(result: Any) -> list[torch.Tensor]:
-    leaves = torch.utils._pytree.tree_leaves(result)
-    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+class DeviceClock:
+    """Takes the seconds that the device spends on a call with a cold second-level cache, between two events.
 
+    The first event is recorded when the flush of the cache has ended, some 100 µs after it was put on the stream, which
+    hides the launch of a graph. An eager call that takes longer to launch than to run shows its launching.
 
-class Flush:
-    """Empties the second-level cache by writing more than it holds."""
+    Args:
+        device: Device to time.
+        wall: Whether to time until the device is idle again instead, including the launch, as is done on the CPU.
+    """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, wall: bool = False) -> None:
         size = 1 << 16
         if device.type == "cuda":
             size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 256 << 20)
         self._memory = torch.empty(size, dtype=torch.uint8, device=device)
+        self._device, self._wall = device, wall or device.type != "cuda"
 
-    def __call__(self) -> None:
-        self._memory.zero_()
-
-
-def elapsed(call: Callable[[], Any], flush: Flush, device: torch.device) -> float:
-    """Seconds that the device spends on ``call`` with a cold second-level cache, between two events.
-
-    The first event is recorded when the flush has ended, some 100 µs after it was put on the stream, which hides the
-    launch of a graph. An eager call that takes longer to launch than to run shows its launching.
-    """
-    if device.type != "cuda":
-        return wall(call, flush, device)
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    flush()
-    start.record()
-    call()
-    end.record()
-    end.synchronize()
-    return float(start.elapsed_time(end)) / 1e3
-
-
-def wall(call: Callable[[], Any], flush: Flush, device: torch.device) -> float:
-    """Seconds from a call until the device is idle again, including the launch."""
-    flush()
-    synchronize(device)
-    start = time.perf_counter()
-    call()
-    synchronize(device)
-    return time.perf_counter() - start
-
-
-def interleave(
-    functions: Mapping[str, Callable[[], Any]],
-    flush: Flush,
-    device: torch.device,
-    reps: int,
-    max_seconds: float = 10.0,
-    how: Callable[[Callable[[], Any], Flush, torch.device], float] = elapsed,
-) -> dict[str, Samples]:
-    """Time all functions in rounds, in a new random order in each round, after calls to warm up.
-
-    A function that has used ``max_seconds`` is left out of later rounds, but not of the first three.
-    """
-    for function in functions.values():
-        for _ in range(3 if device.type == "cuda" else 1):
-            function()
-    synchronize(device)
-    order, generator = list(functions), random.Random(0)
-    samples = {name: Samples() for name in functions}
-    for rep in range(reps):
-        generator.shuffle(order)
-        for name in order:
-            if rep < 3 or sum(samples[name].quiet) < max_seconds:
-                samples[name].quiet.append(how(functions[name], flush, device))
-    return samples
+    def __call__(self, call: Call, numbers: Iterator[int], samples: Samples, noted: Disturbance) -> None:
+        number = next(numbers)
+        self._memory.zero_()  # writes more than the cache holds
+        if self._wall:
+            synchronize(self._device)
+            begin = time.perf_counter()
+            call(number)
+            synchronize(self._device)
+            seconds = time.perf_counter() - begin
+        else:
+            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            start.record()
+            call(number)
+            end.record()
+            end.synchronize()
+            seconds = float(start.elapsed_time(end)) / 1e3
+        samples.quiet.append(seconds)
+        noted.samples += 1
 
 
 def peak(call: Callable[[], Any], device: torch.device) -> int | None:
-    """Bytes that a call allocates at most; ``None`` on the CPU."""
+    """Return the peak of the bytes that a call allocates; ``None`` on the CPU."""
     if device.type != "cuda":
         return None
     synchronize(device)

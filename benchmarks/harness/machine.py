@@ -14,69 +14,63 @@ from typing import Any
 
 import torch
 
-_CACHE = Path("/sys/devices/system/cpu/cpu0/cache")
-_THP = Path("/sys/kernel/mm/transparent_hugepage/enabled")
 _ROOT = Path(__file__).resolve().parents[2]
 
 
-def _read(path: Path) -> str:
+def _find(pattern: str, path: str | Path) -> str:
+    """Return the first group of a pattern in a file, or "" if there is no such file or text."""
     try:
-        return path.read_text().strip()
+        match = re.search(pattern, Path(path).read_text(), re.MULTILINE)
     except OSError:
         return ""
-
-
-def _cpu_model() -> str:
-    match = re.search(r"^model name\s*:\s*(.+)$", _read(Path("/proc/cpuinfo")), re.MULTILINE)
-    return match.group(1).strip() if match else platform.processor() or platform.machine()
+    return match[1].strip() if match else ""
 
 
 def _caches() -> dict[str, int]:
-    """Bytes of each data cache of the first core, such as ``{"L1": 32768, "L2": 1048576, "L3": 33554432}``."""
+    """Return the bytes of each data cache of the first core, such as ``{"L1": 32768, "L2": 1048576}``."""
     caches = {}
-    for index in sorted(_CACHE.glob("index*")):
-        size = re.fullmatch(r"(\d+)([KMG]?)", _read(index / "size"))
-        if size and _read(index / "type") != "Instruction":
-            caches["L" + _read(index / "level")] = int(size[1]) << {"": 0, "K": 10, "M": 20, "G": 30}[size[2]]
+    for index in sorted(Path("/sys/devices/system/cpu/cpu0/cache").glob("index*")):
+        size = _find(r"(\d+)K", index / "size")
+        if size and _find("(.*)", index / "type") != "Instruction":
+            caches["L" + _find("(.*)", index / "level")] = int(size) << 10
     return caches
 
 
 def last_level_cache() -> int:
-    """Bytes of the last-level cache, 32 MiB when the system does not tell."""
+    """Return the bytes of the last-level cache; 32 MiB if the system does not report them."""
     return max(_caches().values(), default=32 << 20)
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _gpu() -> dict[str, Any]:
-    """The first GPU; empty without one, as in a dry run."""
+    """Describe the first GPU; empty without one, as in a dry run."""
     if not torch.cuda.is_available():
         return {}
     found = torch.cuda.get_device_properties(0)
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+    driver = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
         "gpu": found.name,
         "capability": f"{found.major}.{found.minor}",
         "multiprocessors": found.multi_processor_count,
         "gpu_memory": found.total_memory,
         "gpu_l2": found.L2_cache_size,
-        "driver": (_output(command) or "").split("\n")[0] or None,
+        "driver": driver.split("\n")[0] if driver else None,
     }
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
     """Describe the hardware and the settings that matter to a memory-bound kernel."""
-    memory = re.search(r"MemTotal:\s*(\d+)", _read(Path("/proc/meminfo")))
-    huge = re.search(r"\[(\w+)\]", _read(_THP))
+    memory = _find(r"MemTotal:\s*(\d+)", "/proc/meminfo")
     return {
-        "cpu": _cpu_model(),
+        "cpu": _find(r"^model name\s*:(.+)$", "/proc/cpuinfo") or platform.processor() or platform.machine(),
         "cores": cores(),
         "caches": _caches(),
-        "memory": int(memory[1]) << 10 if memory else None,
-        "transparent_hugepages": huge[1] if huge else None,
+        "memory": int(memory) << 10 if memory else None,
+        "transparent_hugepages": _find(r"\[(\w+)\]", "/sys/kernel/mm/transparent_hugepage/enabled") or None,
         "isa": torch.backends.cpu.get_cpu_capability(),
         "system": f"{platform.system()} {platform.machine()}",
         "libc": " ".join(platform.libc_ver()).strip(),
@@ -114,7 +108,7 @@ def _version(package: str) -> str | None:
 
 
 def versions() -> dict[str, Any]:
-    """Versions of what takes part, and whether the compiled library was loaded."""
+    """Return the versions of what takes part, and whether the compiled library was loaded."""
     import fastcompress
     from fastcompress.dispatch.library import COMPILED, cuda_archs, cuda_version
 
@@ -126,7 +120,7 @@ def versions() -> dict[str, Any]:
     }
 
 
-def _output(command: list[str]) -> str | None:
+def _output(*command: str) -> str | None:
     try:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout.strip() or None
     except (OSError, subprocess.CalledProcessError):
@@ -134,10 +128,10 @@ def _output(command: list[str]) -> str | None:
 
 
 def commit() -> str | None:
-    """The commit of the checkout, with ``-dirty`` when files differ from it."""
-    return _output(["git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"])
+    """Return the commit of the checkout, with ``-dirty`` if files differ from it."""
+    return _output("git", "-C", str(_ROOT), "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601."""
+    """Return the time in UTC, ISO 8601."""
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import json
+import multiprocessing
 import re
-import subprocess
-import sys
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+T = TypeVar("T")
 
 
 def _status(key: str) -> int:
-    """Bytes on one line of the process status."""
+    """Return the bytes on one line of the process status."""
     match = re.search(rf"^{key}:\s*(\d+) kB", _STATUS.read_text(), re.MULTILINE)
     if match is None:
         raise OSError(f"no {key} in {_STATUS}")
@@ -37,8 +38,10 @@ def high_water(call: Callable[[], Any]) -> int:
     return _status("VmHWM") - before
 
 
-def in_process(module: str, *arguments: object) -> Any:
-    """Run a module of the suites in a fresh process and return the JSON on its last line; ``None`` if it fails."""
-    command = [sys.executable, "-m", f"benchmarks.suites.{module}", *map(str, arguments)]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).resolve().parents[2])
-    return json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else None
+def in_process(function: Callable[..., T], *arguments: object) -> T | None:
+    """Call a function of a module in a fresh process; ``None`` if memory is not reported, or too small."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        try:
+            return pool.submit(function, *arguments).result()
+        except (OSError, BrokenProcessPool):
+            return None

@@ -5,6 +5,7 @@ The number of segments depends on the data, so there are at least two compiled r
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -12,9 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import fastcompress as fc
-from benchmarks.harness.cases import Inputs
-from benchmarks.suites.eager import Call, Tokens, cosine_scores, embedding_bag, last_frames, segment_ends
+from benchmarks.harness.cases import Batch
+from benchmarks.suites.eager import Tokens, cosine, embedding_bag, index_add, last_frames, segment_ends
 
 
 def prepare(threads: int) -> None:
@@ -22,39 +22,48 @@ def prepare(threads: int) -> None:
 
     Inductor writes the number of threads into the code and, unless told, may find code for another one in its cache.
     """
-    import torch._functorch.config
     import torch._inductor.config as inductor
 
     torch._dynamo.reset()  # or the ninth shape would run uncompiled
-    if not threads:
-        torch._functorch.config.donated_buffer = False  # a compiled backward is timed again and again on one forward
-        return
-    inductor.cpp.threads = threads
-    inductor.compile_threads = 1  # no pool of compiler processes next to what is timed
+    if threads:
+        inductor.cpp.threads = threads
+        inductor.compile_threads = 1  # no pool of compiler processes next to what is timed
 
 
-def _ends_plain(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
-    end = segment_ends(F.pad(cosine_scores(x), (0, 1)), last, rule)
-    return end, end.cumsum(0) - end.long()
+@functools.cache
+def compiled(function: Callable[..., Any], **how: Any) -> Callable[..., Any]:
+    """Compile a function, once more after ``prepare``."""
+    return torch.compile(function, **how)
 
 
-def _ends_tuned(x: Tensor, last: Tensor, rule: fc.Rule) -> tuple[Tensor, Tensor]:
+def _cosine(x: Tensor) -> Tensor:
+    return F.pad(cosine(x), (0, 1))
+
+
+def _two_sums(x: Tensor) -> Tensor:
     """Compute dot product and norm of each row as two sums of one loop; ``cosine_similarity`` compiles to three.
 
-    The roll pairs the last row with the first, which ``last`` masks.
+    The roll pairs the last row with the first, which no segment end depends on.
     """
     x = x.float()
     dot = (x * x.roll(-1, 0)).sum(-1)
     norm = (x * x).sum(-1).sqrt().clamp_min(1e-8)
-    end = segment_ends(1 - dot / (norm * norm.roll(-1, 0)), last, rule)
+    return 1 - dot / (norm * norm.roll(-1, 0))
+
+
+def _ends(scores: Callable[[Tensor], Tensor], x: Tensor, last: Tensor, rule: Any) -> tuple[Tensor, Tensor]:
+    end = segment_ends(scores(x), last, rule)
     return end, end.cumsum(0) - end.long()
 
 
-def _mean_index_add(x: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    return x.new_zeros(lengths.shape[0], x.shape[1]).index_add(0, ids, x) / lengths.unsqueeze(1).to(x.dtype)
+def _find(scores: Callable[[Tensor], Tensor], x: Tensor, batch: Batch, how: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    """Return the offsets of the segments, and the segment of each frame."""
+    with torch.no_grad():
+        end, ids = compiled(_ends, dynamic=False, **how)(scores, x.detach(), last_frames(x, batch), batch.rule)
+        return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), ids
 
 
-def _mean_gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
+def _gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
     """Sum ``longest`` rows per segment, those past its end masked: no atomic additions, one loop, one write."""
     row = offsets[:-1, None] + torch.arange(longest, device=x.device)
     inside = (row < offsets[1:, None]).unsqueeze(2)
@@ -63,67 +72,44 @@ def _mean_gather(x: Tensor, offsets: Tensor, longest: int) -> Tensor:
 
 
 def _expand(grad: Tensor, ids: Tensor, lengths: Tensor) -> Tensor:
-    """The adjoint of the segment mean: ``[M, D]`` to ``[N, D]``."""
+    """Compute the adjoint of the segment mean: ``[M, D]`` to ``[N, D]``."""
     return (grad.float() / lengths.unsqueeze(1))[ids].to(grad.dtype)
-
-
-def _find(ends: Callable[..., tuple[Tensor, Tensor]], inputs: Inputs) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        end, ids = ends(inputs.x.detach(), last_frames(inputs), inputs.rule)
-        return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), ids
-
-
-def plain(**how: Any) -> Call:
-    """The vectorised form as one would write it: ``cosine_similarity``, ``index_add``, autograd's backward.
-
-    Args:
-        how: Arguments of ``torch.compile``, such as ``mode="max-autotune"``.
-    """
-    ends = torch.compile(_ends_plain, dynamic=False, **how)
-    mean = torch.compile(_mean_index_add, dynamic=True, **how)
-
-    def call(inputs: Inputs) -> Tokens:
-        offsets, ids = _find(ends, inputs)
-        return Tokens(mean(inputs.x, ids, offsets.diff()), offsets[:-1])
-
-    return call
 
 
 class _SegmentMean(torch.autograd.Function):
     """A mean whose backward is one compiled gather."""
 
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, offsets: Tensor, ids: Tensor, mean: Callable[..., Tensor], expand: Callable[..., Tensor]
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, offsets: Tensor, ids: Tensor, gather: bool, how: dict[str, Any]) -> Tensor:
         ctx.save_for_backward(ids, offsets.diff())
-        ctx.expand = expand
-        return mean(x, offsets, ids)
+        ctx.how = how
+        if not gather:
+            return embedding_bag(x, offsets, ids)
+        torch._dynamo.mark_dynamic(offsets, 0)
+        means: Tensor = compiled(_gather, **how)(x, offsets, int(offsets.diff().max()))
+        return means
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        return ctx.expand(grad, *ctx.saved_tensors), None, None, None, None
+        return compiled(_expand, dynamic=True, **ctx.how)(grad, *ctx.saved_tensors), None, None, None, None
 
 
-def tuned(pool: str, **how: Any) -> Call:
-    """Scores and backward by hand, compiled; pooling by a compiled ``"gather"`` or the eager ``"embedding_bag"``.
+def plain(x: Tensor, batch: Batch, **how: Any) -> Tokens:
+    """Compile the form that one would write: ``cosine_similarity``, ``index_add``, autograd's backward.
+
+    Args:
+        how: Arguments of ``torch.compile``, such as ``mode="max-autotune"``.
+    """
+    offsets, ids = _find(_cosine, x, batch, how)
+    return Tokens(compiled(index_add, dynamic=True, **how)(x, offsets, ids), offsets[:-1])
+
+
+def tuned(x: Tensor, batch: Batch, gather: bool, **how: Any) -> Tokens:
+    """Compile scores and backward written by hand; pool by a compiled gather or the eager ``embedding_bag``.
 
     The gather is compiled for the longest segment of the batch; with other data it compiles again. ``how`` are
     arguments of ``torch.compile``.
     """
-    ends = torch.compile(_ends_tuned, dynamic=False, **how)
-    expand = torch.compile(_expand, dynamic=True, **how)
-    gather = torch.compile(_mean_gather, **how)
-
-    def gather_mean(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-        torch._dynamo.mark_dynamic(offsets, 0)
-        return gather(x, offsets, int(offsets.diff().max()))
-
-    mean = gather_mean if pool == "gather" else embedding_bag
-
-    def call(inputs: Inputs) -> Tokens:
-        offsets, ids = _find(ends, inputs)
-        means = _SegmentMean.apply(inputs.x, offsets, ids, mean, expand)  # type: ignore[no-untyped-call]  # of torch
-        return Tokens(means, offsets[:-1])
-
-    return call
+    offsets, ids = _find(_two_sums, x, batch, how)
+    means = _SegmentMean.apply(x, offsets, ids, gather, how)  # type: ignore[no-untyped-call]  # of torch
+    return Tokens(means, offsets[:-1])

@@ -1,16 +1,11 @@
-"""Suite ``decoder``: a decoder on a packed batch against the same batch padded, in time and in peak memory.
-
-``python -m benchmarks.suites.decoder FORM DIRECTION THREADS SIZE`` prints the peak memory of one form as JSON.
-"""
+"""Suite ``decoder``: a decoder on a packed batch against the same batch padded, in time and in peak memory."""
 
 from __future__ import annotations
 
 import functools
 import importlib.util
-import json
 import random
-import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +15,7 @@ from torch import Tensor
 import fastcompress as fc
 from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
 from benchmarks.harness.memory import high_water, in_process
-from benchmarks.measurement import FORWARD, OURS
+from benchmarks.results import BOTH, OURS
 
 NAME = "decoder"
 PACKED, PADDED = "packed, fastcompress", "padded, sdpa"
@@ -33,11 +28,6 @@ FORMS = {
 #: Largest error of the logits relative to their norm: in fp32, and of bf16 decoders that add in other orders; logits of
 #: other rows differ by 1.4.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.03}
-
-
-def available() -> bool:
-    """Whether transformers is installed."""
-    return importlib.util.find_spec("transformers") is not None
 
 
 @dataclass(frozen=True)
@@ -54,21 +44,21 @@ SIZES = {"quick": Size(64, 2, 4, 60), "cpu": Size(256, 4, 16, 700), "gpu": Size(
 
 
 def lengths(size: Size) -> tuple[int, ...]:
-    """Rows of each sample: short commands and long answers in one batch, log-normal as utterances are."""
+    """Draw the rows of each sample: short commands and long answers, log-normal as utterances are."""
     g = random.Random(3)
-    count, longest = size.count, size.longest
-    return tuple(max(8, min(longest, round(longest / 3.5 * g.lognormvariate(0, 0.6)))) for _ in range(count))
+    scale = size.longest / 3.5
+    return tuple(max(8, min(size.longest, round(scale * g.lognormvariate(0, 0.6)))) for _ in range(size.count))
 
 
 def padding(sizes: Sequence[int]) -> float:
-    """Share of a padded batch that is padding."""
+    """Return the share of a padded batch that is padding."""
     return 1 - sum(sizes) / (len(sizes) * max(sizes))
 
 
 def build(
     form: str, size: Size, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
-) -> Callable[[bool], tuple[Tensor, Any]]:
-    """Build a call, with or without gradients, that returns the logits of all rows but padding, and the loss."""
+) -> Callable[[], tuple[Tensor, Tensor]]:
+    """Build a call that returns the logits of all rows but padding, and the loss; with gradients it runs backward."""
     import transformers
 
     import fastcompress.decoder  # noqa: F401  (registers the implementation)
@@ -76,13 +66,9 @@ def build(
     implementation, is_packed, _ = FORMS[form]
     heads = max(4, size.width // 128)
     config = transformers.Qwen2Config(
-        vocab_size=2000,
-        hidden_size=size.width,
-        intermediate_size=4 * size.width,
-        num_hidden_layers=size.layers,
-        num_attention_heads=heads,
-        num_key_value_heads=heads // 2,
-    )
+        vocab_size=2000, hidden_size=size.width, intermediate_size=4 * size.width, num_hidden_layers=size.layers,
+        num_attention_heads=heads, num_key_value_heads=heads // 2,
+    )  # fmt: skip
     torch.manual_seed(0)
     model = transformers.AutoModelForCausalLM.from_config(config, attn_implementation=implementation)
     model.to(device, dtype)
@@ -91,39 +77,28 @@ def build(
     mask = (torch.arange(max(sizes)) < torch.tensor(sizes)[:, None]).long().to(device)
     labels = torch.randint(0, 2000, mask.shape).to(device).masked_fill(mask == 0, -100)
 
-    def call(backward: bool) -> tuple[Tensor, Any]:
-        with torch.set_grad_enabled(backward):
-            if is_packed:
-                packed = fc.pack(inputs_embeds=embeds, attention_mask=mask, labels=labels)
-                kwargs = packed.model_inputs()
-                if implementation == "sdpa":  # as transformers packs: positions alone
-                    kwargs = {k: kwargs[k] for k in ("inputs_embeds", "position_ids", "labels", "use_cache")}
-                out = model(**kwargs)
-                logits = out.logits[0]
-            else:
-                out = model(inputs_embeds=embeds, attention_mask=mask, labels=labels, use_cache=False)
-                logits = out.logits
-            if backward:
-                model.zero_grad()
-                out.loss.backward()
-        return (logits if is_packed else logits.detach()[mask.bool()]), out.loss.detach()
+    def call() -> tuple[Tensor, Tensor]:
+        inputs = {"inputs_embeds": embeds, "attention_mask": mask, "labels": labels, "use_cache": False}
+        if is_packed:
+            inputs = fc.pack(inputs_embeds=embeds, attention_mask=mask, labels=labels).model_inputs()
+            if implementation == "sdpa":  # as transformers packs: positions alone
+                inputs = {k: inputs[k] for k in ("inputs_embeds", "position_ids", "labels", "use_cache")}
+        out = model(**inputs)
+        if torch.is_grad_enabled():
+            model.zero_grad()
+            out.loss.backward()
+        logits = out.logits.detach()
+        return logits[0] if is_packed else logits[mask.bool()], out.loss.detach()
 
     return call
 
 
-@dataclass
-class DecoderJob(Job):
-    """The decoder of one size; ``expected`` are the logits and the loss of the padded batch."""
-
-    expected: tuple[Tensor, Tensor] | None = None
-
-    def check(self, name: str, batch: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        assert self.expected is not None
-        (logits, loss), (wanted, its_loss) = result, self.expected
-        check_logits(name, logits, wanted, TOLERANCE[self.dtype])
-        if self.dtype == torch.float32 and not abs(loss - its_loss) <= 1e-4:
-            raise WrongResult(f"{name}: the loss is off by {abs(loss - its_loss):.2g}")
-        return {}
+def peak(form: str, direction: str, threads: int, size: Size) -> int:
+    """Return the peak memory of one form in this process, which should be fresh."""
+    torch.set_num_threads(threads)
+    call = build(form, size)
+    with torch.set_grad_enabled(direction == BOTH):
+        return high_water(call)
 
 
 def check_logits(name: str, logits: Tensor, expected: Tensor, tolerance: float) -> None:
@@ -138,47 +113,45 @@ def check_logits(name: str, logits: Tensor, expected: Tensor, tolerance: float) 
         raise WrongResult(f"{name}: logits are off by {error:.2g} of their norm, of which {tolerance:g} is allowed")
 
 
-def _contender(form: str, call: Callable[[bool], tuple[Tensor, Any]]) -> Contender:
-    def forward(_: None) -> Any:
-        return call(False)
+def settings(bench: Bench, suite: str) -> Iterator[tuple[str, torch.dtype, int]]:
+    """Yield the size of the model to measure, its dtype (fp32 on the CPU, bf16 on a GPU) and the threads."""
+    if importlib.util.find_spec("transformers") is None:
+        return print(f"{suite}: transformers is not installed")
+    size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
+    for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else ("fp32",)):
+        yield size, dtype, threads
 
-    def both(_: None) -> Any:
-        return call(True)
 
-    return Contender(form, FORMS[form][2], lambda: forward, both=both)
-
-
-def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> DecoderJob:
-    """The job of one setting."""
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
+    """Make the job of one setting. The logits and the loss of the padded batch are what is expected."""
     size = SIZES[name]
     calls = {form: build(form, size, bench.device, dtype) for form in FORMS}
+    contenders = [Contender(form, FORMS[form][2], functools.partial(_run, call)) for form, call in calls.items()]
     rows = lengths(size)
-    contenders = [_contender(form, call) for form, call in calls.items()]
+    with torch.no_grad():
+        wanted, its_loss = calls[PADDED]()
 
-    def peak(form: str, direction: str) -> int | None:
-        found: int | None = in_process(NAME, form, direction, threads, name)
-        return found
+    def check(name: str, x: Any, result: tuple[Tensor, Tensor], *_: Any) -> dict[str, Any]:
+        logits, loss = result
+        check_logits(name, logits, wanted, TOLERANCE[dtype])
+        if dtype == torch.float32 and not abs(loss - its_loss) <= 1e-4:
+            raise WrongResult(f"{name}: the loss is off by {abs(loss - its_loss):.2g}")
+        return {}
 
-    details = {"width": size.width, "layers": size.layers, "lengths": rows, "padding": padding(rows)}
-    return DecoderJob(
-        NAME, f"{len(rows)} samples", dtype, threads, contenders, [None], strict=True, reps=7, max_seconds=60,
-        peak=peak, details=details, expected=calls[PADDED](False),
+    return Job(
+        NAME, f"{len(rows)} samples", dtype, threads, contenders, check, both=lambda form, x: form(x, None),
+        strict=True, reps=7, max_seconds=60,
+        peak=lambda form, direction: in_process(peak, form, direction, threads, size),
+        details={"width": size.width, "layers": size.layers, "lengths": rows, "padding": padding(rows)},
     )  # fmt: skip
 
 
+def _run(call: Callable[[], Any], _x: Any, _batch: Any) -> Any:
+    """Run a call that holds its input, and whose gradients are those of the weights."""
+    return call()
+
+
 def run(bench: Bench) -> None:
-    """Measure one size: on the CPU in fp32, on a GPU in bf16."""
-    if not available():
-        return print("decoder: transformers is not installed")
-    size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
-    for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else ("fp32",)):
-        if not bench.on_gpu:
-            torch.set_num_threads(threads)
+    """Measure one size."""
+    for size, dtype, threads in settings(bench, NAME):
         compare(bench, job(bench, size, dtype, threads))
-
-
-if __name__ == "__main__":
-    _form, _direction, _threads, _size = sys.argv[1:]
-    torch.set_num_threads(int(_threads))
-    _call = build(_form, SIZES[_size])
-    print(json.dumps(high_water(functools.partial(_call, _direction != FORWARD))))

@@ -1,7 +1,7 @@
 """Segment pooling in PyTorch without a compiler, and by other libraries.
 
-Each form takes ``Inputs`` and returns ``Tokens``: the values and where the segments start. Scores are always
-in fp32: cosines in half precision find other segments.
+Each form takes frames, ``[N, D]``, and their ``Batch``, and returns ``Tokens``: the values and where the segments
+start. Scores are always in fp32: cosines in half precision find other segments.
 """
 
 from __future__ import annotations
@@ -15,13 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.cases import Inputs
+from benchmarks.harness.cases import Batch
 
 #: Frames per block of the blocked scores: 64 x 1280 in fp32 are a third of a megabyte.
 _BLOCK = 64
-
-Scores = Callable[[Tensor], Tensor]
-Pool = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 @dataclass
@@ -37,25 +34,22 @@ class Tokens:
     starts: Tensor | None
 
 
-Call = Callable[[Inputs], Tokens]
-
-
-def fastcompress_pool(inputs: Inputs, compact: bool = True) -> Tokens:
-    """The library; without ``compact`` it does not read the number of segments."""
-    pooled = fc.segment_pool(inputs.x, cu_seqlens=inputs.cu_seqlens, rule=inputs.rule, compact=compact)
+def fastcompress_pool(x: Tensor, batch: Batch, compact: bool = True) -> Tokens:
+    """Run the library; without ``compact`` it does not read the number of segments."""
+    pooled = fc.segment_pool(x, cu_seqlens=batch.cu_seqlens, rule=batch.rule, compact=compact)
     return Tokens(pooled.values, pooled.segments.starts)
 
 
 # --- scores: [N, D] -> [N - 1] fp32, 1 - cosine of each frame and the next -------------------------------------------
 
 
-def cosine_scores(x: Tensor) -> Tensor:
+def cosine(x: Tensor) -> Tensor:
     """``F.cosine_similarity``, as the documentation of PyTorch suggests."""
     x = x.float()
     return 1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)
 
 
-def bmm_scores(x: Tensor) -> Tensor:
+def bmm(x: Tensor) -> Tensor:
     """Dot products as a batched matrix product, which makes no ``[N, D]`` temporary in fp32."""
     x = x.float()
     dot = torch.bmm(x[:-1].unsqueeze(1), x[1:].unsqueeze(2)).view(-1)
@@ -64,21 +58,26 @@ def bmm_scores(x: Tensor) -> Tensor:
     return distances
 
 
-def blocked_scores(x: Tensor) -> Tensor:
-    """``cosine_scores`` in blocks whose temporaries stay in the L2 cache: Python overhead against memory traffic."""
+def blocked(x: Tensor) -> Tensor:
+    """``cosine`` in blocks whose temporaries stay in the L2 cache: Python overhead against memory traffic."""
     rows = x.shape[0] - 1
-    return torch.cat([cosine_scores(x[i : min(i + _BLOCK, rows) + 1]) for i in range(0, rows, _BLOCK)])
+    return torch.cat([cosine(x[i : min(i + _BLOCK, rows) + 1]) for i in range(0, rows, _BLOCK)])
 
 
 # --- boundaries ------------------------------------------------------------------------------------------------------
 
 
-def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
-    """Whether a segment ends at each frame, ``[N]`` bool, from the scores and the last frames of sequences, ``[N]``.
+def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
+    """Return whether a segment ends at each frame, ``[N]`` bool, by scores and last frames of sequences, ``[N]``.
 
-    The infinities keep the first and the last pair of a sequence from being maxima, as
-    ``scipy.signal.argrelextrema`` does.
+    Raises:
+        ValueError: ``rule`` is neither local maxima nor a threshold.
     """
+    if isinstance(rule, fc.Threshold):
+        return (scores > rule.threshold) | last
+    if rule != fc.LocalMax():
+        raise ValueError(f"rule must be LocalMax() or a Threshold, got {rule}")
+    # Infinities keep the first and the last pair of a sequence from being maxima, as scipy.signal.argrelextrema does.
     inf = float("inf")
     scores = scores.masked_fill(last, inf)
     before = F.pad(scores[:-1], (1, 0), value=inf)
@@ -86,29 +85,11 @@ def local_max_ends(scores: Tensor, last: Tensor) -> Tensor:
     return ((scores > before) & (scores > after)) | last
 
 
-def segment_ends(scores: Tensor, last: Tensor, rule: fc.Rule) -> Tensor:
-    """``local_max_ends``, or the same where a score exceeds that of a ``Threshold``.
-
-    Raises:
-        ValueError: It is another rule.
-    """
-    if isinstance(rule, fc.Threshold):
-        return (scores > rule.threshold) | last
-    if rule != fc.LocalMax():
-        raise ValueError(f"rule must be LocalMax() or a Threshold, got {rule}")
-    return local_max_ends(scores, last)
-
-
-def last_frames(inputs: Inputs) -> Tensor:
-    """Whether a frame is the last of its sequence, ``[N]`` bool."""
-    last = torch.zeros(inputs.x.shape[0], dtype=torch.bool, device=inputs.x.device)
-    last[inputs.cu_seqlens[1:].long() - 1] = True
+def last_frames(x: Tensor, batch: Batch) -> Tensor:
+    """Return whether a frame is the last of its sequence, ``[N]`` bool."""
+    last = torch.zeros(x.shape[0], dtype=torch.bool, device=x.device)
+    last[batch.cu_seqlens[1:].long() - 1] = True
     return last
-
-
-def offsets_and_ids(end: Tensor) -> tuple[Tensor, Tensor]:
-    """Convert the ends of segments to offsets, ``[M + 1]``, and the segment of each frame, ``[N]``."""
-    return F.pad(end.nonzero().squeeze(1) + 1, (1, 0)), end.cumsum(0) - end.long()
 
 
 # --- pooling: x [N, D], offsets [M + 1], ids [N] -> [M, D] -----------------------------------------------------------
@@ -131,11 +112,6 @@ def index_add(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     return out.index_add(0, ids, x) / offsets.diff().unsqueeze(1).to(x.dtype)
 
 
-def segment_reduce(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
-    """``torch.segment_reduce``."""
-    return torch.segment_reduce(x, "mean", offsets=offsets, axis=0)
-
-
 def segment_csr(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
     """torch-scatter."""
     means: Tensor = importlib.import_module("torch_scatter").segment_csr(x, offsets, reduce="mean")
@@ -153,47 +129,33 @@ def jagged(x: Tensor, offsets: Tensor, ids: Tensor) -> Tensor:
 # --- whole forms -----------------------------------------------------------------------------------------------------
 
 
-def vectorised(scores: Scores, pool: Pool) -> Call:
+def vectorised(
+    scores: Callable[[Tensor], Tensor], pool: Callable[[Tensor, Tensor, Tensor], Tensor]
+) -> Callable[[Tensor, Batch], Tokens]:
     """Compute scores, boundaries and means, each for the whole batch at once."""
 
-    def call(inputs: Inputs) -> Tokens:
+    def form(x: Tensor, batch: Batch) -> Tokens:
         with torch.no_grad():
-            d = F.pad(scores(inputs.x), (0, 1))
-            offsets, ids = offsets_and_ids(segment_ends(d, last_frames(inputs), inputs.rule))
-        return Tokens(pool(inputs.x, offsets, ids), offsets[:-1])
+            end = segment_ends(F.pad(scores(x), (0, 1)), last_frames(x, batch), batch.rule)
+            offsets = F.pad(end.nonzero().squeeze(1) + 1, (1, 0))
+        return Tokens(pool(x, offsets, end.cumsum(0) - end.long()), offsets[:-1])
 
-    return call
-
-
-def loop(split: str) -> Call:
-    """Loop over sequences and segments in Python.
-
-    Args:
-        split: How a sequence is cut: ``"tensor_split"`` makes one slice per segment, each with a backward as large as
-            the sequence; the backward of ``"split"`` is one concatenation.
-    """
-
-    def call(inputs: Inputs) -> Tokens:
-        bounds = inputs.cu_seqlens.tolist()
-        values, starts = [], []
-        sizes = [end - start for start, end in zip(bounds[:-1], bounds[1:], strict=True)]
-        for origin, frames in zip(bounds[:-1], inputs.x.split(sizes), strict=True):
-            with torch.no_grad():
-                d = F.pad(cosine_scores(frames), (1, 1), value=float("inf"))
-                cuts = ((d[1:-1] > d[:-2]) & (d[1:-1] > d[2:])).nonzero().squeeze(1) + 1
-            if split == "tensor_split":
-                segments = torch.tensor_split(frames, cuts.tolist())
-            else:
-                edges = F.pad(cuts, (1, 1))
-                edges[-1] = frames.shape[0]
-                segments = torch.split(frames, edges.diff().tolist())
-            values.append(torch.stack([segment.mean(0) for segment in segments]))
-            starts.append(F.pad(cuts, (1, 0)) + origin)
-        return Tokens(torch.cat(values), torch.cat(starts))
-
-    return call
+    return form
 
 
-def average_pool(inputs: Inputs) -> Tokens:
+def loop(x: Tensor, batch: Batch) -> Tokens:
+    """Loop over sequences and segments in Python, cut by ``split``, whose backward is one concatenation."""
+    values, starts, origin = [], [], 0
+    for frames in x.split(batch.cu_seqlens.diff().tolist()):
+        with torch.no_grad():
+            last = F.pad(torch.zeros(len(frames) - 1, dtype=torch.bool, device=x.device), (0, 1), value=True)
+            ends = segment_ends(F.pad(cosine(frames), (0, 1)), last, batch.rule).nonzero().squeeze(1) + 1
+        values.append(torch.stack([segment.mean(0) for segment in frames.split(F.pad(ends, (1, 0)).diff().tolist())]))
+        starts.append(F.pad(ends[:-1], (1, 0)) + origin)
+        origin += len(frames)
+    return Tokens(torch.cat(values), torch.cat(starts))
+
+
+def average_pool(x: Tensor, batch: Batch) -> Tokens:
     """AvgPool1d of padded ``[B, T, D]``: fixed windows, so no scores, no boundaries and no ragged output."""
-    return Tokens(F.avg_pool1d(inputs.x.transpose(1, 2), inputs.window).transpose(1, 2), None)
+    return Tokens(F.avg_pool1d(x.transpose(1, 2), batch.window).transpose(1, 2), None)

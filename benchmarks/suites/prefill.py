@@ -5,16 +5,12 @@ each. Stock, and through ``apply_to`` with each rule, it generates one token.
 
 T rows of prompt need 2 T L P multiplications and additions in L layers of P weights each, and attention 2 T^2 L H,
 which is 1 % of that at T = 800 and H = 3584. Time should fall as the rows do, and the cache falls exactly so.
-
-``python -m benchmarks.suites.prefill FORM THREADS SIZE`` prints the peak memory of one form as JSON.
 """
 
 from __future__ import annotations
 
 import copy
 import functools
-import json
-import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +19,8 @@ from torch import Tensor
 
 from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
 from benchmarks.harness.memory import high_water, in_process
-from benchmarks.measurement import OURS
-from benchmarks.suites.decoder import available, check_logits
+from benchmarks.results import OURS
+from benchmarks.suites.decoder import check_logits, settings
 
 NAME, STOCK = "prefill", "stock"
 #: Forms, which are named by their rules; how many rows the last keeps depends on the audio.
@@ -36,13 +32,7 @@ TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.03}
 
 @dataclass(frozen=True)
 class Size:
-    """Size of the decoder and of the batch.
-
-    Attributes:
-        width, layers, heads, key_heads, inner, vocabulary: Size of the decoder.
-        seconds: Duration of each audio, of 25 rows per second.
-        count: Number of samples.
-    """
+    """Size of the decoder; the seconds of each audio, of 25 rows per second; and the number of samples."""
 
     width: int
     layers: int
@@ -104,7 +94,7 @@ def build(
 
 
 def compressed(model: Any, form: str) -> Any:
-    """The model of a form, which shares the weights."""
+    """Return the model of a form, which shares the weights."""
     from fastcompress.integrations.transformers import apply_to
 
     other = copy.deepcopy(model, {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())})
@@ -112,84 +102,60 @@ def compressed(model: Any, form: str) -> Any:
 
 
 @torch.inference_mode()
-def first_token(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+def first_token(model: Any, _: Any, inputs: dict[str, Tensor]) -> Tensor:
     """Read the prompt and generate one token."""
     written: Tensor = model.generate(**inputs, max_new_tokens=1, do_sample=False)
     return written[:, -1]
 
 
-@dataclass
-class PrefillJob(Job):
-    """The model of one size, in the form of each name."""
-
-    models: dict[str, Any] | None = None
-
-    @torch.inference_mode()
-    def check(self, name: str, batch: Any, result: Any, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
-        """Check a form, and return the rows of its prompts and the bytes of its cache.
-
-        ``generate`` must return the most likely token; the logits must be the same packed and with a cache; and those
-        of the stock model must be those of an identity compressor.
-        """
-        from fastcompress.integrations.transformers import apply_to
-
-        assert self.models is not None
-        model = self.models[name]
-        out = model(**batch, use_cache=True)
-        cache = getattr(out, "cache", None)
-        cache = out.past_key_values if cache is None else cache
-        if name == STOCK:
-            identity = compressed(model, STOCK)
-            apply_to(identity, "uniform:1")
-            packed, tokens = identity(**batch), batch["input_ids"].numel()
-        else:
-            packed = model(**batch)
-            tokens = len(packed.compressed.source)
-        check_logits(name, packed.logits[:, -1], out.logits[:, -1], TOLERANCE[self.dtype])
-        if not torch.equal(result, out.logits[:, -1].argmax(-1)):
-            raise WrongResult(f"{name}: generate returns another token than the most likely one")
-        size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
-        return {"tokens": tokens, "cache_bytes": size}
+def peak(form: str, threads: int, size: Size) -> int:
+    """Return the peak memory of one form in this process, which should be fresh."""
+    torch.set_num_threads(threads)
+    stock, inputs = build(size)
+    return high_water(functools.partial(first_token, compressed(stock, form), None, inputs))
 
 
-def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> PrefillJob:
-    """The job of one setting."""
+@torch.inference_mode()
+def check_form(form: str, model: Any, inputs: dict[str, Tensor], token: Tensor) -> dict[str, Any]:
+    """Check a form, and return the rows of its prompts and the bytes of its cache.
+
+    ``generate`` must return the most likely token; the logits must be the same packed and with a cache; and those of
+    the stock model must be those of an identity compressor.
+    """
+    out = model(**inputs, use_cache=True)
+    cache = getattr(out, "cache", None)
+    cache = out.past_key_values if cache is None else cache
+    packed = (compressed(model, "uniform:1") if form == STOCK else model)(**inputs)
+    tokens = inputs["input_ids"].numel() if form == STOCK else len(packed.compressed.source)
+    check_logits(form, packed.logits[:, -1], out.logits[:, -1], TOLERANCE[inputs["input_features"].dtype])
+    if not torch.equal(token, out.logits[:, -1].argmax(-1)):
+        raise WrongResult(f"{form}: generate returns another token than the most likely one")
+    size = sum(layer.keys.nbytes + layer.values.nbytes for layer in cache.layers)
+    return {"tokens": tokens, "cache_bytes": size}
+
+
+def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
+    """Make the job of one setting."""
     size = SIZES[name]
     stock, inputs = build(size, bench.device, dtype)
     models = {form: compressed(stock, form) for form in FORMS}
     contenders = [
-        Contender(form, STOCK if form == STOCK else OURS, lambda model=model: functools.partial(first_token, model))  # type: ignore[misc]  # a default
+        Contender(form, STOCK if form == STOCK else OURS, functools.partial(first_token, model))
         for form, model in models.items()
     ]
-
-    def peak(form: str, direction: str) -> int | None:
-        found: int | None = in_process(NAME, form, threads, name)
-        return found
-
-    return PrefillJob(
-        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders, [inputs], strict=True, reps=7,
-        max_seconds=60, wall=True, peak=peak, details=dict(vars(size)), models=models,
+    return Job(
+        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders,
+        lambda form, x, token, *_: check_form(form, models[form], inputs, token), batch=inputs, strict=True, reps=7,
+        max_seconds=60, wall=True, peak=lambda form, direction: in_process(peak, form, threads, size),
+        details=dict(vars(size)),
     )  # fmt: skip
 
 
 def run(bench: Bench) -> None:
-    """Measure one size: on the CPU in fp32, on a GPU in bf16."""
-    if not available():
-        return print("prefill: transformers is not installed")
-    size = "quick" if bench.quick or bench.dry else "gpu" if bench.on_gpu else "cpu"
-    for dtype, threads in bench.settings(("bf16",) if bench.on_gpu else ("fp32",)):
-        if not bench.on_gpu:
-            torch.set_num_threads(threads)
+    """Measure one size."""
+    for size, dtype, threads in settings(bench, NAME):
         try:
             one = job(bench, size, dtype, threads)
         except torch.OutOfMemoryError as error:
             return print(f"prefill: not measured: {error}")
         compare(bench, one)
-
-
-if __name__ == "__main__":
-    _form, _threads, _size = sys.argv[1:]
-    torch.set_num_threads(int(_threads))
-    _stock, _inputs = build(SIZES[_size])
-    _model = compressed(_stock, _form)
-    print(json.dumps(high_water(functools.partial(first_token, _model, _inputs))))

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.harness import device
-from benchmarks.harness.clock import interleave
+from benchmarks.harness.clock import Clock, CpuClock, interleave
 from benchmarks.harness.compare import Bench
-from benchmarks.measurement import BOTH
+from benchmarks.harness.device import DeviceClock
+from benchmarks.results import BOTH
 
 NAME = "roofline"
 READ, COPY, SEPARATE, FUSED = "read", "copy", "multiply and add", "fused multiply-add"
@@ -41,31 +41,30 @@ def operations(frames: int, width: int, tokens: int, direction: str, scores: boo
 
 def run(bench: Bench) -> None:
     """Measure the rates at the 10th percentile of the times; on a GPU that of copies by PyTorch only."""
-    if bench.on_gpu:
-        source = torch.ones(SIZE >> (8 if bench.dry else 0), dtype=torch.uint8, device=bench.device)
-        copies = {COPY: lambda: torch.empty_like(source).copy_(source)}
-        found = device.interleave(copies, device.Flush(bench.device), bench.device, bench.reps)
-        return _record(bench, 0, {COPY: 2 * source.nbytes / found[COPY].p10}, {"how": "events"})
-    if bench.bound is None:
-        return print("roofline: not measured without the probe of the bandwidth bound")
     bound, steps = bench.bound, 1000 if bench.quick else STEPS
-    sources, targets = (torch.ones(SIZE, dtype=torch.uint8).split(PART) for _ in range(2))
+    if bound is None and not bench.on_gpu:
+        return print("roofline: not measured without the probe of the bandwidth bound")
+    sources, targets = (torch.ones(SIZE, dtype=torch.uint8, device=bench.device) for _ in range(2))
     for threads in bench.threads:
-        torch.set_num_threads(threads)
-        functions: dict[str, Callable[[int], Any]] = {
-            READ: lambda i: bound.read(sources[i % len(sources)], threads),  # noqa: B023  (called in this round)
-            COPY: lambda i: bound.copy(sources[i % len(sources)], targets[i % len(targets)], threads),  # noqa: B023
-            SEPARATE: lambda i: bound.arithmetic(steps, False, threads),  # noqa: B023
-            FUSED: lambda i: bound.arithmetic(steps, True, threads),  # noqa: B023
-        }
-        samples, disturbance = interleave(functions, bench.reps if bench.quick else ROUNDS, tries=1)
-        work = {name: bound.arithmetic(steps, name == FUSED, threads) for name in (SEPARATE, FUSED)}
-        work |= {READ: PART, COPY: 2 * PART}
-        _record(bench, threads, {name: work[name] / samples[name].p10 for name in functions}, vars(disturbance))
-
-
-def _record(bench: Bench, threads: int, rates: dict[str, float], details: dict[str, Any]) -> None:
-    for name, rate in rates.items():
-        group = "bytes per second" if name in (READ, COPY) else "operations per second"
-        bench.recorder.add(NAME, "limits", name, group, threads=threads, rate=rate, **details)
-        print(f"{NAME}, {threads or 'GPU'} thr, {name}: {rate / 1e9:.1f} G {group}", flush=True)
+        functions: dict[str, Callable[[int], Any]] = {COPY: lambda _: targets.copy_(sources)}
+        clock: Clock = DeviceClock(bench.device)
+        work = {COPY: 2 * SIZE}
+        if bound is not None:
+            torch.set_num_threads(threads)
+            ins, outs = sources.split(PART), targets.split(PART)
+            functions = {
+                READ: lambda i: bound.read(ins[i % len(ins)], threads),  # noqa: B023  (called in this round)
+                COPY: lambda i: bound.copy(ins[i % len(ins)], outs[i % len(outs)], threads),  # noqa: B023
+                SEPARATE: lambda i: bound.arithmetic(steps, False, threads),  # noqa: B023
+                FUSED: lambda i: bound.arithmetic(steps, True, threads),  # noqa: B023
+            }
+            work = {name: bound.arithmetic(steps, name == FUSED, threads) for name in (SEPARATE, FUSED)}
+            work |= {READ: PART, COPY: 2 * PART}
+            clock = CpuClock(tries=1)
+        reps = bench.reps if bench.quick or bench.on_gpu else ROUNDS
+        samples, disturbance = interleave(functions, reps, clock)
+        for name in functions:
+            rate, group = work[name] / samples[name].fields()["p10"], "bytes" if name in (READ, COPY) else "operations"
+            group = f"{group} per second"
+            bench.recorder.add(NAME, "limits", name, group, threads=threads, rate=rate, **vars(disturbance))
+            print(f"{NAME}, {threads or 'GPU'} thr, {name}: {rate / 1e9:.1f} G {group}", flush=True)

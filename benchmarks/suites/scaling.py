@@ -6,16 +6,14 @@ The clips have one length, so that no contender pays for padding. A case on two 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-
-import torch
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import fastcompress as fc
 from benchmarks.harness.cases import Case
 from benchmarks.harness.compare import TORCH_DTYPES, Bench, compare
-from benchmarks.measurement import OURS
-from benchmarks.suites.segment_pool import AVERAGE_POOL, CONTENDERS, gpu_contenders, job
+from benchmarks.results import OURS
+from benchmarks.suites.segment_pool import AVERAGE_POOL, contenders, job
 
 NAME = "scaling"
 #: The fastest of each group in the committed results of ``segment_pool``.
@@ -27,98 +25,62 @@ FORMS = (
     "bmm + embedding_bag",
     AVERAGE_POOL,
 )
-_CLIP = 1000
-
-
-def _case(name: str, clips: int = 10, dim: int = 1280, clip: int = _CLIP) -> Case:
-    return Case(name, (clip,) * clips, dim, contenders=FORMS)
-
-
-def _by_length(length: int, like: Case) -> Case:
-    """Segments of ``length`` frames on average, by a threshold; windows of the same length."""
-    name = f"segments of {length}"
-    return Case(name, like.lengths, like.dim, contenders=FORMS, mean_length=length, window=length)
-
-
-def _by_window(size: int, like: Case) -> Case:
-    """Windows of ``size``; ``AvgPool1d`` leaves out the last window of a clip if it is not full."""
-    name = f"windows of {size}"
-    return Case(name, like.lengths, like.dim, contenders=(OURS, AVERAGE_POOL), rule=fc.Uniform(size), window=size)
-
-
-BASE = _case("base")
-
-
-@dataclass(frozen=True)
-class Axis:
-    """Cases that differ in one thing.
-
-    Attributes:
-        name: Name of the thing.
-        cases: Cases in increasing order of it; the axis of threads has one case, on several numbers of threads.
-    """
-
-    name: str
-    cases: tuple[Case, ...]
-
-
 FRAMES, WIDTH, LENGTH, WINDOW, THREADS = "frames", "width", "segment length", "window", "threads"
 
 
-AXES = (
-    Axis(FRAMES, (_case("1 clip", 1), _case("3 clips", 3), BASE, _case("30 clips", 30), _case("100 clips", 100))),
-    Axis(WIDTH, (_case("width 64", dim=64), _case("width 256", dim=256), BASE, _case("width 4096", dim=4096))),
-    Axis(LENGTH, tuple(_by_length(length, BASE) for length in (1, 4, 16, 64))),
-    Axis(WINDOW, tuple(_by_window(size, BASE) for size in (2, 4, 16, 64))),
-    Axis(THREADS, (BASE,)),
-)
-_SMALL = _case("quick", 2, 64, 100)
-QUICK = (
-    Axis(FRAMES, (_SMALL, _case("quick, 4 clips", 4, 64, 100))),
-    Axis(LENGTH, (_by_length(4, _SMALL),)),
-    Axis(WINDOW, (_by_window(4, _SMALL),)),
-    Axis(THREADS, (_SMALL,)),
-)
+def _axes(base: Case, clips: Sequence[int], widths: Sequence[int], sizes: Sequence[int]) -> dict[str, list[Case]]:
+    """Return the cases of each axis, in increasing order; that of threads is one case on several threads."""
+    clip, windowed = base.lengths[0], (OURS, AVERAGE_POOL)
+    axes = {
+        FRAMES: [replace(base, name=f"{n} clip" + "s" * (n > 1), lengths=(clip,) * n) for n in clips],
+        WIDTH: [replace(base, name=f"width {width}", dim=width) for width in widths],
+        LENGTH: [replace(base, name=f"segments of {n}", mean_length=n, window=n) for n in (1, *sizes)],
+        WINDOW: [
+            replace(base, name=f"windows of {n}", rule=fc.Uniform(n), window=n, contenders=windowed)
+            for n in (2, *sizes)
+        ],
+    }
+    for axis in (FRAMES, WIDTH):
+        axes[axis] = sorted([*axes[axis], base], key=lambda case: (case.frames, case.dim))
+    return axes | {THREADS: [base]}
 
 
-def plan(
-    axes: Sequence[Axis], threads: Sequence[int], most: float | None = None
-) -> dict[tuple[Case, int], tuple[str, ...]]:
+BASE = Case("base", (1000,) * 10, 1280, contenders=FORMS)
+AXES = _axes(BASE, (1, 3, 30, 100), (64, 256, 4096), (4, 16, 64))
+QUICK = _axes(Case("quick", (100, 100), 64, contenders=FORMS), (4,), (), (4,))
+
+
+def plan(axes: Mapping[str, Sequence[Case]], threads: Sequence[int]) -> dict[tuple[Case, int], tuple[str, ...]]:
     """Return what to measure, a case with a number of threads, and the axes that each is on.
 
-    The axis of threads takes all of ``threads``, the others the last. Cases with more than ``most`` bytes of input in
-    fp32 are left out.
+    The axis of threads takes all of ``threads``, the others the last.
     """
     found: dict[tuple[Case, int], tuple[str, ...]] = {}
-    for axis in axes:
-        for case in axis.cases:
-            if most is not None and case.input_bytes(torch.float32) > most:
-                continue
-            for count in threads if axis.name == THREADS else threads[-1:]:
-                found[case, count] = (*found.get((case, count), ()), axis.name)
+    for axis, cases in axes.items():
+        for case in cases:
+            for count in threads if axis == THREADS else threads[-1:]:
+                found[case, count] = (*found.get((case, count), ()), axis)
     return found
 
 
 def value(axis: str, frames: int, width: int, tokens: int, window: int, threads: int) -> float:
-    """The place of a table on an axis."""
-    places = {FRAMES: frames, WIDTH: width, LENGTH: frames / tokens, WINDOW: window, THREADS: threads}
+    """Return the place of a table on an axis."""
+    length = float(f"{frames / tokens:.2g}")  # the same for dtypes that round a few boundaries differently
+    places = {FRAMES: frames, WIDTH: width, LENGTH: length, WINDOW: window, THREADS: threads}
     return places[axis]
 
 
 def run(bench: Bench) -> None:
     """Measure the axes; without the compiled forms, which take seconds per case to compile, in a quick run."""
     quick = bench.quick or bench.dry
-    contenders = gpu_contenders(bench.dry) if bench.on_gpu else [one for one in CONTENDERS if one.name in FORMS]
-    contenders = [one for one in contenders if not (quick and one.group == "compile") and one.group != "max-autotune"]
     bench = replace(bench, tries=min(bench.tries, 2))
-    names = {one.name for one in contenders}
-    axes = [axis for axis in (QUICK if quick else AXES) if bench.cases is None or axis.name in bench.cases]
-    for (case, threads), on in plan(axes, bench.threads, bench.most).items():
+    chosen = [one for one in contenders(bench) if not (quick and one.group in ("compile", "max-autotune"))]
+    axes = {name: cases for name, cases in (QUICK if quick else AXES).items() if name in (bench.cases or (name,))}
+    for (case, threads), on in plan(axes, bench.threads).items():
+        if bench.on_gpu:  # and Triton
+            case = replace(case, contenders=(*(case.contenders or ()), f"{OURS}, triton"))
         for dtype in bench.dtypes:
-            some = [one for one in contenders if one.name in (case.contenders or names) or bench.on_gpu]
-            if bench.on_gpu and isinstance(case.rule, fc.Uniform):
-                some = [one for one in some if one.ours]
-            one = job(bench, replace(case, contenders=None), TORCH_DTYPES[dtype], threads, some, NAME)
+            one = job(bench, case, TORCH_DTYPES[dtype], threads, chosen, NAME)
             one.details["axes"] = on
             one.reps, one.max_seconds = 9, 2.0
             compare(bench, one)

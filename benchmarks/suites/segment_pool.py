@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness.bandwidth_bound import KINDS, BandwidthBound
-from benchmarks.harness.cases import Case, Inputs, gradients, inputs_of, padded, random_lengths
+from benchmarks.harness.cases import Case, batch_of, gradients, random_lengths
 from benchmarks.harness.compare import TRITON, Bench, Contender, Job, compare
-from benchmarks.measurement import BOTH, OURS
+from benchmarks.results import BOTH, FORWARD, OURS
 from benchmarks.suites import compiled, eager
-from benchmarks.suites.checks import Expected, check_average_pool, exact_starts
+from benchmarks.suites.checks import Expected, check_average_pool
 from benchmarks.suites.eager import Tokens
 
 NAME = "segment_pool"
@@ -25,34 +26,54 @@ AVERAGE_POOL = "AvgPool1d, padded, less work"
 _MAX_RECALL = 2 << 30
 #: Gradients to rotate through.
 _GRADIENTS = 8
-
-
-def _eager(scores: str, pool: str, group: str = "eager", module: str | None = None) -> Contender:
-    form = eager.vectorised(getattr(eager, f"{scores}_scores"), getattr(eager, pool))
-    return Contender(f"{scores} + {pool}", group, lambda: form, module=module)
-
-
-CONTENDERS: tuple[Contender, ...] = (
-    Contender(OURS, OURS, lambda: eager.fastcompress_pool),
-    Contender("compile, plain", "compile", compiled.plain),
-    Contender("compile, tuned + gather", "compile", lambda: compiled.tuned("gather")),
-    Contender("compile, tuned + embedding_bag", "compile", lambda: compiled.tuned("embedding_bag")),
-    _eager("cosine", "embedding_bag"),
-    _eager("cosine", "scatter_reduce"),
-    _eager("cosine", "index_add"),
-    _eager("cosine", "segment_reduce"),
-    _eager("bmm", "embedding_bag"),
-    _eager("bmm", "scatter_reduce"),
-    _eager("bmm", "index_add"),
-    _eager("bmm", "segment_reduce"),
-    _eager("blocked", "embedding_bag"),
-    _eager("cosine", "segment_csr", "library", "torch_scatter"),
-    _eager("bmm", "segment_csr", "library", "torch_scatter"),
-    _eager("bmm", "jagged", "library", "fbgemm_gpu"),
-    Contender("loop, tensor_split", "loop", lambda: eager.loop("tensor_split")),
-    Contender("loop, split", "loop", lambda: eager.loop("split")),
-    Contender(AVERAGE_POOL, "less work", lambda: eager.average_pool, padded=True),
+#: Packages of other libraries, by the pooling that needs them.
+_MODULES = {"segment_csr": "torch_scatter", "jagged": "fbgemm_gpu"}
+#: Scores with each pooling.
+_EAGER = (
+    *itertools.product(("cosine", "bmm"), ("embedding_bag", "scatter_reduce", "index_add")),
+    ("blocked", "embedding_bag"),
+    *itertools.product(("cosine", "bmm"), ("segment_csr",)),
+    ("bmm", "jagged"),
 )
+
+
+def _eager(scores: str, pool: str) -> Contender:
+    form = eager.vectorised(getattr(eager, scores), getattr(eager, pool))
+    module = _MODULES.get(pool)
+    return Contender(f"{scores} + {pool}", "library" if module else "eager", form, module=module)
+
+
+def _compiled(group: str, **how: Any) -> list[Contender]:
+    forms = {
+        "plain": functools.partial(compiled.plain, **how),
+        "tuned + gather": functools.partial(compiled.tuned, gather=True, **how),
+        "tuned + embedding_bag": functools.partial(compiled.tuned, gather=False, **how),
+    }
+    return [Contender(f"{group}, {name}", group, form) for name, form in forms.items()]
+
+
+def ours(name: str, form: Callable[..., Any], bench: Bench | None = None) -> list[Contender]:
+    """Return the library; on a GPU with a form for a CUDA graph, next to Triton's kernels."""
+    if bench is None or not bench.on_gpu:
+        return [Contender(name, OURS, form)]
+    found = [Contender(name, OURS, form, functools.partial(form, compact=False), None if bench.dry else "cuda")]
+    if not bench.dry or os.environ.get("TRITON_INTERPRET") == "1":
+        bound = functools.partial(form, compact=False)
+        found.append(Contender(f"{name}, triton", TRITON, form, bound, "triton", module="triton"))
+    return found
+
+
+def contenders(bench: Bench | None = None) -> list[Contender]:
+    """List the contenders, ours first; on a GPU without the Python loop and with ``max-autotune``."""
+    rest = [_eager(scores, pool) for scores, pool in _EAGER]
+    rest.append(Contender(AVERAGE_POOL, "less work", eager.average_pool, padded=True))
+    if bench is None or not bench.on_gpu:
+        rest += [*_compiled("compile"), Contender("loop, split", "loop", eager.loop)]
+    else:
+        rest += _compiled("compile", **({"backend": "aot_eager"} if bench.dry else {}))
+        rest += _compiled("max-autotune", **({"backend": "aot_eager"} if bench.dry else {"mode": "max-autotune"}))
+    return ours(OURS, eager.fastcompress_pool, bench) + rest
+
 
 _FEW = (OURS, "compile, plain", "cosine + index_add", "bmm + embedding_bag", "loop, split")
 CASES: tuple[Case, ...] = (
@@ -60,134 +81,70 @@ CASES: tuple[Case, ...] = (
     Case("S2", random_lengths(32, 200, 1500, seed=5), 1280),
     Case("clip", (1500,), 1280),
     Case("tiny", (8,), 64, calls=500, contenders=_FEW),
-    Case("long", (60_000,), 3584, default=False),
-    Case(
-        "quick",
-        random_lengths(4, 300, 400, seed=5),
-        1280,
-        default=False,
-        contenders=(*_FEW, "bmm + segment_csr", "bmm + jagged", "blocked + embedding_bag", AVERAGE_POOL),
-    ),
 )
-
-
-def _gpu_case(count: int, frames: int, dim: int, dtypes: tuple[str, ...] = ("bf16",)) -> Case:
-    return Case(f"{count} x {frames} x {dim}", (frames,) * count, dim, dtypes=dtypes)
-
-
-#: Every stage takes the same inputs, which take seconds to make.
-_gpu_inputs = functools.lru_cache(maxsize=32)(inputs_of)
-_BOTH_DTYPES = ("bf16", "fp32")
-GPU_CASES = (
-    _gpu_case(1, 750, 1280, _BOTH_DTYPES),
-    _gpu_case(8, 750, 1280),
-    _gpu_case(32, 750, 1280),
-    _gpu_case(32, 1500, 1280, _BOTH_DTYPES),
-    _gpu_case(1, 90_000, 1280),  # one hour at 25 Hz
-    _gpu_case(32, 1500, 3584, _BOTH_DTYPES),
-)
-DRY_CASES = (_gpu_case(2, 60, 48, _BOTH_DTYPES),)
-
-
-def gpu_contenders(dry: bool) -> list[Contender]:
-    """Contenders on a GPU, in the order in which they are measured as long as there is time."""
-    bound = functools.partial(eager.fastcompress_pool, compact=False)
-    found = [Contender(OURS, OURS, lambda: eager.fastcompress_pool, bound, backend=None if dry else "cuda")]
-    if not dry or os.environ.get("TRITON_INTERPRET") == "1":
-        found.append(
-            Contender(
-                f"{OURS}, triton", TRITON, lambda: eager.fastcompress_pool, bound, backend="triton", module="triton"
-            )
-        )
-    found += [_eager("cosine", "index_add"), _eager("bmm", "index_add"), _eager("bmm", "embedding_bag")]
-    found += [_eager("bmm", "scatter_reduce"), _eager("bmm", "segment_reduce")]
-    found.append(_eager("bmm", "segment_csr", "library", "torch_scatter"))
-    # Compiling for the CPU would take most of a dry run.
-    for group, how in (("compile", {}), ("max-autotune", {"mode": "max-autotune"})):
-        options: dict[str, Any] = {"backend": "aot_eager"} if dry else how
-        found.append(Contender(f"{group}, plain", group, functools.partial(compiled.plain, **options)))
-        found.append(Contender(f"{group}, tuned", group, functools.partial(compiled.tuned, "gather", **options)))
-    return found
-
-
-@dataclass
-class PoolJob(Job):
-    """Segment pooling of one case. ``expected`` is what contenders are compared with."""
-
-    expected: Expected | None = None
-
-    def check(
-        self, name: str, batch: Any, result: Tokens, grad: Tensor | None, grad_x: Tensor | None
-    ) -> dict[str, Any]:
-        if batch.x.dim() == 3:
-            if grad is None:
-                check_average_pool(name, batch, result)
-            return {}
-        first = self.expected is None
-        expected = self.expected or Expected(batch, exact_starts(batch))
-        if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
-            count = len(expected.starts)
-            result = Tokens(result.values[:count], result.starts[:count])
-        differing = expected.check(name, result, grad, grad_x)
-        if first and result.starts is not None:  # the other contenders are compared with the library's segments
-            self.expected = Expected(batch, result.starts)
-            self.details["tokens"] = len(result.starts)
-        return {"differing_boundaries": differing}
-
-    def moved(self, direction: str) -> int | None:
-        x = self.batches[0].x
-        once: int = (x.shape[0] + self.details["tokens"]) * x.shape[1] * x.itemsize
-        return 2 * once if direction == BOTH else once
-
-    def bounds(self, bound: BandwidthBound, backward: bool) -> Mapping[str, Callable[[int], Any]]:
-        if self.calls > 1:
-            return {}
-        xs, tokens = [inputs.x for inputs in self.batches], self.details["tokens"]
-        grads = [grad[: xs[0].numel()].view(-1, xs[0].shape[1]) for grad in self.grads]
-        return {kind: bound.calls(kind, xs, grads, tokens, self.threads, backward) for kind in KINDS}
+QUICK = Case(
+    "quick", random_lengths(4, 300, 400, seed=5), 1280,
+    contenders=(*_FEW, "bmm + segment_csr", "bmm + jagged", "blocked + embedding_bag", AVERAGE_POOL),
+)  # fmt: skip
+#: The fifth is one hour at 25 Hz.
+_GPU_SHAPES = (
+    (1, 750, 1280), (8, 750, 1280), (32, 750, 1280), (32, 1500, 1280), (1, 90_000, 1280), (32, 1500, 3584)
+)  # fmt: skip
+GPU_CASES = tuple(Case(f"{n} x {frames} x {dim}", (frames,) * n, dim) for n, frames, dim in _GPU_SHAPES)
+DRY = Case("2 x 60 x 48", (60, 60), 48)
 
 
 def job(
-    bench: Bench, case: Case, dtype: torch.dtype, threads: int, contenders: Sequence[Contender], suite: str
-) -> PoolJob:
-    """The job of one setting."""
-    contenders = [one for one in contenders if case.contenders is None or one.name in case.contenders]
-    if any(one.group in ("compile", "max-autotune") for one in contenders):
+    bench: Bench, case: Case, dtype: torch.dtype, threads: int, chosen: Sequence[Contender], suite: str = NAME
+) -> Job:
+    """Make the job of one setting."""
+    chosen = [one for one in chosen if case.contenders is None or one.name in case.contenders]
+    if any(one.group in ("compile", "max-autotune") for one in chosen):
         compiled.prepare(threads)
-    first = (_gpu_inputs if bench.on_gpu else inputs_of)(case, dtype, bench.device)
+    x, batch = batch_of(case, dtype, bench.device)
+    with x.device:
+        expected = Expected(x, batch)
+    tokens = len(expected.segments.starts)
     # A call of microseconds is timed on hot input: its cost is overhead, and thousands of buffers would hide that.
-    rotate = case.calls == 1 and not bench.on_gpu
-    batches = first.rotation(bench.cache) if rotate else [first]
-    windows: list[Inputs] = []
-    if any(one.padded for one in contenders):
-        wide = padded(first, case.lengths)
-        windows = wide.rotation(bench.cache) if rotate else [wide]
-    most = max(case.frames, *(one.x.shape[0] * one.x.shape[1] // case.window for one in windows[:1]), 0) * case.dim
-    grads = gradients(most, dtype, min(len(batches), _GRADIENTS), bench.device) if case.calls == 1 else []
-    # What the slowest forms allocate: a few fp32 copies of the input.
-    recall = min(4 * case.frames * case.dim * 4, _MAX_RECALL) if case.calls == 1 else 0
+    once = case.calls == 1
+    xs = bench.rotation(x) if once else [x]
+    wide: list[Tensor] = []
+    if any(one.padded for one in chosen):
+        wide = bench.rotation(pad_sequence(list(x.split(list(case.lengths))), batch_first=True))
+    # Upper bounds of the rows of a result: of ours in a graph, and of the windows of a padded batch.
+    rows = max(case.frames + len(case.lengths), len(case.lengths) * max(case.lengths) // case.window)
+    grads = gradients(rows * case.dim, dtype, min(len(xs), _GRADIENTS), bench.device) if once else []
+
+    def check(name: str, x: Tensor, result: Tokens, grad: Tensor | None, grad_x: Tensor | None) -> dict[str, Any]:
+        if x.dim() == 3:
+            if grad is None:
+                check_average_pool(name, x, batch, result)
+            return {}
+        if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
+            inside = result.starts < len(x)
+            result = Tokens(result.values[inside], result.starts[inside])
+        return {"differing_boundaries": expected.check(name, result, grad, grad_x)}
+
+    def bounds(bound: BandwidthBound, backward: bool) -> dict[str, Callable[[int], Any]]:
+        rows = [grad[: x.numel()].view(x.shape) for grad in grads]
+        return {kind: bound.calls(kind, xs, rows, tokens, threads, backward) for kind in KINDS} if once else {}
+
+    moved = (case.frames + tokens) * case.dim * x.itemsize
     shape = {"sequences": len(case.lengths), "frames": case.frames, "dim": case.dim, "window": case.window}
-    details = shape | {"input_buffers": len(batches)}
-    return PoolJob(
-        suite, case.name, dtype, threads, contenders, batches, windows, grads,
-        calls=case.calls, recall=recall, details=details,
+    return Job(
+        suite, case.name, dtype, threads, chosen, check, xs, batch, wide, grads, bounds=bounds, calls=case.calls,
+        moved={FORWARD: moved, BOTH: 2 * moved}, details=shape | {"tokens": tokens, "input_buffers": len(xs)},
+        # What the slowest forms allocate: a few fp32 copies of the input.
+        recall=min(4 * case.frames * case.dim * 4, _MAX_RECALL) if once else 0,
     )  # fmt: skip
 
 
 def run(bench: Bench) -> None:
-    """Measure every case; on a GPU the eager contenders on all cases first, then what takes long to compile."""
-    if bench.on_gpu:
-        contenders = gpu_contenders(bench.dry)
-        cases = [case for case in (DRY_CASES if bench.dry else GPU_CASES) if case.name in (bench.cases or (case.name,))]
-        for stage in (("eager", "library"), ("compile",), ("max-autotune",)):
-            chosen = [one for one in contenders if one.group in (OURS, *stage) or (one.ours and "eager" in stage)]
-            for case in cases:
-                for dtype, threads in bench.settings(case.dtypes):
-                    one = job(bench, case, dtype, threads, chosen, NAME)
-                    one.details["stage"] = stage[0]
-                    compare(bench, one)
-        return
-    names = bench.cases or (["quick", "tiny"] if bench.quick else [case.name for case in CASES if case.default])
-    for case in (case for case in CASES if case.name in names):
-        for dtype, threads in bench.settings(case.dtypes):
-            compare(bench, job(bench, case, dtype, threads, CONTENDERS, NAME))
+    """Measure every case."""
+    cases = (DRY,) if bench.dry else GPU_CASES if bench.on_gpu else CASES
+    if bench.quick and not bench.on_gpu:
+        cases = (QUICK, CASES[-1])
+    for case in cases:
+        if case.name in (bench.cases or (case.name,)):
+            for dtype, threads in bench.settings():
+                compare(bench, job(bench, case, dtype, threads, contenders(bench)))

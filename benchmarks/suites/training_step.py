@@ -6,21 +6,19 @@ CPU only.
 
 from __future__ import annotations
 
-import contextlib
 import importlib.util
 import statistics
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.harness.clock import interleave
-from benchmarks.harness.compare import Bench, WrongResult, fields_of, table_text
-from benchmarks.measurement import BOTH
+from benchmarks.harness.clock import CpuClock, interleave
+from benchmarks.harness.compare import Bench, WrongResult, table_text
+from benchmarks.results import BOTH
 
 NAME, STEP, BUSY = "training_step", "whole step", "whole step, CPU time per thread"
 MANIFEST = Path(__file__).resolve().parents[2] / "assets" / "digits" / "test.jsonl"
@@ -33,18 +31,18 @@ STEPS = 20
 
 
 def available() -> bool:
-    """Whether what trains is installed."""
-    return all(importlib.util.find_spec(name) for name in ("accelerate", "transformers", "soundfile"))
+    """Return whether what trains is installed."""
+    return all(importlib.util.find_spec(name) for name in ("accelerate", "av", "transformers"))
 
 
-def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
+def _training(rule: str, folder: Path, steps: int) -> Any:
     from fastcompress.training.examples import Examples
     from fastcompress.training.manifest import read_manifest
     from fastcompress.training.recipes import build_small
     from fastcompress.training.settings import TrainerSettings
     from fastcompress.training.trainer import Training
 
-    utterances = read_manifest(manifest)
+    utterances = read_manifest(MANIFEST)
     model, processor = build_small(utterances, rule=rule)
     examples = Examples(utterances, processor, cache=True, phones=model.config.ctc_tokens)
     for index in range(len(examples)):  # a training computes them once, not in each step
@@ -53,7 +51,7 @@ def _training(rule: str, folder: Path, manifest: Path, steps: int) -> Any:
 
 
 def _profiled(training: Any, steps: int) -> dict[str, float]:
-    """Seconds per step in each op: calls per step times the median of a call, few of which are disturbed.
+    """Return the seconds per step in each op: calls per step times the median call, few of which are disturbed.
 
     Raises:
         WrongResult: No op ran.
@@ -70,17 +68,6 @@ def _profiled(training: Any, steps: int) -> dict[str, float]:
     return {name: statistics.median(seconds) * len(seconds) / steps for name, seconds in calls.items()}
 
 
-def _timed(training: Any, busy: list[float]) -> Callable[[int], None]:
-    """A step whose CPU time is appended to ``busy``."""
-
-    def step(_: int) -> None:
-        start = time.process_time()
-        training.update()
-        busy.append((time.process_time() - start) / torch.get_num_threads())
-
-    return step
-
-
 def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int = STEPS) -> list[dict[str, Any]]:
     """Time the steps of all rules in turn, unprofiled; then profile each.
 
@@ -93,22 +80,15 @@ def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int
     torch.set_num_threads(threads)
     reps = min(bench.reps, 7)
     found: list[dict[str, Any]] = []
-    with contextlib.ExitStack() as stack:
-        trainings = {}
-        for rule in rules:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            trainings[rule] = _training(rule, folder, MANIFEST, reps + steps + 8)
-        for training in trainings.values():
-            for _ in range(3):
-                training.update()
-        busy: dict[str, list[float]] = {rule: [] for rule in rules}
-        functions = {rule: _timed(training, busy[rule]) for rule, training in trainings.items()}
-        samples, disturbance = interleave(functions, reps, tries=bench.tries)
+    with tempfile.TemporaryDirectory() as folder:
+        trainings = {rule: _training(rule, Path(folder) / str(i), reps + steps + 8) for i, rule in enumerate(rules)}
+        functions = {rule: lambda _, training=training: training.update() for rule, training in trainings.items()}
+        samples, disturbance = interleave(functions, reps, CpuClock(tries=bench.tries), warm=4)
         for rule, training in trainings.items():
             counts = training.update()
             fields = {"tokens_per_frame": counts["audio_tokens"] / counts["audio_frames"]}
-            timed = [(STEP, "step", fields | fields_of(samples[rule], disturbance))]
-            timed.append((BUSY, "step", {"median": statistics.median(busy[rule])}))
+            timed = [(STEP, "step", fields | samples[rule].fields() | vars(disturbance))]
+            timed.append((BUSY, "step", {"median": statistics.median(samples[rule].busy) / threads}))
             timed += [(name, "op", {"median": seconds}) for name, seconds in _profiled(training, steps).items()]
             found += [
                 bench.recorder.add(NAME, rule, name, group, BOTH, threads=threads, **fields)

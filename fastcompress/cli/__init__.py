@@ -1,1 +1,1 @@
-"""The command line: one file per command, which ``main`` puts together."""
+"""The command line: one file per command, and ``main``, which combines them."""

@@ -1,7 +1,7 @@
 """``fastcompress completion``: completion of commands, options, choices and paths by the shell.
 
-shtab writes a script that needs no Python when it runs. argcomplete would start this program, and so import torch, at
-every press of the tab key.
+shtab writes a script that runs without Python. argcomplete would start this program, and import torch, at every press
+of the tab key.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def add_command(commands: Any) -> None:
     """Declare the command and its options."""
     parser = commands.add_parser(
         "completion",
-        help="a script with which the shell completes commands and options",
+        help="print a script with which the shell completes commands and options",
         description="Print a script with which the shell completes commands, options and paths. For bash: "
         "fastcompress completion bash > ~/.local/share/bash-completion/completions/fastcompress. "
         "For fish: fastcompress completion fish > ~/.config/fish/completions/fastcompress.fish. "

@@ -1,4 +1,4 @@
-"""How the command line fails: exit codes, and the one line that names the problem."""
+"""Exit codes of the command line, and errors that it prints as one line."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXIT_CODES = (
 
 
 class UserError(Exception):
-    """A mistake of the user's. The message is the one line that is printed."""
+    """A mistake of the user. The message is printed as one line."""
 
 
 class StdoutError(Exception):
@@ -90,7 +90,7 @@ def check_writable(option: str, path: Path) -> None:
     """Make the folder of an output file, and check before the work starts that the file can be written.
 
     Raises:
-        UserError: It cannot.
+        UserError: The file cannot be written.
     """
     try:
         check_folder(path.parent)

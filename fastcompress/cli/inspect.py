@@ -153,7 +153,7 @@ def _load_encoder(path: str, before_projector: bool) -> Any:
 
 
 def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
-    """Return the path of each file's picture; none without --png."""
+    """Return the path of each file's picture; empty without --png."""
     if png is None:
         return []
     if png.suffix.lower() == ".png" and not png.is_dir():
@@ -168,7 +168,7 @@ def _picture_paths(files: list[str], png: Path | None) -> list[Path]:
     for file in files:
         picture = png / f"{Path(file).stem}.png"
         if picture in pictures:
-            raise UserError(f"--png {png}: {pictures[picture]} and {file} would both be drawn to {picture}")
+            raise UserError(f"--png {png}: {pictures[picture]} and {file} would both be written to {picture}")
         pictures[picture] = file
     return list(pictures)
 

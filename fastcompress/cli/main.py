@@ -48,8 +48,8 @@ class Parser(argparse.ArgumentParser):
     """Parser that raises ``UserError``.
 
     Attributes:
-        build: Makes the parser of a command whose options are settings, when the command runs: the others neither need
-            jsonargparse nor wait for it.
+        build: Function that makes the parser of a command whose options are settings. It is called when the command
+            runs, so that other commands need not import jsonargparse.
     """
 
     build: Callable[[], SettingsParser] | None = None
@@ -59,7 +59,7 @@ class Parser(argparse.ArgumentParser):
         return self if self.build is None else self.build()
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> tuple[Any, list[str]]:
-        """Parse, by the parser of the settings if there is one."""
+        """Parse, with the parser of the settings if there is one."""
         if self.build is None:
             return super().parse_known_args(args, namespace)
         try:
@@ -122,7 +122,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit code (``fastcompress.cli.errors``)."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # names of files need not be text
+            stream.reconfigure(errors="backslashreplace")  # names of files may be invalid UTF-8
     stdout = sys.stdout
     sys.stdout = cast(TextIO, GuardedStdout(stdout))
     try:

@@ -25,12 +25,12 @@ def add_command(commands: Any) -> None:
         "installed, test-engine. The same seed gives the same files. An interrupted run continues where it stopped.",
     )
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="output folder")
-    parser.add_argument("--task", choices=_TASKS, default="digits", help="what the voices say (default: digits)")
+    parser.add_argument("--task", choices=_TASKS, default="digits", help="texts to speak (default: digits)")
     parser.add_argument(
         "--direction",
         choices=_DIRECTIONS,
         default="recognition",
-        help="targets: the words that are said, or their German translation (default: recognition)",
+        help="targets: the spoken words, or their German translation (default: recognition)",
     )
     parser.add_argument("--train", type=int, default=4000, metavar="N", help="utterances to train on (default: 4000)")
     parser.add_argument("--dev", type=int, default=200, metavar="N", help="development utterances (default: 200)")

@@ -1,4 +1,4 @@
-"""What commands share: loading a model, its options, and texts about manifests and limits."""
+"""Code that several commands share: loading a model, its options, and texts about manifests and limits."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 from fastcompress.cli.errors import UserError, did_you_mean
 
-#: What a manifest looks like; ``fastcompress.training.manifest`` reads it.
+#: Description of a manifest; ``fastcompress.training.manifest`` reads it.
 MANIFEST_HELP = (
     'A manifest has one line of JSON per utterance, such as {"audio_filepath": "audio/1.wav", "duration": 2.31, '
     '"text": "two hundred"}. Paths are relative to its folder; offset, target and prompt are optional.'
@@ -15,8 +15,8 @@ MANIFEST_HELP = (
 
 
 def add_model_options(parser: argparse.ArgumentParser, batch_size: int, max_new_tokens: int) -> None:
-    """Add the options of compression, decoding and device, with the defaults that differ."""
-    parser.add_argument("--rule", help="compression rule instead of the model's; none keeps every frame")
+    """Add the options of compression, decoding and device. The defaults that differ between commands are arguments."""
+    parser.add_argument("--rule", help="compression rule that replaces the model's; none keeps every frame")
     parser.add_argument(
         "--batch-size", type=positive, default=batch_size, metavar="N", help=f"audios per batch (default: {batch_size})"
     )
@@ -49,10 +49,10 @@ def clipped(count: int, total: int, options: argparse.Namespace) -> str:
 
 
 def check_model_options(options: argparse.Namespace) -> None:
-    """Check the rule and the device, which takes no time.
+    """Check the rule and the device, which is fast.
 
     Raises:
-        UserError: One of them cannot be used.
+        UserError: The rule or the device cannot be used.
     """
     import torch
 
@@ -74,7 +74,7 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     """Load ``options.model`` with ``options.rule`` on ``options.device``.
 
     Raises:
-        UserError: One of them cannot be used.
+        UserError: The model, the rule or the device cannot be used.
     """
     from fastcompress.lalm.loading import RunError, load_model
 
@@ -95,7 +95,7 @@ def quiet_transformers() -> None:
 
 
 def positive(text: str | int) -> int:
-    """Parse a whole number from 1 on."""
+    """Parse a whole number of at least 1."""
     value = int(text) if str(text).isdecimal() else 0  # jsonargparse parses defaults too, which are ints
     if value < 1:
         raise argparse.ArgumentTypeError(f"must be a whole number from 1 on, got {text!r}")

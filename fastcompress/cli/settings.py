@@ -1,4 +1,4 @@
-"""What ``train`` and ``finetune`` share: options made of their settings, which flags and a YAML file give."""
+"""Options of ``train`` and ``finetune``, which are made from their settings and read from flags and a YAML file."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ def make_settings_parser(
     """Make the parser of a command that trains.
 
     Args:
-        settings: Of the command.
-        command: Its name.
-        required: Its required flags, for the usage line.
-        description: Of ``--help``.
-        add_options: Adds options that are no settings.
+        settings: Settings of the command.
+        command: Name of the command.
+        required: Required flags, for the usage line.
+        description: Description for ``--help``.
+        add_options: Function that adds options that are not settings.
     """
     from fastcompress.training.parsing import SettingsParser
 
@@ -41,10 +41,10 @@ def make_settings_parser(
         "--config",
         metavar="FILE",
         help="YAML file of settings, with the names of the options below, such as max_steps or max-steps; options of "
-        "the command line win. The run.yaml of another run can be used",
+        "the command line override it. The run.yaml of another run can be used",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="Continue the run in --output-dir after its last whole checkpoint"
+        "--resume", action="store_true", help="Continue the run in --output-dir after its last complete checkpoint"
     )
     add_options(parser)
     parser.add_settings()
@@ -56,10 +56,10 @@ class Given(Generic[S]):
     """Settings from a command line and its ``--config``.
 
     Attributes:
-        settings: Their class.
-        flags: Settings of the command line.
+        settings: Class of the settings.
+        flags: Settings from the command line.
         config: YAML file, if there is one.
-        values: Settings in that file.
+        values: Settings from that file.
     """
 
     settings: type[S]
@@ -69,10 +69,10 @@ class Given(Generic[S]):
 
     @classmethod
     def of(cls, settings: type[S], options: argparse.Namespace) -> Given[S]:
-        """Read the file that is named by the options.
+        """Read the file that the options name.
 
         Raises:
-            UserError: It cannot be used.
+            UserError: The file cannot be used.
         """
         from fastcompress.training.parsing import read_values
 
@@ -85,7 +85,7 @@ class Given(Generic[S]):
         return given
 
     def make(self, resume: bool) -> S:
-        """Make the settings. To resume a run, its folder is enough.
+        """Make the settings. To resume a run, only its folder is needed.
 
         Raises:
             SettingsError: A value is missing or cannot be used.
@@ -100,7 +100,7 @@ class Given(Generic[S]):
         return build(self.settings, values)
 
     def explain(self, error: SettingsError) -> str:
-        """Return the message of an error with the names that the user typed, and the file if they are in it."""
+        """Return the message of an error with the names that the user typed, and the file if it has the setting."""
         names = re.findall(r"`(\w+)`", str(error))
         if names and names[0] in self.values and names[0] not in self.flags:
             return f"{self.config}: {error}"

@@ -39,7 +39,7 @@ def add_command(commands: Any) -> None:
 
 #: Arguments of ``fastcompress.lalm.streaming.StreamingTranscriber`` in seconds, which has the defaults.
 _STREAM = {
-    "window": "longest utterance, which the encoder takes at once (default: as much as it can, at most 30)",
+    "window": "longest utterance that the encoder takes in one call (default: its window, at most 30)",
     "look_ahead": "audio after a frame until the frame is final (default: 0.5)",
     "hop": "time between two hypotheses; text is final where they agree (default: 0.5)",
 }

@@ -1,4 +1,4 @@
-"""Warnings about limits that cut or degrade a result: the largest number of new tokens, and of positions."""
+"""Warnings about limits that cut or degrade a result: the maximum number of new tokens, and of positions."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from fastcompress.ops.pack import PackedInputs
 
 @dataclass
 class Answers:
-    """Count answers of ``generate``.
+    """Counts of answers of ``generate``.
 
     Attributes:
         cut: Answers that the limit of new tokens cut.

@@ -1,6 +1,6 @@
 """Attention over packed sequences, in which each sequence attends only to itself.
 
-On a GPU, fp16 and bf16 run by ``torch.nn.attention.varlen``. Everything else runs by SDPA, one sequence after another.
+On a GPU, fp16 and bf16 use ``torch.nn.attention.varlen``. All other cases use SDPA, one sequence after another.
 No mask of T x T is built.
 """
 

@@ -1,7 +1,7 @@
-"""The compression that weights were trained with, which is saved beside them.
+"""The compression that weights were trained with, which is saved with them.
 
 The ``config.json`` of a model has it under the key ``fastcompress``. The folder of a peft adapter has it in
-``fastcompress.json``, beside ``adapter_config.json``. Weights that were trained with compression and run without it
+``fastcompress.json``, next to ``adapter_config.json``. Weights that were trained with compression and run without it
 cause one warning, at their first use: the user may call ``apply_to`` between loading and use.
 """
 
@@ -26,17 +26,17 @@ from fastcompress.rules import Rule
 
 #: Key of ``config.json``, and attribute of a configuration.
 KEY = "fastcompress"
-#: File beside ``adapter_config.json``.
+#: File next to ``adapter_config.json``.
 FILE = "fastcompress.json"
 #: Version of the format.
 VERSION = 1
-#: Fields that decide how audio is pooled. The mode is not among them: both modes pool alike.
+#: Fields that determine how audio is pooled. The mode is not included, since both modes pool in the same way.
 POOLING = ("rule", "reduce", "compressor", "before_projector", "proportional_attention", "silence")
 
 
 @dataclass(frozen=True)
 class SavedRule:
-    """Hold the compression settings of a model, as they are saved with its weights.
+    """The compression settings of a model, as they are saved with its weights.
 
     Attributes:
         mode: ``"dynamic"`` or ``"budget"``.
@@ -177,7 +177,7 @@ def save_beside_adapter(model: Any, folder: str | Path) -> None:
 
 
 def watch() -> None:
-    """Let transformers and peft read and write what their files do not have: the warning, and ``fastcompress.json``.
+    """Extend methods of transformers and peft: they warn about saved rules, and write ``fastcompress.json``.
 
     This wraps four methods of their classes, once per process. They behave as before for all other models.
     """
@@ -255,7 +255,7 @@ def _after_saving_adapters(
 
 
 def _read_beside(source: str | Path, options: Mapping[str, Any]) -> Any:
-    """Return the content of ``fastcompress.json`` beside an adapter; ``None``: there is no such file."""
+    """Return the content of ``fastcompress.json`` in the folder of an adapter; ``None``: there is no such file."""
     names = ("cache_dir", "force_download", "local_files_only", "revision", "subfolder", "token")
     options = {name: options[name] for name in names if options.get(name) is not None}
     quiet = {f"_raise_exceptions_for_{what}": False for what in ("gated_repo", "missing_entries", "connection_errors")}

@@ -52,7 +52,7 @@ class Device:
 
 @dataclass(eq=False)
 class _Request:
-    """A backend that a ``backend`` block or the environment variable asks for; ``source`` names it in errors."""
+    """A backend that a ``backend`` block or the environment variable requests; errors name ``source``."""
 
     backend: str
     source: str
@@ -85,7 +85,7 @@ def backend(name: str) -> Iterator[None]:
 
     Raises:
         ValueError: If there is no such backend.
-        RuntimeError: If the backend cannot be used here; the message says why. Before the first CUDA tensor, problems
+        RuntimeError: If the backend cannot be used; the message has the reason. Before the first CUDA tensor, problems
             with the GPU are reported at the first call with one. It is also raised if the block is inside a
             function that is being compiled or exported.
 

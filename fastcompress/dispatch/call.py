@@ -59,7 +59,7 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
 
 
 def _explain_under_transform(name: str, error: RuntimeError) -> NoReturn:
-    """Raise an error that says why an op failed under a transform of ``torch.func``."""
+    """Raise an error with the reason why an op failed under a transform of ``torch.func``."""
     text = str(error)
     of_kernel = re.match(r"\w+, .*?:\d+, (.*)", text)  # function, file and line, message
     if of_kernel is not None and not of_kernel[1].startswith("out of memory"):

@@ -1,6 +1,6 @@
 """The rows of audio that an audio LLM compresses, as a source of frames for ``inspect_audio``.
 
-A rule that is chosen on them is chosen for the model: they are what ``apply_to`` passes to its compressor.
+``apply_to`` passes the same rows to its compressor, so a rule that is chosen on them is suitable for the model.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def load_source(path: str | os.PathLike[str], before_projector: bool = False) ->
 
 
 class _Recorder(nn.Module):
-    """A compressor that keeps its input, and changes nothing."""
+    """A compressor that records its input and returns it unchanged."""
 
     rows: Tensor
 
@@ -69,8 +69,8 @@ class AudioLLM:
 
     Args:
         path: Folder of the model and its processor. Nothing is downloaded.
-        before_projector: True for the encoder's frames, as with ``apply_to(..., before_projector=True)``; else the
-            projector's output.
+        before_projector: Whether to use the encoder's frames, as with ``apply_to(..., before_projector=True)``, instead
+            of the projector's output.
 
     Raises:
         EncoderError: The model or its processor cannot be loaded, or cannot be compressed in this way.
@@ -95,7 +95,7 @@ class AudioLLM:
             raise EncoderError(f"{self.path}: cannot load an audio LLM ({first_line(error)})") from error
         extractor = getattr(self._processor, "feature_extractor", None) or self._processor.audio_processor
         self.sample_rate: int = extractor.sampling_rate
-        #: Samples that are encoded at once; processors cut what is longer than their extractor's window.
+        #: Samples per call; processors cut audio that is longer than their extractor's window.
         self.piece: int = min(getattr(extractor, "n_samples", math.inf), _LONGEST * self.sample_rate)
         side = "encoder of" if before_projector else "audio of"
         self.name: str = f"{side} {self._model.config.model_type} {Path(self.path).resolve().name}"

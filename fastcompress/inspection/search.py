@@ -27,7 +27,7 @@ class Search:
     """Result of a search.
 
     Attributes:
-        ratio: Frames per token that were asked for.
+        ratio: Requested frames per token.
         frames: Number of frames.
         seconds: Seconds of audio.
         quantiles: Distances at the quantiles ``QUANTILES``.
@@ -73,7 +73,7 @@ def search(distances: Sequence[Tensor], ratio: float, seconds: float) -> Search:
 
 
 def _nearest(family: Callable[[float], Rule], tokens: Callable[[Rule], int], wanted: float, d: Tensor) -> Rule:
-    """Return the rule of a family whose number of tokens is nearest to the one that is wanted."""
+    """Return the rule of a family whose number of tokens is nearest to the requested one."""
     finite = d[d.isfinite()]
     low, high = 0.0, float(finite.max()) if len(finite) else 0.0
     for _ in range(_STEPS):

@@ -23,7 +23,7 @@ from torch import Tensor
 from fastcompress import LocalMax, Rule, Segments, adjacent_distance, segment_pool
 from fastcompress.audio import FRAME_RATE, SAMPLE_RATE, AudioError, Progress, load_audio, log_mel
 
-# The values 0.15 and 0.4 were tuned on log-mel frames of 20 synthesised sentences with known phone onsets (5 English
+# The values 0.15 and 0.4 were tuned on log-mel frames of 20 synthesized sentences with known phone onsets (5 English
 # voices, 140 to 200 words per minute). Matches are within 25 ms:
 #
 #     rule                       tokens/s   boundaries near an onset   onsets near a boundary
@@ -54,7 +54,7 @@ StageProgress = Callable[[str, float, float], None]
 
 
 class EncoderError(ValueError):
-    """Report that an encoder cannot be loaded or run; the message is one line with the path and the cause."""
+    """An encoder cannot be loaded or run. The message is one line with the path and the cause."""
 
 
 class FrameSource(Protocol):
@@ -172,7 +172,7 @@ class Encoder:
 
 @dataclass(frozen=True)
 class RuleResult:
-    """Hold one row of the table: the result of a rule on the audio or on white noise.
+    """One row of the table: the result of a rule on the audio or on white noise.
 
     Attributes:
         rule: The rule.
@@ -205,7 +205,7 @@ class RuleResult:
 
 @dataclass(frozen=True)
 class Inspection:
-    """Hold the inspection of one audio file.
+    """Inspection of one audio file.
 
     Attributes:
         path: Path of the file.
@@ -298,7 +298,7 @@ def inspect_audio(
 
 
 def white_noise(count: int) -> np.ndarray:
-    """Return Gaussian white noise, ``[count]`` fp32, the same on every call."""
+    """Return Gaussian white noise, ``[count]`` fp32, which is the same in every call."""
     samples = np.random.default_rng(_NOISE_SEED).standard_normal(count, dtype=np.float32)
     samples *= _NOISE_LEVEL  # in place, because an hour takes 230 MB
     return samples

@@ -33,8 +33,8 @@ class FastCompressConfig(PreTrainedConfig):
         audio_token_id: Id of the audio token; ``input_ids`` have one per audio.
         projector_hidden_size: Width of the projector's hidden layer; ``None``: the projector is one linear layer.
         train_encoder: Whether the encoder is trained. A frozen encoder always stays in evaluation mode.
-        normalize_features: Whether to subtract the mean of each audio's features and double the rest, which reduces
-            the effect of level and recording. Only for encoders trained with it.
+        normalize_features: Whether to subtract the mean of each audio's features and multiply the result by 2, which
+            reduces the effect of level and recording. Only for encoders trained with it.
         audio_padding: ``"window"``: pad to the encoder's window, as Whisper was trained. ``"longest"``: pad to the
             longest audio of the batch and mask the padding, for encoders trained on short audio.
         ctc_tokens: Units, such as phones, of an auxiliary CTC loss on the encoder. Unit ``i`` of the list has label

@@ -21,7 +21,7 @@ BASE_FILE = "base.json"
 
 
 class RunError(ValueError):
-    """Report that a run cannot start or resume with its settings; the message is one line."""
+    """A run cannot start or resume. The message is one line."""
 
 
 def load_parts(audio_model: str, text_model: str) -> tuple[FastCompressForConditionalGeneration, FastCompressProcessor]:

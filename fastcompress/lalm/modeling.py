@@ -27,7 +27,7 @@ from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
 @dataclass
 class FastCompressOutput(ModelOutput):
-    """Hold the results of ``FastCompressForConditionalGeneration.forward``.
+    """Results of ``FastCompressForConditionalGeneration.forward``.
 
     Attributes:
         loss: Sum of ``lm_loss`` and the weighted ``ctc_loss`` and ``compressor_loss``. With ``num_items_in_batch``,

@@ -1,8 +1,8 @@
 """Streaming transcription with a model whose encoder and decoder were trained on whole utterances.
 
 Every ``hop`` seconds the current utterance is encoded again from its start, because the encoder attends to all of its
-input. A frame is final once ``look_ahead`` seconds of audio follow it. Final frames go through
-``fastcompress.StreamingSegmentPool``, and the decoder continues from the final text. Text becomes final where two
+input. A frame is final once ``look_ahead`` seconds of audio follow it. ``fastcompress.StreamingSegmentPool`` pools
+final frames, and the decoder continues from the final text. Text becomes final where two
 consecutive hypotheses agree (LocalAgreement-2; Liu et al., Interspeech 2020; Machacek et al., 2023) and is never
 changed afterwards.
 
@@ -41,7 +41,7 @@ LOOK_AHEAD, HOP = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Latency:
-    """Hold the latency of a stream, in seconds of audio; computing time is not included.
+    """Latency of a stream, in seconds of audio; computing time is not included.
 
     Attributes:
         seconds: Length of the stream.
@@ -67,8 +67,8 @@ class StreamingTranscriber:
         model: ``FastCompressForConditionalGeneration``, with or without LoRA, whose rule is ``None`` or supported by
             [`fastcompress.StreamingSegmentPool`][].
         processor: Processor of the model.
-        window: Longest audio that is encoded at once, and so the longest utterance, in seconds; ``None``: the
-            encoder's window, or 30.
+        window: Longest audio that is encoded in one call, and therefore the longest utterance, in seconds; ``None``:
+            the encoder's window, or 30.
         look_ahead: Seconds of audio after a frame until it is final.
         hop: Seconds of audio between two hypotheses.
         prompt: Text of the request.
@@ -189,7 +189,7 @@ class StreamingTranscriber:
         """End the stream.
 
         Returns:
-            The rest of the text. A warning counts the utterances that ``max_new_tokens`` cut.
+            The remaining text. A warning counts the utterances that ``max_new_tokens`` cut.
 
         Raises:
             ValueError: The stream is shorter than one frame.
@@ -269,7 +269,7 @@ class StreamingTranscriber:
         """Append the text of the final ids; ``over`` is true at the end of the utterance."""
         text = self.processor.tokenizer.decode(self._final, skip_special_tokens=True).strip()
         if not over:
-            text = text.rstrip("\ufffd")  # the last character may lack bytes that the next token brings
+            text = text.rstrip("\ufffd")  # the next token may have the missing bytes of the last character
             if not text.startswith(self._written):  # some tokenizers render a token differently when others follow
                 return
         new = text[len(os.path.commonprefix([text, self._written])) :]

@@ -140,7 +140,7 @@ def integrate_and_fire(
             raise ValueError(f"alpha must add up to fewer than 2**31 tokens of beta {beta:g}, got {much:g}")
         tokens = fired.long() if tail is None else (fired + fires_at_end(remainder, beta, tail)).long()
     cu_tokens = torch.nn.functional.pad(tokens.cumsum(0), (1, 0))
-    # `right` is the token that is open after each frame; the number of tokens stands for the unused weight at the end.
+    # `right` is the token that is open after each frame. The number of tokens is the index of the unused weight.
     most = tokens[sequence].double()
     _, right, share = shares(before, after, weight, beta)
     right = torch.where(inside, torch.minimum(right, most), most)

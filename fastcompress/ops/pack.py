@@ -289,7 +289,7 @@ def pack(
             audio.
         rule: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
         keys: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
-        placeholder: Token id that stands for audio; see ``row_groups``.
+        placeholder: Token id that marks audio; see ``row_groups``.
         placeholder_counts: Placeholders per audio; see ``row_groups``.
         row_group: Row groups, int32 ``[B, L]`` or ``[N]``, instead of a placeholder. Negative: dropped; 0: text; k > 0:
             audio, where each run of neighbouring rows with the same k is one audio.

@@ -44,7 +44,7 @@ def row_groups(
 
     Args:
         input_ids: Token ids, ``[B, L]`` padded or ``[N]`` packed, int32 or int64.
-        placeholder: Token id that stands for audio.
+        placeholder: Token id that marks audio.
         attention_mask: Mask ``[B, L]`` bool or numbers: 1 keeps a row, 0 marks padding, on either side. Other values
             raise an error; an additive mask becomes such a mask by ``mask >= 0``.
         cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
@@ -107,7 +107,7 @@ def find_row_groups(
                 _explain_counts(flat, placeholder_counts, input_ids.shape, cu_seqlens)
         elif torch.compiler.is_compiling() and not group.is_cuda:
             torch._assert_async(matches, "placeholder_counts does not match the placeholders of input_ids")
-        else:  # where an assertion would end the use of the GPU, or cannot run
+        else:  # an assertion would make the GPU unusable for the process, or cannot run
             group = torch.where(matches | ~flat, group, -1)  # pack then finds too few audio places
         group = group.view(input_ids.shape)
     elif isinstance(placeholder_counts, Integral) and placeholder_counts is not True and placeholder_counts == 1:

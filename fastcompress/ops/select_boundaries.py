@@ -1,4 +1,4 @@
-"""Select segment boundaries by a rule; make segments from boundaries that are known."""
+"""Select segment boundaries by a rule, and make segments from given boundaries."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _op: Op[tuple[Tensor, Tensor, Tensor]] = torch.ops.fastcompress.select_boundarie
 
 
 def frame_offsets(rows: Tensor, padded: bool, cu_seqlens: Tensor | None, lengths: Tensor | None) -> Tensor:
-    """Return the number of frames before each sequence, ``[B + 1]`` int32, in memory of its own.
+    """Return the number of frames before each sequence, ``[B + 1]`` int32, as a new tensor.
 
     Args:
         rows: The input, ``[N, ...]`` packed or ``[B, T, ...]`` padded.

@@ -86,8 +86,8 @@ def bipartite_merge(
         window: Range of partners. 0: the next frame only; ``w``: up to ``w`` frames away on either side; ``None``: the
             whole sequence.
         keys: Features to compare, ``[..., K]`` with the leading shape of ``x``; ``None`` means ``x``.
-        size: Number of frames that each row stands for, floating point with the leading shape of ``x``; ``None`` means
-            1.
+        size: Number of frames that were merged into each row, floating point with the leading shape of ``x``; ``None``
+            means 1.
         cu_seqlens: See [`adjacent_distance`][].
         lengths: See [`adjacent_distance`][].
 
@@ -272,7 +272,7 @@ def _nearest_within(
         runs: Runs of the rows.
         row: Indices of the rows, ``[N]`` int64.
         window: Largest offset of a partner, at least 1.
-        ahead: If true, partners come after the row only.
+        ahead: If true, only rows after the row can be partners.
         layout: ``cu_seqlens`` and ``lengths``.
 
     Returns:

@@ -39,7 +39,7 @@ TRAIN_VARIANTS = (
     "quincy", "rob", "steph", "steph2",
 )  # fmt: skip
 HELD_OUT_VARIANTS = ("Gene", "aunty", "grandma", "klatt4", "m7", "m8", "paul", "robert", "shelby", "zac")
-#: Name and voice of a second synthesiser, which is used where the machine has it.
+#: Name and voice of a second synthesizer, which is used if it is installed.
 OTHER_ENGINE, OTHER_VOICE = "flite", "slt"
 
 TRAIN_SNR, HELD_OUT_SNR = (10.0, 40.0), (0.0, 5.0)  # dB
@@ -81,7 +81,7 @@ def make_utterance(task: str, which: TestSet, index: int, seed: int) -> tuple[np
         voice = f"{language}+{g.choice(which.variants)}"
         samples, rate = synthesize(text, voice, rate=g.randint(115, 180), pitch=g.randint(25, 75))
     samples = soxr.resample(_trim(samples, rate), rate, SAMPLE_RATE, quality="HQ")
-    units = " ".join(phonemes(text, "en-us"))  # of one accent: what is said, not how
+    units = " ".join(phonemes(text, "en-us"))  # the same phones for every voice
     return _degrade(samples, g, which.snr), text, german, units, voice
 
 
@@ -124,13 +124,13 @@ def _trim(samples: np.ndarray, rate: int) -> np.ndarray:
     """Remove the silence around speech, except for a margin."""
     loud = np.flatnonzero(np.abs(samples) > 0.01 * np.abs(samples).max())
     if not len(loud):
-        raise SynthesisError("the synthesiser returned silence")
+        raise SynthesisError("the synthesizer returned silence")
     margin = round(_PADDING * rate)
     return samples[max(0, loud[0] - margin) : loud[-1] + margin]
 
 
 def _degrade(samples: np.ndarray, g: random.Random, snr: tuple[float, float]) -> np.ndarray:
-    """Add white or coloured noise, tilt the spectrum half of the time, and change the level."""
+    """Add white or coloured noise, tilt the spectrum of half of the utterances, and change the level."""
     from scipy.signal import lfilter
 
     noise = np.random.default_rng(g.getrandbits(64)).standard_normal(len(samples)).astype(np.float32)
@@ -200,13 +200,14 @@ def make_data(
     jobs: int = 1,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> dict[str, int]:
-    """Make audio and manifests: ``train``, ``dev``, ``test``, ``test-voice``, ``test-noise``, and, where a second
-    synthesiser is installed, ``test-engine``.
+    """Make audio and manifests: ``train``, ``dev``, ``test``, ``test-voice`` and ``test-noise``.
+
+    If a second synthesizer is installed, also make ``test-engine``.
 
     Args:
         folder: Folder to create, or to resume.
         task: Task of ``fastcompress.synthesis.texts``.
-        direction: ``"recognition"`` to write what is said, ``"translation"`` to write it in German.
+        direction: ``"recognition"``: the target is the text; ``"translation"``: the target is its German translation.
         train: Number of utterances to train on.
         dev: Number of utterances to validate on.
         test: Number of utterances of each test set.
@@ -218,8 +219,8 @@ def make_data(
         Number of utterances of each manifest.
 
     Raises:
-        ValueError: An argument is out of range, or the folder holds other data.
-        SynthesisError: There is no synthesiser.
+        ValueError: An argument is out of range, or the folder contains other data.
+        SynthesisError: No synthesizer is installed.
     """
     if task not in TASKS:
         raise ValueError(f"task must be one of {', '.join(TASKS)}, got {task!r}")
@@ -235,10 +236,10 @@ def make_data(
     if record.exists():
         known = json.loads(record.read_text(encoding="utf-8"))
         if any(known.get(name) != value for name, value in made_of.items()):
-            raise ValueError(f"{folder} holds other data, {known}: choose another folder")
+            raise ValueError(f"{folder} contains other data, {known}: choose another folder")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(record, json.dumps(made_of | {"version": __version__}))
-    phonemes("one")  # raises without a synthesiser, before any process starts
+    phonemes("one")  # raises if there is no synthesizer, before any process starts
     counts: dict[str, int] = {}
     hours: dict[str, float] = {}
     context = multiprocessing.get_context("spawn")

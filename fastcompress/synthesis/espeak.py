@@ -1,7 +1,7 @@
-"""Make speech and phones by espeak-ng; ``pip install 'fastcompress[synthesis]'`` installs library and voices.
+"""Make speech and phones with espeak-ng. ``pip install 'fastcompress[synthesis]'`` installs the library and voices.
 
-The library runs in a separate process (``espeak_server.py`` explains why), and calls from several threads wait for each
-other. The same arguments give the same samples.
+The library runs in a separate process (``espeak_server.py`` gives the reason), and calls from several threads wait for
+each other. The same arguments give the same samples.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _SEPARATOR = "_"
 
 
 class SynthesisError(RuntimeError):
-    """The synthesiser is missing or refused; the message is one line."""
+    """The synthesizer is missing or reported an error. The message is one line."""
 
 
 class _Client:
@@ -81,7 +81,7 @@ def synthesize(text: str, voice: str = "en-us", *, rate: int = 150, pitch: int =
         float32 ``[S]``, full scale at 1, and its sampling rate in Hz.
 
     Raises:
-        SynthesisError: The voice does not exist, there is nothing to say, or there is no synthesiser.
+        SynthesisError: The voice does not exist, the text has no speech, or no synthesizer is installed.
         ValueError: A number is out of range.
     """
     for name, value, low, high in (("rate", rate, 80, 450), ("pitch", pitch, 0, 100)):

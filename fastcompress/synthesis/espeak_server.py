@@ -1,8 +1,8 @@
 """Run espeak-ng in a separate process, which ``espeak.py`` starts as a script and which imports only the library.
 
 The library keeps state from one utterance to the next (phases, flutter, random numbers) that cannot be reset, so that
-the same words would never sound the same twice. Here a fork of a process that has only started the library handles each
-request, and a crash of the library is one failed request.
+the same words would give different samples each time. Here, a fork of a process that has only started the library
+handles each request, so a crash of the library is one failed request.
 
 A request is a line of JSON. An answer is its length (8 bytes, little-endian), a byte that is 1 if the request failed,
 and text or samples (int16 at the rate that the first answer gives).
@@ -41,7 +41,7 @@ def speak(library: ctypes.CDLL, text: str, voice: str, rate: float, pitch: float
             blocks.append(ctypes.string_at(samples, 2 * count))
         return 0
 
-    callback = Callback(receive)  # kept: C holds only the pointer
+    callback = Callback(receive)  # keeps a reference, because C keeps only the pointer
     library.espeak_SetSynthCallback(callback)
     set_voice(library, voice)
     for parameter, value in ((RATE, rate), (PITCH, pitch)):
@@ -59,7 +59,7 @@ def phonemes(library: ctypes.CDLL, text: str, voice: str, separator: str) -> byt
     data = ctypes.create_string_buffer(text.encode())
     position = ctypes.c_void_p(ctypes.addressof(data))
     parts = []
-    while position.value:  # a clause at a time
+    while position.value:  # one clause per call
         found = library.espeak_TextToPhonemes(ctypes.byref(position), UTF8, ord(separator) << 8)
         parts.append(found or b"")
     return b" ".join(parts)

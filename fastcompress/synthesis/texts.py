@@ -1,4 +1,4 @@
-"""Make the texts of the synthetic tasks: what is said, and what the model is to write.
+"""Make the texts of the synthetic tasks: the spoken text, and the text that the model must write.
 
 * ``digits``: strings of one to six digits, to be transcribed.
 * ``numbers``: one or two cardinal numbers from 0 to 9999, to be written in German. Order and word limits differ:
@@ -59,7 +59,7 @@ def _digits(g: random.Random) -> tuple[str, str]:
 
 
 def _numbers(g: random.Random) -> tuple[str, str]:
-    # The number of digits is drawn first, or hardly any number would be short.
+    # The number of digits is drawn first; otherwise few numbers would be short.
     found = []
     for _ in range(g.randint(1, 2)):
         size = g.randint(1, 4)

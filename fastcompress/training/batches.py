@@ -1,7 +1,7 @@
 """The examples of each training batch.
 
 The plan is a function of the seed, the step and the process alone. A run can resume at any step without saved state,
-and sees the batches that an uninterrupted run would have seen.
+with the batches of an uninterrupted run.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import random
 from collections.abc import Sequence
 from functools import lru_cache
 
-#: Batches per bucket. A bucket of shuffled examples is sorted by length and cut into batches: little padding, still
-#: random.
+#: Batches per bucket. A bucket of shuffled examples is sorted by length and divided into batches, which have little
+#: padding and are still random.
 BATCHES_PER_BUCKET = 16
 
 
@@ -21,7 +21,7 @@ class BatchPlan:
     Args:
         lengths: Lengths of the examples, in any unit.
         batch_size: Examples per process and step.
-        num_processes: Number of processes. Each sees different examples.
+        num_processes: Number of processes. Each gets different examples.
         seed: Seed of the order.
     """
 
@@ -39,7 +39,7 @@ class BatchPlan:
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps per epoch. Examples that do not fill a last step wait for another epoch."""
+        """Steps per epoch. Examples that do not fill a last step are left for another epoch."""
         return max(1, len(self.lengths) // (self.batch_size * self.num_processes))
 
     def batch(self, step: int, process: int = 0) -> list[int]:

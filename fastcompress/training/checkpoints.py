@@ -24,7 +24,7 @@ _WEIGHTS, _OPTIMIZER, _STATE = "weights.safetensors", "optimizer.pt", "state.jso
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be written, or does not fit the model. The message is one line."""
+    """A checkpoint cannot be written, or does not match the model. The message is one line."""
 
 
 def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, keep: int) -> Path:
@@ -47,7 +47,7 @@ def save(folder: Path, step: int, weights: dict[str, Tensor], optimizer: torch.o
         whole = found(folder)
         kept = f"the last whole checkpoint is {whole[-1]}" if whole else "there is no earlier checkpoint"
         raise CheckpointError(f"{target}: cannot be written ({one_line(error)}); {kept}") from error
-    for old in found(folder)[:-keep]:  # rename first: a kill must not leave a part under its name
+    for old in found(folder)[:-keep]:  # renamed first, so that a kill leaves no incomplete checkpoint with this name
         gone = old.with_name(f"{UNFINISHED}{old.name}")
         os.rename(old, gone)
         shutil.rmtree(gone, ignore_errors=True)

@@ -44,7 +44,7 @@ class Result:
         encode_ms: Median time of the encoder on one utterance; about 0 for ``EncodedExamples``.
         written_per_second: Generated tokens per second, in batches.
         peak_bytes: Peak memory: allocated by decoding on a GPU, of the whole process so far on the CPU.
-        skipped: Utterances with damaged audio, which count in no other number.
+        skipped: Utterances with damaged audio, which no other number includes.
         clipped: Texts that were cut at the limit of new tokens.
     """
 

@@ -1,4 +1,4 @@
-"""Examples: features, token ids and labels of utterances. An example can be text alone."""
+"""Examples: features, token ids and labels of utterances. An example may have only text."""
 
 from __future__ import annotations
 
@@ -86,9 +86,9 @@ class Examples:
     Args:
         utterances: Utterances of a manifest.
         processor: A ``FastCompressProcessor``.
-        cache: Keep features in memory, in half precision.
+        cache: Whether to keep features in memory, in half precision.
         phones: Units of the auxiliary CTC loss. ``None``: no such loss.
-        report: Is told of each utterance whose audio is damaged.
+        report: Function called with each utterance whose audio is damaged.
 
     Attributes:
         skipped: Reasons why utterances could not be decoded, by their indices.
@@ -193,7 +193,7 @@ class Examples:
             indices: Examples.
             augmentation: Augmentation of their features. ``None``: none.
             seed: Seed of the augmentation, together with the place in the batch.
-            targets: Add answers and labels, for training.
+            targets: Whether to add answers and labels, for training.
         """
         rows, labels, features, ctc_labels = [], [], [], []
         for place, index in enumerate(self.usable(i) for i in indices):

@@ -1,6 +1,6 @@
 """LoRA on a stock audio LLM with compressed audio, as in the paper on Qwen2-Audio.
 
-``transformers.Trainer`` trains. This module makes its conversations and the adapter, and computes the scores.
+``transformers.Trainer`` trains. This module makes the conversations and the adapter, and computes the scores.
 """
 
 from __future__ import annotations
@@ -36,16 +36,16 @@ from fastcompress.training.settings import FinetuneSettings, SettingsError
 from fastcompress.training.usable import SKIPPED, Skipped, load_utterance, print_line
 from fastcompress.version import __version__
 
-#: In the folder of a run: the adapter with its processor, and versions, losses and scores.
+#: Names in the folder of a run: the adapter with its processor; and versions, losses and scores.
 ADAPTER, RESULTS = "adapter", "finetune.json"
 
 
 class FinetuningError(ValueError):
-    """A run that cannot start or resume. The message is one line."""
+    """A run cannot start or resume. The message is one line."""
 
 
 class Conversations:
-    """Collator of batches: an instruction with an audio, and its answer.
+    """Collator of batches. Each example is an instruction with an audio, and its answer.
 
     Args:
         processor: Processor of the model. Its chat template is used, or, without one, the audio token and the prompt.
@@ -65,7 +65,7 @@ class Conversations:
         Raises:
             AudioError: The audio of an utterance cannot be used.
         """
-        # Utterances with and without audio go apart: some processors need an audio for each text.
+        # Utterances with and without audio are processed separately: some processors need an audio for each text.
         groups = [[i for i, u in enumerate(utterances) if u.has_audio is has_audio] for has_audio in (True, False)]
         rows: list[Tensor] = [torch.empty(0)] * len(utterances)
         found: dict[str, Tensor] = {}
@@ -183,21 +183,21 @@ def finetune(settings: FinetuneSettings, resume: bool = False, say: Callable[[st
     """Adapt a model, and write ``run.yaml``, ``adapter/`` and ``finetune.json`` to the run's folder.
 
     Args:
-        settings: Of the run.
-        resume: Continue after the last whole checkpoint of the folder.
-        say: Called with each line for people.
+        settings: Settings of the run.
+        resume: Whether to continue after the last complete checkpoint of the folder.
+        say: Function called with each line to print.
 
     Returns:
         The content of ``finetune.json``: versions, losses, and scores of ``dev``.
 
     Raises:
         SettingsError: ``resume`` with other settings than the run started with.
-        FinetuningError: The folder holds a run already, or a model or manifest cannot be used.
+        FinetuningError: The folder already contains a run, or a model or manifest cannot be used.
         NotImplementedError: The model cannot be compressed in this way.
     """
     out = Path(settings.output_dir)
     if any(out.glob("checkpoint-*")) and not resume:
-        raise FinetuningError(f"{out}: holds a run already; resume it, or choose another folder")
+        raise FinetuningError(f"{out}: already contains a run; resume it, or choose another folder")
     if resume and (out / RECORD).is_file():
         check_record(settings, out)
     normalizer(settings.normalize)  # fail now if its package is missing
@@ -288,7 +288,7 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _read(path: str, settings: FinetuneSettings, skipped: Skipped, training: bool = False) -> list[Utterance]:
-    """Return the utterances of a manifest that can be decoded: now, not after an hour of training."""
+    """Return the utterances of a manifest that can be decoded, so that errors are found before training."""
     return skipped.decode(path, skipped.read(path, settings.max_seconds, training), 16000)
 
 

@@ -38,7 +38,7 @@ class Logs:
             self._board = SummaryWriter(str(folder / "events"), purge_step=step + 1)
 
     def write(self, step: int, row: dict[str, float]) -> None:
-        """Write a line of what was measured up to a step."""
+        """Write a line with the measurements up to a step."""
         values = {"step": step, **row}
         self._writer.writerow([_text(values.get(column)) for column in COLUMNS])
         if self._board is not None:

@@ -1,10 +1,10 @@
 """Manifests: one utterance per line, as JSON, or a JSON array of them.
 
-An utterance has ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds and ``text``, the words
-that are said. Optional are ``target`` (the answer, if it is not the text, such as a translation), ``prompt``,
+An utterance has ``audio_filepath`` (relative to the manifest's folder), ``duration`` in seconds and ``text``, the
+spoken words. Optional keys are ``target`` (the answer, if it is not the text, such as a translation), ``prompt``,
 ``phones`` (units of an auxiliary loss) and ``offset`` (seconds into the file, where ``duration`` starts). Other keys
 are kept. Other common names of the audio and the text are read, too (``AUDIO_KEYS``, ``TEXT_KEYS``). An utterance
-without audio is text alone: a prompt and a target.
+without audio has only text: a prompt and a target.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ AUDIO_KEYS = (
     "audio_filepath", "audio", "audio_file", "audio_filename", "audio_path", "audios", "file", "file_name", "file_path",
     "filename", "filepath", "path", "sound", "wav", "wav_file", "wav_filename", "wav_path",
 )  # fmt: skip
-#: Names of the words that are said: ours, and those of Common Voice and others.
+#: Names of the spoken words: ours, and those of Common Voice and others.
 TEXT_KEYS = ("text", "sentence", "transcript", "transcription")
 
 _AUDIO_SUFFIXES = (".aac", ".aif", ".aiff", ".flac", ".m4a", ".mp3", ".mp4", ".oga", ".ogg", ".opus", ".wav", ".webm")
@@ -38,7 +38,7 @@ _BYTE_ORDER_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-
 
 
 class ManifestError(ValueError):
-    """A manifest that cannot be used. The message is one line, ``file:line: reason``."""
+    """A manifest cannot be used. The message is one line, ``file:line: reason``."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ class Utterance:
     """An utterance of a manifest.
 
     Attributes:
-        audio_filepath: Path of the audio. ``None``: text alone, or ``samples`` or ``encoded``.
-        text: Words that are said.
+        audio_filepath: Path of the audio. ``None``: there is only text, or ``samples`` or ``encoded``.
+        text: Spoken words.
         target: Text that the model learns to write.
         duration: Seconds. ``None``: unknown.
         offset: Start in the file, in seconds. ``None``: unknown, and a duration of about the file's does not cut it.
@@ -56,7 +56,7 @@ class Utterance:
         samples: Samples and their sampling rate in Hz, in place of a file.
         encoded: Content of an audio file, in place of a file.
         more: Other keys.
-        source: Where the utterance comes from, for messages, such as ``m.jsonl:3``.
+        source: Source of the utterance for messages, such as ``m.jsonl:3``.
     """
 
     audio_filepath: Path | None
@@ -73,7 +73,7 @@ class Utterance:
 
     @property
     def has_audio(self) -> bool:
-        """True if there is audio beside the text."""
+        """Whether there is audio in addition to the text."""
         return self.audio_filepath is not None or self.samples is not None or self.encoded is not None
 
     @property
@@ -121,7 +121,7 @@ def read_manifest(path: str | Path) -> list[Utterance]:
 
 
 def _items(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """Yield the items of an array, or of lines, and where they are."""
+    """Yield the items of an array, or of lines, and their places in the file."""
     if text.lstrip()[:1] == "[":
         for number, item in enumerate(_json(text, str(path)), start=1):
             yield f"{path}: item {number}", item
@@ -146,7 +146,7 @@ def _json(text: str, source: str) -> Any:
             json.dumps(values, ensure_ascii=False).encode("utf-8")
         except UnicodeEncodeError as error:
             wrong = error.object[error.start : error.end]
-            raise ManifestError(f"{source}: holds {wrong!r}, which is not a character") from error
+            raise ManifestError(f"{source}: contains {wrong!r}, which is not a character") from error
     return values
 
 
@@ -185,7 +185,7 @@ def _parse(item: Any, folder: Path, source: str) -> Utterance:
 
 
 def _rename(values: dict[str, Any], keys: Sequence[str]) -> None:
-    """Give a value that has a name of ``keys`` the first of them."""
+    """Rename a value with one of the names ``keys`` to the first of them."""
     found = [key for key in keys if key in values]
     for key in found[1:]:
         if values[key] != values[found[0]]:
@@ -211,7 +211,7 @@ def _refuse_audio_under_other_keys(more: Mapping[str, Any]) -> None:
 
 
 def _others(values: Mapping[str, Any]) -> str:
-    """Return the keys that are there, and the most similar one, for messages."""
+    """Return the existing keys, and the most similar one, for messages."""
     if not values:
         return ""
     near = [(key, name) for name in ("text", "target") for key in difflib.get_close_matches(name, values, n=1)]
@@ -233,13 +233,13 @@ def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
     """Write a manifest, whole or not at all. Paths below its folder become relative, others absolute.
 
     Raises:
-        ManifestError: An utterance has samples or the content of a file, which a manifest cannot hold.
+        ManifestError: An utterance has samples or the content of a file, which a manifest cannot store.
     """
     folder = path.parent.absolute()  # not abspath, which follows .. past links
     lines = []
     for u in utterances:
         if u.samples is not None or u.encoded is not None:
-            raise ManifestError(f"{path}: {u.name} has samples, which a manifest cannot hold; set `audio_filepath`")
+            raise ManifestError(f"{path}: {u.name} has samples, which a manifest cannot store; set `audio_filepath`")
         values: dict[str, Any] = {}
         if u.audio_filepath is not None:
             audio = u.audio_filepath.absolute()

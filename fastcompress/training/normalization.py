@@ -1,7 +1,7 @@
 """Normalization of texts before error rates are computed: case, punctuation, numbers, spelling.
 
-The functions are those of transformers. Whisper's needs a map of English spellings, which transformers does not hold:
-it comes with the package ``whisper-normalizer`` (``pip install 'fastcompress[normalize]'``).
+The functions are those of transformers. Whisper's needs a map of English spellings, which transformers does not have;
+it is in the package ``whisper-normalizer`` (``pip install 'fastcompress[normalize]'``).
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import json
 from collections.abc import Callable
 from importlib.resources import files
 
-#: ``none``: texts as they are. ``basic``: lower case, without punctuation and symbols, for any language. ``whisper``:
-#: English as Whisper's scores have it; also numbers, contractions, and one spelling for British and American English.
+#: ``none``: unchanged texts. ``basic``: lower case, without punctuation and symbols, for any language. ``whisper``:
+#: English as in Whisper's scores; also numbers, contractions, and one spelling for British and American English.
 NORMALIZERS = ("none", "basic", "whisper")
 
 

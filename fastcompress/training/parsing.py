@@ -30,7 +30,7 @@ S = TypeVar("S", bound=Settings)
 
 
 class _HelpFormatter(argparse.HelpFormatter):
-    """The usual one, but it keeps names of flags in one piece."""
+    """The default formatter, except that it does not break names of flags."""
 
     def _split_lines(self, text: str, width: int) -> list[str]:
         return textwrap.wrap(text, width, break_on_hyphens=False)
@@ -81,7 +81,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
         """Parse a command line.
 
         Returns:
-            The settings that were given, and what the other options have.
+            The settings that were given, and the values of the other options.
 
         Raises:
             SettingsError: A flag is unknown or has a value of another type.
@@ -90,7 +90,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
             parsed = vars(self.parse_args(arguments, defaults=False))
         except ArithmeticError as error:  # of an integer that no float can hold
             raise SettingsError(reason(error)) from error
-        # jsonargparse puts a zero-width space before names that its Namespace has as methods, such as `keys`.
+        # jsonargparse puts a zero-width space before names of methods of its Namespace, such as `keys`.
         given = {name.removeprefix("\u200b"): value for name, value in parsed.items()}
         settings = {name: value for name, value in given.items() if name in type_hints(self.settings)}
         others = {
@@ -171,7 +171,7 @@ def read_values(settings: type[Settings], path: Path) -> dict[str, Any]:
 
 
 def read_settings(settings: type[S], path: Path, **more: Any) -> S:
-    """Read a YAML file that, together with ``more``, holds all required settings.
+    """Read a YAML file that, together with ``more``, has all required settings.
 
     Raises:
         SettingsError: As ``read_values`` and ``build``.
@@ -189,7 +189,7 @@ def write_record(settings: Settings, folder: Path) -> None:
 
 
 def read_record(settings: type[S], folder: Path) -> S:
-    """Read the settings of the run in a folder, which may have been moved.
+    """Read the settings of the run in a folder, which may have been moved since.
 
     Raises:
         SettingsError: There is no run, or its record cannot be used.
@@ -215,7 +215,7 @@ def check_record(settings: Settings, folder: Path) -> None:
 
 
 def _help_texts(settings: type[Settings]) -> dict[str, str]:
-    """Return the docstrings' texts by name; that of a subclass wins."""
+    """Return the texts in the docstrings by name; a subclass overrides its bases."""
     found: dict[str, str] = {}
     for c in settings.__mro__:
         for entry in docstring_parser.parse(getdoc(c) or "").params if c is not object else ():
@@ -247,7 +247,7 @@ def _wrong_type(settings: type[Settings], name: str, value: Any) -> str:
 
 
 def _repr(value: Any, most: int = 80) -> str:
-    """Return what a value looks like, shortened."""
+    """Return the repr of a value, shortened."""
     try:
         text = repr(value)
     except (RecursionError, ValueError):  # nested too deeply, or a number of too many digits

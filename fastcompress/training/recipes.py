@@ -60,7 +60,7 @@ def build_small(
     """Build a model with random weights, and its processor, for the utterances of a training manifest.
 
     Args:
-        utterances: Utterances whose targets give the vocabulary, and whose phones, if any, the units of a CTC loss.
+        utterances: Utterances. Their targets determine the vocabulary, and their phones the units of a CTC loss.
         rule: Compression rule.
         seed: Seed of the weights.
     """

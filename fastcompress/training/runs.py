@@ -1,4 +1,4 @@
-"""A training run of the reference model: a folder with everything that is needed to repeat it, and its results.
+"""Training runs of the reference model. A run is a folder with its results and everything that is needed to repeat it.
 
 The folder has ``run.yaml`` (settings), ``environment.json`` (versions, machine, hashes of the manifests),
 ``skipped.txt``, ``log.csv``, ``checkpoints/`` and ``final/``, which ``load_model`` loads.
@@ -40,10 +40,10 @@ def build_model(
     """Make the model to train and its processor.
 
     Returns:
-        The model, the processor, and the names of what the adapter is loaded onto by ``load_model``.
+        The model, the processor, and the names of the models onto which ``load_model`` loads the adapter.
 
     Raises:
-        SettingsError: The settings do not go together.
+        SettingsError: The settings exclude each other.
     """
     from fastcompress.training.recipes import build_small
 
@@ -78,16 +78,16 @@ def build_model(
 
 
 class Run:
-    """A run in ``settings.output_dir``: start or resume it, and ``train``.
+    """A new or resumed run in ``settings.output_dir``.
 
     Args:
-        settings: Of the run.
-        resume: Continue after the last checkpoint.
-        say: Called with each line for people.
+        settings: Settings of the run.
+        resume: Whether to continue after the last checkpoint.
+        say: Function called with each line to print.
 
     Raises:
-        SettingsError: Settings do not go together; or ``resume`` with other settings than the run started with.
-        RunError: The folder holds a run already, and ``resume`` is not set; or a manifest has changed since.
+        SettingsError: Settings exclude each other; or ``resume`` with other settings than the run started with.
+        RunError: The folder already contains a run, and ``resume`` is not set; or a manifest has changed since.
     """
 
     def __init__(self, settings: TrainSettings, resume: bool = False, say: Callable[[str], None] = print) -> None:
@@ -98,7 +98,7 @@ class Run:
             check_record(settings, folder)
             _check_manifests(folder, settings)
         elif (folder / RECORD).exists():
-            raise RunError(f"{folder}: holds a run already; resume it, or choose another folder")
+            raise RunError(f"{folder}: already contains a run; resume it, or choose another folder")
         try:
             check_folder(folder)  # before hours of reading and loading
         except OSError as error:
@@ -193,14 +193,14 @@ class Run:
 
 
 def _check_manifests(folder: Path, settings: TrainSettings) -> None:
-    """Check that the manifests are those that the run started with; others would change the order of examples.
+    """Check that the manifests have not changed since the run started, which would change the order of examples.
 
     Raises:
         RunError: One has changed.
     """
     try:
         known = json.loads((folder / "environment.json").read_text(encoding="utf-8"))["sha256"]
-    except (OSError, ValueError, KeyError, TypeError):  # no record to compare with
+    except (OSError, ValueError, KeyError, TypeError):  # there is no record to compare with
         return
     for path in filter(None, (settings.data, settings.dev)):
         if Path(path).is_file() and known.get(path, found := _digest(path)) != found:

@@ -1,8 +1,8 @@
 """Settings of ``fastcompress train`` and ``fastcompress finetune``, declared once.
 
 Each class is a group of ``--help``. Its annotations are the types, its defaults the defaults, and its docstring the
-help texts of flags and YAML keys (``fastcompress.training.parsing``). What ``transformers.TrainingArguments`` has a
-name for has that name. This module imports neither transformers nor accelerate, so that ``--help`` is quick.
+help texts of flags and YAML keys (``fastcompress.training.parsing``). A setting that ``transformers.TrainingArguments``
+also has is named as it is there. This module imports neither transformers nor accelerate, so that ``--help`` is quick.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import Rule
 
 #: Texts, and what ``--help`` shows for their values.
@@ -21,7 +22,7 @@ RuleText = Annotated[str, "RULE"]
 
 
 class SettingsError(ValueError):
-    """A setting that cannot be used. The message is one line, with the names of settings in backticks."""
+    """A setting cannot be used. The message is one line, with the names of settings in backticks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +86,7 @@ def type_hints(cls: type[Settings]) -> dict[str, Any]:
 
 @dataclass(frozen=True, kw_only=True)
 class DataSettings(Settings):
-    """What a run reads and writes.
+    """Input and output of a run.
 
     Attributes:
         output_dir: Folder of the run.
@@ -111,7 +112,7 @@ class DataSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CompressionSettings(Settings):
-    """How audio frames become tokens.
+    """Compression of audio frames into tokens.
 
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame.
@@ -149,11 +150,13 @@ class LoraSettings(Settings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(0, "lora_rank", "lora_dropout")
+        if not self.lora_dropout < 1:
+            raise SettingsError(f"`lora_dropout` must be less than 1, got {self.lora_dropout}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizationSettings(Settings):
-    """How weights are updated.
+    """Updates of the weights.
 
     Attributes:
         max_steps: Updates of the weights.
@@ -197,7 +200,7 @@ class OptimizationSettings(Settings):
 
 @dataclass(frozen=True, kw_only=True)
 class CheckpointSettings(Settings):
-    """What a run leaves while it trains.
+    """Checkpoints and log of a run.
 
     Attributes:
         save_steps: Updates between checkpoints.
@@ -236,7 +239,7 @@ class TrainDataSettings(DataSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainModelSettings(Settings):
-    """Where the reference model comes from. By default a small model with random weights is made for the data.
+    """Source of the reference model. By default a small model with random weights is made for the data.
 
     Attributes:
         model: Folder of a model or run to start from.
@@ -267,10 +270,10 @@ class TrainCompressionSettings(CompressionSettings):
 
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
-        reduce: What a segment becomes: mean, first, max, ...; by default the model's.
-        keys: What distances are taken between: frames or ctc; by default the model's.
-        boundary_ratio: Frames per token that learned boundaries aim at, in place of a rule.
-        boundary_kind: How boundaries are learned.
+        reduce: Reduction of a segment: mean, first, max, ...; by default the model's.
+        keys: Vectors whose distances the rule uses: frames or ctc; by default the model's.
+        boundary_ratio: Target of learned boundaries in frames per token; replaces the rule.
+        boundary_kind: Kind of learned boundaries.
     """
 
     reduce: str | None = None
@@ -280,6 +283,10 @@ class TrainCompressionSettings(CompressionSettings):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        for name, known in (("reduce", get_args(Reduce)), ("keys", ("frames", "ctc"))):
+            value = getattr(self, name)
+            if value not in (None, *known):
+                raise SettingsError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
         if self.boundary_ratio is None:
             return
         if not self.boundary_ratio > 1:
@@ -336,7 +343,7 @@ class TrainCheckpointSettings(CheckpointSettings):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_least(0, "eval_steps")
-        for name in ("save_steps", "eval_steps"):  # or a resumed run would log other means
+        for name in ("save_steps", "eval_steps"):  # otherwise a resumed run would log other means
             if getattr(self, name) % self.logging_steps:
                 raise SettingsError(
                     f"`{name}` must be a multiple of `logging_steps` ({self.logging_steps}), got {getattr(self, name)}"
@@ -345,7 +352,7 @@ class TrainCheckpointSettings(CheckpointSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainerSettings(TrainOptimizationSettings, TrainCheckpointSettings):
-    """Settings of ``fastcompress.training.trainer.Training``, which is given model and examples."""
+    """Settings of ``fastcompress.training.trainer.Training``, which gets the model and the examples as arguments."""
 
     def rate(self, step: int) -> float:
         """Return the learning rate of a step, counted from 0, as a share of the highest."""

@@ -28,7 +28,7 @@ from fastcompress.training.settings import TrainerSettings
 
 
 class TrainingStopped(RuntimeError):
-    """Training that cannot continue. The message has the reason and the last good checkpoint."""
+    """Training cannot continue. The message has the reason and the last good checkpoint."""
 
 
 Progress = Callable[[int, dict[str, float]], None]
@@ -36,7 +36,7 @@ Progress = Callable[[int, dict[str, float]], None]
 
 
 class Training:
-    """Trains a model, and writes ``checkpoints/``, ``log.csv`` and TensorBoard events.
+    """Train a model, and write ``checkpoints/``, ``log.csv`` and TensorBoard events.
 
     Args:
         model: A ``FastCompressForConditionalGeneration``, with or without LoRA. Parameters that require gradients are
@@ -151,7 +151,7 @@ class Training:
         self.accelerator.wait_for_everyone()
 
     def update(self) -> dict[str, float]:
-        """Run one step of the optimizer and return what was measured in it.
+        """Run one step of the optimizer and return its measurements.
 
         Raises:
             TrainingStopped: As ``run``.
@@ -167,7 +167,7 @@ class Training:
             indices = self.plan.batch(where, process)
             batch = self.examples.batch(indices, augmentation, f"{settings.seed}, {where}, {process}")
             batches.append({name: tensor.to(accelerator.device) for name, tensor in batch.items()})
-        # Counts over all processes and parts: each label and each audio weighs the same wherever it is.
+        # Counts are over all processes and batches of the step, so that each label and each audio has the same weight.
         counts = torch.tensor(
             [
                 sum(int((b["labels"] != IGNORED_LABEL).sum()) for b in batches),
@@ -189,7 +189,7 @@ class Training:
                 if out.ctc_loss is not None:
                     ctc = out.ctc_loss * (len(batch["ctc_labels"]) / max(1, audios))
                     loss = loss + unwrap(self._unwrapped).config.ctc_weight * ctc
-                if out.compressor_loss is not None:  # a mean over frames, so over processes and parts, too
+                if out.compressor_loss is not None:  # a mean over frames, and therefore over processes and batches
                     parts_of_all = accelerator.num_processes * settings.gradient_accumulation_steps
                     loss = loss + unwrap(self._unwrapped).compressor_weight * out.compressor_loss / parts_of_all
                 # Gradients are averaged over processes; the loss needs their sum.

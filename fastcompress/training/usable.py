@@ -1,7 +1,7 @@
-"""Which utterances of a manifest can be used, and the audio of one.
+"""Find the usable utterances of a manifest, and load the audio of an utterance.
 
-All commands that read manifests or audio share ``Skipped``: what cannot be used is counted, and listed on stderr and in
-``skipped.txt``.
+All commands that read manifests or audio share ``Skipped``, which counts the other utterances, and lists them on stderr
+and in ``skipped.txt``.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fastcompress.audio import AudioError, audio_seconds, float_samples, load_au
 from fastcompress.files import reason, write_file
 from fastcompress.training.manifest import ManifestError, Utterance, read_manifest, warnings_of
 
-#: In the folder of a run: a line for each utterance that was skipped.
+#: File in the folder of a run, with a line for each skipped utterance.
 SKIPPED = "skipped.txt"
 #: Shortest audio in seconds that gives an encoder a frame.
 SHORTEST = 0.025
@@ -32,9 +32,9 @@ def check_audio(
 ) -> tuple[list[Utterance], list[tuple[Utterance, str]]]:
     """Split utterances into those with usable audio, with their durations, and the others, with the reason.
 
-    Only headers are read: damage inside a file shows when it is decoded.
+    Only headers are read. Damage inside a file is found when the file is decoded.
     """
-    lengths: dict[Path, float] = {}  # many segments may lie in one long recording
+    lengths: dict[Path, float] = {}  # one long recording may have many segments
     good: list[Utterance] = []
     skipped: list[tuple[Utterance, str]] = []
     for u in utterances:
@@ -72,10 +72,10 @@ def _seconds(u: Utterance, lengths: dict[Path, float]) -> float | None:
 
 
 def _check_length(u: Utterance, length: float, tolerance: float) -> None:
-    """Check that an utterance lies in its audio, which is ``length`` seconds long.
+    """Check that an utterance is inside its audio, which is ``length`` seconds long.
 
     Raises:
-        AudioError: It does not.
+        AudioError: The utterance starts or ends after the audio.
     """
     offset = u.offset or 0.0
     if offset and offset >= length:
@@ -89,11 +89,11 @@ def _check_length(u: Utterance, length: float, tolerance: float) -> None:
 
 
 def load_utterance(utterance: Utterance, sample_rate: int) -> np.ndarray:
-    """Load the samples from ``offset`` to ``offset + duration``, float32 ``[S]``. No others are decoded.
+    """Load the samples from ``offset`` to ``offset + duration``, float32 ``[S]``. No other samples are decoded.
 
     Raises:
-        AudioError: The audio cannot be used, is shorter than a frame or than the manifest says, or the segment ends
-            after it.
+        AudioError: The audio cannot be used, is shorter than a frame or than the duration in the manifest, or the
+            segment ends after it.
     """
     u = utterance
     offset = u.offset or 0.0
@@ -154,10 +154,10 @@ class Skipped:
 
     Args:
         file: The file, ``skipped.txt`` of a run. It is first written by ``write``. ``None``: no file.
-        report: Called with lines for people; by default they are printed on stderr. ``None``: no lines, as in all
-            processes but the first.
+        report: Function called with each line to print; by default lines are printed on stderr. ``None``: no lines, as
+            in all processes except the first.
         label: Beginning of the line of an utterance that could not be decoded.
-        listed: Utterances that get a line of their own, in each manifest, and of those that could not be decoded.
+        listed: Maximum number of utterances that are listed per manifest, and of those that could not be decoded.
 
     Attributes:
         lines: A line for each utterance, without duplicates.
@@ -187,7 +187,7 @@ class Skipped:
         Args:
             path: The manifest.
             max_seconds: Longest audio.
-            training: True to skip utterances with an empty target, which are scored otherwise.
+            training: Whether to skip utterances with an empty target; evaluation scores them.
 
         Raises:
             ManifestError: As ``read_manifest``; or no utterance is usable.
@@ -233,7 +233,7 @@ class Skipped:
         self._damaged += self._keep(lines)
 
     def write(self) -> None:
-        """Write the file, and add to it from now on. Lines of an earlier part of a resumed run stay."""
+        """Write the file, and append to it from now on. Lines of an earlier part of a resumed run are kept."""
         assert self._file is not None, "there is no file to write"
         known = self._file.read_text(encoding="utf-8").splitlines() if self._file.is_file() else []
         write_file(self._file, "".join(f"{line}\n" for line in dict.fromkeys([*known, *self.lines])))
@@ -272,4 +272,4 @@ class Skipped:
 
 def _line(u: Utterance, why: str) -> str:
     text = ": ".join(filter(None, (u.source if u.source != u.name else "", u.name, why)))
-    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files need not be text
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")  # names of files may be invalid UTF-8

@@ -297,9 +297,9 @@ def look_back(STATE, tile, count, WORDS: tl.constexpr):
     """Publish the number of segments of a tile and return the number of segments before it. All scalars are int64.
 
     This is the decoupled look-back of Merrill and Garland ("Single-pass parallel prefix scan with decoupled look-back",
-    2016). A word holds both a number and its kind, and tiles exchange nothing else, so relaxed atomics are sufficient;
-    an acquire would invalidate the L1 cache, from which the rows are about to be read again. Atomics are used instead
-    of volatile loads because all threads then get the same result, even if several threads hold copies of a value.
+    2016). A word contains both a number and its kind, and tiles exchange nothing else, so relaxed atomics are
+    sufficient; an acquire would invalidate the L1 cache, from which the rows are about to be read again. Atomics are
+    used instead of volatile loads so that all threads get the same result, even if several have copies of a value.
     """
     before = count * 0
     if tile > 0:

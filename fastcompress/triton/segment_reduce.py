@@ -258,7 +258,7 @@ def segment_max_bwd_kernel(
     filled = (length > 0)[:, None] & inside
     grad = tl.load(GRAD + (m * grad_stride)[:, None] + column[None, :], mask=filled, other=0)  # [SEGMENTS, COLUMNS]
     best = tl.load(Y + (m * y_stride)[:, None] + column[None, :], mask=filled, other=0).to(ACC)
-    wanted = filled  # [SEGMENTS, COLUMNS], where no frame has held the maximum yet
+    wanted = filled  # [SEGMENTS, COLUMNS], true until a frame with the maximum is found
     for p in range(0, tl.max(length, 0)):
         row = start + p
         here = wanted & (p < length)[:, None]

@@ -8,7 +8,7 @@ Each program processes one tile of rows:
 4. It computes the means of the segments that start in the tile, and reads further rows if the last one continues after
    the tile.
 
-The same kernel collects boundaries that are known already (``RULE`` "flags"), with or without means.
+The same kernel collects given boundaries (``RULE`` "flags"), with or without means.
 
 Memory traffic: for the distances, x is read once from memory, and ROWS / owned rows times from the L2 cache. For the
 means it is read once more, from cache. The means are written once. Arithmetic per element: two products and two sums
@@ -61,7 +61,7 @@ class Window:
         halo: First row whose boundary the tile can compute.
         judged: End of the rows whose boundaries the tile can compute.
         owned: Number of rows, from ``halo`` on, that belong to the tile. The judged rows after them belong to the next
-            tile; they are there because most segments of this tile end in them.
+            tile; the window includes them because most segments of this tile end in them.
     """
 
     rows: int
@@ -113,7 +113,7 @@ class Scoring:
     """A fused rule and its inputs.
 
     Attributes:
-        rule: Name of the rule, or ``"flags"`` for boundaries that are known.
+        rule: Name of the rule, or ``"flags"`` for given boundaries.
         keys: Rows ``[N, K]`` to compute distances from, or flags ``[N]`` uint8.
         row_group: Row groups, ``[N]`` int32, or ``None``.
         size: Size of ``Uniform`` or order of ``LocalMax``.
@@ -327,7 +327,7 @@ def segment_pool_fwd_kernel(
         rank = tl.cumsum(starts.to(tl.int32), 0) - 1  # [ROWS]
         for c in range(0, count, SEGMENTS):
             lane = c + tl.arange(0, SEGMENTS)  # [SEGMENTS]
-            # `bound` always holds; the comparison keeps stores inside the buffers even if it did not.
+            # There are never more than `bound` segments; the comparison keeps stores inside the buffers in any case.
             used = (lane < count) & (before + lane < bound)
             picked = starts[None, :] & (rank[None, :] == lane[:, None])  # [SEGMENTS, ROWS]
             at = tl.max(tl.where(picked, w[None, :], -1), 1)  # [SEGMENTS]

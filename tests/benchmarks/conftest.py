@@ -11,7 +11,7 @@ import torch
 from benchmarks.harness import cases
 from benchmarks.harness.bandwidth_bound import BandwidthBound, BoundUnavailable
 from benchmarks.harness.compare import Bench
-from benchmarks.measurement import Recorder
+from benchmarks.results import Recorder
 
 
 @pytest.fixture(autouse=True)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import json
 from pathlib import Path
@@ -14,23 +13,24 @@ import torch.nn.functional as F
 from benchmarks import __main__ as command
 from benchmarks.harness import clock, device, machine
 from benchmarks.harness.bandwidth_bound import KINDS, LINE, BandwidthBound
-from benchmarks.harness.cases import Case, Inputs, cu_seqlens, features
-from benchmarks.harness.clock import Disturbance, Samples, interleave
+from benchmarks.harness.cases import Batch, Case, cu_seqlens, features
+from benchmarks.harness.clock import CpuClock, Disturbance, Samples, interleave
 from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
-from benchmarks.measurement import BOTH, CLONE, FORWARD, OURS, Recorder, parse, read
+from benchmarks.results import BOTH, CLONE, FORWARD, OURS, Recorder, parse, read
 from benchmarks.suites import eager
-from benchmarks.suites.checks import Expected, check_average_pool, exact_starts
+from benchmarks.suites.checks import Expected, check_average_pool
 from benchmarks.suites.eager import Tokens
-from benchmarks.suites.segment_pool import CONTENDERS, job
+from benchmarks.suites.segment_pool import contenders, job
 from tests.support import ROOT
 
 SMALL = Case("S1", (40, 1, 2, 57), 64)
 #: Compiling takes a minute; `python -m benchmarks --quick` covers it.
+CONTENDERS = contenders()
 EAGER = [contender for contender in CONTENDERS if contender.group != "compile"]
 
 
-def run(bench: Bench, contenders: list[Contender], dtype: torch.dtype = torch.float32) -> list[dict]:
-    return compare(bench, job(bench, SMALL, dtype, 1, contenders, "segment_pool"))
+def run(bench: Bench, chosen: list[Contender], dtype: torch.dtype = torch.float32) -> list[dict]:
+    return compare(bench, job(bench, SMALL, dtype, 1, chosen))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -46,36 +46,36 @@ def test_every_contender_is_checked_and_timed(bench: Bench, dtype: torch.dtype):
     assert len(left) == len(EAGER) - len(installed)
 
 
-def _shifted(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _shifted(tokens: Tokens, x: torch.Tensor) -> Tokens:
     starts = tokens.starts.clone()
     starts[3] += 1
     return Tokens(tokens.values, starts)
 
 
-def _one_value_off(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _one_value_off(tokens: Tokens, x: torch.Tensor) -> Tokens:
     values = tokens.values.clone()
     values[2, 5] += 0.01 * values[2].abs().max().item()
     return Tokens(values, tokens.starts)
 
 
-def _nan(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _nan(tokens: Tokens, x: torch.Tensor) -> Tokens:
     return Tokens(tokens.values * float("nan"), tokens.starts)
 
 
-def _missing_token(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _missing_token(tokens: Tokens, x: torch.Tensor) -> Tokens:
     return Tokens(tokens.values[:-1], tokens.starts)
 
 
-def _other_dtype(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _other_dtype(tokens: Tokens, x: torch.Tensor) -> Tokens:
     return Tokens(tokens.values.double(), tokens.starts)
 
 
-def _gradient_of_first_frames(tokens: Tokens, inputs: Inputs) -> Tokens:
-    first = inputs.x[tokens.starts]
+def _gradient_of_first_frames(tokens: Tokens, x: torch.Tensor) -> Tokens:
+    first = x[tokens.starts]
     return Tokens(tokens.values.detach() + first - first.detach(), tokens.starts)
 
 
-def _raises(tokens: Tokens, inputs: Inputs) -> Tokens:
+def _raises(tokens: Tokens, x: torch.Tensor) -> Tokens:
     raise RuntimeError("no kernel")
 
 
@@ -84,66 +84,68 @@ BROKEN = (_shifted, _one_value_off, _nan, _missing_token, _other_dtype, _gradien
 
 @pytest.mark.parametrize("breakage", BROKEN, ids=lambda f: f.__name__)
 def test_a_wrong_contender_is_refused(bench: Bench, breakage):
-    right = eager.vectorised(eager.cosine_scores, eager.index_add)
-    broken = Contender("broken", "eager", lambda: lambda inputs: breakage(right(inputs), inputs))
-    rows = run(bench, [CONTENDERS[0], broken, Contender("right", "eager", lambda: right)])
+    right = eager.vectorised(eager.cosine, eager.index_add)
+    broken = Contender("broken", "eager", lambda x, batch: breakage(right(x, batch), x))
+    rows = run(bench, [CONTENDERS[0], broken, Contender("right", "eager", right)])
     assert {row["contender"] for row in rows} == {OURS, "right", CLONE}
     (refused,) = (row for row in bench.recorder.measurements if row["contender"] == "broken")
     assert refused["not_timed"].startswith("fails: RuntimeError: no kernel" if breakage is _raises else "wrong: ")
-    ours = Contender(OURS, OURS, broken.build)
+    ours = Contender(OURS, OURS, broken.form)
     with pytest.raises(WrongResult, match="segment_pool, S1: fastcompress: "):  # nothing to compare with
-        run(bench, [ours, Contender("right", "eager", lambda: right)])
+        run(bench, [ours, Contender("right", "eager", right)])
 
 
 def test_what_the_checks_refuse():
     def native(x: torch.Tensor) -> torch.Tensor:  # finds other segments, so its time is not comparable
         return (1 - F.cosine_similarity(x[:-1], x[1:], dim=-1)).float()
 
-    inputs = Inputs(features(1500, 256, torch.bfloat16), cu_seqlens((1500,)))
+    x, batch = features(1500, 256, torch.bfloat16), Batch(cu_seqlens((1500,)))
     with pytest.raises(WrongResult, match="boundaries differ"):
-        tokens = eager.vectorised(native, eager.embedding_bag)(inputs)
-        Expected(inputs, exact_starts(inputs)).check("native", tokens)
-    inputs = Inputs(features(9000, 64, torch.float32), cu_seqlens((9000,)))
-    starts = exact_starts(inputs)
-    few, many = torch.cat([starts[:10], starts[11:]]), torch.cat([starts[:10], starts[20:]])
-    expected = Expected(inputs, starts)
-    assert expected.check("few", Tokens(Expected(inputs, few).values.float(), few)) == 1
+        Expected(x, batch).check("native", eager.vectorised(native, eager.embedding_bag)(x, batch))
+    x, batch = features(9000, 64, torch.float32), Batch(cu_seqlens((9000,)))
+    expected = Expected(x, batch)
+    starts = expected.segments.starts
+    assert len(starts) > 2000 and torch.equal(starts, eager.vectorised(eager.cosine, eager.index_add)(x, batch).starts)
+
+    def means(starts: torch.Tensor) -> Tokens:
+        parts = x.split(torch.cat([starts, torch.tensor([9000])]).diff().tolist())
+        return Tokens(torch.stack([part.mean(0) for part in parts]), starts)
+
+    assert expected.check("few", means(torch.cat([starts[:10], starts[11:]]))) == 1
     with pytest.raises(WrongResult, match="many: 10 of"):
-        expected.check("many", Tokens(Expected(inputs, many).values.float(), many))
-    inputs = Inputs(features(24, 64, torch.float32).view(2, 12, 64), cu_seqlens((12, 12)), window=5)
-    tokens = eager.average_pool(inputs)
-    check_average_pool("right", inputs, tokens)
-    with pytest.raises(WrongResult, match="wrong: means are off"):
-        check_average_pool("wrong", inputs, Tokens(tokens.values * 1.01, None))
+        expected.check("many", means(torch.cat([starts[:10], starts[20:]])))
+    x, batch = features(24, 64, torch.float32).view(2, 12, 64), Batch(cu_seqlens((12, 12)), window=5)
+    tokens = eager.average_pool(x, batch)
+    check_average_pool("right", x, batch, tokens)
+    with pytest.raises(WrongResult, match="wrong: values are off"):
+        check_average_pool("wrong", x, batch, Tokens(tokens.values * 1.01, None))
 
 
 def test_functions_are_timed_in_turn():
     numbers: list[int] = []
     order: list[str] = []
     functions = {name: lambda i, name=name: (numbers.append(i), order.append(name)) for name in "abc"}
-    samples, disturbance = interleave(functions, reps=5, calls=2, tries=1)
+    samples, disturbance = interleave(functions, 5, CpuClock(calls=2, tries=1))
     assert numbers == list(range(len(numbers)))  # each buffer is used once before any is reused
     rounds = ["".join(dict.fromkeys(order[start : start + 6])) for start in range(3, len(order), 6)]
     assert all(sorted(one) == ["a", "b", "c"] for one in rounds) and len(set(rounds)) > 1
     assert {len(s.quiet) + len(s.disturbed) for s in samples.values()} == {5} and disturbance.samples == 15
-    cpu, gpu = torch.device("cpu"), []
-    calls = {name: functools.partial(gpu.append, name) for name in "abc"}
-    found = device.interleave(calls, device.Flush(cpu), cpu, reps=4)
-    assert gpu[:3] == list("abc") and all(sorted(gpu[i : i + 3]) == ["a", "b", "c"] for i in (3, 6, 9, 12))
-    assert all(len(sample.seconds) == 4 for sample in found.values())
+    samples, disturbance = interleave(functions, 4, device.DeviceClock(torch.device("cpu")))
+    assert {len(s.seconds) for s in samples.values()} == {4} and disturbance.samples == 12
 
 
 @pytest.mark.parametrize("threads, seconds", [(1, 0.1), (2, 1.0)])
 def test_disturbed_samples(monkeypatch: pytest.MonkeyPatch, threads: int, seconds: float):
     """Another process had the core for 0.9 of a second. On one thread, waiting time is subtracted."""
-    assert Samples([1.0, 2.0, 3.0], [100.0]).median == 2.0 and Samples([1.0], [5.0, 6.0]).median == 5.0
+    medians = [Samples(*each).fields()["median"] for each in (([1.0, 2.0, 3.0], [100.0]), ([1.0], [5.0, 6.0]))]
+    assert medians == [2.0, 5.0]
     torch.set_num_threads(threads)
     monkeypatch.setattr(clock, "_waited", iter([5.0, 5.9, 7.0, 7.0]).__next__)
     monkeypatch.setattr(clock.time, "perf_counter", iter([2.0, 3.0, 10.0, 11.0]).__next__)
     monkeypatch.setattr(clock.time, "process_time", iter([1.0, 1.1, 2.0, 2.9]).__next__)
     samples = Samples()
     for _ in range(2):
-        clock._sample(lambda i: None, itertools.count(), 1, 1, 0, samples, Disturbance())
+        CpuClock(tries=1)(lambda i: None, itertools.count(), samples, Disturbance())
     assert samples.disturbed == [pytest.approx(seconds)] and samples.quiet == [1.0]
 
 
@@ -205,22 +207,23 @@ def test_the_newest_of_a_table_counts_and_machines_do_not_mix(monkeypatch: pytes
 
 
 def test_the_command_refuses_what_it_cannot_do(capsys: pytest.CaptureFixture[str]):
-    assert command.main(["--save", "--quick"]) == 2 and command.main(["--dry"]) == 2
+    refused = {
+        "--save --quick": "--save needs a full run, got --quick or --dry",
+        "--dry": "--dry needs --device cuda",
+        "nothing": "SUITE must be one of roofline, segment_pool",
+        "scaling --cases S3": "--cases must be of S1, S2, ",
+    }
     if not torch.cuda.is_available():
-        capsys.readouterr()
-        assert command.main(["--device", "cuda"]) == 2
-        assert capsys.readouterr().err == "torch sees no CUDA device; --dry runs without one\n"
-    with pytest.raises(SystemExit):
-        command.main(["nothing"])
-    assert "SUITE must be one of roofline, segment_pool" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["scaling", "--cases", "S3"])
-    assert "--cases must be of S1, S2, " in capsys.readouterr().err
+        refused["--device cuda"] = "torch sees no CUDA device; --dry runs without one"
+    for arguments, message in refused.items():
+        with pytest.raises(SystemExit):
+            command.main(arguments.split())
+        assert message in capsys.readouterr().err
 
 
 def test_a_wrong_library_fails_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys):
     right = eager.fastcompress_pool
-    monkeypatch.setattr(eager, "fastcompress_pool", lambda inputs: _shifted(right(inputs), inputs))
+    monkeypatch.setattr(eager, "fastcompress_pool", lambda x, batch: _shifted(right(x, batch), x))
     arguments = ["segment_pool", "--quick", "--dtypes", "fp32", "--no-bound", "--out", str(tmp_path)]
     assert command.main(arguments) == 1
     assert "segment_pool: wrong result, not timed: " in capsys.readouterr().err

@@ -8,11 +8,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 
-from benchmarks import aims, gate, plots, report, tables
+from benchmarks import gate, plots, report, tables
 from benchmarks.harness import machine
-from benchmarks.measurement import BOTH, FORWARD, OURS, RESULTS, Results, parse, read, read_all
+from benchmarks.results import BOTH, FORWARD, OURS, RESULTS, Results, parse, read, read_all
 
 MOST = 200_000  # maximum bytes of a plot
 MACHINE = {
@@ -89,7 +90,7 @@ def test_committed_measurements():
         changes = gate.compare(one.rows, one.rows)
         rows = one.rows[one.rows["suite"].isin(gate.COMPARED)]
         assert len(changes) == len(rows.drop_duplicates(gate.TABLE)) > 0
-        assert all(change.factor == pytest.approx(1) for change in changes)
+        assert changes["factor"].to_list() == pytest.approx([1] * len(changes))
 
 
 def test_a_table_of_pooling():
@@ -114,11 +115,6 @@ def test_a_table_of_pooling():
     assert "Not timed: `c` (S1, fp32, fwd, 1 thr), fails." in text and "Other libraries: torch-scatter 2.1.2." in text
     assert "| fp32 forward against compile | >= 3.2 | 2.00 | |" in text  # a missed target
     assert "| fp32 forward / bandwidth bound, fresh | <= 1.25 | 2.00 | |" in text
-    # A table that was measured in several runs has the multiples of each run.
-    rows = [row("fastcompress", OURS, 1.0, stage="eager"), row("a", "eager", 2.0, stage="eager")]
-    rows += [row("fastcompress", OURS, 2.0, stage="compile"), row("b", "compile", 6.0, stage="compile")]
-    found = tables.timed(results(*rows).rows)
-    assert dict(zip(found["contender"], found["times"], strict=True)) == {"fastcompress": 1, "a": 2, "b": 3}
 
 
 def test_scaling_is_by_what_changes():
@@ -133,16 +129,19 @@ def test_scaling_is_by_what_changes():
 
 
 def test_the_roof_and_figures():
-    rates = {"read": 10e9, "copy": 8e9, "multiply and add": 50e9}
+    rates = pd.Series({"read": 10e9, "copy": 8e9, "multiply and add": 50e9})
     assert tables.roof(rates, 2) == 20e9 and tables.roof(rates, 6) == 50e9
     one = results(row("fastcompress", OURS, 0.001), row("fastcompress", OURS, 0.001, direction=BOTH, moved=665_600))
-    (intensity, rate), (_, both) = (tables.work(each) for each in one.rows.itertuples())
+    found = tables.with_work(one.rows, pd.DataFrame([rates], index=[1]))
+    intensity, (rate, both) = found["intensity"].iloc[0], found["speed"]
     assert rate == (5 * 64_000 + 300 * 64) / 0.001 and intensity == rate * 0.001 / 332_800
     assert both == pytest.approx(rate + 300 * 64 / 0.001)
     found = [tables.figure(value) for value in (0.0123, 1.0, 150, 999.7, 8310)]
     assert found == ["0.0123", "1.00", "150", "1,000", "8,310"]
-    strict = aims.Aim("", "float32", FORWARD, 1.0, ("eager",), strict=True)
-    assert not strict.reached(1.0) and strict.reached(1.01)
+    aim = report.Aim("as fast", "float32", FORWARD, ">", 1.0, ["eager"])
+    for seconds, shown in ((1.0, "1.00"), (1.01, "**1.01**")):
+        rows = results(row("fastcompress", OURS, 1.0), row("a", "eager", seconds)).rows
+        assert list(report._aims(rows, [aim]))[1].splitlines()[-1].split("|")[-2].strip() == shown
 
 
 # The gate
@@ -173,7 +172,7 @@ def test_the_gate_compares_ratios_and_not_times(tmp_path: Path, capsys: pytest.C
     then = write(tmp_path / "then.jsonl")
     arguments = ["--committed", str(then), "--now"]
     now = write(tmp_path / "now.jsonl", lambda one: one | {"p10": one["p10"] * 3})  # a slower machine
-    assert [change.factor for change in gate.compare(read(then).rows, read(now).rows)] == [1, 1, 1]
+    assert gate.compare(read(then).rows, read(now).rows)["factor"].to_list() == [1, 1, 1]
     write(now, lambda one: one | {"p10": one["p10"] / 1.5} if one["contender"] == "b" else one)
     assert gate.main([*arguments, str(now)]) == 0  # a change of one baseline does not fail
     assert "lost ground" not in capsys.readouterr().out

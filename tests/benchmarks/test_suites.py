@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +13,23 @@ import torch
 import fastcompress as fc
 from benchmarks import __main__ as command
 from benchmarks import report
-from benchmarks.harness.cases import Case, Inputs, cu_seqlens, features, inputs_of, threshold_of
+from benchmarks.harness.cases import Case, batch_of, cu_seqlens, features, rotation, threshold_of
 from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
-from benchmarks.measurement import BOTH, CLONE, FORWARD, OURS, read
 from benchmarks.registry import SUITES
+from benchmarks.results import BOTH, CLONE, FORWARD, OURS, read
 from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
-from benchmarks.suites.checks import exact_starts
+from benchmarks.suites.checks import Expected
 
 
 def test_the_registry_and_inputs():
     first, second = (features(200, 64, torch.float32) for _ in range(2))
     assert torch.equal(first, second) and not torch.equal(first, features(200, 64, torch.float32, seed=1))
-    inputs = Inputs(torch.ones(40, 1 << 14), cu_seqlens((40,))).rotation(last_level_cache=100 << 20)
-    assert sum(one.x.nbytes for one in inputs) >= 400 << 20
-    assert len({one.x.data_ptr() for one in inputs}) == len(inputs)
-    names = [contender.name for contender in segment_pool.CONTENDERS]
+    inputs = rotation(torch.ones(40, 1 << 14), last_level_cache=100 << 20)
+    assert sum(x.nbytes for x in inputs) >= 400 << 20
+    assert len({x.data_ptr() for x in inputs}) == len(inputs)
+    names = [contender.name for contender in segment_pool.contenders()]
     assert len(set(names)) == len(names) and names[0] == OURS
-    for case in segment_pool.CASES:
+    for case in (*segment_pool.CASES, segment_pool.QUICK):
         assert set(case.contenders or ()) <= set(names)
     assert set(scaling.FORMS) <= set(names) and len(SUITES) == 9
 
@@ -38,22 +39,23 @@ def test_a_threshold_gives_segments_of_a_mean_length(length: int):
     x, cu = features(2000, 64, torch.bfloat16), cu_seqlens((1200, 800))
     starts = fc.segment_pool(x, cu_seqlens=cu, rule=threshold_of(x, cu, length)).segments.starts
     assert len(starts) == round(2000 / length)
-    inputs = inputs_of(Case("", (1200, 800), 64, mean_length=length), torch.float32)
-    assert torch.equal(exact_starts(inputs), fc.segment_pool(inputs.x, cu_seqlens=cu, rule=inputs.rule).segments.starts)
+    x, batch = batch_of(Case("", (1200, 800), 64, mean_length=length), torch.float32)
+    pooled = fc.segment_pool(x, cu_seqlens=cu, rule=batch.rule)
+    assert torch.equal(Expected(x, batch).segments.starts, pooled.segments.starts)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_form_of_packing(bench: Bench, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     rows = compare(bench, pack.job(bench, pack.QUICK, dtype, 1))
-    forms = {one.name for one in pack.contenders() if one.available}
+    forms = {one.name for one in pack.contenders(bench) if one.available}
     assert {row["contender"] for row in rows if row["direction"] == FORWARD} == forms | {CLONE}
     assert {row["contender"] for row in rows if row["direction"] == BOTH} == forms
     one = pack.job(bench, pack.QUICK, dtype, 1)
     wrong = {
-        "rows": lambda batch: pack.flat_cat(batch).flip(0),
-        "gradient": lambda batch: pack.flat_cat(batch).detach() + 0 * batch.audio.sum(),
+        "rows": lambda audio, batch: pack.flat_cat(audio, batch).flip(0),
+        "gradient": lambda audio, batch: pack.flat_cat(audio, batch).detach() + 0 * audio.sum(),
     }
-    one.contenders = [one.contenders[0], *(Contender(name, "eager", lambda f=f: f) for name, f in wrong.items())]
+    one.contenders = [one.contenders[0], *(Contender(name, "eager", f) for name, f in wrong.items())]
     assert {row["contender"] for row in compare(bench, one)} == {"fastcompress.pack", CLONE}
     reasons = [row["not_timed"] for row in bench.recorder.measurements if row["contender"] in wrong]
     assert "rows differ" in reasons[0] and "gradient of the audio" in reasons[1]
@@ -63,19 +65,19 @@ def test_every_form_of_packing(bench: Bench, dtype: torch.dtype, monkeypatch: py
 def test_published_methods(bench: Bench, dtype: torch.dtype):
     """Every published form gives our tokens and gradients. A form that does not stops the suite."""
     bench.reps = 1
-    batch = methods.batch(methods.QUICK, dtype)
-    for method in methods.METHODS:
-        rows = compare(bench, methods.job(bench, methods.QUICK, method, [batch], dtype, 1))
-        assert len(rows) == 2 * sum(one.available for one in method.contenders()), method.name
-    right = methods.METHODS[0]
+    jobs = {one.case: one for one in methods.jobs(bench, *methods.QUICK, dtype, 1)}
+    for method, one in jobs.items():
+        assert len(compare(bench, one)) == 2 * sum(contender.available for contender in one.contenders), method
+    one = jobs["CIF"]
+    right = one.contenders[0].form
     for ours, message in (
-        (lambda batch: right.ours(batch) * 1.1, "CIF: .*tokens differ by more than rounding"),
-        (lambda batch: right.ours(batch)[1:], "CIF: .*tokens of torch.* for"),
-        (lambda batch: right.ours(batch).detach() + 0 * batch.x.sum(), "gradient: .* differ by more than rounding"),
+        (lambda x, batch: right(x, batch) * 1.1, "CIF: .*tokens differ by more than rounding"),
+        (lambda x, batch: right(x, batch)[1:], "CIF: .*tokens of torch.* for"),
+        (lambda x, batch: right(x, batch).detach() + 0 * x.sum(), "gradient: .* differ by more than rounding"),
     ):
-        wrong = methods.Method("CIF", ours, right.published)
+        wrong = replace(one, contenders=[Contender(OURS, OURS, ours), *one.contenders[1:]], check=methods.checks())
         with pytest.raises(WrongResult, match=message):
-            compare(bench, methods.job(bench, methods.QUICK, wrong, [batch], dtype, 1))
+            compare(bench, wrong)
 
 
 def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
@@ -93,11 +95,11 @@ def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
         cu = torch.tensor([0, count], dtype=torch.int32)
         return right(self) | {"cu_seq_lens_q": cu, "cu_seq_lens_k": cu, "max_length_q": count}
 
-    expected = decoder.build(decoder.PADDED, decoder.SIZES["quick"])(False)[0]
+    expected = decoder.build(decoder.PADDED, decoder.SIZES["quick"])()[0]
     monkeypatch.setattr(fc.PackedInputs, "model_inputs", as_one_sequence)  # attends across samples
     with pytest.raises(WrongResult, match="packed, fastcompress: .*logits are off"):
         compare(bench, one)
-    wrong = decoder.build(decoder.PACKED, decoder.SIZES["quick"])(False)[0]
+    wrong = decoder.build(decoder.PACKED, decoder.SIZES["quick"])()[0]
     with pytest.raises(WrongResult, match="logits are off"):  # also with the tolerance for bf16
         decoder.check_logits("packed", wrong, expected, decoder.TOLERANCE[torch.bfloat16])
 
@@ -112,9 +114,8 @@ def test_prefill(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     assert rows["uniform:3"]["tokens"] == text + 2 * 17
     assert rows["uniform:2"]["cache_bytes"] == 2 * 2 * (25 + 50) * 2 * 2 * 16 * 4
     assert all(row.get("peak_bytes", 1) > 0 for row in rows.values())
-    assert not hasattr(one.models["stock"], "audio_compressor")
     with pytest.raises(WrongResult, match="uniform:3: generate returns another token"):
-        one.check("uniform:3", one.batches[0], one.batches[0]["input_ids"][:, -1] * 0 - 1, None, None)
+        one.check("uniform:3", None, torch.tensor([-1, -1]), None, None)
 
 
 def test_each_case_of_scaling_is_measured_once(bench: Bench):
@@ -122,8 +123,6 @@ def test_each_case_of_scaling_is_measured_once(bench: Bench):
     assert plan[scaling.BASE, 2] == (scaling.FRAMES, scaling.WIDTH, scaling.THREADS)
     assert plan[scaling.BASE, 1] == (scaling.THREADS,)
     assert len({case.name for case, _ in plan}) == len(plan) - 1
-    few = scaling.plan(scaling.AXES, (1,), most=4 * 10_000 * 256)
-    assert {case.name for case, _ in few} == {"1 clip", "width 64", "width 256"}
     bench.dtypes, bench.reps = ["fp32"], 1
     scaling.run(bench)
     found = {(axis, row["frames"], row["tokens"]) for row in bench.recorder.measurements for axis in row["axes"]}
@@ -159,12 +158,9 @@ def test_the_harness_of_the_gpu_runs_dry(bench: Bench, tmp_path: Path):
     assert set(rows["suite"]) == set(suites) and set(rows["threads"]) == {0}
     pooled = rows[(rows["suite"] == "segment_pool") & rows["median"].notna()]
     assert {OURS, "eager", "compile", "max-autotune", "clone"} <= set(pooled["group"])
-    assert set(pooled["direction"]) == {"forward", "backward"} and set(pooled["dtype"]) == {"bfloat16", "float32"}
+    assert set(pooled["direction"]) == {FORWARD, BOTH} and set(pooled["dtype"]) == {"bfloat16", "float32"}
     assert set(pooled.loc[pooled["group"] == OURS, "how"]) == {"no graph"}
-    assert (pooled.loc[(pooled["group"] == OURS) & (pooled["direction"] == "forward"), "call"] > 0).all()
+    assert (pooled.loc[(pooled["group"] == OURS) & (pooled["direction"] == FORWARD), "call"] > 0).all()
     assert "| fastcompress, end to end, ms |" in re.sub(
         " +", " ", report.text({"dry": read(tmp_path / "dry-cuda.jsonl")})
     )
-    bench.deadline = 0.0
-    assert compare(bench, pack.job(bench, pack.QUICK, torch.bfloat16, 1)) == []
-    assert {row["not_timed"] for row in bench.recorder.measurements} >= {"out of time"}

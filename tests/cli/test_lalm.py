@@ -98,7 +98,7 @@ def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, caps
     capsys.readouterr()
     assert main(["evaluate", str(run), str(tmp_path / "all.jsonl")]) == 2
     skipped, error = capsys.readouterr().err.splitlines()
-    assert skipped.startswith(f"skipped {tmp_path / 'all.jsonl'}:1: {tmp_path / 'nan.wav'}: holds NaN")
+    assert skipped.startswith(f"skipped {tmp_path / 'all.jsonl'}:1: {tmp_path / 'nan.wav'}: contains NaN")
     assert error.startswith(f"fastcompress: error: {tmp_path / 'all.jsonl'}: no usable audio")
 
 
@@ -128,7 +128,7 @@ def test_transcribe(run: Path, data: Path, tmp_path: Path, capsys: pytest.Captur
 def test_training_that_cannot_start(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     new = ["train", "--output-dir", str(tmp_path / "new")]
     train = [*new, "--data", str(data / "train.jsonl")]
-    assert "holds a run already" in fails([*train, "--output-dir", str(run)], capsys)
+    assert "already contains a run" in fails([*train, "--output-dir", str(run)], capsys)
     assert "no run to resume" in fails([*new, "--resume"], capsys)
     assert "--data is missing" in fails(new, capsys)
     assert "--rule: unknown rule 'nonsense'" in fails([*train, "--rule", "nonsense"], capsys)
@@ -179,7 +179,7 @@ def test_make_data(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     out = capsys.readouterr().out
     assert re.search(r"train\.jsonl: 3 utterances, 0\.00 h", out)
     assert len(read_manifest(tmp_path / "data" / "train.jsonl")) == 3
-    assert "holds other data" in fails(["make-data", folder, "--task", "digits", *sizes], capsys)
+    assert "contains other data" in fails(["make-data", folder, "--task", "digits", *sizes], capsys)
     assert "needs a task with German" in fails(["make-data", folder, "--direction", "translation"], capsys)
     (tmp_path / "file").touch()
     assert "file" in fails(["make-data", str(tmp_path / "file"), *sizes], capsys)

@@ -129,9 +129,7 @@ def nonsense(draw, name: str) -> tuple[str, Call]:
 
 
 #: Pattern of messages that name the invalid argument or the invalid combination of arguments.
-NAMED = re.compile(
-    r"must|goes? with|cannot be combined|needs?|unknown rule|has no field|rule '|missing|nothing is left"
-)
+NAMED = re.compile(r"must|is for|cannot be combined|needs?|unknown rule|has no field|rule '|missing|nothing is left")
 #: Pattern of messages of torch: the type of an argument, a device without values, lack of memory.
 OF_TORCH = re.compile(
     r"value of type '\S+' for argument|Cannot access storage|meta|memory|Storage size|alloc|API call failed"

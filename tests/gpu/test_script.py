@@ -134,11 +134,12 @@ def test_triton_is_tested_if_the_build_fails(monkeypatch: pytest.MonkeyPatch, tm
 def test_a_missing_tool_is_the_reason_for_skipping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
     commands = on_a_gpu(monkeypatch, tmp_path)
     assert not any(command.skip for command in commands if command.name not in ("build", "triton"))
-    find, gone = gpu.importlib.util.find_spec, {"triton", "xdist", "ninja"}
+    find, gone = gpu.importlib.util.find_spec, {"triton", "xdist", "ninja", "pandas"}
     monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None if name in gone else find(name))
     monkeypatch.setattr(gpu.shutil, "which", lambda name, path=None: None)
     found = {command.name: command for command in gpu.commands(False, tmp_path)}
     assert found["build"].skip == "not installed: ninja" and found["triton"].skip == "not installed: triton"
+    assert found["bench"].skip == "not installed: pandas"
     assert found["memcheck"].skip == found["racecheck"].skip == "compute-sanitizer is not on the PATH"
     assert "-n" not in found["cuda"].words and not found["cuda"].skip
     gone.remove("ninja")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,8 +36,19 @@ def test_conversion_by_accelerate(name: str, with_labels: bool):
     assert (found.loss is None) is (not with_labels)
 
 
-def test_a_prepared_model():
-    accelerate = pytest.importorskip("accelerate")
+@pytest.fixture
+def new_state() -> Iterator[None]:
+    """The precision of accelerate is one per process, and other tests have set it."""
+    from accelerate.state import AcceleratorState
+
+    AcceleratorState._reset_state(True)
+    yield
+    AcceleratorState._reset_state(True)
+
+
+def test_a_prepared_model(new_state: None):
+    import accelerate
+
     model = apply_to(audio_llms.make("qwen2_audio"), "uniform:3")
     inputs = audio_llms.batch("qwen2_audio", model, labels=True)
     prepared = accelerate.Accelerator(mixed_precision="bf16", cpu=True).prepare(model)

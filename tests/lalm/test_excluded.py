@@ -1,4 +1,4 @@
-"""What a mask or a length excludes must not reach values or gradients of the reference model, whatever it holds."""
+"""Excluded rows must not affect values or gradients of the reference model, whatever their values are."""
 
 from __future__ import annotations
 

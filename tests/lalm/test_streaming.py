@@ -9,6 +9,7 @@ import re
 import signal
 import struct
 import threading
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -357,8 +358,13 @@ def test_an_encoder_of_samples_and_lora():
 
 def test_the_maximum_number_of_tokens_per_utterance(digits: tuple[Any, Any]):
     samples = load_audio(DIGITS[1])
-    assert stream(*digits, [samples], max_new_tokens=3).text == "five four five"
-    assert stream(*digits, [samples], look_ahead=9, max_new_tokens=3).text == "five four five"
+    for more in ({}, {"look_ahead": 9}):
+        with pytest.warns(UserWarning, match="1 of 1 utterances were cut at max_new_tokens=3") as caught:
+            assert stream(*digits, [samples], max_new_tokens=3, **more).text == "five four five"
+        assert len([w for w in caught if "were cut" in str(w.message)]) == 1
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        assert len(stream(*digits, [samples]).text.split()) == 6
 
 
 def command(*arguments: str) -> list[str]:
@@ -467,7 +473,7 @@ def test_errors_are_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ca
     soundfile.write(tmp_path / "short.wav", np.zeros(100), RATE)
     soundfile.write(tmp_path / "none.wav", np.zeros(0), RATE)
     assert "short.wav: audio must be [S] with at least 400" in fails(tmp_path / "short.wav", "--stream")
-    assert "none.wav: holds no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
+    assert "none.wav: contains no audio" in fails(tmp_path / "none.wav", audio, "--stream", code=1)
     for content in (b"", b"no wave " * 9):
         stdin = io.BytesIO(content)
         stdin.name = "<stdin>"

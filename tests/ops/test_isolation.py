@@ -1,4 +1,4 @@
-"""No op depends on process-wide defaults, on what its caller does to a tensor later, or on what padding holds."""
+"""No op depends on process-wide defaults, on later changes of a tensor by its caller, or on the values of padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks hold bools or 0 and 1. An additive mask would be inverted: it raises an error that says how to convert it."""
+"""Masks contain bools or 0 and 1. An additive mask would be inverted, so it raises an error with the conversion."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_0_and_1_of_any_dtype(call: Callable[[Tensor], Tensor]):
 @pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
 def test_other_values_raise_with_a_fix_that_works(call: Callable[[Tensor], Tensor]):
     for wrong in (ADDITIVE, ADDITIVE.half(), KEPT * 2, KEPT - 1, KEPT.float() * torch.nan, ADDITIVE * torch.inf):
-        with pytest.raises(ValueError, match="attention_mask must be bool or hold 0 and 1, got"):
+        with pytest.raises(ValueError, match="attention_mask must be bool or contain only 0 and 1, got"):
             call(wrong)
     with pytest.raises(ValueError, match="got -1e[+]09: .*by `attention_mask >= 0`") as error:
         call(ADDITIVE)
@@ -81,7 +81,7 @@ def test_masks_in_traced_programs(dtype: torch.dtype):
     assert_same_bits(make_fx(pool, tracing_mode="symbolic")(X, mask)(X, mask), expected)
     if dtype == torch.float32:  # an additive mask of floats is an error in a traced program as well
         for f in (compiled, program):
-            with pytest.raises(RuntimeError, match="attention_mask must be bool or hold 0 and 1"):
+            with pytest.raises(RuntimeError, match="attention_mask must be bool or contain only 0 and 1"):
                 f(X, ADDITIVE)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # vmap runs the op in a loop
@@ -106,5 +106,5 @@ def test_the_mask_of_features():
     for dtype in DTYPES:
         found = encode(encoder, features, mask.to(dtype))
         assert torch.equal(found[0], frames) and torch.equal(found[1], lengths)
-    with pytest.raises(ValueError, match="feature_attention_mask must be bool or hold 0 and 1, got -1: .*>= 0"):
+    with pytest.raises(ValueError, match="feature_attention_mask must be bool or contain only 0 and 1, got -1: .*>= 0"):
         encode(encoder, features, mask.float() - 1)

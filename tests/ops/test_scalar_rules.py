@@ -432,7 +432,7 @@ def test_bad_calls():
             "d must have shape [..., 2], one distance per lag",
         ),
         (lambda: fc.select_boundaries(None, "top-k:2"), TypeError, "d must be"),
-        (lambda: fc.select_boundaries(d, "top-k:2", lengths=torch.tensor([5])), ValueError, "lengths goes with padded"),
+        (lambda: fc.select_boundaries(d, "top-k:2", lengths=torch.tensor([5])), ValueError, "lengths is for padded"),
         (lambda: fc.select_boundaries(d, "top-k:2", cu_seqlens=torch.tensor([0, 9])), ValueError, "cu_seqlens"),
         (lambda: fc.normalize_distance(torch.zeros(3).long()), TypeError, "d must be"),
     ):

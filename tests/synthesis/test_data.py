@@ -123,7 +123,7 @@ def test_an_interrupted_run_continues(tmp_path: Path, monkeypatch: pytest.Monkey
     assert whole == mended and len(calls) == len(whole) - 2
     target = read_manifest(tmp_path / "broken/train.jsonl")[0].target
     assert target == texts.sentence("numbers", "train", 0)[1]
-    with pytest.raises(ValueError, match="holds other data"):
+    with pytest.raises(ValueError, match="contains other data"):
         synthesis.make_data(tmp_path / "broken", "digits", **sizes)
 
 

@@ -305,7 +305,7 @@ def test_finetune_resumes(stock, tmp_path, capsys):
     assert cli.main(arguments(stock, "qwen2_audio", whole)) == 0
     assert cli.main(arguments(stock, "qwen2_audio", cut, max_steps=4)) == 0
     assert cli.main(arguments(stock, "qwen2_audio", cut)) == 2
-    assert "holds a run already; resume it, or choose another folder" in capsys.readouterr().err
+    assert "already contains a run; resume it, or choose another folder" in capsys.readouterr().err
     for path in (cut / "checkpoint-4").iterdir():
         path.unlink()
     (cut / "checkpoint-4").rmdir()

@@ -70,7 +70,7 @@ def test_any_text_is_read_as_it_was_written(character: str, tmp_path: Path):
         ({"text": "a", "offset": 10**400}, "offset must be a number of seconds, got 1000"),
         ({"text": "a", "duration": 1e300}, "duration must be a number of seconds, got 1e+300"),
         ({"audio_filepath": "a\0", "text": "a"}, r"audio_filepath must be a path, got 'a\x00'"),
-        ({"text": "\ud800"}, r"holds '\ud800', which is not a character"),
+        ({"text": "\ud800"}, r"contains '\ud800', which is not a character"),
         ("[" * 100_000, "nested too deeply"),
     ],
     ids=lambda value: str(value)[:30],

@@ -133,7 +133,13 @@ def test_files_that_lack_something(tmp_path: Path):
     for text in ("output_dir: r", "{output_dir: r, data: ''}"):
         with pytest.raises(SettingsError, match=r"c.yaml: `data` is missing"):
             read_settings(TrainSettings, write(tmp_path, text))
-    for text, message in (("seed: -0x" + "f" * 5000, "less than 2\\*\\*63"), ("lora_alpha: .nan", "a number, got nan")):
+    for text, message in (
+        ("seed: -0x" + "f" * 5000, "less than 2\\*\\*63"),
+        ("lora_alpha: .nan", "a number, got nan"),
+        ("lora_dropout: 1", "less than 1, got 1.0"),
+        ("reduce: median", "one of mean, sum, max, first, last, middle, got 'median'"),
+        ("keys: foo", "one of frames, ctc, got 'foo'"),
+    ):
         with pytest.raises(SettingsError, match=rf"c.yaml: `\w+` must be {message}$"):
             read_settings(TrainSettings, write(tmp_path, f"output_dir: r\ndata: a\n{text}"))
     with pytest.raises(SettingsError, match="no.yaml: no such file"):

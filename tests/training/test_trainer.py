@@ -277,7 +277,7 @@ def test_settings_that_are_wrong(values: dict[str, Any], message: str, data: Pat
 
 
 def test_runs_that_cannot_start(data: Path, tmp_path: Path, trained: Path):
-    with pytest.raises(RunError, match="holds a run already; resume it, or choose another folder"):
+    with pytest.raises(RunError, match="already contains a run; resume it, or choose another folder"):
         Run(settings(data, trained))
     with pytest.raises(SettingsError, match="no run to resume"):
         Run(read_record(TrainSettings, tmp_path / "none"), resume=True)
@@ -331,7 +331,7 @@ def test_damaged_files_are_skipped_and_listed(data: Path, tmp_path: Path, capsys
     assert file.read_text() == f"{before}\n"
     run.train()
     found = file.read_text().splitlines()
-    assert found[0] == before and len(found) == 2 and found[1].startswith(f"{after}holds NaN")
+    assert found[0] == before and len(found) == 2 and found[1].startswith(f"{after}contains NaN")
     err = capsys.readouterr().err.splitlines()
     assert err[:3] == [f"{manifest}: skipped 1 of 8 utterances:", f"  {before}", f"skipped {found[1]}"]
     assert err[3:] == [f"skipped 1 utterances that could not be decoded, listed in {file}"]

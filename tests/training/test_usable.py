@@ -88,7 +88,7 @@ def test_a_manifest_without_audio_is_reported(tmp_path: Path):
 
 
 def test_rates_are_per_second_that_was_decoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """A header that promises more than the decoder returns, as those of lossy formats can."""
+    """A header may declare more samples than the decoder returns, for example in lossy formats."""
     utterances = [Utterance(tone(tmp_path / f"{i}.wav", 0.5 + i), "low", "low") for i in range(2)]
     model, processor = build_small(utterances)
     monkeypatch.setattr(usable, "audio_seconds", lambda path, name=None: 1.75)
@@ -125,7 +125,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 REASONS = {
     "m.jsonl:5": "missing.wav: no such file",
     "m.jsonl:6": "short.wav: the audio is 0.500 s long, but the manifest says 3 s",
-    "m.jsonl:7": "nan.wav: holds NaN or infinite samples before 0.5 s",
+    "m.jsonl:7": "nan.wav: contains NaN or infinite samples before 0.5 s",
     "m.jsonl:8": "short.wav: the segment from 0.2 to 9.2 s ends after the audio, which is 0.500 s long",
 }
 

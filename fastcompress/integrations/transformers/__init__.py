@@ -78,7 +78,7 @@ def apply_to(
     ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
 
     Saving writes rule, mode and side of the projector as ``fastcompress`` into ``config.json``, and with a peft adapter
-    into ``fastcompress.json`` beside ``adapter_config.json``. This holds for ``save_pretrained`` of the model, of a
+    into ``fastcompress.json`` next to ``adapter_config.json``. This applies to ``save_pretrained`` of the model, of a
     ``PeftModel`` and of a merged model, and for checkpoints of ``Trainer``. A model that is loaded with them, but used
     without ``apply_to``, warns once.
 
@@ -89,7 +89,7 @@ def apply_to(
             [`fastcompress.nn`][]. It becomes ``model.audio_compressor``, is cast to the model's dtype and saved with
             the model, and can be among peft's ``modules_to_save``. If it has a ``loss`` after the call, as
             [`fastcompress.nn.LearnedBoundary`][] has, that is added to the model's, times its ``loss_weight``.
-            ``None``: the rule that was saved with the weights. Another one than that causes a warning.
+            ``None``: the rule that was saved with the weights. A different one causes a warning.
         mode: ``"dynamic"`` or ``"budget"``. ``None``: the saved one if ``compressor`` is ``None``, else
             ``"dynamic"``.
         pack: Whether the decoder runs on packed rows, without padding, in ``forward`` with labels or without a cache.
@@ -121,7 +121,8 @@ def apply_to(
             raise ValueError(f"no compression was saved with this {kind}; pass a rule, such as 'uniform:3'")
         if trained.rule is None:
             raise ValueError(f"this {kind} was trained with the module {trained.compressor}; pass that module")
-        compressor = SegmentPool(trained.rule, trained.reduce or "mean")
+        reduce: Any = trained.reduce or "mean"
+        compressor = SegmentPool(trained.rule, reduce)
         mode = trained.mode if mode is None else mode
         before_projector = trained.before_projector if before_projector is None else before_projector
         if proportional_attention is None:
@@ -173,7 +174,7 @@ def _install(
 
 
 def revert(model: Any) -> Any:
-    """Restore the stock model, in place, and forget the rule that would be saved with it.
+    """Restore the stock model, in place. The rule is no longer saved with it.
 
     Args:
         model: Model that [`apply_to`][] changed.
@@ -183,7 +184,7 @@ def revert(model: Any) -> Any:
 
     Raises:
         ValueError: The model is not compressed.
-        RuntimeError: Something else replaced a method after [`apply_to`][].
+        RuntimeError: Other code replaced a method after [`apply_to`][].
     """
     base = unwrap(model)
     if not hasattr(base, "fastcompress_settings"):

@@ -128,7 +128,7 @@ def _scatter(
 ) -> tuple[Tensor, Tensor | None, Tensor | None, None, Tensor]:
     """Replace the merge for prompts of old processors, which Qwen2-Audio calls if no two placeholders are adjacent.
 
-    The stock method expands the one placeholder of each audio. In budget mode that one is the audio's only token.
+    The stock method expands the placeholder of each audio. In budget mode this placeholder is the audio's only token.
     """
     column = torch.arange(audio_features.shape[1], device=audio_features.device)
     rows = audio_features[column < num_audio_tokens.to(audio_features.device)[:, None]]

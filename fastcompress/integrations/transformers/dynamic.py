@@ -32,7 +32,7 @@ from fastcompress.nn import SegmentPool
 from fastcompress.ops.row_groups import row_groups
 from fastcompress.segments import Pooled
 
-#: Names of the argument that holds the cache of earlier rows; ``cache`` exists since transformers 5.24.
+#: Names of the argument for the cache of earlier rows; ``cache`` exists since transformers 5.24.
 CACHES = ("past_key_values", "cache")
 #: Settings of ``generate`` that turn assisted decoding on.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
@@ -49,7 +49,7 @@ class Call:
         packed: Whether the decoder runs on packed rows.
         side: Side of the padding if it does not.
         capture: Whether to stop before the decoder, to get its input only.
-        kept: True for the rows of audio that hold a token after pooling before the projector, ``[N]`` bool.
+        kept: True for the rows of audio that contain a token after pooling before the projector, ``[N]`` bool.
         inputs: Input of the decoder, set by the patched decoder.
     """
 

@@ -35,7 +35,7 @@ class Family:
             (the input of ``get_merged_audio_embeddings``) or "projector" (its output). ``None``: no budget mode.
         why_no_budget: Reason for the missing budget mode.
         why_not_before: Reason why frames cannot be pooled before the projector; empty: they can.
-        features: Arguments of ``forward`` that hold audio.
+        features: Arguments of ``forward`` for audio.
         mask: Argument of ``forward`` with the mask of the features.
         time: Dimension of the features that is time.
         refused: Arguments of ``forward`` that are not supported with compression.
@@ -60,7 +60,7 @@ class Family:
 
 
 def _by_tower(mask: str) -> Callable[[Any, Mapping[str, Any]], Tensor]:
-    """Return a ``lengths`` function that asks the encoder; ``mask`` is the name of the feature mask."""
+    """Return a ``lengths`` function that calls the encoder's method; ``mask`` is the name of the feature mask."""
 
     def lengths(core: Any, arguments: Mapping[str, Any]) -> Tensor:
         return core.audio_tower._get_feat_extract_output_lengths(arguments[mask].sum(-1).long())[1]

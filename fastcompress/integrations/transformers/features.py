@@ -1,4 +1,4 @@
-"""Features of audio before the stock encoder: what their mask excludes must not spoil what it includes.
+"""Features of audio before the stock encoder: excluded features must not affect included ones.
 
 Encoders of transformers run convolutions and attention over the excluded frames, too. Finite values there are part of
 the stock model, which pads with silence; a NaN or an infinity would reach every frame.

@@ -1,4 +1,4 @@
-"""Outputs of compressed models: those of the stock model with one more field, ``compressed``."""
+"""Outputs of compressed models: those of the stock model with an additional field, ``compressed``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 from fastcompress.ops.pack import PackedInputs
 
-#: What ``Trainer.predict`` leaves out of the predictions of a model whose configuration does not say.
+#: Fields that ``Trainer.predict`` excludes from predictions by default, if the configuration does not list any.
 _CACHES = ["cache", "past_key_values"]
 
 
@@ -38,7 +38,7 @@ def _restore(base: Any, values: dict[str, Any]) -> Any:
 
 
 def ignore_in_predictions(config: Any) -> None:
-    """Let ``Trainer.predict`` leave ``compressed`` out of the predictions, which it gathers as tensors.
+    """Make ``Trainer.predict`` exclude ``compressed`` from the predictions, which it gathers as tensors.
 
     The list is an attribute of the configuration's class: one of the instance would be saved.
     """

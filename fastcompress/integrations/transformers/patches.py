@@ -55,8 +55,8 @@ def restore(*targets: Any) -> None:
     """Restore all replaced methods of objects.
 
     Raises:
-        RuntimeError: Something else replaced a method again in the meantime; nothing is restored. Restoring would drop
-            that replacement, or undoing it later would bring ours back.
+        RuntimeError: Other code replaced a method again in the meantime. Nothing is restored, since restoring would
+            drop that replacement, or undoing it later would restore ours.
     """
     for target in targets:
         for name in target.__dict__.get(_BEFORE, {}):

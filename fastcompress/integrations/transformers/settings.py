@@ -13,7 +13,7 @@ from fastcompress.nn import SegmentPool
 
 
 class NotPickled:
-    """Base of settings, which make a model that has them refuse to be pickled."""
+    """Base of settings. A model that has them raises an error if it is pickled."""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Any:
         return dataclasses.replace(self)  # type: ignore[type-var]
@@ -25,7 +25,7 @@ class NotPickled:
 
 @dataclass
 class Settings(NotPickled):
-    """Hold the compression settings of an audio LLM.
+    """Compression settings of an audio LLM.
 
     Attributes:
         family: Family of the model.

@@ -4,7 +4,7 @@ Whisper's decoder reads audio by cross-attention only, so the encoder returns fe
 an additive mask: it hides padding, and adds ``log(L)`` to the scores of a token of ``L`` frames (proportional
 attention), which then weighs as much as its frames.
 
-The mask travels as an argument of the decoder's layers, so that gradient checkpointing passes it again.
+The mask is an argument of the decoder's layers, so that gradient checkpointing passes it again.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from fastcompress.ops.segment_pool import segment_pool
 
 #: Attention implementations that add a mask of numbers to the scores.
 ATTENTION = ("eager", "sdpa")
-#: Argument of the decoder and its layers that holds the mask of the cross-attention.
+#: Name of the argument of the decoder and its layers for the mask of the cross-attention.
 _BIAS = "fastcompress_bias"
 
 
@@ -44,12 +44,12 @@ class PooledEncoderOutput(BaseModelOutput):
 
 @dataclass
 class WhisperSettings(NotPickled):
-    """Hold the compression settings of a Whisper model.
+    """Compression settings of a Whisper model.
 
     Attributes:
         compressor: Rule and reduction.
         proportional_attention: Whether the cross-attention adds the logarithm of the number of frames of a token.
-        silence: What happens to the frames of the silence that fills the window after the audio: ``"keep"`` each as a
+        silence: Treatment of the frames of the silence that fills the window after the audio: ``"keep"`` each as a
             token, ``"pool"`` them like audio, or a number of seconds that are pooled, while the rest is dropped.
     """
 
@@ -133,7 +133,7 @@ def _check_attention(config: Any) -> None:
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replace ``generate``: refuse timestamps of tokens."""
+    """Replace ``generate`` by a method that raises an error for timestamps of tokens."""
     stock = patches.original(self, "generate")
     if patches.named(stock, args, kwargs).get("return_token_timestamps"):
         raise NotImplementedError(

@@ -17,7 +17,7 @@ import pandas as pd
 from benchmarks.harness import machine
 
 RESULTS = Path(__file__).with_name("results")
-FORWARD, BACKWARD, BOTH = "forward", "backward", "forward+backward"
+FORWARD, BOTH = "forward", "forward+backward"
 #: Group of the library's own form, which the other forms of a table are compared with.
 OURS = "fastcompress"
 #: Group, and start of the name, of the forms that only move the bytes.
@@ -34,38 +34,30 @@ class Recorder:
     """Appends measurements to a file, and keeps them.
 
     Args:
-        path: The file, which is created with its folders; ``None`` to keep the measurements only.
+        path: The file, which is created with its folders.
         settings: Options of the run.
         device: ``"cpu"`` or ``"cuda"``.
     """
 
-    def __init__(self, path: Path | None, settings: Mapping[str, Any], device: str = "cpu") -> None:
+    def __init__(self, path: Path, settings: Mapping[str, Any], device: str = "cpu") -> None:
         self.path, self.date = path, machine.now()
         self.measurements: list[dict[str, Any]] = []
         header = {"run": self.date, "commit": machine.commit(), "machine": machine.machine(device)}
         self._write(header | {"versions": machine.versions(), "settings": dict(settings)})
 
     def _write(self, line: Mapping[str, Any]) -> None:
-        if self.path is not None:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(line) + "\n")
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(line) + "\n")
 
     def add(
-        self,
-        suite: str,
-        case: str,
-        contender: str,
-        group: str,
-        direction: str = FORWARD,
-        dtype: str = "float32",
-        threads: int = 1,
-        **fields: Any,
-    ) -> dict[str, Any]:
+        self, suite: str, case: str, contender: str, group: str, direction: str = FORWARD, dtype: str = "float32",
+        threads: int = 1, **fields: Any,
+    ) -> dict[str, Any]:  # fmt: skip
         """Append one measurement and return it.
 
         Args:
-            suite, case, direction, dtype, threads: The table it belongs to; 0 threads on a GPU.
+            suite, case, direction, dtype, threads: Setting, one of each table; 0 threads on a GPU.
             contender: What was measured.
             group: Kind of contender: ``fastcompress``, ``compile``, ``eager``, ``bandwidth bound``, ...
             fields: ``median``, ``p10`` and ``p90`` in seconds per call and ``reps``, the samples they are of;
@@ -100,7 +92,7 @@ class Results:
         return found
 
     def suite(self, name: str) -> pd.DataFrame:
-        """The rows of one suite, without columns that it does not have; whole numbers are integers."""
+        """Return the rows of one suite, without columns that it does not have; whole numbers are integers."""
         rows = self.rows[self.rows["suite"] == name]
         rows = rows if rows.empty else rows.dropna(axis="columns", how="all")
         whole = [key for key in rows.select_dtypes("float") if rows[key].notna().all() and (rows[key] % 1 == 0).all()]

@@ -284,6 +284,8 @@ class AudioFile:
             try:
                 frames = codec.decode(_whole(packet, sample_size))
             except (FFmpegError, ValueError) as error:
+                if self._container.format.name == "mp3" and _is_no_audio(bytes(packet)):
+                    continue
                 self._fail(error)
                 return
             for frame in frames:
@@ -337,6 +339,11 @@ def audio_seconds(path: str | os.PathLike[str] | bytes, name: str | None = None)
     """
     with AudioFile(path, name) as file:
         return file.count() / file.rate
+
+
+def _is_no_audio(packet: bytes) -> bool:
+    """Return True for what is between or after the frames of MP3: tags, as where files were joined, and zeros."""
+    return packet.startswith((b"ID3", b"TAG", b"APETAGEX")) or (bool(packet) and not any(packet))
 
 
 def _whole(packet: Any, sample_size: int) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -285,8 +288,8 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
     def complete(*words: str) -> list[str]:
         typed = " ".join(f"'{word}'" for word in ("fastcompress", *words))
-        line = f"source ./script; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_fastcompress; "
-        line += "echo ${COMPREPLY[@]}"
+        line = f"source ./script; COMP_WORDS=({typed}); COMP_CWORD={len(words)}; _shtab_fastcompress"
+        line += "; echo ${COMPREPLY[@]}"
         return subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path).stdout.split()
 
     assert complete("tra") == ["train", "transcribe"]
@@ -300,6 +303,7 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 
 def test_transcribe_has_a_bar_on_a_terminal():
     terminal, other_end = os.openpty()
+    fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # tqdm shows nothing on 0 columns
     files = [str(DIGITS / f"{i % 2}.wav") for i in range(4)]
     command = [
         sys.executable,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -56,7 +57,7 @@ def test_help(command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     text = capsys.readouterr().out
     lines = text.splitlines()
     assert max(map(len, lines)) < width
-    titles = [line for line in lines if line.endswith(":") and line[0] != " "]
+    titles = [line for line in lines if re.fullmatch(r"\w[\w ]*:", line)]
     groups = ["data", "model", "compression", "LoRA", "optimization", "checkpoints and log"]
     assert titles == [f"{title}:" for title in ["options", *groups]]
     words = " ".join(text.split())

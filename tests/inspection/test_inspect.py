@@ -203,7 +203,7 @@ def test_json_holds_the_table_and_the_segments(tmp_path, capsys):
         (["a.wav", "--seconds", "0"], "argument --seconds: must be more than 0 seconds"),
         (["a.wav", "--seconds", "nan"], "argument --seconds: 'nan' is not a time in seconds"),
         (["a.wav", "b.wav", "--png", "x.png"], "--png x.png: one picture for 2 files; name a folder instead"),
-        (["a/x.wav", "b/x.flac", "--png", "out"], "a/x.wav and b/x.flac would both be drawn to out"),
+        (["a/x.wav", "b/x.flac", "--png", "out"], "a/x.wav and b/x.flac would both be written to out"),
         (["a.wav", "--png", SPEECH], "neither a folder nor a .png file"),
         (["missing.wav"], "missing.wav: no such file or directory"),
         ([SPEECH, "--json", ROOT], "is a directory"),

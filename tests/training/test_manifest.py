@@ -223,7 +223,7 @@ def test_rows_of_datasets_with_the_content_of_files(path: str | None, kind: str,
     np.testing.assert_array_equal(load_utterance(checked, RATE), load_audio(file))
     part = Utterance(None, "a", "a", 0.5, 1.0, encoded=file.read_bytes())
     assert len(load_utterance(part, RATE)) == RATE // 2
-    with pytest.raises(ManifestError, match="has samples, which a manifest cannot hold"):
+    with pytest.raises(ManifestError, match="has samples, which a manifest cannot store"):
         write_manifest(tmp_path / "m.jsonl", [u])
     ((_, reason),) = check_audio(from_hf_dataset([{"audio": {"bytes": b"no audio", "path": path}, "text": "a"}]))[1]
     assert reason.startswith("not an audio file that can be read")  # without the name, which is shown before it

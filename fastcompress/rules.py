@@ -240,6 +240,8 @@ class LocalMax(Rule):
         return self.prominence is None and not self.normalize
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        if self.threshold == math.inf:
+            return _cut_only(self.max_len)
         threshold = finite(-math.inf if self.threshold is None else self.threshold)  # every distance is above -inf
         prominence = 0.0 if self.prominence is None else finite(self.prominence)  # 0 accepts every peak
         return (self.name, self.order, threshold, prominence, self.min_len, self.max_len or 0, True)
@@ -269,6 +271,8 @@ class Threshold(Rule):
         take_lengths(self)
 
     def op_args(self) -> tuple[str, int, float, float, int, int, bool]:
+        if self.threshold == math.inf:
+            return _cut_only(self.max_len)
         return (self.name, 1, finite(self.threshold), 0.0, self.min_len, self.max_len or 0, True)
 
 
@@ -443,6 +447,11 @@ class PeakHeight(Rule):
     def __post_init__(self) -> None:
         take_float(self, "threshold")
         take_lengths(self)
+
+
+def _cut_only(max_len: int | None) -> tuple[str, int, float, float, int, int, bool]:
+    """Return the op arguments of a rule whose threshold no distance exceeds: segments of ``max_len`` frames."""
+    return (Uniform.name, max_len or 2**63 - 1, 0.0, 0.0, 1, 0, True)
 
 
 def finite(value: float) -> float:

@@ -119,7 +119,8 @@ def test_str(rule: Rule, text: str):
         (fc.LocalMax(), ("local-max", 1, -torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
         (fc.LocalMax(2, 0.5, 0.25, 3, 4), ("local-max", 2, 0.5, 0.25, 3, 4, True)),
         (fc.Threshold(1, 2, 5), ("threshold", 1, 1.0, 0.0, 2, 5, True)),
-        (fc.Threshold(float("inf")), ("threshold", 1, torch.finfo(torch.float64).max, 0.0, 1, 0, True)),
+        (fc.Threshold(float("inf")), ("uniform", 2**63 - 1, 0.0, 0.0, 1, 0, True)),  # no boundary but the cuts
+        (fc.LocalMax(threshold=float("inf"), max_len=9), ("uniform", 9, 0.0, 0.0, 1, 0, True)),
     ],
 )
 def test_op_args(rule: Rule, args: tuple):

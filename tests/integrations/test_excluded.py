@@ -104,7 +104,7 @@ def test_additive_masks_are_refused(mode: str):
     model = apply_to(make("glmasr"), "uniform:3", mode)
     inputs = batch("glmasr", model, (20, 9))
     inputs["input_features_mask"] = torch.where(inputs["input_features_mask"] > 0, 0.0, -1e9)
-    with pytest.raises(ValueError, match="input_features_mask must be bool or hold 0 and 1, got -1e.09"):
+    with pytest.raises(ValueError, match="input_features_mask must be bool or contain only 0 and 1, got -1e.09"):
         model(**inputs)
 
 

@@ -80,7 +80,7 @@ def test_masks_that_are_not_0_and_1():
     holed = inside.long()
     holed[1, 30] = 0
     for mask in (additive, 2 * inside.long()):
-        with pytest.raises(ValueError, match="feature_attention_mask must be bool or hold 0 and 1"):
+        with pytest.raises(ValueError, match="feature_attention_mask must be bool or contain only 0 and 1"):
             encode(encoder, x, mask)
     for mask in (holed, inside.flip(1)):
         with pytest.raises(ValueError, match="must be 1 for each audio and 0 after its end, got 0 before 1 in audio 1"):

@@ -64,13 +64,14 @@ def select_boundaries(
     Args:
         d: Distance between each frame and the next (``adjacent_distance``), ``[N]`` packed or ``[B, T]`` padded;
             the last distance of each sequence is not read. ``Uniform`` reads only the shape. ``Lookback`` and
-            ``MinVariance`` need the distances at lags 1 to ``rule.window`` ([`banded_distance`][]), ``[N, window]`` or
-            ``[B, T, window]``. ``LabelChange`` takes ``None``.
+            ``MinVariance`` need the distances at lags 1 to ``rule.window`` ([`fastcompress.banded_distance`][]),
+            ``[N, window]`` or ``[B, T, window]``. ``LabelChange`` takes ``None``.
         rule: A rule or its text form.
         labels: Labels for ``LabelChange``, integer ``[N]`` or ``[B, T]``.
         cu_seqlens: See ``adjacent_distance``.
         lengths: See ``adjacent_distance``.
-        attention_mask: Mask of padded input, ``[B, T]``: 1 keeps a frame, 0 drops it; see [`segment_pool`][].
+        attention_mask: Mask of padded input, ``[B, T]``: 1 keeps a frame, 0 drops it; see
+            [`fastcompress.segment_pool`][].
         row_group: Row groups, int32 ``[N]`` or ``[B, T]``. Negative: the frame is dropped; 0: it is a segment of its
             own; k > 0: the rule is applied to each run of neighbouring frames of the same k as if it were a sequence.
         compact: If true, size the result exactly, which reads the number of segments from the device. If false, return

@@ -241,10 +241,10 @@ def log_mel(
         )
     if chunk_frames < 1:
         raise ValueError(f"chunk_frames must be at least 1, got {chunk_frames}")
-    window = torch.hann_window(WINDOW)
+    window = torch.hann_window(WINDOW, dtype=torch.float32, device="cpu")
     filters = mel_filters(mel_bins)  # [WINDOW // 2 + 1, mel_bins]
     frames = count // HOP
-    result = torch.empty(frames, mel_bins)
+    result = torch.empty(frames, mel_bins, dtype=torch.float32, device="cpu")
     for first in range(0, frames, chunk_frames):
         last = min(first + chunk_frames, frames)
         piece = _mirrored(samples, first * HOP - WINDOW // 2, (last - 1) * HOP + WINDOW // 2)
@@ -265,7 +265,7 @@ def mel_filters(mel_bins: int = MEL_BINS) -> torch.Tensor:
     """
     edges = _mel_edges(mel_bins)
     left, centre, right = edges[:-2], edges[1:-1], edges[2:]
-    hz = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1, dtype=torch.float64)[:, None]
+    hz = torch.linspace(0, SAMPLE_RATE / 2, WINDOW // 2 + 1, dtype=torch.float64, device="cpu")[:, None]
     triangle = torch.minimum((hz - left) / (centre - left), (right - hz) / (right - centre)).clamp(min=0)
     return (triangle * (2 / (right - left))).float()
 
@@ -282,7 +282,7 @@ def _mel_edges(mel_bins: int) -> torch.Tensor:
     """
     linear_hz, linear_mel, log_step = 1000.0, 15.0, math.log(6.4) / 27
     top_mel = linear_mel + math.log(SAMPLE_RATE / 2 / linear_hz) / log_step
-    mel = torch.linspace(0, top_mel, mel_bins + 2, dtype=torch.float64)
+    mel = torch.linspace(0, top_mel, mel_bins + 2, dtype=torch.float64, device="cpu")
     logarithmic = linear_hz * torch.exp((mel - linear_mel) * log_step)
     return torch.where(mel < linear_mel, mel * linear_hz / linear_mel, logarithmic)
 
@@ -292,5 +292,5 @@ def _mirrored(samples: torch.Tensor, start: int, stop: int) -> torch.Tensor:
     count = samples.shape[0]
     if start >= 0 and stop <= count:
         return samples[start:stop].float()
-    position = torch.arange(start, stop).abs()
+    position = torch.arange(start, stop, device="cpu").abs()
     return samples[torch.where(position < count, position, 2 * (count - 1) - position)].float()

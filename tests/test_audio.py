@@ -241,6 +241,22 @@ def test_less_than_a_window_is_an_error_and_a_window_is_two_frames():
     assert log_mel(noise(400)).shape == (2, 80)
 
 
+def test_process_wide_defaults_have_no_effect_on_log_mel():
+    samples = np.random.default_rng(0).standard_normal(8000).astype(np.float32)
+    audio.mel_filters.cache_clear()
+    wanted = log_mel(samples)
+    try:
+        torch.set_default_dtype(torch.float64)
+        torch.set_default_device("meta")
+        audio.mel_filters.cache_clear()
+        found = log_mel(samples)
+    finally:
+        torch.set_default_dtype(torch.float32)
+        torch.set_default_device(None)
+        audio.mel_filters.cache_clear()
+    assert found.dtype == torch.float32 and torch.equal(found, wanted)
+
+
 def test_log_mel_takes_tensors_and_float64_and_names_a_wrong_shape():
     samples = noise(4_000)
     expected = log_mel(samples)

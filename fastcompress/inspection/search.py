@@ -63,7 +63,7 @@ def search(distances: Sequence[Tensor], ratio: float, seconds: float) -> Search:
         seconds: Seconds of all audio.
     """
     d = torch.cat(list(distances))
-    bounds = torch.tensor([0, *(len(part) for part in distances)]).cumsum(0).int()
+    bounds = torch.tensor([0, *(len(part) for part in distances)], device="cpu").cumsum(0).int()
 
     def tokens(rule: Rule) -> int:
         return len(select_boundaries(d, rule, cu_seqlens=bounds).starts)

@@ -148,10 +148,10 @@ class FastCompressProcessor(ProcessorMixin):
         """
         longest = max(f.shape[-1] for f in features)
         pad = torch.nn.functional.pad
-        lengths = torch.tensor([f.shape[-1] for f in features])
+        lengths = torch.tensor([f.shape[-1] for f in features], device="cpu")
         return {
             "input_features": torch.stack([pad(f, (0, longest - f.shape[-1])) for f in features]),
-            "feature_attention_mask": (torch.arange(longest) < lengths[:, None]).long(),
+            "feature_attention_mask": (torch.arange(longest, device="cpu") < lengths[:, None]).long(),
         }
 
     def prompt_ids(self, prompt: str, has_audio: bool) -> list[int]:

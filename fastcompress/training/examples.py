@@ -68,7 +68,7 @@ def _warped(features: Tensor, scale: float) -> Tensor:
     """
     bins = len(features)
     highest, knee = 8000.0, 4800.0
-    mel = torch.linspace(0, 2595 * math.log10(1 + highest / 700), bins + 2)[1:-1]
+    mel = torch.linspace(0, 2595 * math.log10(1 + highest / 700), bins + 2, dtype=torch.float32, device="cpu")[1:-1]
     hertz = 700 * (10 ** (mel / 2595) - 1)
     bend = knee * min(1.0, 1 / scale)
     slope = (highest - bend * scale) / (highest - bend)
@@ -198,8 +198,8 @@ class Examples:
         rows, labels, features, ctc_labels = [], [], [], []
         for place, index in enumerate(self.usable(i) for i in indices):
             prompt, target = self.prompt_ids(index), self.target_ids(index) if targets else []
-            rows.append(torch.tensor(prompt + target))
-            labels.append(torch.tensor([IGNORED_LABEL] * len(prompt) + target))
+            rows.append(torch.tensor(prompt + target, device="cpu"))
+            labels.append(torch.tensor([IGNORED_LABEL] * len(prompt) + target, device="cpu"))
             found = self.features(index)
             if found is None:
                 continue
@@ -263,7 +263,7 @@ class EncodedExamples(Examples):
     def _pad_audio(self, features: list[Tensor]) -> dict[str, Tensor]:
         return {
             "frames": torch.nn.utils.rnn.pad_sequence(features, batch_first=True),
-            "frame_lengths": torch.tensor([len(f) for f in features]),
+            "frame_lengths": torch.tensor([len(f) for f in features], device="cpu"),
         }
 
 

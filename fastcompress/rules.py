@@ -351,7 +351,7 @@ class MinVariance(Rule):
     @property
     def window(self) -> int:
         """Number of later frames to which the distances of each frame are needed."""
-        return max(1, self.max_len - 1)
+        return max(1, min(self.max_len, MIN_VARIANCE_BLOCK) - 1)
 
     def num_segments(self, length: Any) -> Any:
         """Return the number of segments of a sequence; see [`Uniform.num_segments`][]."""

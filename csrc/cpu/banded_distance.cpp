@@ -19,22 +19,22 @@ constexpr int64_t kRowsPerStep = 64;
 
 // Computes the distances of the rows [begin, end) to later rows before `sequence_end`.
 template <class T>
-void score_band(const Rows& x, int64_t begin, int64_t end, int64_t sequence_end, int64_t window, double* products,
-                double* squares, accumulate_t<T>* d) {
+void score_band(const Rows& x, int64_t begin, int64_t end, int64_t sequence_end, int64_t window, int64_t reach,
+                double* products, double* squares, accumulate_t<T>* d) {
   const RowKernels<T>& kernels = row_kernels<T>();
   auto row = [&](int64_t t) { return x.data<T>() + t * x.stride; };
   for (int64_t first = begin; first < end; first += kRowsPerStep) {
-    const int64_t last = std::min(first + kRowsPerStep, end), reach = std::min(last + window, sequence_end);
+    const int64_t last = std::min(first + kRowsPerStep, end), end_of_squares = std::min(last + reach, sequence_end);
     for (int64_t t = first; t < last; ++t) {
-      double* out = products + (t - first) * (window + 1);
-      kernels.products(row(t), x.stride, std::min(window + 1, sequence_end - t), x.width, out);
+      double* out = products + (t - first) * (reach + 1);
+      kernels.products(row(t), x.stride, std::min(reach + 1, sequence_end - t), x.width, out);
       squares[t - first] = out[0];
     }
-    for (int64_t t = last; t < reach; ++t) squares[t - first] = kernels.dot(row(t), row(t), x.width);
+    for (int64_t t = last; t < end_of_squares; ++t) squares[t - first] = kernels.dot(row(t), row(t), x.width);
     for (int64_t t = first; t < last; ++t)
-      for (int64_t lag = 1; lag <= std::min(window, sequence_end - 1 - t); ++lag)
+      for (int64_t lag = 1; lag <= std::min(reach, sequence_end - 1 - t); ++lag)
         d[t * window + lag - 1] = accumulate_t<T>(
-            cosine_distance(products[(t - first) * (window + 1) + lag], squares[t - first], squares[t - first + lag]));
+            cosine_distance(products[(t - first) * (reach + 1) + lag], squares[t - first], squares[t - first + lag]));
   }
 }
 
@@ -54,9 +54,9 @@ Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengt
     S* d = static_cast<S*>(out.mutable_data_ptr());
     std::fill(d, d + rows.count * window, std::numeric_limits<S>::quiet_NaN());
     parallel(rows.count, rows.width * reach * int64_t(sizeof(T)), [&](int64_t first, int64_t last) {
-      std::vector<double> products(kRowsPerStep * (window + 1)), squares(kRowsPerStep + window);
+      std::vector<double> products(kRowsPerStep * (reach + 1)), squares(kRowsPerStep + reach);
       for_each_part(sequences, first, last, [&](int64_t b, int64_t begin, int64_t end) {
-        score_band<T>(rows, begin, end, sequences.end[b], window, products.data(), squares.data(), d);
+        score_band<T>(rows, begin, end, sequences.end[b], window, reach, products.data(), squares.data(), d);
       });
     });
   });

@@ -16,8 +16,9 @@
 namespace fastcompress::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1500;  // rows; MIN_VARIANCE_BLOCK of fastcompress/rules.py
-constexpr int64_t kStep = 8;      // values of best that are computed at once
+constexpr int64_t kBlock = 1500;    // rows; MIN_VARIANCE_BLOCK of fastcompress/rules.py
+constexpr int64_t kStep = 8;        // values of best that are computed at once
+constexpr double kLargest = 1e100;  // a distance beyond it counts as 1, so that no sum overflows
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 typedef double Pair __attribute__((vector_size(2 * sizeof(double))));
@@ -71,7 +72,7 @@ class Block {
     for (int64_t length = 2; length <= longest_; ++length) {
       for (int64_t t = 0; t + length <= rows_; ++t) {
         const double distance = d[t * window + length - 2];
-        of_first_[t] += std::isfinite(distance) ? distance : 1;
+        of_first_[t] += std::abs(distance) <= kLargest ? distance : 1;
         pairs_[t] = pairs_[t + 1] + of_first_[t];
         costs(length)[t] = pairs_[t] / double(length);
       }
@@ -109,7 +110,7 @@ class Block {
     int64_t t = 0;
     starts[0] = 1;
     for (int64_t k = count_; k > 1; --k) {
-      for (int64_t length = 1;; ++length) {
+      for (int64_t length = 1; length <= longest_; ++length) {
         const int64_t next = t + length;
         if (next < first_row(k - 1) || next > last_row(k - 1)) continue;
         if (costs(length)[t] + best(k - 1)[next] == best(k)[t]) {

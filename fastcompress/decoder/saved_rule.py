@@ -209,8 +209,10 @@ def _wrap(owner: Any, name: str, after: Callable[..., None]) -> None:
 
 def _after_loading(result: Any, *args: Any, **kwargs: Any) -> None:
     model = result[0] if isinstance(result, tuple) else result  # with output_loading_info
+    watched: set[int] = set()  # encoder and decoder of Whisper share the configuration of the model
     for module in model.modules():  # the thinker of an Omni model is a model inside another
-        if isinstance(module, PreTrainedModel) and KEY in vars(module.config):
+        if isinstance(module, PreTrainedModel) and KEY in vars(module.config) and id(module.config) not in watched:
+            watched.add(id(module.config))
             _watch(_core(module))
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastcompress.checks import check_layout_values
 from fastcompress.dispatch.call import Op, call
-from fastcompress.rules import MinVariance
+from fastcompress.rules import MIN_VARIANCE_BLOCK, MinVariance
 
 _op: Op[Tensor] = torch.ops.fastcompress.min_variance_boundaries.default
 
@@ -26,10 +26,15 @@ def min_variance_boundaries(
     """
     return call(
         _op,
-        (d, cu_seqlens, lengths, row_group, float(rule.rate), rule.max_len),
+        (d, cu_seqlens, lengths, row_group, *_numbers(rule)),
         False,
         lambda: check_layout_values(d.shape, cu_seqlens, lengths),
     )
+
+
+def _numbers(rule: MinVariance) -> tuple[float, int]:
+    """Return the rate and the largest length of a segment, which no block exceeds."""
+    return min(float(rule.rate), float(MIN_VARIANCE_BLOCK)), min(rule.max_len, MIN_VARIANCE_BLOCK)
 
 
 @torch.library.register_fake("fastcompress::min_variance_boundaries")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -104,8 +105,11 @@ def segment_pool(
         with torch.no_grad():
             d: Tensor | None = None
             if isinstance(rule, (Lookback, MinVariance)):
-                if isinstance(rule, Lookback) and is_readable(x):
-                    rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))  # no frame is further away
+                if is_readable(x):  # no frame is further away, and no segment longer
+                    if isinstance(rule, Lookback):
+                        rule = replace(rule, window=min(rule.window, max(1, x.shape[-2])))
+                    else:
+                        rule = replace(rule, max_len=min(rule.max_len, max(x.shape[-2], math.ceil(rule.rate))))
                 d = banded_distance(scored, rule.window, cu_seqlens=cu_seqlens, lengths=lengths)
             elif rule.needs_distance:
                 d = adjacent_distance(scored, cu_seqlens=cu_seqlens, lengths=lengths)

@@ -15,6 +15,9 @@ from torch import Tensor
 from fastcompress.checks import check_layout_values, sequence_ranges
 from fastcompress.rules import MIN_VARIANCE_BLOCK as BLOCK
 
+#: Largest distance that is used, so that no sum overflows.
+LARGEST = 1e100
+
 
 def segment_costs(d: Tensor, max_len: int) -> list[Tensor]:
     """Return half the variance of the segments that start at each frame, ``[n]`` per length up to ``max_len``.
@@ -24,14 +27,14 @@ def segment_costs(d: Tensor, max_len: int) -> list[Tensor]:
 
     Args:
         d: Distances of frame ``t`` to frame ``t + lag``, ``[n, window]`` fp64; column ``lag - 1``. Distances that are
-            not finite count as 1, like that of a zero frame.
+            not finite, or beyond ``LARGEST``, count as 1, like that of a zero frame.
         max_len: Largest length of a segment in frames.
 
     Returns:
         Costs, fp64; infinite where the segment would end after frame ``n - 1``.
     """
     n = d.shape[0]
-    d = torch.where(d.isfinite(), d, 1.0)
+    d = torch.where(d.abs() <= LARGEST, d, 1.0)
     pairs, of_first = d.new_zeros(n), d.new_zeros(n)
     costs = [pairs]
     for length in range(2, max_len + 1):

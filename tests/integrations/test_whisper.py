@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import pickle
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,7 @@ def test_what_happens_to_the_silence():
         # A frame lasts 0.6 s here, since the window has 30 s.
         3.0: [math.ceil(min(n + 5, FRAMES) / 3) for n in frames],
         0: [math.ceil(n / 3) for n in frames],
+        1e300: [math.ceil(FRAMES / 3)] * len(frames),
     }
     for silence, wanted in counts.items():
         apply_to(model, "uniform:3", silence=silence)
@@ -160,10 +162,13 @@ def test_the_rule_travels_with_the_weights(tmp_path: Path):
     assert saved["proportional_attention"] is False
     again = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path).eval()
     with torch.no_grad():
-        assert torch.equal(apply_to(again)(**inputs).logits, model(**inputs).logits)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert torch.equal(apply_to(again)(**inputs).logits, model(**inputs).logits)
         other = transformers.WhisperForConditionalGeneration.from_pretrained(tmp_path)
-        with pytest.warns(UserWarning, match="runs without compression"):
+        with pytest.warns(UserWarning, match="runs without compression") as caught:
             other(**inputs)
+        assert len(caught) == 1
         with pytest.warns(UserWarning, match="was trained with min-variance:rate=3.*silence=1.5"):
             apply_to(other, "min-variance:rate=3", silence=1.5)
     twin = copy.deepcopy(model)

@@ -137,6 +137,20 @@ def test_frames_that_are_not_finite_or_zero():
     assert lengths == [1, 1, 10, 1, 1]
 
 
+def test_huge_distances_and_limits():
+    """Sums of given distances do not overflow, and lags beyond a block or the rows are not computed."""
+    d = torch.zeros(12, 3, dtype=torch.float64)
+    d[:6], d[6:] = 1e308, -1e308
+    wanted = DEFINITION["min_variance_boundaries"](d, None, None, None, 3.0, 4)
+    assert torch.equal(op(d, None, None, None, 3.0, 4), wanted) and int(wanted.sum()) == 4
+    x = features("smooth", 30, 4, torch.float32)
+    starts = fc.segment_pool(x, rule=fc.MinVariance(3, 30)).segments.starts
+    for max_len in (2000, 2**40):
+        assert torch.equal(fc.segment_pool(x, rule=fc.MinVariance(3, max_len)).segments.starts, starts)
+    assert fc.segment_pool(x, rule=fc.MinVariance(2000, 3000)).segments.lengths.tolist() == [30]
+    assert fc.banded_distance(x[:2], 2**16).shape == (2, 2**16)
+
+
 def test_a_clip_does_not_depend_on_its_batch():
     x = features("smooth", sum(RAGGED), 7, torch.float32)
     cu = offsets(RAGGED)

@@ -183,6 +183,7 @@ def _encode(self: Any, *args: Any, **kwargs: Any) -> Any:
     out = stock(**arguments | {"return_dict": True})
     hidden: Tensor = out.last_hidden_state
     settings: WhisperSettings = self.fastcompress_settings
+    frames = frames.to(hidden.device)
     place = torch.arange(hidden.shape[1], device=hidden.device).expand(hidden.shape[:2])
     if settings.silence == "pool":
         groups = torch.ones_like(place)
@@ -190,7 +191,7 @@ def _encode(self: Any, *args: Any, **kwargs: Any) -> Any:
         groups = (place < frames[:, None]).long()
     else:
         rate = self.config.max_source_positions / 30  # frames per second: the window has 30 s
-        kept = frames + round(float(settings.silence) * rate)
+        kept = frames + round(min(float(settings.silence) * rate, hidden.shape[1]))
         groups = torch.where(place < kept.clamp_min(1)[:, None], 1, -1)
     pool = settings.compressor
     pooled = segment_pool(hidden, rule=pool.rule, row_group=groups.int(), reduce=pool.reduce)

@@ -112,12 +112,18 @@ def load() -> ModuleType:
     return module
 
 
+def has_kernel(op: str) -> bool:
+    """Return whether there is a CUDA kernel of an op; without one the kernel of the CPU runs. Needs ``load``."""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(f"fastcompress_emulated::{op}", "CPU")
+
+
 @contextlib.contextmanager
 def emulated(seed: int = 0, os_threads: int = 1) -> Iterator[ModuleType]:
     """Run the CUDA kernels for the ops of CPU tensors in this context, with the given schedule."""
     module = load()
     module.set_schedule(seed, os_threads)
-    library = override({name: getattr(torch.ops.fastcompress_emulated, name) for name in OPS}, ("CPU",))
+    kernels = {name: getattr(torch.ops.fastcompress_emulated, name) for name in OPS if has_kernel(name)}
+    library = override(kernels, ("CPU",))
     try:
         yield module
     finally:

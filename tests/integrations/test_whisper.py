@@ -201,6 +201,8 @@ def test_errors():
     ):
         with pytest.raises(error, match=message):
             apply_to(model, *arguments)
+    with pytest.raises(NotImplementedError, match="whisper has no projector"):
+        apply_to(model, "uniform:2", before_projector=False)
     for silence, message in (("drop", "silence must be 'keep', 'pool' or a number"), (-1, "at least 0, got -1")):
         with pytest.raises(ValueError, match=message):
             apply_to(model, "uniform:2", silence=silence)

@@ -118,6 +118,8 @@ def apply_to(
     family = None if is_whisper else family_of(base)
     kind = base.config.model_type
     trained = saved_rule.stored(base)
+    if is_whisper and before_projector is False:
+        raise NotImplementedError(f"{kind} has no projector; before_projector must be None or True, got False")
     if compressor is None:
         if trained is None:
             raise ValueError(f"no compression was saved with this {kind}; pass a rule, such as 'uniform:3'")

@@ -467,7 +467,7 @@ def test_environment_variable():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_interpreter_through_the_public_api():
-    from tests.triton.test_triton import WHY_NOT
+    from tests.support.triton_versions import WHY_NOT
 
     if WHY_NOT:
         pytest.skip(WHY_NOT)

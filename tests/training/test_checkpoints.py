@@ -15,21 +15,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastcompress import files
 from fastcompress.training import checkpoints
 from fastcompress.training.checkpoints import CheckpointError
 from tests.support import ROOT
+from tests.support.checkpoints import KEEP, check_whole, save, state
 from tests.support.forking import in_fork
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.timeout(120),
 ]
-
-WIDTH = 200  # 160 KB of weights, and twice as much in the optimizer
-KEEP = 2
 
 
 @pytest.fixture(autouse=True)
@@ -39,35 +36,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def state(step: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """Return the state of training after this number of steps."""
-    weights = {"a": torch.full((WIDTH, WIDTH), float(step), requires_grad=True)}
-    optimizer = torch.optim.AdamW(weights.values())
-    weights["a"].grad = torch.full((WIDTH, WIDTH), float(step))
-    optimizer.step()
-    with torch.no_grad():
-        weights["a"].fill_(step)
-    return weights, optimizer
-
-
-def save(folder: Path, step: int) -> None:
-    checkpoints.save(folder, step, *state(step), KEEP)
-
-
-def check_whole(folder: Path) -> list[int]:
-    """Assert that every checkpoint can be loaded and is of one step, and return the steps."""
-    steps = []
-    for path in checkpoints.found(folder):
-        weights, optimizer = state(999)
-        step = checkpoints.load(path, weights, optimizer)
-        assert path.name == f"step-{step:08d}"
-        assert bool((weights["a"] == step).all())
-        moment = optimizer.state[weights["a"]]["exp_avg"]
-        torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * step))
-        steps.append(step)
-    return steps
 
 
 #: Audit events of Python's file operations. The process is killed once before each of them.
@@ -182,7 +150,8 @@ def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit
 ON_A_FULL_DISK = """
 import os, sys
 from pathlib import Path
-from tests.training.test_checkpoints import CheckpointError, check_whole, save
+from fastcompress.training.checkpoints import CheckpointError
+from tests.support.checkpoints import check_whole, save
 
 folder, filler = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "filler"
 save(folder, 1)

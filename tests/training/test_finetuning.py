@@ -19,10 +19,9 @@ from fastcompress.training import finetuning
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.parsing import read_record
 from fastcompress.training.settings import FinetuneSettings
-from tests.integrations.test_apply import Gate
-from tests.integrations.test_dynamic import GREEDY, batch, grads, largest, make
 from tests.support import ROOT, audio_llms
 from tests.support.command_line import flags
+from tests.support.compressed_llms import GREEDY, Gate, batch, grads, largest, make
 from tests.support.lalm_data import write_tones
 
 NAMES = tuple(audio_llms.FAMILIES)
@@ -160,7 +159,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from fastcompress.integrations.transformers import apply_to
 from tests.support import audio_llms
-from tests.integrations.test_apply import Gate
+from tests.support.compressed_llms import Gate
 
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=int(sys.argv[2]), world_size=2)

@@ -1,7 +1,8 @@
-"""Run a task in a fork of this process."""
+"""Run a task in a fork of this process, which has imported what the task needs."""
 
 from __future__ import annotations
 
+import io
 import os
 import signal
 import sys
@@ -34,3 +35,17 @@ def in_fork(task: Callable[[], None], seconds: float = 60.0) -> int:
     os.kill(pid, signal.SIGKILL)
     os.waitpid(pid, 0)
     raise AssertionError(f"the forked process was not done after {seconds} s")
+
+
+def write_to(stdout: int, stderr: int, unbuffered: bool = False) -> None:
+    """Use these descriptors as the standard output and error of this process, a fork."""
+    for name, source, target in (("stdout", stdout, 1), ("stderr", stderr, 2)):
+        os.dup2(source, target)
+        if source > 2:
+            os.close(source)
+        raw = io.FileIO(target, "wb", closefd=False)
+        buffered = raw if unbuffered else io.BufferedWriter(raw)
+        lines = name == "stderr" or os.isatty(target)
+        text = io.TextIOWrapper(buffered, "utf-8", write_through=unbuffered, line_buffering=lines)
+        setattr(sys, name, text)
+        setattr(sys, f"__{name}__", text)

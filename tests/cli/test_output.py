@@ -303,7 +303,7 @@ def test_transcribe_has_a_bar_on_a_terminal(tmp_path: Path):
     def task() -> None:
         torch.set_num_threads(1)  # threads do not survive a fork
         with out.open("wb") as file:
-            write_to(os.dup(file.fileno()), other_end)
+            write_to(file.fileno(), other_end)
         assert main(arguments) == 0
         sys.stdout.flush()
 

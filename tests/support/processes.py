@@ -172,6 +172,8 @@ def _child(request: dict, stdout: int, stderr: int, status: int) -> None:
     os.environ.update(request["env"])
     os.chdir(request["cwd"])
     write_to(stdout, stderr, unbuffered=bool(os.environ.get("PYTHONUNBUFFERED")))
+    os.close(stdout)
+    os.close(stderr)
     _as_at_the_start()
     kind, *rest = request["arguments"]
     paths = [path for path in os.environ["PYTHONPATH"].split(os.pathsep) if path]

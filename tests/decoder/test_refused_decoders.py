@@ -216,6 +216,7 @@ def test_the_mask_of_packed_rows_can_be_moved_and_copied():
 
 def test_a_compiled_decoder_takes_the_mask_of_packed_rows():
     model = decoder("qwen2")
+    del model.model.layers[1:]  # the compiler traces each layer
     packed = packed_batch(samples(model)[0])
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

@@ -39,15 +39,15 @@ def run(data: Path) -> Path:
     """Train a model on the tones with the command, and return its folder."""
     config = data / "run.yaml"
     config.write_text(yaml.safe_dump({"data": str(data / "train.jsonl"), "max-steps": 9, "learning_rate": 2e-3}))
-    more = flags(max_steps=150, warmup_steps=10, rule="uniform:2", threads=1, save_steps=100)
+    more = flags(max_steps=100, warmup_steps=10, rule="uniform:2", threads=1, save_steps=50)
     assert main(["train", "--output-dir", str(data / "run"), "--config", str(config), *more]) == 0
     return data / "run"
 
 
 def test_flags_win_over_the_file(run: Path):
     settings = yaml.safe_load((run / "run.yaml").read_text())
-    assert settings["max_steps"] == 150 and settings["learning_rate"] == 2e-3 and settings["rule"] == "uniform:2"
-    assert logs.read(run / "log.csv")[-1]["step"] == 150
+    assert settings["max_steps"] == 100 and settings["learning_rate"] == 2e-3 and settings["rule"] == "uniform:2"
+    assert logs.read(run / "log.csv")[-1]["step"] == 100
     assert list((run / "events").iterdir())  # TensorBoard is a development requirement
     command = json.loads((run / "environment.json").read_text())["command"]
     assert command

@@ -1,8 +1,8 @@
 """New Python processes in a tenth of the time: forks of a process that has imported torch and nothing else.
 
-``run`` and ``start`` take the arguments of an interpreter, such as ``["-m", "fastcompress", "info"]``. The new process
-has no module of fastcompress, and the environment that the caller gives. Use ``subprocess`` for what the C library and
-the interpreter read when a process starts, such as ``MALLOC_PERTURB_`` and ``PYTHONWARNINGS``.
+``run`` takes the arguments of an interpreter, such as ``["-m", "fastcompress", "info"]``. The new process has no module
+of fastcompress, and the environment that the caller gives. Use ``subprocess`` for what the C library and the
+interpreter read when a process starts, such as ``MALLOC_PERTURB_`` and ``PYTHONWARNINGS``.
 """
 
 from __future__ import annotations
@@ -31,56 +31,6 @@ _MESSAGE = 1 << 17  # bytes of the largest request
 _server: tuple[int, socket.socket, subprocess.Popen[bytes]] | None = None  # with the process that started it
 
 
-class Process:
-    """A process, as ``subprocess.Popen``."""
-
-    def __init__(self, pid: int, status: IO[bytes]) -> None:
-        self.pid = pid
-        self.returncode: int | None = None
-        self._status = status
-
-    def wait(self, seconds: float = 240) -> int:
-        """Wait for the end of the process and return its exit status, or minus the number of a signal.
-
-        Raises:
-            subprocess.TimeoutExpired: It was killed because it did not end in time.
-        """
-        if self.returncode is None:
-            if not select.select([self._status], [], [], seconds)[0]:
-                self.kill()
-                raise subprocess.TimeoutExpired("python", seconds)
-            self.returncode = int(self._status.readline())
-            self._status.close()
-        return self.returncode
-
-    def kill(self) -> None:
-        os.kill(self.pid, signal.SIGKILL)
-
-
-def start(
-    arguments: Sequence[str],
-    *,
-    stdout: IO[bytes] | int,
-    stderr: IO[bytes] | int,
-    env: Mapping[str, str] | None = None,
-    cwd: str | Path | None = None,
-) -> Process:
-    """Start a process. ``env`` is the whole environment, by default that of this process."""
-    request = {
-        "arguments": [str(argument) for argument in arguments],
-        "env": {"PYTHONPATH": str(ROOT)} | dict(os.environ if env is None else env),
-        "cwd": str(cwd or os.getcwd()),
-    }
-    receive, send = os.pipe()
-    files = [stream if isinstance(stream, int) else stream.fileno() for stream in (stdout, stderr)]
-    try:
-        socket.send_fds(_connection(), [json.dumps(request).encode()], [*files, send])
-    finally:
-        os.close(send)
-    status = os.fdopen(receive, "rb", 0)
-    return Process(int(status.readline()), status)
-
-
 def run(
     arguments: Sequence[str],
     *,
@@ -89,10 +39,33 @@ def run(
     cwd: str | Path | None = None,
     seconds: float = 240,
 ) -> subprocess.CompletedProcess[str]:
-    """Run a process to its end, and return its status and what it wrote."""
-    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        process = start(arguments, stdout=stdout or out, stderr=err, env=env, cwd=cwd)
-        code = process.wait(seconds)
+    """Run a process to its end, and return its exit status, or minus the number of a signal, and what it wrote.
+
+    Args:
+        arguments: Arguments of an interpreter.
+        stdout: File that is its standard output, which is returned otherwise.
+        env: Whole environment; by default that of this process.
+        cwd: Folder; by default that of this process.
+        seconds: Limit of its time.
+
+    Raises:
+        subprocess.TimeoutExpired: It was killed because it did not end in time.
+    """
+    request = {
+        "arguments": [str(argument) for argument in arguments],
+        "env": {"PYTHONPATH": str(ROOT)} | dict(os.environ if env is None else env),
+        "cwd": str(cwd or os.getcwd()),
+    }
+    receive, send = os.pipe()
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err, open(receive, "rb", 0) as status:
+        files = [(stdout or out).fileno(), err.fileno(), send]
+        socket.send_fds(_connection(), [json.dumps(request).encode()], files)
+        os.close(send)
+        pid = int(status.readline())
+        if not select.select([status], [], [], seconds)[0]:
+            os.kill(pid, signal.SIGKILL)
+            raise subprocess.TimeoutExpired(list(arguments), seconds)
+        code = int(status.readline())
         texts = []
         for file in (out, err):
             file.seek(0)

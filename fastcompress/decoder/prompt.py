@@ -103,7 +103,8 @@ def generating_from(decoder: Any, prompt: Prompt) -> Iterator[None]:
     """
 
     def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        return args, adapt(module, kwargs)
+        names = inspect.signature(module.forward).parameters  # some models pass input_ids by position
+        return (), adapt(module, dict(zip(names, args, strict=False)) | kwargs)
 
     handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
     try:

@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fastcompress.ops.pack import POSITIONS
 from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import Rule
 
@@ -126,10 +127,12 @@ class CompressionSettings(Settings):
 
     rule: RuleText | None = None
     proportional_attention: bool | None = None
-    positions: Literal["time", "compact"] | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positions not in (None, *POSITIONS):
+            raise SettingsError(f"`positions` must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.rule not in (None, "none"):
             try:
                 Rule.from_string(self.rule)

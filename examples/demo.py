@@ -1,7 +1,7 @@
 """``make demo``: Transcribe unseen speech with every frame and with a quarter of the tokens, and print all texts.
 
-"4x, as usual" pools four frames into a token and numbers the tokens. "4x, fastcompress" finds segments of similar frames;
-a token weighs as much as its frames and has their place in time. The model was trained for neither.
+"4x, as usual" pools four frames into a token and numbers the tokens. "4x, fastcompress" finds segments of similar
+frames; a token weighs as much as its frames and has their place in time. The model was trained for neither.
 """
 
 from __future__ import annotations

@@ -152,6 +152,9 @@ def adapt(decoder: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 def _start(decoder: Any, arguments: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
     """Return the arguments of the first call, whose rows are those of the prompt."""
+    parameters = inspect.signature(decoder.forward).parameters
+    if "position_ids" not in parameters:  # such a decoder has neither positions in time nor this attention
+        return arguments
     prompt = prompt.repeated(len(arguments["inputs_embeds"]))
     arguments["position_ids"] = prompt.positions
     if prompt.proportional and decoder.config._attn_implementation != NAME:
@@ -165,7 +168,6 @@ def _start(decoder: Any, arguments: dict[str, Any], prompt: Prompt) -> dict[str,
         use_cache = False
     name = next((name for name in CACHES if arguments.get(name) is not None), None)
     if name is None and use_cache:
-        parameters = inspect.signature(decoder.forward).parameters
         name = next((name for name in CACHES if name in parameters), None)
         if name is not None:
             arguments[name] = DynamicCache(config=decoder.config)

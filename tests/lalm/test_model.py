@@ -373,6 +373,47 @@ def test_generation_agrees_with_forward():
     assert logits[-6:-1].argmax(-1).tolist() == tokens[0, prompt.shape[1] :].tolist()
 
 
+@pytest.mark.parametrize("text", ["qwen2", "gemma2"])
+def test_parts_of_compression_without_training(text: str, tmp_path: Path):
+    """A model that is loaded uses them for a rule that its weights were not trained with, packed, padded and cached."""
+    build(text=text).save_pretrained(tmp_path)
+    model = FastCompressForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert (model.proportional_attention, model.positions) == (False, "compact")
+    full = batch(left=True)
+    labels = full.pop("labels")
+    stock = model(**full).logits
+    model.rule = "uniform:1"
+    torch.testing.assert_close(model(**full).logits, stock)
+    model.rule = "uniform:3"
+    assert (model.proportional_attention, model.positions) == (True, "time")
+    out = model(**full)
+    assert out.packed.next_positions.tolist() == [3 + 35, 3, 3 + 5 + 50]  # text and frames
+    texts = []
+    for beams in (1, 3):
+        tokens = model.generate(**full, max_new_tokens=5, do_sample=False, eos_token_id=None, num_beams=beams)
+        texts.append(tokens)
+        for row, part in zip(tokens, samples(full | {"labels": labels}), strict=True):
+            del part["labels"]
+            alone = model.generate(**part, max_new_tokens=5, do_sample=False, eos_token_id=None, num_beams=beams)
+            assert row[5:].tolist() == alone[0, -5:].tolist()
+    part = samples(full | {"labels": labels})[2]
+    del part["labels"]
+    given = torch.cat([part["input_ids"], texts[0][2:3, -5:]], 1)
+    logits = model(**(part | {"input_ids": given, "attention_mask": torch.ones_like(given)})).logits[0]
+    assert logits[-6:-1].argmax(-1).tolist() == texts[0][2, -5:].tolist()
+    model.save_pretrained(tmp_path / "again")
+    again = FastCompressForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    assert (again.rule, again.proportional_attention, again.positions) == ("uniform:3", True, "time")
+    again.rule = "uniform:2"  # its weights were saved with a rule, and keep the settings of their training
+    assert (again.proportional_attention, again.positions) == (True, "time")
+    again.positions, again.proportional_attention = "compact", False
+    assert not torch.equal(again(**full).logits, out.logits)
+    with pytest.raises(ValueError, match="positions must be 'compact' or 'time', got 'middle'"):
+        again.positions = "middle"
+    with pytest.raises(TypeError, match="proportional_attention must be True or False, got 1"):
+        again.proportional_attention = 1
+
+
 def test_return_values_of_generate():
     model = build(rule="uniform:3")
     full = batch()

@@ -16,6 +16,8 @@ def reference(query: Tensor, key: Tensor, value: Tensor, cu: list[int], **option
     scores = torch.einsum("qhd,khd->hqk", query, key) * scale
     if cap := options.get("softcap"):
         scores = cap * (scores / cap).tanh()
+    if (bias := options.get("key_bias")) is not None:
+        scores = scores + bias
     row = torch.arange(rows)
     sequence = torch.searchsorted(torch.tensor(cu[1:]), row, right=True)
     seen = sequence[:, None] == sequence

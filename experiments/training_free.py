@@ -139,7 +139,7 @@ def main() -> int:
     record = options.out / "training-free.json"
     rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"] if record.exists() else []
     done = {(row["compression"], row["proportional_attention"], row["positions"]) for row in rows}
-    work = [("every frame", "none", (False, "compact"))]
+    work: list[tuple[str, Any, tuple[bool, str]]] = [("every frame", "none", (False, "compact"))]
     work += [(name, one, parts) for name, one in compressions().items() for parts in PARTS]
     for name, compression, parts in work:
         if (name, *parts) in done:

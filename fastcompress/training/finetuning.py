@@ -14,7 +14,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import transformers
@@ -28,6 +28,7 @@ from fastcompress.files import check_folder, named, reason, write_file
 from fastcompress.integrations.transformers import BudgetProcessor, apply_to, compressed_prompt
 from fastcompress.integrations.transformers.prompts import processor_inputs
 from fastcompress.lalm.lora import lora_targets
+from fastcompress.ops.pack import Positions
 from fastcompress.training.evaluation import count_clipped, end_tokens
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.normalization import normalizer
@@ -161,7 +162,7 @@ def _compress(model: Any, settings: FinetuneSettings) -> None:
         settings.mode,
         before_projector=settings.before_projector,
         proportional_attention=settings.proportional_attention,
-        positions=settings.positions,
+        positions=cast(Positions | None, settings.positions),
     )
 
 

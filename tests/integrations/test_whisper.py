@@ -216,3 +216,26 @@ def test_errors():
     hidden = torch.zeros(len(AUDIO), FRAMES, 24)
     with pytest.raises(ValueError, match="encoder_outputs must have the token_lengths"):
         model(encoder_outputs=(hidden,), decoder_input_ids=inputs["labels"])
+    pooled = model.get_encoder()(inputs["input_features"])
+    with pytest.raises(NotImplementedError, match="return_segments must be False with encoder_outputs"):
+        model.generate(encoder_outputs=pooled, return_segments=True)
+
+
+@pytest.mark.parametrize("wrapped_first", [False, True])
+def test_peft_trains_a_copy_of_the_encoder(wrapped_first: bool):
+    model, inputs = make(), batch()
+    with torch.no_grad():
+        stock = model(**inputs).loss
+        wanted = apply_to(model, "uniform:3")(**inputs).loss
+        revert(model)
+    if not wrapped_first:
+        apply_to(model, "uniform:3")
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["encoder"]))
+    if wrapped_first:
+        apply_to(adapted, "uniform:3")
+    loss = adapted(**inputs).loss
+    assert abs(loss - wanted) <= 1e-6
+    loss.backward()
+    trained = [name for name, p in adapted.named_parameters() if p.grad is not None and "modules_to_save" in name]
+    assert any("encoder.modules_to_save.default.layers.0" in name for name in trained)
+    assert abs(revert(adapted)(**inputs).loss - stock) <= 1e-6

@@ -98,11 +98,7 @@ def uninstall(model: Any) -> None:
 
 
 def _projectors(model: Any) -> list[Any]:
-    """Return the projector; if peft wrapped it, the original and the copy of each adapter."""
-    projector = model.model.multi_modal_projector
-    if not hasattr(projector, "modules_to_save"):
-        return [projector]
-    return [projector.original_module, *projector.modules_to_save.values()]
+    return patches.copies(model.model.multi_modal_projector)
 
 
 def _prepare_inputs(self: Any, *args: Any, **kwargs: Any) -> Any:

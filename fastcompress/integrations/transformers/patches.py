@@ -18,6 +18,13 @@ import torch
 _BEFORE = "_fastcompress_before"
 
 
+def copies(module: Any) -> list[Any]:
+    """Return a module; if peft wrapped it (``modules_to_save``), the original and the copy of each adapter."""
+    if not hasattr(module, "modules_to_save"):
+        return [module]
+    return [module.original_module, *module.modules_to_save.values()]
+
+
 def replace(target: Any, name: str, function: Callable[..., Any], like: Callable[..., Any] | None = None) -> None:
     """Replace a method of an object.
 

@@ -95,9 +95,11 @@ def install(model: Any, settings: WhisperSettings) -> None:
     """Replace methods of a ``WhisperForConditionalGeneration``."""
     _check_attention(model.config)
     core = model.model
-    model.fastcompress_settings = core.encoder.fastcompress_settings = settings
+    model.fastcompress_settings = core.fastcompress_settings = settings
     patches.replace(core, "forward", _forward)
-    patches.replace(core.encoder, "forward", _encode)
+    for encoder in patches.copies(core.encoder):
+        encoder.fastcompress_settings = settings
+        patches.replace(encoder, "forward", _encode)
     for layer in core.decoder.layers:
         patches.replace(layer, "forward", _decode_layer)
     patches.replace(model, "generate", _generate)
@@ -106,8 +108,10 @@ def install(model: Any, settings: WhisperSettings) -> None:
 def uninstall(model: Any) -> None:
     """Restore the methods."""
     core = model.model
-    patches.restore(model, core, core.encoder, *core.decoder.layers)
-    del core.encoder.fastcompress_settings
+    encoders = patches.copies(core.encoder)
+    patches.restore(model, core, *encoders, *core.decoder.layers)
+    for module in (core, *encoders):
+        del module.fastcompress_settings
 
 
 def audio_frames(input_features: Tensor) -> Tensor:
@@ -133,9 +137,15 @@ def _check_attention(config: Any) -> None:
 
 
 def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
-    """Replace ``generate`` by a method that raises an error for timestamps of tokens."""
+    """Replace ``generate`` by a method that raises an error where the number of frames would be wrong."""
     stock = patches.original(self, "generate")
-    if patches.named(stock, args, kwargs).get("return_token_timestamps"):
+    arguments = patches.named(stock, args, kwargs)
+    if arguments.get("encoder_outputs") is not None and arguments.get("return_segments"):
+        raise NotImplementedError(
+            "return_segments must be False with encoder_outputs, whose tokens would be counted as frames; pass "
+            "input_features"
+        )
+    if arguments.get("return_token_timestamps"):
         raise NotImplementedError(
             "return_token_timestamps must be False: it reads the place of each word from the attention to the frames, "
             "which are pooled; return_timestamps=True works"
@@ -160,7 +170,7 @@ def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
             "encoder_outputs must have the token_lengths that the compressed encoder returns, got "
             f"{type(encoded).__name__} without them"
         )
-    settings: WhisperSettings = self.encoder.fastcompress_settings
+    settings: WhisperSettings = self.fastcompress_settings
     arguments[_BIAS] = _bias(lengths, settings.proportional_attention, encoded[0].dtype)
     return stock(**arguments)
 

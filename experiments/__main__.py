@@ -26,9 +26,14 @@ def main() -> int:
     parser.add_argument("--jobs", type=int, default=2, help="seeds that run in parallel (default %(default)s)")
     parser.add_argument("--train", type=int, default=12000, help="training utterances (default %(default)s)")
     parser.add_argument("--quick", action="store_true", help="train LoRA on the shipped digit model alone, in minutes")
+    parser.add_argument(
+        "--parts",
+        action="store_true",
+        help="train LoRA on the shipped digit model, with and without proportional attention and positions in time",
+    )
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "experiment", help="folder (default out/experiment)")
     options = parser.parse_args()
-    from experiments.study import BUDGETS, COMPRESSIONS, METHODS, Budget, run_study
+    from experiments.study import BUDGETS, COMPRESSIONS, METHODS, PARTS, Budget, run_study
 
     budgets = BUDGETS
     if options.quick:
@@ -45,6 +50,10 @@ def main() -> int:
             from_scratch=(),
         )
         budgets = {"digits": small}
+    if options.parts:
+        options.tasks, options.train = ["digits"], 6000
+        options.out = options.out / "parts"
+        budgets = {"digits": Budget(base=str(SHIPPED), compressions=PARTS, methods=(), from_scratch=())}
     since = time.monotonic()
     for task in options.tasks:
         _make_data(options.out / "data" / task, task, options.train, options.jobs)

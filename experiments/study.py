@@ -106,6 +106,14 @@ METHODS = (
     Compression("CTC without blanks", "label-change:blank=0"),
     Compression("first-layer attention", module=partial(AttentionSelection, 3.0)),
 )
+#: Rules with and without proportional attention and positions in time ("both parts").
+PARTS = (
+    FRAMES,
+    Compression("uniform pooling 4x", "uniform:4"),
+    Compression("uniform pooling 4x, both parts", "uniform:4", proportional_attention=True, positions="time"),
+    Compression("min-variance 4x", "min-variance:rate=4"),
+    Compression("min-variance 4x, both parts", "min-variance:rate=4", proportional_attention=True, positions="time"),
+)
 FROM_SCRATCH = (
     Compression("uniform pooling 4x", "uniform:4"),
     Compression("uniform pooling 8x", "uniform:8"),

@@ -288,7 +288,7 @@ def _row_lengths(
         check_same_device("audio_lengths", audio_lengths, audio_values)
         if values_are_checked(audio_lengths) and bool((audio_lengths < 1).any()):
             raise ValueError(f"audio_lengths must be at least 1, got {int(audio_lengths.min())}")
-    # Row -1, which is none, reads the 0 at the end.
+    # Source -1 reads the 0 at the end.
     lengths = torch.cat([audio_lengths.long(), audio_lengths.new_zeros(1, dtype=torch.int64)])
     of_audio = lengths[torch.where(source < 0, lengths.shape[0] - 1, (source - num_rows).clamp_min(0))]
     return torch.where((source >= 0) & (source < num_rows), 1, of_audio)

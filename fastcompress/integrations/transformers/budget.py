@@ -3,7 +3,7 @@
 The prompt therefore has one placeholder per token from the start. ``forward``, ``generate`` and caches stay stock, and
 engines that count placeholders before they run the encoder work. Two things change: the audio is pooled before the
 model merges it into the prompt, and the processor writes fewer placeholders. Proportional attention and positions in
-time, which engines do not have, are added to the decoder if they are asked for.
+time, which engines do not have, are added to the decoder if ``apply_to`` gets them.
 """
 
 from __future__ import annotations

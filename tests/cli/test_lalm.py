@@ -72,6 +72,13 @@ def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     # Another rule, and beams.
     assert main(["evaluate", str(run), manifests[0], "--rule", "none", "--num-beams", "2", "--json", str(report)]) == 0
     assert json.loads(report.read_text())["manifests"][manifests[0]]["ratio"] == 1
+    # Proportional attention and positions in time, which this model was not trained with.
+    capsys.readouterr()
+    parts = ["--proportional-attention", "--positions", "time"]
+    assert main(["evaluate", str(run), manifests[0], *parts, "--json", str(report)]) == 0
+    assert f"{run}, rule uniform:2, proportional attention, positions in time\n" in capsys.readouterr().out
+    record = json.loads(report.read_text())
+    assert (record["proportional_attention"], record["positions"]) == (True, "time")
 
 
 def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

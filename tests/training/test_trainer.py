@@ -368,7 +368,15 @@ def test_lora_on_a_trained_model(trained: Path, data: Path, tmp_path: Path):
     # LoRA on LoRA: the first is merged.
     again = settings(data, tmp_path / "again", **(lora | {"model": str(tmp_path / "lora"), "rule": None}))
     Run(again, say=lambda text: None).train()
-    assert load_model(tmp_path / "again")[0].get_base_model().rule == "uniform:2"
+    again_loaded = load_model(tmp_path / "again")[0].get_base_model()
+    assert again_loaded.rule == "uniform:2"
+    # The base was trained on every frame, so that its rule gets both parts; adapters keep those of their training.
+    for one in (model.get_base_model(), base, whole, again_loaded):
+        assert (one.proportional_attention, one.positions) == (True, "time")
+    without = lora | {"proportional_attention": False, "positions": "compact"}
+    Run(settings(data, tmp_path / "without", **without), say=lambda text: None).train()
+    one = load_model(tmp_path / "without")[0].get_base_model()
+    assert (one.proportional_attention, one.positions) == (False, "compact")
 
 
 def test_frames_that_are_encoded_once(trained: Path, data: Path):

@@ -27,7 +27,7 @@ from fastcompress.decoder.packed_attention import (
     with_key_bias,
 )
 
-__all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "prepare", "stack_of", "takes_positions"]
+__all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "prepare"]
 
 NAME = "fastcompress"
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import fastcompress as fc
-from fastcompress import decoder
+from fastcompress.decoder.attention import takes_positions
 from fastcompress.lalm.configuration import BOUNDARIES
 from fastcompress.lalm.ctc import ctc_logits
 from fastcompress.nn import IntegrateAndFire, LearnedBoundary
@@ -55,7 +55,7 @@ class Compression:
         if self.trained_on_frames:
             compresses = self._rule != Uniform(1)
             self.config.proportional_attention = compresses and self._runs_packed
-            self.config.positions = "time" if compresses and decoder.takes_positions(self.language_model) else "compact"
+            self.config.positions = "time" if compresses and takes_positions(self.language_model) else "compact"
         if rule is not None:
             self.config.compressor = None  # the checkpoint may name one that was not set again
         elif compressor is not None:
@@ -91,7 +91,7 @@ class Compression:
             raise NotImplementedError(
                 f"proportional_attention must be False: {kind} cannot run with fastcompress's attention"
             )
-        if positions == "time" and not decoder.takes_positions(self.language_model):
+        if positions == "time" and not takes_positions(self.language_model):
             raise NotImplementedError(f"positions must be 'compact': {kind} takes no position_ids, got 'time'")
 
     @property

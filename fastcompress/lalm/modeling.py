@@ -14,6 +14,7 @@ from transformers.utils.generic import ModelOutput
 
 import fastcompress as fc
 from fastcompress import decoder
+from fastcompress.decoder.attention import stack_of
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt
 from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
@@ -407,7 +408,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
         embeds, mask = packed.unpack(side="left")  # new tokens must follow the last row of every prompt
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         prompt = Prompt.of(packed, "left", self._adds_bias)
-        with generating_from(decoder.stack_of(self.language_model), prompt):
+        with generating_from(stack_of(self.language_model), prompt):
             out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         out = prepend_prompt(out, input_ids)
         warn_of_limits(self.language_model, kwargs, out, input_ids.shape[1], packed)

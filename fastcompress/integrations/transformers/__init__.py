@@ -15,6 +15,7 @@ from torch import nn
 
 import fastcompress.decoder
 from fastcompress.decoder import saved_rule
+from fastcompress.decoder.attention import takes_positions
 from fastcompress.decoder.generation import unwrap
 from fastcompress.integrations.transformers import budget, dynamic, features, patches, whisper
 from fastcompress.integrations.transformers.budget import BudgetProcessor
@@ -197,7 +198,7 @@ def _install(
     by_default = mode == "dynamic" and type(module) is SegmentPool
     settings.proportional_attention = _first(proportional_attention, by_default)
     settings.positions = _first(positions, "time" if by_default else "compact")
-    if settings.positions == "time" and not fastcompress.decoder.takes_positions(language_model):
+    if settings.positions == "time" and not takes_positions(language_model):
         if positions == "time":
             raise NotImplementedError(f"the decoder of {kind} takes no position_ids, got positions='time'")
         settings.positions = "compact"

@@ -44,7 +44,7 @@ def counting_answers() -> Iterator[Answers]:
 
 
 def warn_of_limits(model: Any, arguments: Mapping[str, Any], output: Any, prompt: int, packed: PackedInputs) -> None:
-    """Warn if ``generate`` reached a limit.
+    """Warn if ``generate`` reached a limit. The prompt itself was checked by ``warn_of_positions`` before.
 
     Args:
         model: Model that generated.
@@ -55,7 +55,8 @@ def warn_of_limits(model: Any, arguments: Mapping[str, Any], output: Any, prompt
     """
     tokens = (output if isinstance(output, Tensor) else output.sequences)[:, prompt:]
     _warn_of_cut_answers(model, arguments, tokens)
-    warn_of_positions(model.config, packed, tokens.shape[1])
+    if not _longer(model.config, packed, 0):
+        warn_of_positions(model.config, packed, tokens.shape[1])
 
 
 def _warn_of_cut_answers(model: Any, arguments: Mapping[str, Any], tokens: Tensor) -> None:
@@ -91,12 +92,9 @@ def warn_of_positions(config: Any, packed: PackedInputs, new: int = 0) -> None:
             the limit.
         new: Number of tokens that were generated after each sample.
     """
-    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or (not packed.in_time and packed.max_seqlen + new <= limit):
-        return
-    rows = packed.next_positions + new
-    longer = int((rows > limit).sum())
+    longer = _longer(config, packed, new)
     if longer:
+        limit, rows = config.get_text_config(decoder=True).max_position_embeddings, packed.next_positions + new
         unit, remedy = "rows", "a rule with fewer tokens"
         if packed.in_time:
             unit, remedy = "positions", "compact positions"
@@ -105,3 +103,11 @@ def warn_of_positions(config: Any, packed: PackedInputs, new: int = 0) -> None:
             f"longest has {int(rows.max())} {unit}), for which it was not trained: use shorter audio, or {remedy}",
             stacklevel=4,
         )
+
+
+def _longer(config: Any, packed: PackedInputs, new: int) -> int:
+    """Return the number of samples that are longer than the decoder's largest position, with ``new`` tokens each."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if not isinstance(limit, int) or (not packed.in_time and packed.max_seqlen + new <= limit):
+        return 0
+    return int((packed.next_positions + new > limit).sum())

@@ -408,6 +408,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
         embeds, mask = packed.unpack(side="left")  # new tokens must follow the last row of every prompt
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         prompt = Prompt.of(packed, "left", self._adds_bias)
+        warn_of_positions(self.config, packed)
         with generating_from(stack_of(self.language_model), prompt):
             out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         out = prepend_prompt(out, input_ids)

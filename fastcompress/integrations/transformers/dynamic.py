@@ -375,6 +375,7 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
         self.enable_adapters()  # the stock method does this only if it gets audio features
         stock = GenerationMixin.generate.__get__(self)
+    warn_of_positions(self.config, packed)
     with starting_from(Prompt.of(packed, "left", self.fastcompress_settings.proportional_attention)):
         found = stock(**rest)
     out = prepend_prompt(found, ids, embeds.shape[1] if family.prompt_ids else 0)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import random
 import resource
 import statistics
 import time
@@ -18,9 +17,7 @@ from fastcompress.decoder.generation import unwrap
 from fastcompress.decoder.limits import counting_answers
 from fastcompress.training.examples import Examples
 from fastcompress.training.normalization import normalizer
-
-#: Resamples of the bootstrap of 95 % confidence intervals.
-RESAMPLES = 1000
+from fastcompress.training.scores import character_errors, confidence_interval, total, word_errors
 
 
 @dataclass(frozen=True)
@@ -155,7 +152,6 @@ def evaluate(
     Raises:
         AudioError: No utterance has usable audio.
     """
-    import jiwer
     import sacrebleu
 
     normalized = normalizer(normalize)
@@ -172,18 +168,18 @@ def evaluate(
     if not scored:
         raise AudioError(f"no usable audio: {next(iter(examples.skipped.values()))}")
     references, hypotheses = [normalized(u.target) for u, _ in scored], [normalized(w) for _, w in scored]
-    counts = [_errors(jiwer.process_words(r, w)) for r, w in zip(references, hypotheses, strict=True)]
-    low, high = _interval(counts)
-    errors, words = (sum(column) for column in zip(*counts, strict=True))
+    counts = word_errors(references, hypotheses)
+    low, high = confidence_interval(counts)
+    words = total(counts)
     seconds = sum(examples.seconds[i] for i, w in enumerate(written) if w is not None and i in examples.seconds)
     encode_ms, prefill_ms = _times(model, examples, timed)
     result = Result(
         utterances=len(references),
-        words=words,
-        wer=100 * errors / max(1, words),
+        words=words.length,
+        wer=words.rate,
         wer_low=low,
         wer_high=high,
-        cer=100 * float(jiwer.cer(references, hypotheses)),
+        cer=total(character_errors(references, hypotheses)).rate,
         exact=100 * statistics.fmean(r == w for r, w in zip(references, hypotheses, strict=True)),
         bleu=float(sacrebleu.corpus_bleu(hypotheses, [references], force=True).score),
         seconds=seconds,
@@ -219,22 +215,6 @@ def _encoded(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if "frames" in batch:
         return batch["frames"], batch["frame_lengths"]
     return model.encode(batch["input_features"], batch["feature_attention_mask"])
-
-
-def _errors(found: Any) -> tuple[int, int]:
-    """Return the number of errors, and of words of the reference."""
-    return found.substitutions + found.deletions + found.insertions, found.hits + found.substitutions + found.deletions
-
-
-def _interval(counts: Sequence[tuple[int, int]]) -> tuple[float, float]:
-    """Return the confidence interval of the error rate in %, from errors and words of each utterance."""
-    g = random.Random(0)
-    rates = []
-    for _ in range(RESAMPLES):
-        sample = g.choices(counts, k=len(counts))
-        rates.append(100 * sum(e for e, _ in sample) / max(1, sum(n for _, n in sample)))
-    rates.sort()
-    return rates[round(0.025 * RESAMPLES)], rates[round(0.975 * RESAMPLES) - 1]
 
 
 @torch.inference_mode()

@@ -32,6 +32,7 @@ from fastcompress.training.evaluation import count_clipped, end_tokens
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.normalization import normalizer
 from fastcompress.training.parsing import RECORD, check_record, write_record
+from fastcompress.training.scores import character_errors, total, word_errors
 from fastcompress.training.settings import FinetuneSettings, SettingsError
 from fastcompress.training.usable import SKIPPED, Skipped, load_utterance, print_line
 from fastcompress.version import __version__
@@ -303,8 +304,6 @@ def score(
     normalize: str = "none",
 ) -> dict[str, float]:
     """Compute word and character error rates of greedy answers in %, and tokens per second of audio."""
-    import jiwer
-
     normalized = normalizer(normalize)
     base = unwrap(model)
     model.eval()
@@ -334,8 +333,8 @@ def score(
     seconds = (conversations.decoded - before) / conversations.sampling_rate
     return {
         "utterances": len(utterances),
-        "wer": 100 * float(jiwer.wer(references, hypotheses)),
-        "cer": 100 * float(jiwer.cer(references, hypotheses)),
+        "wer": total(word_errors(references, hypotheses)).rate,
+        "cer": total(character_errors(references, hypotheses)).rate,
         "tokens_per_second": tokens / seconds if seconds else 0.0,
         "clipped": clipped,
     }

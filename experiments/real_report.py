@@ -196,7 +196,7 @@ def report(parts: Sequence[Part]) -> str:
     encoding = {part.name.rpartition("/")[0]: part.encoding for part in parts}
     seconds = sum(s.cpu_seconds for part in parts for s in part.scores) + sum(encoding.values())
     lines = [
-        f"{rows} rows, {len(variants)} variants of rule, weights and control, {seconds / 3600:.1f} hours of one CPU core.",
+        f"{rows} rows, {len(variants)} variants of rule, weights and control, {seconds / 3600:.1f} hours of one core.",
         "",
         "* *keys*: encoder states to which each layer of the decoder attends, mean per utterance; every frame: 1500.",
         "* *weights*: what is added to the attention scores of a pooled token. *log(mean length)* adds the same number "

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from fastcompress.audio import AudioError
+from fastcompress.decoder.limits import counting_answers
 from fastcompress.files import check_folder, clean, write_file
 from fastcompress.training.manifest import ManifestError, Utterance
 from fastcompress.training.settings import SettingsError
@@ -184,7 +185,7 @@ class Sweep:
         answers: dict[int, Answer] = {}
         prefill = decoding = 0.0
         since = time.process_time()
-        with self.model.compressed(variant):
+        with self.model.compressed(variant), counting_answers():  # rows count cut answers
             for begin in range(0, len(order), self.batch_size):
                 self._progress(variant.label, begin, len(order))
                 chosen = order[begin : begin + self.batch_size]

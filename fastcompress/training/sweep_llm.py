@@ -59,14 +59,17 @@ class AudioLLM(SweepModel):
         rows = merged_rows(self.model, inputs)
         if not self._is_checked:
             self._is_checked = True
-            try:
-                with rows_in_place_of_encoder(self.model, lambda: rows):
-                    same = torch.equal(merged_rows(self.model, inputs), rows)
-            except (AttributeError, RuntimeError, TypeError, ValueError):
-                same = False
-            if not same:
+            if not self._takes_rows(inputs, rows):
                 self.why_not_cached = f"{self.kind} does not take rows of audio in place of its encoder"
         return {"states": rows}
+
+    def _takes_rows(self, inputs: Mapping[str, Any], rows: Tensor) -> bool:
+        """Return whether the model merges given rows in place of its encoder's."""
+        try:
+            with rows_in_place_of_encoder(self.model, lambda: -rows):
+                return torch.equal(merged_rows(self.model, inputs), -rows)
+        except (AttributeError, KeyError, RuntimeError, TypeError, ValueError):
+            return False
 
     def _on_device(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         model = self.model

@@ -127,7 +127,7 @@ class Clock(StoppingCriteria):
             torch.cuda.synchronize(self._device)
         return time.perf_counter()
 
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:  # type: ignore[override]
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
         """Record a step; never stop."""
         self.last = self._now()
         if self.first is None:
@@ -226,6 +226,8 @@ def load(path: str, device: str, decoding: Decoding) -> SweepModel:
             raise SettingsError(f"`model`: {error}") from error
     if folder.exists() and not (folder / "config.json").is_file():
         raise SettingsError(f"`model` {path}: not a model folder, it has no config.json")
+    if not folder.exists() and (path.startswith(("/", ".", "~")) or path.count("/") > 1):
+        raise SettingsError(f"`model` {path}: no such folder")
     model, processor = _load_stock(path, device)
     kind = model.config.model_type
     try:

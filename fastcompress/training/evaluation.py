@@ -140,7 +140,7 @@ def evaluate(
         model: A ``FastCompressForConditionalGeneration``, with or without LoRA.
         examples: Utterances, whose targets are the references.
         batch_size: Utterances per batch.
-        timed: Utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
+        timed: Largest number of utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
         progress: Called with the number of utterances that are done.
         normalize: Name of the normalization of references and texts before they are compared
             (``fastcompress.training.normalization``).
@@ -225,7 +225,8 @@ def _times(model: Any, examples: Examples, count: int) -> tuple[float, float]:
         (i for i, u in enumerate(examples.utterances) if u.has_audio and i not in examples.skipped),
         key=lambda i: examples.utterances[i].duration or 0.0,
     )
-    chosen = [order[i * len(order) // count] for i in range(count)] if order and count else []
+    count = min(count, len(order))
+    chosen = [order[i * len(order) // count] for i in range(count)]
     encoding, prefill = [], []
     for index in chosen:
         batch = {k: v.to(base.device) for k, v in examples.batch([index], targets=False).items()}

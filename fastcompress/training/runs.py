@@ -59,6 +59,8 @@ def build_model(
     else:
         model, processor = build_small(utterances, seed=settings.seed)
         base = {}
+    if settings.audio_padding is not None:
+        unwrap(model).config.audio_padding = settings.audio_padding
     set_compression(model, settings.rule, settings.reduce, settings.keys)
     if settings.boundary_ratio is not None:
         torch.manual_seed(settings.seed)

@@ -71,8 +71,26 @@ def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     exact = sum(line["reference"] == line["written"] for line in found["lines"])
     assert found["exact"] == pytest.approx(100 * exact / 8) and exact > 0
     # Another rule, and beams.
-    assert main(["evaluate", str(run), manifests[0], "--rule", "none", "--num-beams", "2", "--json", str(report)]) == 0
-    assert json.loads(report.read_text())["manifests"][manifests[0]]["ratio"] == 1
+    assert (
+        main(
+            [
+                "evaluate",
+                str(run),
+                manifests[0],
+                "--rule",
+                "none",
+                "--num-beams",
+                "2",
+                "--json",
+                str(report),
+                "--timed",
+                "0",
+            ]
+        )
+        == 0
+    )
+    found = json.loads(report.read_text())["manifests"][manifests[0]]
+    assert found["ratio"] == 1 and found["prefill_ms"] == found["encode_ms"] == 0
 
 
 def test_damaged_audio_is_not_scored(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):

@@ -31,7 +31,8 @@ from fastcompress.files import write_file
 from fastcompress.segments import row_segments
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.sweep import Row, Sweep
-from fastcompress.training.sweep_models import NONE, Decoding, Variant, load
+from fastcompress.training.sweep_loading import load
+from fastcompress.training.sweep_models import NONE, Decoding, Variant
 from fastcompress.training.sweep_scores import Scorer
 from fastcompress.training.sweep_whisper import Whisper
 from fastcompress.training.usable import Skipped

@@ -105,7 +105,8 @@ def _run_sweep(options: argparse.Namespace) -> int:
     from fastcompress.training.normalization import normalizer
     from fastcompress.training.settings import SettingsError
     from fastcompress.training.sweep import Sweep
-    from fastcompress.training.sweep_models import Decoding, load
+    from fastcompress.training.sweep_loading import load
+    from fastcompress.training.sweep_models import Decoding
     from fastcompress.training.sweep_scores import is_translation
     from fastcompress.training.usable import Skipped
 

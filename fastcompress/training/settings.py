@@ -246,7 +246,7 @@ class TrainModelSettings(Settings):
         audio_model: Pretrained encoder, folder or name; needs --text-model.
         text_model: Pretrained decoder, folder or name; needs --audio-model.
         train_encoder: Train the encoder; by default if there is neither LoRA nor a pretrained encoder.
-        audio_padding: Padding of audio before the encoder, window (30 s for Whisper) or longest; by default the model's.
+        audio_padding: Padding before the encoder: window, 30 s for Whisper, or longest; by default the model's.
     """
 
     group: ClassVar[str] = "model"

@@ -129,35 +129,47 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(9, 5.5), layout="constrained")
+    figure, axis = pyplot.subplots(figsize=(9, 6), layout="constrained")
     kinds: dict[str, list[Score]] = {}
     for score in scores:
         kinds.setdefault(_kind(score), []).append(score)
-    ordinary = [s for s in scores if s.wer.value <= 4 * min(x.wer.value for x in scores) + 5]
-    top = 1.15 * max(s.wer.high for s in ordinary)
+    lowest = min(s.wer.value for s in scores)
+    top = 1.2 * max(s.wer.high for s in scores if s.wer.value <= 2 * lowest + 5)  # a failure must not hide the rest
     for number, (kind, same) in enumerate(kinds.items()):
         same = sorted(same, key=lambda s: s.tokens_per_second)
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        rates = [s.tokens_per_second * (1 + 0.012 * (number - len(kinds) / 2)) for s in same]  # no bar hides another
-        values = [min(s.wer.value, top) for s in same]
-        bars = [[v - min(s.wer.low, v) for s, v in zip(same, values, strict=True)]]
-        bars.append([max(min(s.wer.high, top) - v, 0) for s, v in zip(same, values, strict=True)])
-        axis.errorbar(
-            rates, values, bars, fmt=f"{marker}-", color=colour, capsize=3, markersize=7, alpha=0.85, label=kind
-        )
-        for s, x, y in zip(same, rates, values, strict=True):
-            note = f"{s.frames_per_token:.1f}x: {s.wer.value:.1f}" if s.variant.rule != NONE else f"{s.wer.value:.1f}"
-            offset = (7, 5) if number % 2 else (7, -11)
-            axis.annotate(note, (x, y), offset, textcoords="offset points", fontsize=8, color=colour)
+        apart = 1 + 0.03 * (number - (len(kinds) - 1) / 2)  # equal rates stand side by side
+        rates = [s.tokens_per_second * apart for s in same]
+        values = [min(s.wer.value, 0.94 * top) for s in same]
+        # Rows above the picture are drawn at its edge, with their value.
+        ends = [min(max(s.wer.high, v), 0.94 * top) for s, v in zip(same, values, strict=True)]
+        bars = [
+            [v - min(s.wer.low, v) for s, v in zip(same, values, strict=True)],
+            [end - v for end, v in zip(ends, values, strict=True)],
+        ]
+        style: dict[str, Any] = {
+            "color": colour,
+            "linewidth": 1,
+            "markersize": 6,
+            "capsize": 2,
+            "elinewidth": 1,
+            "alpha": 0.9,
+        }
+        axis.errorbar(rates, values, bars, fmt=f"{marker}-", label=kind, **style)
+        for s, x, end in zip(same, rates, ends, strict=True):
+            place: dict[str, Any] = {"rotation": 90, "ha": "center", "va": "bottom", "fontsize": 8, "color": colour}
+            axis.annotate(f"{s.wer.value:.1f}", (x, end), (0, 3), textcoords="offset points", **place)
         if kind == NONE:
             axis.axhline(same[0].wer.value, color=colour, linestyle="--", linewidth=1)
-    ticks = sorted({round(s.tokens_per_second, 1) for s in scores})
-    axis.set(xscale="log", xlabel="audio tokens per second", ylabel="word error rate, %", title=title)
-    axis.set_xticks(_apart(ticks), [f"{tick:g}" for tick in _apart(ticks)])
+    ticks = _apart(scores)
+    axis.set(xscale="log", ylabel="word error rate, %", title=title)
+    axis.set_xlabel("tokens per second (frames per token)")
+    labels = [f"{s.tokens_per_second:.1f}\n({s.frames_per_token:.1f}x)" for s in ticks]
+    axis.set_xticks([s.tokens_per_second for s in ticks], labels)
     axis.minorticks_off()
     axis.set_ylim(0, top)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=9, loc="upper right")
+    figure.legend(fontsize=9, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 
@@ -171,10 +183,10 @@ def _kind(score: Score) -> str:
     return f"{name}{comma}{parts}"
 
 
-def _apart(ticks: Sequence[float]) -> list[float]:
-    """Return the ticks that differ from the one before by at least a tenth."""
-    found: list[float] = []
-    for tick in ticks:
-        if not found or tick > 1.1 * found[-1]:
-            found.append(tick)
+def _apart(scores: Sequence[Score]) -> list[Score]:
+    """Return scores that are at least a fifth apart in tokens per second, from low to high."""
+    found: list[Score] = []
+    for score in sorted(scores, key=lambda s: s.tokens_per_second):
+        if not found or score.tokens_per_second > 1.2 * found[-1].tokens_per_second:
+            found.append(score)
     return found

@@ -24,6 +24,8 @@ from fastcompress.training.sweep_models import NONE, Answer, Batch, Clock, Decod
 #: Seconds of the window.
 WINDOW = 30
 
+_PROMPT = 4  # ids before the text: start, language, task, no timestamps
+
 #: Change the output of the compressed encoder: called with the frames ``[B, T, D]``, the number of frames of the audio
 #: ``[B]``, and the output, which has ``last_hidden_state`` and ``token_lengths``.
 Control = Callable[[Tensor, Tensor, Any], Any]
@@ -43,7 +45,8 @@ class Whisper(SweepModel):
         controls: Controls by name.
 
     Raises:
-        SettingsError: The model is English only, and the language or task is another.
+        SettingsError: The model is English only, and the language or task is another; or texts can be longer than its
+            positions.
     """
 
     def __init__(self, model: Any, processor: Any, decoding: Decoding) -> None:
@@ -59,6 +62,9 @@ class Whisper(SweepModel):
             raise SettingsError("this Whisper model is English only, and cannot translate")
         if not self._is_multilingual and decoding.language not in (None, "en", "english"):
             raise SettingsError(f"`language` must be en for this English-only Whisper model, got {decoding.language!r}")
+        longest = model.config.max_target_positions - _PROMPT
+        if decoding.max_new_tokens > longest:
+            raise SettingsError(f"`new_tokens` must be at most {longest} for this model, got {decoding.max_new_tokens}")
         self._states: Sequence[dict[str, Tensor]] = ()
         self._hidden = torch.empty(0)
         self._lengths = torch.empty(0)

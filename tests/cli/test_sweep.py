@@ -124,6 +124,7 @@ def test_progress_bar_on_a_terminal(
         (["--silence", "-1"], "must be keep, pool or a number of seconds, got '-1'"),
         (["--normalize", "whisker"], "unknown choice 'whisker'; did you mean whisper?"),
         (["--language", "de"], "--language must be en for this English-only Whisper model, got 'de'"),
+        (["--new-tokens", "37"], "--new-tokens must be at most 36 for this model, got 37"),
         (["--batch-size", "0"], "--batch-size: must be a whole number from 1 on, got '0'"),
         (["--device", "gpu"], "must be cpu, cuda or cuda:N, got 'gpu'; did you mean cuda?"),
         (["--rule", "label-change"], "--rule label-change: "),
@@ -136,7 +137,7 @@ def test_progress_bar_on_a_terminal(
 def test_mistakes(
     more: list[str], message: str, model: str, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
-    assert main(["sweep", "--model", model, "--data", str(data), "--out", str(tmp_path), *more]) == 2
+    assert main(arguments(model, data, tmp_path, *more)) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("fastcompress: error: ") and message in error
 

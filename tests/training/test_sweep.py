@@ -23,7 +23,8 @@ from fastcompress.training.manifest import ManifestError, Utterance, read_manife
 from fastcompress.training.settings import SettingsError
 from fastcompress.training.sweep import Sweep
 from fastcompress.training.sweep_llm import HAS_PARTS, AudioLLM, merged_rows, rows_in_place_of_encoder
-from fastcompress.training.sweep_models import Answer, Decoding, SweepModel, Variant, load
+from fastcompress.training.sweep_loading import load
+from fastcompress.training.sweep_models import Answer, Decoding, SweepModel, Variant
 from fastcompress.training.sweep_reference import Reference
 from fastcompress.training.sweep_scores import Comparer, Score, Scorer
 from fastcompress.training.sweep_whisper import Whisper
@@ -260,10 +261,10 @@ def test_variants_that_a_model_lacks(kind: str, variant: Variant, message: str, 
 
 
 def test_languages_of_whisper(tones: list[Utterance]):
-    for decoding in (Decoding(language="de"), Decoding(task="translate")):
+    for decoding in (Decoding(5, language="de"), Decoding(5, task="translate")):
         with pytest.raises(SettingsError, match="English"):
             Whisper(tiny_whisper.make(), tiny_whisper.processor(), decoding)
-    model = Whisper(tiny_whisper.make(), tiny_whisper.processor(), Decoding())
+    model = Whisper(tiny_whisper.make(), tiny_whisper.processor(), DECODING)
     assert model._task(tones) == {}
     model._is_multilingual = True
     assert model._task(tones) == {"task": "transcribe"}
@@ -271,7 +272,7 @@ def test_languages_of_whisper(tones: list[Utterance]):
     assert model._task(german)["language"] == ["de"] * len(tones)
     with pytest.raises(SettingsError, match="some lines of the manifest have a language"):
         model._task([german[0], tones[1]])
-    model.decoding = Decoding(language="en")
+    model.decoding = Decoding(5, language="en")
     assert model._task([german[0], tones[1]])["language"] == ["de", "en"]
 
 

@@ -89,9 +89,15 @@ def controls() -> list[Variant]:
     permuted = [Variant(min_variance(rate), control=PERMUTED) for rate in RATES]
     constant = [Variant(min_variance(rate), control=CONSTANT) for rate in RATES]
     others = [Variant("local-max"), *(Variant(f"uniform:{rate}", reduce="first") for rate in RATES)]
-    found = [*constant[:1], *permuted, *others, *constant[1:]]
+    found = [*permuted[:1], *constant[:1], *others[:2], *permuted[1:], *constant[1:], *others[2:]]
     off = [v for v in (*permuted, *others) if not v.control or v.rule == min_variance(4)]
     return found + [dataclasses.replace(v, proportional_attention=False) for v in off]
+
+
+def four_frames_per_token() -> list[Variant]:
+    """Return every frame, and uniform pooling and minimum-variance segments at 4x, with and without weights."""
+    rules = ("uniform:4", min_variance(4))
+    return [Variant(NONE), *(Variant(r) for r in rules), *(Variant(r, proportional_attention=False) for r in rules)]
 
 
 #: Model, data, protocol and rows, in the order in which they are measured.
@@ -99,9 +105,11 @@ PLAN = (
     ("whisper-tiny.en", "test-other", "keep", main_rows),
     ("whisper-tiny.en", "test-other", "keep", without_weights),
     ("whisper-tiny.en", "test-other", "pool", main_rows),
+    ("whisper-base", "test-other", "keep", four_frames_per_token),
     ("whisper-base", "test-other", "keep", main_rows),
-    ("whisper-tiny.en", "test-other", "keep", controls),
+    ("whisper-base", "fleurs", "keep", four_frames_per_token),
     ("whisper-tiny.en", "test-other", "cut", main_rows),
+    ("whisper-tiny.en", "test-other", "keep", controls),
     ("whisper-base", "fleurs", "keep", main_rows),
     ("whisper-tiny.en", "test-other", "pool", without_weights),
     ("whisper-base", "test-other", "keep", without_weights),

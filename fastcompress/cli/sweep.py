@@ -13,6 +13,7 @@ from fastcompress.cli.settings import spell_flags
 
 if TYPE_CHECKING:
     from fastcompress.training.sweep import Row, Sweep
+    from fastcompress.training.sweep_scores import Scorer
 
 #: ``fastcompress.training.normalization.NORMALIZERS``, which needs no import for ``--help``.
 _NORMALIZERS = ("none", "basic", "whisper")
@@ -107,7 +108,7 @@ def _run_sweep(options: argparse.Namespace) -> int:
     from fastcompress.training.sweep import Sweep
     from fastcompress.training.sweep_loading import load
     from fastcompress.training.sweep_models import Decoding
-    from fastcompress.training.sweep_scores import is_translation
+    from fastcompress.training.sweep_scores import Scorer, is_translation
     from fastcompress.training.usable import Skipped
 
     if options.threads:
@@ -132,11 +133,12 @@ def _run_sweep(options: argparse.Namespace) -> int:
             variants = sweep.variants(rules, options.ablate, options.silence)
             sweep.check(variants)
             _notes(sweep, options)
+            scorer = Scorer(sweep.utterances, options.normalize)
             rows = []
             for variant in variants:
                 rows.append(sweep.row(variant))
                 bars.close()
-                _report(sweep, rows, options, is_last=variant is variants[-1])
+                _report(sweep, scorer, rows, options, is_last=variant is variants[-1])
         except KeyboardInterrupt:
             bars.close()
             print("fastcompress: interrupted; the same command continues after the last complete row", file=sys.stderr)
@@ -161,12 +163,10 @@ def _notes(sweep: Sweep, options: argparse.Namespace) -> None:
         print(f"--ablate adds no rows: the rule is the only part in {model.kind}", file=sys.stderr)
 
 
-def _report(sweep: Sweep, rows: list[Row], options: argparse.Namespace, is_last: bool) -> None:
+def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Namespace, is_last: bool) -> None:
     """Write the files for the rows so far; print the table after the last."""
     from fastcompress.training import sweep_report
-    from fastcompress.training.sweep_scores import Scorer
 
-    scorer = Scorer(sweep.utterances, options.normalize)
     scores = scorer.scores(rows)
     facts = {
         "model": options.model,

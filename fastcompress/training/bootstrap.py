@@ -53,6 +53,7 @@ class Bootstrap:
         self.units: int = len(set(names))
         self._resamples = resamples
         self._seed = seed
+        self._known: dict[bytes, np.ndarray] = {}
 
     def rate(self, errors: Sequence[float], words: Sequence[float]) -> Interval:
         """Return the error rate in %.
@@ -61,7 +62,7 @@ class Bootstrap:
             errors: Errors of each utterance.
             words: Words of its reference.
         """
-        return self.difference(errors, np.zeros(len(errors)).tolist(), words)
+        return self._interval(self._sums(errors), words)
 
     def difference(self, errors: Sequence[float], baseline: Sequence[float], words: Sequence[float]) -> Interval:
         """Return the difference between two error rates on the same utterances, in points.
@@ -71,16 +72,26 @@ class Bootstrap:
             baseline: Errors of the baseline.
             words: Words of each reference.
         """
-        more = np.bincount(self._unit_of, np.subtract(errors, baseline), self.units)
-        total = np.bincount(self._unit_of, words, self.units)
+        return self._interval(self._sums(errors) - self._sums(baseline), words)
+
+    def _interval(self, errors: np.ndarray, words: Sequence[float]) -> Interval:
+        rates = 100 * errors / np.maximum(self._sums(words), 1)
+        low, high = np.percentile(rates[1:], (2.5, 97.5))
+        return Interval(float(rates[0]), float(low), float(high))
+
+    def _sums(self, values: Sequence[float]) -> np.ndarray:
+        """Return the sum of a value of each utterance, of all utterances and then of each resample, fp64."""
+        key = np.asarray(values, np.float64)
+        if (found := self._known.get(key.tobytes())) is not None:
+            return found
+        of_unit = np.bincount(self._unit_of, key, self.units)
         generator = np.random.default_rng(self._seed)
         chance = np.full(self.units, 1 / self.units)
-        found = []
+        parts = [of_unit.sum(keepdims=True)]
         left = self._resamples
         while left:
             count = min(left, max(1, _ENTRIES // self.units))
-            drawn = generator.multinomial(self.units, chance, count)
-            found.append(100 * (drawn @ more) / np.maximum(drawn @ total, 1))
+            parts.append(generator.multinomial(self.units, chance, count) @ of_unit)
             left -= count
-        low, high = np.percentile(np.concatenate(found), (2.5, 97.5))
-        return Interval(float(100 * more.sum() / max(total.sum(), 1)), float(low), float(high))
+        found = self._known[key.tobytes()] = np.concatenate(parts)
+        return found

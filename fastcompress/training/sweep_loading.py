@@ -16,6 +16,12 @@ from fastcompress.training.sweep_models import Decoding, SweepModel
 from fastcompress.training.sweep_reference import Reference
 from fastcompress.training.sweep_whisper import Whisper
 
+#: Architectures to load in place of the whole model, of which ``apply_to`` takes only a part.
+_PARTS = {
+    "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
+    "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
+}
+
 
 def load(path: str, device: str, decoding: Decoding) -> SweepModel:
     """Load a stock model by folder or name, or a folder of the reference model.
@@ -57,7 +63,7 @@ def _load_stock(path: str, device: str) -> tuple[Any, Any]:
 
     try:
         config = transformers.AutoConfig.from_pretrained(path)
-        name = (config.architectures or ["none"])[0]
+        name = _PARTS.get(config.model_type) or (config.architectures or ["none"])[0]
         if not hasattr(transformers, name):
             raise SettingsError(f"`model` {path}: transformers has no architecture {name}")
         model = getattr(transformers, name).from_pretrained(path, dtype="auto")

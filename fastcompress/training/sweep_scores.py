@@ -171,23 +171,30 @@ class Scorer(Comparer):
         self._normalized = normalizer(normalize)
         self._references = [self._normalized(u.target) for u in utterances]
         self._has_bleu = is_translation(utterances) and importlib.util.find_spec("sacrebleu") is not None
+        self._counts: dict[Variant, list[ErrorCounts]] = {}
+        self._scores: dict[Variant, Score] = {}
         words = [c.length for c in word_errors(self._references, self._references)]
         super().__init__(words, [u.more.get("speaker") for u in utterances])
 
     def counts(self, row: Row) -> list[ErrorCounts]:
         """Return the errors in the words of each utterance."""
-        return word_errors(self._references, self._texts(row))
+        if row.variant not in self._counts:
+            self._counts[row.variant] = word_errors(self._references, self._texts(row))
+        return self._counts[row.variant]
 
     def scores(self, rows: Sequence[Row]) -> list[Score]:
-        """Return the scores of rows, compared with each other."""
-        return self.compared([self._score(row) for row in rows])
+        """Return the scores of rows, compared with each other. Those of a variant are computed once."""
+        for row in rows:
+            if row.variant not in self._scores:
+                self._scores[row.variant] = self._score(row)
+        return self.compared([self._scores[row.variant] for row in rows])
 
     def _texts(self, row: Row) -> list[str]:
         return [self._normalized(answer.text) for answer in row.answers]
 
     def _score(self, row: Row) -> Score:
         texts, answers = self._texts(row), row.answers
-        counts = word_errors(self._references, texts)
+        counts = self.counts(row)
         errors, all_words = tuple(c.errors for c in counts), total(counts)
         tokens, seconds = sum(a.tokens for a in answers), sum(a.seconds for a in answers)
         audio_tokens = sum(a.audio_tokens for a in answers)

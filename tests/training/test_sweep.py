@@ -276,7 +276,7 @@ def test_languages_of_whisper(tones: list[Utterance]):
     assert model._task([german[0], tones[1]])["language"] == ["de", "en"]
 
 
-def test_load_refuses(tmp_path: Path):
+def test_load(tmp_path: Path):
     for folder, message in ((tmp_path, "it has no config.json"), (tmp_path / "none", "`model` ")):
         with pytest.raises(SettingsError, match=message):
             load(str(folder), "cpu", DECODING)
@@ -284,6 +284,10 @@ def test_load_refuses(tmp_path: Path):
     with pytest.raises(SettingsError, match="no architecture BertModelX"):
         load(str(tmp_path), "cpu", DECODING)
     assert isinstance(load(DIGITS, "cpu", DECODING), Reference)
+    audio_llms.make("qwen2_audio").half().save_pretrained(tmp_path / "llm")
+    audio_llms.processor("qwen2_audio").save_pretrained(tmp_path / "llm")
+    found = load(str(tmp_path / "llm"), "cpu", DECODING)
+    assert isinstance(found, AudioLLM) and found.model.dtype == torch.float32
 
 
 # Scores

@@ -69,8 +69,8 @@ DATA = {
 
 
 def min_variance(rate: int) -> str:
-    """Return the rule, whose segments have at most 8 frames up to 4 frames per token, and 12 above."""
-    return str(fc.Rule.from_string(f"min-variance:rate={rate},max_len={8 if rate <= 4 else 12}"))
+    """Return the rule, whose segments have at most 8 frames up to 4 frames per token, and twice the rate above."""
+    return str(fc.Rule.from_string(f"min-variance:rate={rate},max_len={8 if rate <= 4 else 2 * rate}"))
 
 
 def main_rows() -> list[Variant]:
@@ -100,6 +100,11 @@ def four_frames_per_token() -> list[Variant]:
     return [Variant(NONE), *(Variant(r) for r in rules), *(Variant(r, proportional_attention=False) for r in rules)]
 
 
+def eight_frames_per_token() -> list[Variant]:
+    """Return uniform pooling and minimum-variance segments at 8x."""
+    return [Variant("uniform:8"), Variant(min_variance(8))]
+
+
 #: Model, data, protocol and rows, in the order in which they are measured.
 PLAN = (
     ("whisper-tiny.en", "test-other", "keep", main_rows),
@@ -110,6 +115,7 @@ PLAN = (
     ("whisper-base", "fleurs", "keep", four_frames_per_token),
     ("whisper-tiny.en", "test-other", "cut", main_rows),
     ("whisper-tiny.en", "test-other", "keep", controls),
+    ("whisper-tiny.en", "test-other", "pool", eight_frames_per_token),
     ("whisper-base", "fleurs", "keep", main_rows),
     ("whisper-tiny.en", "test-other", "pool", without_weights),
     ("whisper-base", "test-other", "keep", without_weights),

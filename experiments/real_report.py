@@ -51,7 +51,8 @@ class Part:
     def title(self) -> str:
         """Title of its table."""
         model, data, protocol = self.name.split("/")
-        return f"{model}, {data}, {TITLES[protocol]}"
+        same = " (another model, same clips)" if (model, data) == ("whisper-base", "test-other") else ""
+        return f"{model}, {data}, {TITLES[protocol]}{same}"
 
     def half(self, first: bool) -> Part:
         """Return the results on the first or second half of the speakers, in the order of their names."""
@@ -95,6 +96,10 @@ def _place(score: Score) -> tuple[object, ...]:
 def table(part: Part) -> str:
     """Return the rows of a part as a Markdown table."""
     rows = []
+    head = list(_HEAD)
+    in_audio = not part.name.endswith("keep")
+    if in_audio:
+        head.insert(3, "in audio")
     for score in part.scores:
         none, uniform = part.comparer.against_none(score, part.scores), against_uniform(part, score)
         free = "" if none is None else "yes" if none.interval.high < MARGIN else "no"
@@ -105,8 +110,10 @@ def table(part: Part) -> str:
                 str(score.deletions), str(score.insertions), *_cells(none), free, *_cells(uniform),
             ]
         )  # fmt: skip
-    align = ("left", "left", *["right"] * (len(_HEAD) - 2))
-    return tabulate(rows, _HEAD, "pipe", disable_numparse=True, colalign=align)
+        if in_audio:
+            rows[-1].insert(3, f"{score.audio_frames_per_token:.2f}")
+    align = ("left", "left", *["right"] * (len(head) - 2))
+    return tabulate(rows, head, "pipe", disable_numparse=True, colalign=align)
 
 
 def against_uniform(part: Part, score: Score) -> Comparison | None:
@@ -199,6 +206,7 @@ def report(parts: Sequence[Part]) -> str:
         f"{rows} rows, {len(variants)} variants of rule, weights and control, {seconds / 3600:.1f} hours of one core.",
         "",
         "* *keys*: encoder states to which each layer of the decoder attends, mean per utterance; every frame: 1500.",
+        "* *in audio*: frames per token of the audio alone, where silence is pooled, too.",
         "* *weights*: what is added to the attention scores of a pooled token. *log(mean length)* adds the same number "
         "to all pooled tokens of an utterance.",
         "* *vs none*, *vs uniform*: difference of the word error rates in points; the latter against uniform pooling "

@@ -108,7 +108,7 @@ class Sweep:
                 self.skipped.add(utterance, error)
                 continue
             self.encoding_seconds += cpu_seconds
-            self.utterances.append(replace(utterance, duration=seconds) if utterance.offset is None else utterance)
+            self.utterances.append(replace(utterance, duration=seconds))
             self._keys.append(key)
         self._progress("encoding", len(utterances), len(utterances))
         self.skipped.finish()

@@ -49,18 +49,21 @@ class Reference(SweepModel):
         if variant.silence is not None:
             raise NotImplementedError("`silence` is supported for whisper only, got fastcompress")
         base = unwrap(self.model)
-        before = base.rule, base.config.reduce, base.compressor
+        config, compressor, rule = base.config, base.compressor, base.rule
+        names = ("reduce", "boundary_ratio", "compressor")
+        before = {name: getattr(config, name) for name in names}
         try:
-            set_compression(self.model, variant.rule, variant.reduce)
+            set_compression(self.model, "none", variant.reduce)  # removes a compressor, which would refuse a rule
+            set_compression(self.model, variant.rule)
         except RunError as error:
             raise ValueError(str(error)) from error
         try:
             yield
         finally:
-            if before[2] is not None:
-                base.compressor = before[2]
-            else:
-                set_compression(self.model, before[0] or "none", before[1])
+            set_compression(self.model, rule or "none", before["reduce"])
+            base.compressor = compressor
+            for name, value in before.items():
+                setattr(config, name, value)
 
     @torch.inference_mode()
     def answer(self, utterances: Sequence[Utterance], states: Sequence[dict[str, Tensor]]) -> Batch:

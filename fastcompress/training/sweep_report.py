@@ -134,7 +134,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     for score in scores:
         kinds.setdefault(_kind(score), []).append(score)
     lowest = min(s.wer.value for s in scores)
-    top = 1.2 * max(s.wer.high for s in scores if s.wer.value <= 2 * lowest + 5)  # a failure must not hide the rest
+    top = 1.5 * max(s.wer.value for s in scores if s.wer.value <= 2 * lowest + 5)  # a failure must not hide the rest
     for number, (kind, same) in enumerate(kinds.items()):
         same = sorted(same, key=lambda s: s.tokens_per_second)
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]

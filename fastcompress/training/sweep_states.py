@@ -37,9 +37,12 @@ def fingerprint(model: Any) -> str:
 
 
 def audio_key(utterance: Utterance) -> str:
-    """Return a hash of an utterance's audio: its path, size and time of change, and the segment."""
+    """Return a hash of an utterance's audio: the segment, and path, size and time of change, or else the samples."""
     path = utterance.audio_filepath
-    assert path is not None
+    if path is None:
+        samples, rate = utterance.samples or (b"", 0)
+        content = bytes(samples) if utterance.encoded is None else utterance.encoded
+        return hashlib.sha256(repr((rate, utterance.offset, utterance.duration)).encode() + content).hexdigest()
     found = os.stat(path)
     duration = utterance.duration if utterance.offset is not None else None  # it does not cut a whole file
     facts = [str(path.absolute()), found.st_size, found.st_mtime_ns, utterance.offset, duration]

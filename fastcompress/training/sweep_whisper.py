@@ -134,7 +134,7 @@ class Whisper(SweepModel):
         self._states = states
         features = torch.zeros(len(states), model.config.num_mel_bins, 2 * self._frames)
         for i, (row, count) in enumerate(zip(features, frames, strict=True)):
-            row[0, : 2 * count] = 1  # columns that differ from the last one are audio
+            row[0, : 2 * count] = torch.arange(1, 2 * count + 1)  # columns that differ from the last one are audio
             row[1] = i
         limits = {"max_new_tokens": self.decoding.max_new_tokens, "do_sample": False, "num_beams": 1}
         clock = Clock(model.device)

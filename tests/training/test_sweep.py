@@ -113,6 +113,29 @@ def test_silence_of_whisper(tones: list[Utterance], tmp_path: Path):
         assert [a.audio_tokens for a in answers] == [math.ceil(n / 4) for n in frames]
 
 
+def test_audio_that_fills_the_window(tmp_path: Path):
+    noise = np.random.default_rng(0).standard_normal(16000).astype(np.float32)
+    utterances = [
+        Utterance(None, "low", "low", samples=(noise, 16000)),
+        Utterance(None, "low", "low", samples=(0 * noise, 16000)),
+    ]
+    sweep = Sweep(make("whisper"), utterances, tmp_path)
+    answers = sweep.row(Variant("uniform:4", silence="keep")).answers
+    assert [(a.audio_frames, a.keys) for a in answers] == [(50, 13), (0, 50)]
+
+
+def test_a_run_keeps_its_compression(tones: list[Utterance]):
+    model = make("fastcompress")
+    base = model.model
+    for change in (lambda: base.learn_boundaries(3.0), lambda: setattr(base, "rule", "uniform:3")):
+        change()
+        before = base.rule, base.compressor, base.config.boundary_ratio, base.config.rule, base.config.reduce
+        with model.compressed(Variant("uniform:2", reduce="first")):
+            assert base.compression == "uniform:2" and base.config.reduce == "first"
+        after = base.rule, base.compressor, base.config.boundary_ratio, base.config.rule, base.config.reduce
+        assert after == before
+
+
 def test_a_row_does_not_depend_on_the_batch(tones: list[Utterance], tmp_path: Path):
     texts = []
     for size in (1, 5):

@@ -84,14 +84,17 @@ def without_weights() -> list[Variant]:
     return [dataclasses.replace(v, proportional_attention=False) for v in main_rows() if v.rule != NONE]
 
 
-def controls() -> list[Variant]:
+def controls(rates: Sequence[int] = RATES) -> list[Variant]:
     """Return controls, local maxima and uniform sampling."""
-    permuted = [Variant(min_variance(rate), control=PERMUTED) for rate in RATES]
-    constant = [Variant(min_variance(rate), control=CONSTANT) for rate in RATES]
-    others = [Variant("local-max"), *(Variant(f"uniform:{rate}", reduce="first") for rate in RATES)]
-    found = [*permuted[:1], *constant[:1], *others[:2], *permuted[1:], *constant[1:], *others[2:]]
-    off = [v for v in (*permuted, *others) if not v.control or v.rule == min_variance(4)]
+    found = [Variant(min_variance(rate), control=control) for rate in rates for control in (PERMUTED, CONSTANT)]
+    found += [Variant("local-max"), *(Variant(f"uniform:{rate}", reduce="first") for rate in rates)]
+    off = [v for v in found if v.control == "" or (v.control == PERMUTED and v.rule == min_variance(4))]
     return found + [dataclasses.replace(v, proportional_attention=False) for v in off]
+
+
+def controls_at_four() -> list[Variant]:
+    """Return the controls at 4 frames per token."""
+    return controls((4,))
 
 
 def four_frames_per_token() -> list[Variant]:
@@ -111,9 +114,10 @@ PLAN = (
     ("whisper-tiny.en", "test-other", "keep", without_weights),
     ("whisper-tiny.en", "test-other", "pool", main_rows),
     ("whisper-base", "test-other", "keep", four_frames_per_token),
-    ("whisper-base", "test-other", "keep", main_rows),
+    ("whisper-tiny.en", "test-other", "keep", controls_at_four),
     ("whisper-base", "fleurs", "keep", four_frames_per_token),
     ("whisper-tiny.en", "test-other", "cut", main_rows),
+    ("whisper-base", "test-other", "keep", main_rows),
     ("whisper-tiny.en", "test-other", "keep", controls),
     ("whisper-tiny.en", "test-other", "pool", eight_frames_per_token),
     ("whisper-base", "fleurs", "keep", main_rows),

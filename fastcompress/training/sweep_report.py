@@ -101,6 +101,8 @@ def write(
     write_file(out / f"{_NAME}.json", json.dumps(values, indent=1, ensure_ascii=False))
     folder = out / "hypotheses"
     folder.mkdir(exist_ok=True)
+    for old in folder.glob("[0-9][0-9]-*.jsonl"):  # of another list of rules
+        old.unlink()
     for number, (score, row, errors) in enumerate(zip(scores, rows, counts, strict=True)):
         name = "".join(c if c.isalnum() else "-" for c in score.label)
         found = []

@@ -71,6 +71,8 @@ def test_sweep_writes_all_files(model: str, data: Path, tmp_path: Path, capsys: 
     files = sorted((out / "hypotheses").iterdir())
     lines = [json.loads(line) for line in files[1].read_text().splitlines()]
     assert len(files) == 5 and files[1].name == "01-uniform-4.jsonl" and len(lines) == 4
+    assert main(arguments(model, data, out, "--rule", "uniform:4", "--silence", "pool")) == 0
+    assert [file.name for file in sorted((out / "hypotheses").iterdir())] == ["00-none.jsonl", "01-uniform-4.jsonl"]
     errors = [line["substitutions"] + line["deletions"] + line["insertions"] for line in lines]
     assert errors == found["rows"][1]["errors"] and all(line["hypothesis"] for line in lines)
 

@@ -59,8 +59,6 @@ def build_model(
     else:
         model, processor = build_small(utterances, seed=settings.seed)
         base = {}
-    if settings.audio_padding is not None:
-        unwrap(model).config.audio_padding = settings.audio_padding
     set_compression(model, settings.rule, settings.reduce, settings.keys)
     if settings.boundary_ratio is not None:
         torch.manual_seed(settings.seed)
@@ -69,6 +67,8 @@ def build_model(
     if encoder is None:
         encoder = model.config.train_encoder and not settings.lora_rank
     model.train_encoder(encoder)
+    if settings.audio_padding is not None:
+        unwrap(model).config.audio_padding = settings.audio_padding
     if settings.lora_rank:
         if not base:
             raise SettingsError("`lora_rank` needs a trained model: set `model`, or `audio_model` and `text_model`")

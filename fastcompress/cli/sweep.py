@@ -160,7 +160,7 @@ def _notes(sweep: Sweep, options: argparse.Namespace) -> None:
     if model.why_not_cached:
         print(f"encoder states are computed again for each rule: {model.why_not_cached}", file=sys.stderr)
     if options.ablate and not model.switches:
-        print(f"--ablate adds no rows: the rule is the only part in {model.kind}", file=sys.stderr)
+        print("--ablate adds no rows: the parts of this run are those that it was trained with", file=sys.stderr)
 
 
 def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Namespace, is_last: bool) -> None:

@@ -24,9 +24,6 @@ from fastcompress.training.manifest import Utterance
 from fastcompress.training.sweep_models import NONE, Answer, Batch, Captured, Clock, Decoding, SweepModel, Variant
 from fastcompress.training.sweep_models import written as rows_written
 
-#: Whether ``apply_to`` takes the parts other than the rule for audio LLMs.
-HAS_PARTS = "positions" in inspect.signature(apply_to).parameters
-
 
 class AudioLLM(SweepModel):
     """A stock audio LLM.
@@ -50,7 +47,7 @@ class AudioLLM(SweepModel):
         self.decoding: Decoding = decoding
         self.conversations = Conversations(processor, decoding.prompt)
         self.sampling_rate: int = self.conversations.sampling_rate
-        self.switches: dict[str, Any] = {"proportional_attention": False, "positions": "compact"} if HAS_PARTS else {}
+        self.switches: dict[str, Any] = {"proportional_attention": False, "positions": "compact"}
         self._is_checked = False
 
     @torch.inference_mode()
@@ -82,11 +79,13 @@ class AudioLLM(SweepModel):
     @contextlib.contextmanager
     def compressed(self, variant: Variant) -> Iterator[None]:
         rule = "uniform:1" if variant.rule == NONE else variant.rule
-        parts = {name: value for name in self.switches if (value := getattr(variant, name)) is not None}
-        for name in ("proportional_attention", "positions"):
-            if getattr(variant, name) is not None and name not in self.switches:
-                raise NotImplementedError(f"`{name}` is not supported for {self.kind}")
-        apply_to(self.model, SegmentPool(rule, cast(Reduce, variant.reduce)), silence=variant.silence, **parts)
+        apply_to(
+            self.model,
+            SegmentPool(rule, cast(Reduce, variant.reduce)),
+            proportional_attention=variant.proportional_attention,
+            positions=cast(Any, variant.positions),
+            silence=variant.silence,
+        )
         try:
             yield
         finally:

@@ -17,6 +17,8 @@ from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.sweep_models import Answer, Batch, Clock, Decoding, SweepModel, Variant, written
 
+_PARTS = ("proportional_attention", "positions")
+
 
 class Reference(SweepModel):
     """A run of ``fastcompress train``.
@@ -32,7 +34,9 @@ class Reference(SweepModel):
         self.kind: str = "fastcompress"
         self.processor: Any = processor
         self.sampling_rate: int = processor.sampling_rate
-        self.switches: dict[str, Any] = {}
+        # A run that was trained with a rule has the parts that it was trained with.
+        on_frames = getattr(unwrap(model), "trained_on_frames", False)
+        self.switches: dict[str, Any] = {"proportional_attention": False, "positions": "compact"} if on_frames else {}
         self.decoding: Decoding = decoding
 
     @torch.inference_mode()
@@ -50,11 +54,14 @@ class Reference(SweepModel):
             raise NotImplementedError("`silence` is supported for whisper only, got fastcompress")
         base = unwrap(self.model)
         config, compressor, rule = base.config, base.compressor, base.rule
-        names = ("reduce", "boundary_ratio", "compressor")
+        names = ("reduce", "boundary_ratio", "compressor", *_PARTS)
         before = {name: getattr(config, name) for name in names}
         try:
             set_compression(self.model, "none", variant.reduce)  # removes a compressor, which would refuse a rule
             set_compression(self.model, variant.rule)
+            for name in _PARTS:
+                if (value := getattr(variant, name)) is not None:
+                    setattr(base, name, value)
         except RunError as error:
             raise ValueError(str(error)) from error
         try:

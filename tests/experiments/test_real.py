@@ -127,4 +127,4 @@ def test_no_cost_needs_an_upper_bound_below_the_margin():
         scores = [none, score(Variant("uniform:4"), errors)]
         part = real_report.Part("whisper/test-other/keep", scores, Comparer(words, speakers), speakers, 0.0)
         cells = [cell.strip() for cell in real_report.table(part).splitlines()[3].split("|")]
-        assert cells[12] == wanted, errors
+        assert cells[13] == wanted, errors

@@ -22,7 +22,7 @@ from fastcompress.training.finetuning import Conversations
 from fastcompress.training.manifest import ManifestError, Utterance, read_manifest
 from fastcompress.training.settings import SettingsError
 from fastcompress.training.sweep import Sweep
-from fastcompress.training.sweep_llm import HAS_PARTS, AudioLLM, merged_rows, rows_in_place_of_encoder
+from fastcompress.training.sweep_llm import AudioLLM, merged_rows, rows_in_place_of_encoder
 from fastcompress.training.sweep_loading import load
 from fastcompress.training.sweep_models import Answer, Decoding, SweepModel, Variant
 from fastcompress.training.sweep_reference import Reference
@@ -240,11 +240,28 @@ def test_parts_of_whisper():
     assert not hasattr(model.model, "fastcompress_settings") and "forward" not in vars(model.model.model.encoder)
 
 
-@pytest.mark.skipif(not HAS_PARTS, reason="apply_to has only the rule for audio LLMs")
-def test_parts_change_audio_llms(tones: list[Utterance], tmp_path: Path):
-    sweep = Sweep(make("qwen2_audio"), tones, tmp_path)
-    rows = sweep.run(sweep.variants(["uniform:8"], ablate=True)[1:])
-    assert len({tuple(answer.text for answer in row.answers) for row in rows}) > 1 and len(rows) == 4
+def test_parts_of_audio_llms():
+    model = make("qwen2_audio")
+    variants = [Variant("uniform:8"), *model.ablations("uniform:8")]
+    found = []
+    for variant in variants:
+        with model.compressed(variant):
+            settings = model.model.fastcompress_settings
+            found.append((settings.proportional_attention, settings.positions))
+    assert found == [(True, "time"), (False, "time"), (True, "compact"), (False, "compact")]
+
+
+def test_parts_of_a_run():
+    model = make("fastcompress")
+    base = model.model
+    found = []
+    for variant in (Variant("none"), Variant("uniform:8"), *model.ablations("uniform:8")):
+        with model.compressed(variant):
+            found.append((base.proportional_attention, base.positions))
+    assert found == [(False, "compact"), (True, "time"), (False, "time"), (True, "compact"), (False, "compact")]
+    assert (base.proportional_attention, base.positions, base.rule) == (False, "compact", None)
+    base.trained_on_frames = False
+    assert Reference(base, model.processor, DECODING).ablations("uniform:8") == []  # type: ignore[attr-defined]
 
 
 def test_unusable_audio_is_skipped_and_counted(tones: list[Utterance], tmp_path: Path):

@@ -110,7 +110,7 @@ EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce s
     properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
-	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/triton
+	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/gpu tests/triton
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
 # KINDS="address thread" skips the emulated CUDA kernels.

@@ -21,8 +21,9 @@ from benchmarks.suites import scaling, segment_pool
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
-        description="Times fastcompress against baselines and the bandwidth bound. A contender is timed only after its "
-        "result has been checked. Each measurement is appended to <machine>-<device>.jsonl as soon as it is taken.",
+        description="Times fastcompress against baselines and the bandwidth bound. An implementation is timed only "
+        "after its result has been checked. Each measurement is appended to <machine>-<device>.jsonl as soon as it "
+        "is taken.",
         epilog="suites:\n" + "\n".join(f"  {name:<14} {text(suite)}" for name, suite in SUITES.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -37,7 +38,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--threads", nargs="+", type=int, help="default: 1 2, as far as there are cores")
     add("--dtypes", nargs="+", choices=TORCH_DTYPES, default=["fp32", "bf16"], help="default fp32 bf16")
     add("--cases", nargs="+", metavar="CASE", help="cases of segment_pool, axes of scaling")
-    add("--contenders", nargs="+", metavar="TEXT", help="only those whose name has one of these in it")
+    add("--baselines", nargs="+", metavar="TEXT", help="only those whose name has one of these in it")
     add("--reps", type=int, help="rounds (default 15, on a GPU 50)")
     add("--no-bound", action="store_true", help="leave out the bandwidth bound")
     options = parser.parse_args(argv)
@@ -80,7 +81,7 @@ def _bench(options: argparse.Namespace) -> Bench:
         threads=[0] if gpu else threads,
         dtypes=options.dtypes,
         cases=options.cases,
-        contenders=options.contenders,
+        baselines=options.baselines,
         quick=options.quick,
         dry=options.dry,
         reps=reps,

@@ -33,8 +33,8 @@ def multiples(rows: pd.DataFrame) -> pd.Series[float]:
     """Time of each other form as a multiple of ours, by table and form."""
     rows = rows[rows["suite"].isin(COMPARED)].dropna(subset="p10")
     ours = rows[rows["group"] == OURS].groupby(TABLE, sort=False)["p10"].first()
-    others = rows[~rows["group"].isin((OURS, BOUND))].set_index([*TABLE, "contender"])["p10"]
-    return (others / ours.reindex(others.index.droplevel("contender")).to_numpy()).dropna()
+    others = rows[~rows["group"].isin((OURS, BOUND))].set_index([*TABLE, "implementation"])["p10"]
+    return (others / ours.reindex(others.index.droplevel("implementation")).to_numpy()).dropna()
 
 
 def compare(then: pd.DataFrame, now: pd.DataFrame) -> pd.DataFrame:
@@ -64,7 +64,7 @@ def missing(then: pd.DataFrame, changes: pd.DataFrame, suites: Sequence[str], th
     """List committed tables of the measured suites and threads for which there is no new measurement."""
     wanted = then[then["suite"].isin(suites) & then["threads"].isin(threads)]
     wanted = wanted[(wanted["suite"] != MEASURED[0]) | (wanted["case"] == CASE)]
-    tables = multiples(wanted).index.droplevel("contender").unique()
+    tables = multiples(wanted).index.droplevel("implementation").unique()
     return [_title(table) for table in tables.difference(changes.index, sort=False)]
 
 
@@ -74,7 +74,7 @@ def _measure(suites: Sequence[str], then: pd.DataFrame, threads: Sequence[int], 
         dtypes = sorted({DTYPES[dtype] for dtype in then.loc[then["suite"] == suite, "dtype"]})
         arguments = [suite, "--threads", *map(str, threads), "--reps", "9", "--no-bound", "--out", str(folder)]
         if suite == MEASURED[0]:
-            arguments += ["--cases", CASE, "--contenders", *FORMS]
+            arguments += ["--cases", CASE, "--baselines", *FORMS]
         if status := measure([*arguments, "--dtypes", *dtypes]):
             return status
     return 0

@@ -147,7 +147,7 @@ def _roofline_panel(panel: Axes, rates: pd.Series[float], rows: pd.DataFrame) ->
 
 def _pack_panel(panel: Axes, rates: pd.DataFrame, rows: pd.DataFrame) -> None:
     """Draw labelled bars, one per form and number of threads."""
-    tables = {threads: table.set_index("contender") for threads, table in rows.groupby("threads")}
+    tables = {threads: table.set_index("implementation") for threads, table in rows.groupby("threads")}
     names = next(iter(tables.values()))["median"].sort_values(ascending=False).index
     height = 0.8 / len(tables)
     for i, (threads, table) in enumerate(tables.items()):

@@ -48,7 +48,7 @@ class Aim(NamedTuple):
     Attributes:
         name, dtype, direction: Name, and setting of the tables.
         sign, goal: What the figure must be: for ``<=`` our time over the other's, else the other's over ours.
-        others: Groups or contenders of which the fastest is the other; without any, our microseconds count.
+        others: Groups or implementations of which the fastest is the other; without any, our microseconds count.
         cases: Names of the cases.
     """
 
@@ -128,7 +128,7 @@ def _pool(results: Results) -> Iterator[str]:
     if "not_timed" in all_rows:
         left = all_rows[all_rows["not_timed"].notna()]
         left = timed(left.assign(median=0.0))
-        texts = {f"`{one.contender}` ({one.case}, {one.setting}), {one.not_timed}" for one in left.itertuples()}
+        texts = {f"`{one.implementation}` ({one.case}, {one.setting}), {one.not_timed}" for one in left.itertuples()}
         yield f"Not timed: {'; '.join(sorted(texts))}."
     versions = results.runs[all_rows["run"].max()]["versions"]
     peers = [f"{name} {versions[name]}" for name in PEERS if versions.get(name)]
@@ -162,7 +162,7 @@ def _pack(results: Results) -> Iterator[str]:
 
 def _peaks(rows: pd.DataFrame) -> Iterator[str]:
     if "peak_bytes" in rows:
-        peaks = rows.pivot(index="contender", columns="setting", values="peak_bytes")[rows["setting"].unique()]
+        peaks = rows.pivot(index="implementation", columns="setting", values="peak_bytes")[rows["setting"].unique()]
         peaks.index.name, peaks.columns.name = "peak memory", None
         yield markdown(peaks.map(lambda size: "" if pd.isna(size) else f"{size / 1e6:.0f} MB"))
 
@@ -176,8 +176,8 @@ def _decoder(results: Results) -> Iterator[str]:
 
 def _prefill(results: Results) -> Iterator[str]:
     rows = timed(results.suite(prefill.NAME))
-    one, tokens = rows.iloc[0], rows.drop_duplicates("contender").sort_values("tokens", ascending=False)
-    counts = ", ".join(f"{row.tokens} {row.contender}" for row in tokens.itertuples())
+    one, tokens = rows.iloc[0], rows.drop_duplicates("implementation").sort_values("tokens", ascending=False)
+    counts = ", ".join(f"{row.tokens} {row.implementation}" for row in tokens.itertuples())
     yield (
         f"{one['layers']} layers x {one['width']}, {one['count']} prompt of {one['seconds']} s of audio, to the first "
         f"token. Rows of the prompt: {counts}."
@@ -201,7 +201,7 @@ def _training(results: Results) -> Iterator[str]:
     )
     lines = {}
     for (rule, threads), rows in results.suite(training_step.NAME).groupby(["case", "threads"], sort=False):
-        named = rows.set_index("contender")
+        named = rows.set_index("implementation")
         step, busy = named.loc[training_step.STEP], float(named.loc[training_step.BUSY, "median"])
         ops = float(rows.loc[rows["group"] == "op", "median"].sum())
         lines[f"{rule}, {threads} thr"] = {
@@ -318,7 +318,7 @@ def _runs(results: Results) -> Iterator[str]:
     )
 
 
-#: What the summary compares our time with: groups or contenders of which the fastest counts.
+#: What the summary compares our time with: groups or implementations of which the fastest counts.
 _OTHERS = {
     f"the {BOUND}": [FRESH],
     f"a {CLONE}": [CLONE],

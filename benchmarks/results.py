@@ -51,19 +51,19 @@ class Recorder:
             file.write(json.dumps(line) + "\n")
 
     def add(
-        self, suite: str, case: str, contender: str, group: str, direction: str = FORWARD, dtype: str = "float32",
+        self, suite: str, case: str, implementation: str, group: str, direction: str = FORWARD, dtype: str = "float32",
         threads: int = 1, **fields: Any,
     ) -> dict[str, Any]:  # fmt: skip
         """Append one measurement and return it.
 
         Args:
             suite, case, direction, dtype, threads: Setting, one of each table; 0 threads on a GPU.
-            contender: What was measured.
-            group: Kind of contender: ``fastcompress``, ``compile``, ``eager``, ``bandwidth bound``, ...
+            implementation: What was measured: an implementation, a bound, or a part of a step.
+            group: Kind of implementation: ``fastcompress``, ``compile``, ``eager``, ``bandwidth bound``, ...
             fields: ``median``, ``p10`` and ``p90`` in seconds per call and ``reps``, the samples they are of;
                 ``moved``, the bytes read and written; or ``not_timed``, the reason; and what else the suite adds.
         """
-        line = {"run": self.date, "suite": suite, "case": case, "contender": contender, "group": group}
+        line = {"run": self.date, "suite": suite, "case": case, "implementation": implementation, "group": group}
         line |= {"direction": direction, "dtype": dtype, "threads": threads}  # type: ignore[dict-item]
         line |= {name: value for name, value in fields.items() if value is not None}
         self.measurements.append(line)

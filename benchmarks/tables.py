@@ -49,9 +49,9 @@ def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
         rows: One case, from ``timed``.
         first: Form that the others are multiples of, if not ours.
     """
-    first = first or str(rows.loc[rows["group"] == OURS, "contender"].iloc[0])
+    first = first or str(rows.loc[rows["group"] == OURS, "implementation"].iloc[0])
     wide = rows.assign(rate=rows["moved"] / rows["median"] / 1e9 if "moved" in rows else float("nan"))
-    wide = wide.pivot(index="contender", columns="setting")
+    wide = wide.pivot(index="implementation", columns="setting")
     settings = rows["setting"].unique()
     median, rates = wide["median"][settings], wide["rate"][settings]
     table = {f"{first}, ms": (median.loc[first] * 1e3).map(lambda ms: figure(ms, "**{}**"))}
@@ -67,14 +67,14 @@ def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
 
 
 def seconds(rows: pd.DataFrame, names: Sequence[str], by: Sequence[str]) -> pd.Series[float]:
-    """Return the least median of the rows whose group or contender has one of some names, by columns."""
-    found = rows[rows["group"].isin(names) | rows["contender"].isin(names)]
+    """Return the least median of the rows whose group or implementation has one of some names, by columns."""
+    found = rows[rows["group"].isin(names) | rows["implementation"].isin(names)]
     return found.groupby(list(by), sort=False)["median"].min()
 
 
 def fastest(rows: pd.DataFrame, by: Sequence[str], column: str) -> pd.DataFrame:
     """Return the fastest row of each of ``LINES`` by columns, with a column ``line``; the bound is the fresh one."""
-    rows = rows[(rows["group"] != BOUND) | (rows["contender"] == FRESH)]
+    rows = rows[(rows["group"] != BOUND) | (rows["implementation"] == FRESH)]
     rows = rows.assign(line=rows["group"].map({group: name for name, group in LINES.items()})).reset_index(drop=True)
     rows = rows.dropna(subset=["line", column])
     return rows.loc[rows.groupby([*by, "line"], sort=False)[column].idxmin()]
@@ -99,7 +99,7 @@ def limits(rows: pd.DataFrame) -> pd.DataFrame:
     """Return the rates of the machine: a row per number of threads, a column per limit; a GPU has copies alone."""
     columns = [roofline.READ, roofline.COPY, roofline.SEPARATE, roofline.FUSED]
     rates = rows[rows["suite"] == roofline.NAME]
-    found = rates.pivot(index="threads", columns="contender", values="rate") if len(rates) else pd.DataFrame()
+    found = rates.pivot(index="threads", columns="implementation", values="rate") if len(rates) else pd.DataFrame()
     return found.reindex(columns=columns)
 
 

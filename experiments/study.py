@@ -41,6 +41,8 @@ class Compression:
         rule, reduce, keys: Values for the model's configuration.
         module: Factory of a compressor (``fastcompress.nn`` or ``FrameSelection``) that replaces the rule.
         learned: Kind of learned boundaries, at 3 frames per token, that replace the rule.
+        proportional_attention, positions: As in the model's configuration; ``experiments/training_free.py`` compares
+            them.
     """
 
     name: str
@@ -49,6 +51,8 @@ class Compression:
     keys: str = "frames"
     module: Callable[[], torch.nn.Module] | None = None
     learned: str | None = None
+    proportional_attention: bool = False
+    positions: str = "compact"
 
     @property
     def text(self) -> str:
@@ -67,6 +71,7 @@ class Compression:
             model.use_compressor(module)
         if self.learned is not None:
             model.learn_boundaries(3.0, self.learned)
+        model.proportional_attention, model.positions = self.proportional_attention, self.positions
 
 
 FRAMES = Compression("every frame", "none")

@@ -6,7 +6,8 @@ from fastcompress.ops.adjacent_distance import adjacent_distance
 from fastcompress.ops.banded_distance import banded_distance
 from fastcompress.ops.greedy_segments import greedy_segments
 from fastcompress.ops.integrate_and_fire import Fired, integrate_and_fire, quantity_loss
-from fastcompress.ops.pack import PackedInputs, pack
+from fastcompress.ops.pack import pack
+from fastcompress.ops.packed_inputs import PackedInputs
 from fastcompress.ops.row_groups import row_groups
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.segment_reduce import segment_expand, segment_reduce

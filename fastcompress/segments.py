@@ -148,11 +148,14 @@ class Tokens:
             ``[B]`` int32, or ``mask``. ``S`` is the largest number of tokens of a sequence; it is read from the device.
         """
         mask = self.mask
+        return self._pad(self.values, mask), mask if return_mask else self.cu_seqlens.diff()
+
+    def _pad(self, values: Tensor, mask: Tensor) -> Tensor:
+        """Return values of the tokens, ``[M, ...]``, as ``[B, S, ...]`` with zeros where ``mask`` is false."""
         # All padding reads one appended zero row, which also exists if there is no token.
-        rows = torch.cat([self.values, self.values.new_zeros((1, self.values.shape[1]))])
+        rows = torch.cat([values, values.new_zeros((1, *values.shape[1:]))])
         column = torch.arange(mask.shape[1], dtype=torch.int64, device=mask.device)
-        index = torch.where(mask, self.cu_seqlens[:-1, None].long() + column, self.values.shape[0])
-        return rows[index], mask if return_mask else self.cu_seqlens.diff()
+        return rows[torch.where(mask, self.cu_seqlens[:-1, None].long() + column, values.shape[0])]
 
     def to_nested(self) -> Tensor:
         """Return the tokens as a jagged nested tensor ``[B, j, D]``; their number is read from the device."""
@@ -197,6 +200,13 @@ class Pooled(Tokens):
     def cu_seqlens(self) -> Tensor:
         """Number of tokens before each sequence, ``[B + 1]`` int32, as variable-length attention expects it."""
         return self.segments.cu_segments
+
+    def padded_lengths(self) -> Tensor:
+        """Return the number of frames of each token of ``to_padded``, ``[B, S]`` int64; 0 for padding.
+
+        Their logarithm is what proportional attention adds to the scores of a token.
+        """
+        return self._pad(self.segments.lengths, self.mask)
 
 
 for _cls in (Segments, Pooled):

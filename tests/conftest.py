@@ -56,9 +56,10 @@ def poisoned_memory():
     """Fill every uninitialized tensor with NaN or the largest integer, so that elements that a kernel does not write
     are detected. This includes tensors that the compiled library allocates through torch. (tests/csrc/test_isa.py
     covers its own output buffers.)"""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # torch.use_deterministic_algorithms also imports the compiler, which takes 7 s and few tests need.
+    torch._C._set_deterministic_algorithms(True, warn_only=True)
     yield
-    torch.use_deterministic_algorithms(False)
+    torch._C._set_deterministic_algorithms(False)
 
 
 @pytest.fixture(autouse=True, scope="session")

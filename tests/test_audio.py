@@ -1,7 +1,5 @@
 """`load_audio`, which reads samples, and `log_mel`, which computes frames from them."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,7 @@ from fastcompress.audio import (
     log_mel,
     mel_centres,
 )
-from tests.support import ROOT
+from tests.support import processes
 
 
 def sine(frequency: float, seconds: float, rate: int, level: float = 0.4) -> np.ndarray:
@@ -294,8 +292,8 @@ def peak_growth(folder: Path, seconds: int, rate: int, channels: int) -> tuple[i
     with soundfile.SoundFile(folder / "large.wav", "w", rate, channels) as file:
         for _ in range(seconds):
             file.write(block)
-    command = [sys.executable, "-W", "ignore", "-c", PEAK_SCRIPT, str(folder / "small.wav"), str(folder / "large.wav")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    done = processes.run(["-c", PEAK_SCRIPT, str(folder / "small.wav"), str(folder / "large.wav")])
+    assert done.returncode == 0, done.stderr
     count, loading, encoding = done.stdout.split()
     return int(count), float(loading), float(encoding)
 

@@ -2,7 +2,7 @@
 
 Three kinds of output memory, because pages that the kernel has yet to provide cost more than the traffic:
 
-* ``fresh``: ``torch.empty``, as for every contender. The C library returns memory to the system only above a size
+* ``fresh``: ``torch.empty``, as for every implementation. The C library returns memory to the system only above a size
   (32 MiB with glibc), so these are pages new to the process for large outputs and mostly recycled ones for small.
 * ``huge``: the same with ``madvise(MADV_HUGEPAGE)``, as the library allocates its large outputs.
 * ``warm``: memory written before.

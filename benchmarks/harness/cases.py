@@ -80,17 +80,17 @@ class Case:
         lengths: Frames of each sequence.
         dim: Width of a frame.
         calls: Calls per sample; above 1 for calls of microseconds, of which only the forward pass is timed.
-        contenders: Names of the contenders to measure; all when ``None``.
-        rule: Rule for the segments: ``LocalMax()``, or ``Uniform(...)`` for contenders without scores.
+        implementations: Names of the implementations to measure; all when ``None``.
+        rule: Rule for the segments: ``LocalMax()``, or ``Uniform(...)`` for implementations without scores.
         mean_length: Frames per segment on average, by a ``Threshold`` chosen for that instead of ``rule``.
-        window: Frames per window of the contender that pools fixed windows.
+        window: Frames per window of the implementation that pools fixed windows.
     """
 
     name: str
     lengths: tuple[int, ...]
     dim: int
     calls: int = 1
-    contenders: tuple[str, ...] | None = None
+    implementations: tuple[str, ...] | None = None
     rule: fc.Rule = fc.LocalMax()
     mean_length: int | None = None
     window: int = 3
@@ -103,7 +103,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Batch:
-    """What a contender of segment pooling is called with next to the frames.
+    """What an implementation of segment pooling is called with next to the frames.
 
     Attributes:
         cu_seqlens: ``[B + 1]`` int32.

@@ -100,8 +100,8 @@ def recall_memory(size: int) -> None:
 
     A virtual machine may return free memory to its host within a fraction of a second, and whoever touches it next
     waits for the host: 64 MB of new huge pages took 8 ms, and 15 to 200 ms after a pause of half a second (AMD EPYC
-    under KVM with free page reporting). Called before each sample, so that no contender pays for the pause that a slow
-    one before it made; new pages from the system's own free list still cost what they cost.
+    under KVM with free page reporting). Called before each sample, so that no implementation pays for the pause that
+    a slow one before it made; new pages from the system's own free list still cost what they cost.
     """
     if size <= 0:
         return

@@ -1,8 +1,8 @@
-"""The one harness: check every contender, time those that are right in turn, record each measurement.
+"""The one harness: check every implementation, time those that are right in turn, record each measurement.
 
 The directions are the forward pass, and forward and backward together. The CPU rotates through inputs that are in no
-cache. On a GPU device times of replays of a CUDA graph are taken, each with a cold second-level cache; a contender that
-reads sizes from the device cannot be in a graph and is timed between events.
+cache. On a GPU device times of replays of a CUDA graph are taken, each with a cold second-level cache; an
+implementation that reads sizes from the device cannot be in a graph and is timed between events.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ Form = Callable[[Any, Any], Any]
 
 
 class WrongResult(Exception):
-    """A contender that does not do the job."""
+    """An implementation that does not do the job."""
 
 
 @dataclass(frozen=True)
-class Contender:
+class Implementation:
     """One way to do the job.
 
     Attributes:
         name: Name of the row.
-        group: Kind of contender; ``fastcompress`` for ours.
+        group: Kind of implementation; ``fastcompress`` for ours.
         form: What is timed.
         graph: A form for a CUDA graph, whose result has the size of an upper bound.
         backend: Backend of the library to run on.
@@ -77,7 +77,8 @@ class Bench:
         device: Device of the tensors.
         threads: Numbers of threads; ``[0]`` on a GPU.
         dtypes: Short names of dtypes.
-        cases, contenders: Names of cases, and texts of which names of contenders have one; all when ``None``.
+        cases: Names of cases; all when ``None``.
+        baselines: Texts; a baseline takes part if its name has one of them. All when ``None``.
         quick: Whether to measure small cases only.
         dry: Whether the harness of the GPU runs on the CPU, on tiny shapes: nothing is measured.
         bound: Probe of the bandwidth bound; ``None`` leaves it out.
@@ -89,7 +90,7 @@ class Bench:
     threads: Sequence[int] = (1,)
     dtypes: Sequence[str] = ("fp32", "bf16")
     cases: Sequence[str] | None = None
-    contenders: Sequence[str] | None = None
+    baselines: Sequence[str] | None = None
     quick: bool = False
     dry: bool = False
     reps: int = 15
@@ -108,17 +109,18 @@ class Bench:
             for threads in self.threads:
                 yield TORCH_DTYPES[dtype], threads
 
-    def wants(self, contender: Contender) -> bool:
-        """Return whether a contender takes part."""
-        return contender.ours or self.contenders is None or any(text in contender.name for text in self.contenders)
+    def wants(self, implementation: Implementation) -> bool:
+        """Return whether an implementation takes part."""
+        wanted = self.baselines
+        return implementation.ours or wanted is None or any(text in implementation.name for text in wanted)
 
     def rotation(self, x: Tensor) -> list[Tensor]:
         """Copy an input to rotate through; on a GPU, whose cache is emptied instead, return it alone."""
         return [x] if self.on_gpu else rotation(x, self.cache)
 
 
-#: Checks the result of a contender, by its name: takes the input, the result, and the gradient that goes in and the one
-#: that comes out, if there are any. Returns fields to write with the contender's measurements, or raises WrongResult.
+#: Checks the result of an implementation, by its name: takes the input, the result, and the gradient that goes in and
+#: the one that comes out, if there are any. Returns fields to write with the measurements, or raises WrongResult.
 Check = Callable[[str, Any, Any, Tensor | None, Tensor | None], dict[str, Any]]
 
 
@@ -128,21 +130,21 @@ class Job:
 
     Attributes:
         suite, case, dtype, threads: Setting of the table.
-        contenders: Who takes part, ours among them.
+        implementations: Who takes part, ours among them.
         check: Function that refuses wrong results.
         xs: Inputs of equal values in different memory, to rotate through.
         batch: What a form takes as the second argument.
-        padded: The inputs of contenders that take padded ones.
+        padded: The inputs of implementations that take padded ones.
         grads: Flat gradients to start backward passes from; empty to time the forward pass only.
         both: Runs a form on an input forward and backward; by default the gradient of the input is taken.
         moved: Bytes to read and write, by direction.
         bounds: Function that returns calls of the bandwidth bound on the CPU, by kind of memory.
-        strict: Whether a contender other than ours that is wrong stops the suite.
+        strict: Whether a wrong baseline stops the suite.
         calls: Calls per sample.
         recall: Bytes of new memory to make ready before a sample.
-        reps, max_seconds: Most rounds, and seconds after which a contender is left out of further rounds.
-        wall: Whether a GPU is timed from the call until it is idle, for contenders that wait for it.
-        peak: Function of a contender's name and a direction that returns the peak memory of a call on the CPU.
+        reps, max_seconds: Most rounds, and seconds after which an implementation is left out of further rounds.
+        wall: Whether a GPU is timed from the call until it is idle, for implementations that wait for it.
+        peak: Function of an implementation's name and a direction that returns the peak memory of a call on the CPU.
         details: Fields written with every measurement.
     """
 
@@ -150,7 +152,7 @@ class Job:
     case: str
     dtype: torch.dtype
     threads: int
-    contenders: Sequence[Contender]
+    implementations: Sequence[Implementation]
     check: Check
     xs: Sequence[Any] = (None,)
     batch: Any = None
@@ -182,10 +184,10 @@ class Job:
         grad = self.grads[i % len(self.grads)][: values.numel()].view(values.shape)
         return result, grad, torch.autograd.grad(values, x, grad)[0]
 
-    def function(self, contender: Contender, direction: str, graph: bool = False) -> Callable[[int], Any]:
+    def function(self, implementation: Implementation, direction: str, graph: bool = False) -> Callable[[int], Any]:
         """Return what is timed, as a function of a running number that picks the buffers."""
-        xs = self.padded if contender.padded else self.xs
-        form = contender.graph if graph and contender.graph else contender.form
+        xs = self.padded if implementation.padded else self.xs
+        form = implementation.graph if graph and implementation.graph else implementation.form
         leaves = [x.detach().requires_grad_() for x in xs if direction == BOTH and self.grads] or xs
 
         def function(i: int) -> Any:
@@ -193,48 +195,50 @@ class Job:
                 return form(xs[i % len(xs)], self.batch)
             return self.run(form, leaves[i % len(leaves)], i)
 
-        return fc.backend(contender.backend)(function) if contender.backend else function
+        return fc.backend(implementation.backend)(function) if implementation.backend else function
 
 
-def _check(job: Job, contender: Contender, where: torch.device) -> dict[str, Any]:
-    """Check a contender and return its fields; raises whatever goes wrong."""
+def _check(job: Job, implementation: Implementation, where: torch.device) -> dict[str, Any]:
+    """Check an implementation and return its fields; raises whatever goes wrong."""
     details: dict[str, Any] = {}
     on_device = where if where.type == "cuda" else contextlib.nullcontext()  # the checks make their own tensors
-    x = (job.padded if contender.padded else job.xs)[0]
-    for graph in (False, True) if contender.graph else (False,):
+    x = (job.padded if implementation.padded else job.xs)[0]
+    for graph in (False, True) if implementation.graph else (False,):
         with torch.no_grad():
-            result = job.function(contender, FORWARD, graph)(0)
+            result = job.function(implementation, FORWARD, graph)(0)
         with on_device:
-            details |= job.check(f"{contender.name}, in a graph" if graph else contender.name, x, result, None, None)
+            details |= job.check(
+                f"{implementation.name}, in a graph" if graph else implementation.name, x, result, None, None
+            )
     if BOTH in job.directions:
-        result, grad, grad_x = job.function(contender, BOTH)(0)
+        result, grad, grad_x = job.function(implementation, BOTH)(0)
         with on_device:
-            job.check(contender.name, x, result, grad, grad_x)
+            job.check(implementation.name, x, result, grad, grad_x)
     return details
 
 
-def admit(bench: Bench, job: Job) -> dict[str, tuple[Contender, dict[str, Any]]]:
-    """Check the contenders, ours first, and record which are left out and why.
+def admit(bench: Bench, job: Job) -> dict[str, tuple[Implementation, dict[str, Any]]]:
+    """Check the implementations, ours first, and record which are left out and why.
 
     Returns:
-        The contenders that are right, and fields of their measurements, by name.
+        The implementations that are right, and fields of their measurements, by name.
 
     Raises:
         WrongResult: Ours is wrong or fails, so that nothing can be compared; or another is wrong in a strict job.
     """
     admitted = {}
-    for contender in sorted(filter(bench.wants, job.contenders), key=lambda one: one.group != OURS):
-        reason = "" if contender.available else f"{contender.module} is not installed"
+    for implementation in sorted(filter(bench.wants, job.implementations), key=lambda one: one.group != OURS):
+        reason = "" if implementation.available else f"{implementation.module} is not installed"
         if not reason:
             try:
-                admitted[contender.name] = contender, _check(job, contender, bench.device)
+                admitted[implementation.name] = implementation, _check(job, implementation, bench.device)
             except Exception as error:  # code of others: name it and continue
                 kind = "wrong" if isinstance(error, WrongResult) else f"fails: {type(error).__name__}"
                 reason = f"{kind}: {error}".split("\n", 1)[0]
-                if contender.ours or (job.strict and isinstance(error, WrongResult)):
-                    raise WrongResult(f"{job.suite}, {job.case}: {contender.name}: {reason}") from error
+                if implementation.ours or (job.strict and isinstance(error, WrongResult)):
+                    raise WrongResult(f"{job.suite}, {job.case}: {implementation.name}: {reason}") from error
         if reason:
-            _record(bench, job, FORWARD, contender.name, contender.group, {"not_timed": reason})
+            _record(bench, job, FORWARD, implementation.name, implementation.group, {"not_timed": reason})
     return admitted
 
 
@@ -250,7 +254,7 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
     found = []
     for direction in job.directions:
         with torch.set_grad_enabled(direction == BOTH):
-            timed = _time(bench, job, [contender for contender, _ in admitted.values()], direction)
+            timed = _time(bench, job, [implementation for implementation, _ in admitted.values()], direction)
         table = []
         for name, fields in sorted(timed.items(), key=lambda item: float(item[1]["median"])):
             group = "clone" if name == CLONE else BOUND
@@ -268,17 +272,19 @@ def _record(bench: Bench, job: Job, direction: str, name: str, group: str, field
     return bench.recorder.add(job.suite, job.case, name, group, direction, dtype, job.threads, **fields)
 
 
-def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: str) -> dict[str, dict[str, Any]]:
-    """Time contenders and bounds in turn, and return the fields of each by name."""
+def _time(
+    bench: Bench, job: Job, implementations: Sequence[Implementation], direction: str
+) -> dict[str, dict[str, Any]]:
+    """Time implementations and bounds in turn, and return the fields of each by name."""
     backward, moved, on_cuda = direction == BOTH, job.moved.get(direction), bench.device.type == "cuda"
     clocked: clock.Clock = clock.CpuClock(job.calls, bench.tries, job.recall)
     if bench.on_gpu:
         clocked = device.DeviceClock(bench.device, job.wall)
     details: dict[str, dict[str, Any]] = {}
     with device.side_stream(bench.device):  # a backward pass runs where its forward pass did, and can be captured there
-        functions = {one.name: job.function(one, direction, graph=bench.on_gpu) for one in contenders}
+        functions = {one.name: job.function(one, direction, graph=bench.on_gpu) for one in implementations}
         if bench.on_gpu:
-            for one in contenders:
+            for one in implementations:
                 functions[one.name], details[one.name] = _in_graph(bench, job, one, functions[one.name])
         if bench.bound is not None and job.bounds is not None:
             for kind, bound in job.bounds(bench.bound, backward).items():
@@ -294,7 +300,7 @@ def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: st
                 on_gpu = device.peak(functools.partial(functions[name], 0), bench.device) if on_cuda else None
                 fields["peak_bytes"] = on_gpu if on_cuda else job.peak(name, direction)
         if bench.on_gpu and not backward and not job.wall:  # end to end, including launch and wait
-            calls = {one.name: job.function(one, direction) for one in contenders}
+            calls = {one.name: job.function(one, direction) for one in implementations}
             until_idle = device.DeviceClock(bench.device, wall=True)
             for name, sample in clock.interleave(calls, reps, until_idle, job.max_seconds, warm)[0].items():
                 timed[name]["call"] = sample.fields()["median"]
@@ -302,10 +308,10 @@ def _time(bench: Bench, job: Job, contenders: Sequence[Contender], direction: st
 
 
 def _in_graph(
-    bench: Bench, job: Job, contender: Contender, function: Callable[[int], Any]
+    bench: Bench, job: Job, implementation: Implementation, function: Callable[[int], Any]
 ) -> tuple[Callable[[int], Any], dict[str, Any]]:
-    """Return what to time on a GPU, a replay if the contender can be in a graph, and how."""
-    if contender.graph is None:
+    """Return what to time on a GPU, a replay if the implementation can be in a graph, and how."""
+    if implementation.graph is None:
         return function, {"how": "wall" if job.wall else "events"}
     try:
         replay, _ = device.capture(functools.partial(function, 0), bench.device)
@@ -324,6 +330,6 @@ def table_text(rows: Sequence[Mapping[str, Any]]) -> str:
         median, moved = row["median"], row.get("moved")
         times = [row[key] * 1e3 if key in row else None for key in ("median", "p10", "p90")]
         rates = [moved / median / 1e9 if moved else None, median / ours if ours else None]
-        lines.append([row["contender"], *times, row.get("reps"), *rates])
+        lines.append([row["implementation"], *times, row.get("reps"), *rates])
     head = [", ".join(title), "ms", "p10", "p90", "reps", "GB/s", "x ours"]
     return tabulate(lines, head, floatfmt=("", ".3f", ".3f", ".3f", "", ".1f", ".2f"), missingval="")

@@ -1,6 +1,7 @@
-"""Checks of segment pooling: a contender whose result is wrong is not timed.
+"""Checks of segment pooling: an implementation whose result is wrong is not timed.
 
-Every contender, the library included, is compared with the definition in PyTorch, ``fc.backend("reference")``, in fp64.
+Every implementation, the library included, is compared with the definition in PyTorch, ``fc.backend("reference")``, in
+fp64.
 """
 
 from __future__ import annotations

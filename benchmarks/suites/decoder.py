@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Implementation, Job, WrongResult, compare
 from benchmarks.harness.memory import high_water, in_process
 from benchmarks.results import BOTH, OURS
 
@@ -126,7 +126,9 @@ def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
     """Make the job of one setting. The logits and the loss of the padded batch are what is expected."""
     size = SIZES[name]
     calls = {form: build(form, size, bench.device, dtype) for form in FORMS}
-    contenders = [Contender(form, FORMS[form][2], functools.partial(_run, call)) for form, call in calls.items()]
+    implementations = [
+        Implementation(form, FORMS[form][2], functools.partial(_run, call)) for form, call in calls.items()
+    ]
     rows = lengths(size)
     with torch.no_grad():
         wanted, its_loss = calls[PADDED]()
@@ -139,7 +141,7 @@ def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
         return {}
 
     return Job(
-        NAME, f"{len(rows)} samples", dtype, threads, contenders, check, both=lambda form, x: form(x, None),
+        NAME, f"{len(rows)} samples", dtype, threads, implementations, check, both=lambda form, x: form(x, None),
         strict=True, reps=7, max_seconds=60,
         peak=lambda form, direction: in_process(peak, form, direction, threads, size),
         details={"width": size.width, "layers": size.layers, "lengths": rows, "padding": padding(rows)},

@@ -23,11 +23,11 @@ _BLOCK = 64
 
 @dataclass
 class Tokens:
-    """What a contender returns.
+    """What an implementation returns.
 
     Attributes:
         values: Means, ``[M, D]``, in the dtype of the input (``[B, S, D]`` for padded input).
-        starts: First row of each segment, ``[M]``; ``None`` for a contender that has none.
+        starts: First row of each segment, ``[M]``; ``None`` for an implementation that has none.
     """
 
     values: Tensor

@@ -16,7 +16,7 @@ from torch import Tensor
 
 import fastcompress as fc
 from benchmarks.harness.cases import cu_seqlens, features, gradients, random_lengths
-from benchmarks.harness.compare import Bench, Check, Contender, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Check, Implementation, Job, WrongResult, compare
 from benchmarks.results import OURS
 from benchmarks.suites import published
 from benchmarks.suites.published import Batch, each
@@ -156,9 +156,9 @@ def jobs(bench: Bench, name: str, lengths: Sequence[int], dim: int, dtype: torch
     xs, grads = bench.rotation(x), gradients(x.numel(), dtype, 1, bench.device)
     for method, (ours, forms) in METHODS.items():
         module = "scipy" if method == "UnsupSeg" else None
-        theirs = [Contender(form, "published", call, module=module) for form, call in forms.items()]
+        theirs = [Implementation(form, "published", call, module=module) for form, call in forms.items()]
         yield Job(
-            NAME, method, dtype, threads, [Contender(OURS, OURS, ours), *theirs], checks(), xs, batch, grads=grads,
+            NAME, method, dtype, threads, [Implementation(OURS, OURS, ours), *theirs], checks(), xs, batch, grads=grads,
             strict=True, recall=2 * x.nbytes, reps=7, max_seconds=2.0,
             details={"batch": name, "lengths": lengths, "dim": dim},
         )  # fmt: skip

@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 import fastcompress as fc
 from benchmarks.harness.cases import cu_seqlens, gradients, random_lengths
-from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Implementation, Job, WrongResult, compare
 from benchmarks.results import BOTH, FORWARD
 from benchmarks.suites import compiled
 from benchmarks.suites.segment_pool import ours
@@ -169,10 +169,10 @@ _FORMS: dict[str, tuple[str, Callable[[Tensor, Batch], Tensor]]] = {
 }
 
 
-def contenders(bench: Bench) -> list[Contender]:
-    """List the contenders, ours first."""
-    forms = [Contender(name, *form) for name, form in _FORMS.items() if not (bench.dry and form[0] == "compile")]
-    forms.append(Contender("FBGEMM, jagged_index_select", "library", jagged_select, module="fbgemm_gpu"))
+def implementations(bench: Bench) -> list[Implementation]:
+    """List the implementations, ours first."""
+    forms = [Implementation(name, *form) for name, form in _FORMS.items() if not (bench.dry and form[0] == "compile")]
+    forms.append(Implementation("FBGEMM, jagged_index_select", "library", jagged_select, module="fbgemm_gpu"))
     return ours("fastcompress.pack", fastcompress_pack, bench) + forms
 
 
@@ -204,7 +204,7 @@ def job(bench: Bench, case: Case, dtype: torch.dtype, threads: int) -> Job:
 
     most = batch.ids.numel() + batch.long_ids.numel()  # rows of a result that has the size of an upper bound
     return Job(
-        NAME, case.name, dtype, threads, contenders(bench), check, bench.rotation(audio), batch,
+        NAME, case.name, dtype, threads, implementations(bench), check, bench.rotation(audio), batch,
         grads=gradients(most * case.width, dtype, 1, bench.device), recall=4 * wanted.nbytes,
         moved=dict.fromkeys((FORWARD, BOTH), 2 * wanted.nbytes),
         details={"width": case.width, "audio": case.audio, "text": case.text},

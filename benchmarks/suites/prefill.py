@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.harness.compare import Bench, Contender, Job, WrongResult, compare
+from benchmarks.harness.compare import Bench, Implementation, Job, WrongResult, compare
 from benchmarks.harness.memory import high_water, in_process
 from benchmarks.results import OURS
 from benchmarks.suites.decoder import check_logits, settings
@@ -139,12 +139,12 @@ def job(bench: Bench, name: str, dtype: torch.dtype, threads: int) -> Job:
     size = SIZES[name]
     stock, inputs = build(size, bench.device, dtype)
     models = {form: compressed(stock, form) for form in FORMS}
-    contenders = [
-        Contender(form, STOCK if form == STOCK else OURS, functools.partial(first_token, model))
+    implementations = [
+        Implementation(form, STOCK if form == STOCK else OURS, functools.partial(first_token, model))
         for form, model in models.items()
     ]
     return Job(
-        NAME, f"{size.layers} layers x {size.width}", dtype, threads, contenders,
+        NAME, f"{size.layers} layers x {size.width}", dtype, threads, implementations,
         lambda form, x, token, *_: check_form(form, models[form], inputs, token), batch=inputs, strict=True, reps=7,
         max_seconds=60, wall=True, peak=lambda form, direction: in_process(peak, form, threads, size),
         details=dict(vars(size)),

@@ -1,7 +1,7 @@
 """Suite ``scaling``: how the time of pooling grows with frames, their width, segment length, window and threads.
 
 Each axis is a few cases that differ in one thing from ``BASE``: 10 clips of 1,000 frames of width 1280 at local maxima.
-The clips have one length, so that no contender pays for padding. A case on two axes is measured once.
+The clips have one length, so that no implementation pays for padding. A case on two axes is measured once.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import fastcompress as fc
 from benchmarks.harness.cases import Case
 from benchmarks.harness.compare import TORCH_DTYPES, Bench, compare
 from benchmarks.results import OURS
-from benchmarks.suites.segment_pool import AVERAGE_POOL, contenders, job
+from benchmarks.suites.segment_pool import AVERAGE_POOL, implementations, job
 
 NAME = "scaling"
 #: The fastest of each group in the committed results of ``segment_pool``.
@@ -36,7 +36,7 @@ def _axes(base: Case, clips: Sequence[int], widths: Sequence[int], sizes: Sequen
         WIDTH: [replace(base, name=f"width {width}", dim=width) for width in widths],
         LENGTH: [replace(base, name=f"segments of {n}", mean_length=n, window=n) for n in (1, *sizes)],
         WINDOW: [
-            replace(base, name=f"windows of {n}", rule=fc.Uniform(n), window=n, contenders=windowed)
+            replace(base, name=f"windows of {n}", rule=fc.Uniform(n), window=n, implementations=windowed)
             for n in (2, *sizes)
         ],
     }
@@ -45,9 +45,9 @@ def _axes(base: Case, clips: Sequence[int], widths: Sequence[int], sizes: Sequen
     return axes | {THREADS: [base]}
 
 
-BASE = Case("base", (1000,) * 10, 1280, contenders=FORMS)
+BASE = Case("base", (1000,) * 10, 1280, implementations=FORMS)
 AXES = _axes(BASE, (1, 3, 30, 100), (64, 256, 4096), (4, 16, 64))
-QUICK = _axes(Case("quick", (100, 100), 64, contenders=FORMS), (4,), (), (4,))
+QUICK = _axes(Case("quick", (100, 100), 64, implementations=FORMS), (4,), (), (4,))
 
 
 def plan(axes: Mapping[str, Sequence[Case]], threads: Sequence[int]) -> dict[tuple[Case, int], tuple[str, ...]]:
@@ -74,11 +74,11 @@ def run(bench: Bench) -> None:
     """Measure the axes; without the compiled forms, which take seconds per case to compile, in a quick run."""
     quick = bench.quick or bench.dry
     bench = replace(bench, tries=min(bench.tries, 2))
-    chosen = [one for one in contenders(bench) if not (quick and one.group in ("compile", "max-autotune"))]
+    chosen = [one for one in implementations(bench) if not (quick and one.group in ("compile", "max-autotune"))]
     axes = {name: cases for name, cases in (QUICK if quick else AXES).items() if name in (bench.cases or (name,))}
     for (case, threads), on in plan(axes, bench.threads).items():
         if bench.on_gpu:  # and Triton
-            case = replace(case, contenders=(*(case.contenders or ()), f"{OURS}, triton"))
+            case = replace(case, implementations=(*(case.implementations or ()), f"{OURS}, triton"))
         for dtype in bench.dtypes:
             one = job(bench, case, TORCH_DTYPES[dtype], threads, chosen, NAME)
             one.details["axes"] = on

@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from benchmarks.harness.bandwidth_bound import KINDS, BandwidthBound
 from benchmarks.harness.cases import Case, batch_of, gradients, random_lengths
-from benchmarks.harness.compare import TRITON, Bench, Contender, Job, compare
+from benchmarks.harness.compare import TRITON, Bench, Implementation, Job, compare
 from benchmarks.results import BOTH, FORWARD, OURS
 from benchmarks.suites import compiled, eager
 from benchmarks.suites.checks import Expected, check_average_pool
@@ -37,38 +37,38 @@ _EAGER = (
 )
 
 
-def _eager(scores: str, pool: str) -> Contender:
+def _eager(scores: str, pool: str) -> Implementation:
     form = eager.vectorised(getattr(eager, scores), getattr(eager, pool))
     module = _MODULES.get(pool)
-    return Contender(f"{scores} + {pool}", "library" if module else "eager", form, module=module)
+    return Implementation(f"{scores} + {pool}", "library" if module else "eager", form, module=module)
 
 
-def _compiled(group: str, **how: Any) -> list[Contender]:
+def _compiled(group: str, **how: Any) -> list[Implementation]:
     forms = {
         "plain": functools.partial(compiled.plain, **how),
         "tuned + gather": functools.partial(compiled.tuned, gather=True, **how),
         "tuned + embedding_bag": functools.partial(compiled.tuned, gather=False, **how),
     }
-    return [Contender(f"{group}, {name}", group, form) for name, form in forms.items()]
+    return [Implementation(f"{group}, {name}", group, form) for name, form in forms.items()]
 
 
-def ours(name: str, form: Callable[..., Any], bench: Bench | None = None) -> list[Contender]:
+def ours(name: str, form: Callable[..., Any], bench: Bench | None = None) -> list[Implementation]:
     """Return the library; on a GPU with a form for a CUDA graph, next to Triton's kernels."""
     if bench is None or not bench.on_gpu:
-        return [Contender(name, OURS, form)]
-    found = [Contender(name, OURS, form, functools.partial(form, compact=False), None if bench.dry else "cuda")]
+        return [Implementation(name, OURS, form)]
+    found = [Implementation(name, OURS, form, functools.partial(form, compact=False), None if bench.dry else "cuda")]
     if not bench.dry or os.environ.get("TRITON_INTERPRET") == "1":
         bound = functools.partial(form, compact=False)
-        found.append(Contender(f"{name}, triton", TRITON, form, bound, "triton", module="triton"))
+        found.append(Implementation(f"{name}, triton", TRITON, form, bound, "triton", module="triton"))
     return found
 
 
-def contenders(bench: Bench | None = None) -> list[Contender]:
-    """List the contenders, ours first; on a GPU without the Python loop and with ``max-autotune``."""
+def implementations(bench: Bench | None = None) -> list[Implementation]:
+    """List the implementations, ours first; on a GPU without the Python loop and with ``max-autotune``."""
     rest = [_eager(scores, pool) for scores, pool in _EAGER]
-    rest.append(Contender(AVERAGE_POOL, "less work", eager.average_pool, padded=True))
+    rest.append(Implementation(AVERAGE_POOL, "less work", eager.average_pool, padded=True))
     if bench is None or not bench.on_gpu:
-        rest += [*_compiled("compile"), Contender("loop, split", "loop", eager.loop)]
+        rest += [*_compiled("compile"), Implementation("loop, split", "loop", eager.loop)]
     else:
         rest += _compiled("compile", **({"backend": "aot_eager"} if bench.dry else {}))
         rest += _compiled("max-autotune", **({"backend": "aot_eager"} if bench.dry else {"mode": "max-autotune"}))
@@ -80,11 +80,11 @@ CASES: tuple[Case, ...] = (
     Case("S1", random_lengths(8, 1350, 1500, seed=5), 1280),
     Case("S2", random_lengths(32, 200, 1500, seed=5), 1280),
     Case("clip", (1500,), 1280),
-    Case("tiny", (8,), 64, calls=500, contenders=_FEW),
+    Case("tiny", (8,), 64, calls=500, implementations=_FEW),
 )
 QUICK = Case(
     "quick", random_lengths(4, 300, 400, seed=5), 1280,
-    contenders=(*_FEW, "bmm + segment_csr", "bmm + jagged", "blocked + embedding_bag", AVERAGE_POOL),
+    implementations=(*_FEW, "bmm + segment_csr", "bmm + jagged", "blocked + embedding_bag", AVERAGE_POOL),
 )  # fmt: skip
 #: The fifth is one hour at 25 Hz.
 _GPU_SHAPES = (
@@ -95,10 +95,10 @@ DRY = Case("2 x 60 x 48", (60, 60), 48)
 
 
 def job(
-    bench: Bench, case: Case, dtype: torch.dtype, threads: int, chosen: Sequence[Contender], suite: str = NAME
+    bench: Bench, case: Case, dtype: torch.dtype, threads: int, chosen: Sequence[Implementation], suite: str = NAME
 ) -> Job:
     """Make the job of one setting."""
-    chosen = [one for one in chosen if case.contenders is None or one.name in case.contenders]
+    chosen = [one for one in chosen if case.implementations is None or one.name in case.implementations]
     if any(one.group in ("compile", "max-autotune") for one in chosen):
         compiled.prepare(threads)
     x, batch = batch_of(case, dtype, bench.device)
@@ -147,4 +147,4 @@ def run(bench: Bench) -> None:
     for case in cases:
         if case.name in (bench.cases or (case.name,)):
             for dtype, threads in bench.settings():
-                compare(bench, job(bench, case, dtype, threads, contenders(bench)))
+                compare(bench, job(bench, case, dtype, threads, implementations(bench)))

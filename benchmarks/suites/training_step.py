@@ -72,7 +72,7 @@ def measure(bench: Bench, threads: int, rules: Sequence[str] = RULES, steps: int
     """Time the steps of all rules in turn, unprofiled; then profile each.
 
     The case of a measurement is the rule. Its CPU time leaves out the waiting for a core: steps are so long that on a
-    busy machine none is undisturbed. The contenders of group ``op`` are seconds per step in each of our ops.
+    busy machine none is undisturbed. The implementations of group ``op`` are seconds per step in each of our ops.
 
     Raises:
         WrongResult: A step ran none of the ops.

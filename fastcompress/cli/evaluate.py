@@ -82,6 +82,8 @@ def _run_evaluate(options: argparse.Namespace) -> int:
     found: dict[str, Any] = {
         "model": options.model,
         "rule": unwrap(model).compression,
+        "proportional_attention": unwrap(model).proportional_attention,
+        "positions": unwrap(model).positions,
         "num_beams": options.num_beams,
         "normalize": options.normalize,
         "manifests": {},
@@ -146,7 +148,9 @@ def _show(found: dict[str, Any], rows: list[list[str]], options: argparse.Namesp
     from fastcompress.files import reason
 
     normalized = "" if options.normalize == "none" else f", normalized: {options.normalize}"
-    print(f"{options.model}, rule {found['rule']}{normalized}")
+    parts = ", proportional attention" * found["proportional_attention"]
+    parts += ", positions in time" * (found["positions"] == "time")
+    print(f"{options.model}, rule {found['rule']}{parts}{normalized}")
     alignment = ("left", *["right"] * len(_HEAD[1:]))
     print(tabulate(rows, _HEAD, tablefmt="plain", disable_numparse=True, colalign=alignment))
     if options.json:

@@ -18,6 +18,18 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int, max_new_
     """Add the options of compression, decoding and device. The defaults that differ between commands are arguments."""
     parser.add_argument("--rule", help="compression rule that replaces the model's; none keeps every frame")
     parser.add_argument(
+        "--proportional-attention",
+        action=argparse.BooleanOptionalAction,
+        help="whether a token weighs as much as its frames in the decoder's attention (default: as the model was "
+        "trained; yes, if it was trained without compression)",
+    )
+    parser.add_argument(
+        "--positions",
+        choices=("time", "compact"),
+        help="whether a token has the position of its middle frame, or tokens are numbered (default: as the model was "
+        "trained; time, if it was trained without compression)",
+    )
+    parser.add_argument(
         "--batch-size", type=positive, default=batch_size, metavar="N", help=f"audios per batch (default: {batch_size})"
     )
     parser.add_argument(
@@ -75,7 +87,7 @@ def check_model_options(options: argparse.Namespace) -> None:
 
 
 def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
-    """Load ``options.model`` with ``options.rule`` on ``options.device``.
+    """Load ``options.model`` with the options of ``add_model_options``.
 
     Raises:
         UserError: The model, the rule or the device cannot be used.
@@ -85,7 +97,13 @@ def load_model_and_processor(options: argparse.Namespace) -> tuple[Any, Any]:
     quiet_transformers()
     check_model_options(options)
     try:
-        return load_model(options.model, options.rule, options.device)
+        return load_model(
+            options.model,
+            options.rule,
+            options.device,
+            proportional_attention=options.proportional_attention,
+            positions=options.positions,
+        )
     except (RunError, RuntimeError) as error:
         raise UserError(error) from error
 

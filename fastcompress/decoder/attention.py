@@ -8,6 +8,7 @@ Without ``cu_seq_lens_q`` (padded batches, decoding) the implementation is stock
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import Any
 
@@ -17,9 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from fastcompress.decoder.packed_attention import attend, packed_attention
+from fastcompress.decoder.packed_attention import (
+    add_bias,
+    attend,
+    key_bias_of,
+    packed_attention,
+    widen_keys,
+    with_key_bias,
+)
 
-__all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "prepare"]
+__all__ = ["NAME", "attention_forward", "check_decoder", "packed_attention", "prepare", "stack_of", "takes_positions"]
 
 NAME = "fastcompress"
 
@@ -82,8 +90,7 @@ def prepare(decoder: Any) -> Any:
     """
     config = decoder.config.get_text_config(decoder=True)
     check_decoder(config)
-    layers = decoder.get_decoder()
-    layers = layers if isinstance(layers, PreTrainedModel) else decoder.base_model
+    layers = stack_of(decoder)
     reason = ""
     if not getattr(layers, "_supports_attention_backend", False):
         reason = "its layers do not use AttentionInterface (_supports_attention_backend is not set)"
@@ -93,6 +100,17 @@ def prepare(decoder: Any) -> Any:
         raise NotImplementedError(f"{config.model_type} cannot run packed: {reason}")
     decoder.set_attn_implementation(NAME)
     return decoder
+
+
+def stack_of(decoder: Any) -> Any:
+    """Return the stack of layers of a decoder of transformers, without its head."""
+    layers = decoder.get_decoder()
+    return layers if isinstance(layers, PreTrainedModel) else decoder.base_model
+
+
+def takes_positions(decoder: Any) -> bool:
+    """Return whether a decoder of transformers takes ``position_ids``; decoders with ALiBi do not."""
+    return "position_ids" in inspect.signature(stack_of(decoder).forward).parameters
 
 
 def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> int | None:
@@ -110,8 +128,14 @@ def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> in
     )
 
 
-def _check_rope(config: Any, longest: int) -> None:
-    """Raise if the longest packed sample would change the rotary frequencies of the others."""
+def _check_rope(config: Any, longest: int, next_positions: Tensor | None) -> None:
+    """Raise if the longest packed sample would change the rotary frequencies of the others.
+
+    Args:
+        config: Configuration of the decoder.
+        longest: Bound of the rows of a sample.
+        next_positions: Position that follows each sample, which replaces the bound.
+    """
     parameters = getattr(config, "rope_parameters", None) or {}
     nested = [p for p in parameters.values() if isinstance(p, dict)]  # one entry per layer type
     for rope in nested or [parameters]:
@@ -119,9 +143,11 @@ def _check_rope(config: Any, longest: int) -> None:
         if kind not in BATCH_WIDE_ROPE:
             continue
         limit = config.max_position_embeddings if kind == "dynamic" else rope["original_max_position_embeddings"]
+        if next_positions is not None:
+            longest = int(next_positions.max())
         if longest > limit:
             raise NotImplementedError(
-                f"{config.model_type} cannot run samples of {longest} rows packed: beyond {limit} rows its {kind!r} "
+                f"{config.model_type} cannot run samples of {longest} positions packed: beyond {limit} its {kind!r} "
                 "rotary embedding depends on the longest sample of the batch. If no sample is that long, use "
                 "pack(..., exact_max_seqlen=True)"
             )
@@ -146,16 +172,20 @@ def attention_forward(
     cu_seq_lens_k: Tensor | None = None,
     max_length_q: int | None = None,
     max_length_k: int | None = None,
+    key_bias: Tensor | None = None,
+    next_positions: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
     """Compute the attention of one layer; transformers calls this function.
 
-    With ``cu_seq_lens_q`` this is [`packed_attention`][], and ``B`` must be 1; else it is stock SDPA.
+    With ``cu_seq_lens_q`` this is [`packed_attention`][], and ``B`` must be 1; else it is stock SDPA, whose scores can
+    have a bias per key (``fastcompress.decoder.compressed_prompt``).
 
     Args:
         module: Attention module of the layer, whose configuration is checked.
         query: ``[B, H, L, D]``, fp32, fp16, bf16 or fp64.
-        key: ``[B, Hkv, L, D]``; ``H`` is a multiple of ``Hkv``.
+        key: ``[B, Hkv, L, D]``, or ``[B, Hkv, L, D + 8]`` from a cache that keeps the bias of each key; ``H`` is a
+            multiple of ``Hkv``.
         value: ``[B, Hkv, L, D]``.
         attention_mask: Mask for stock SDPA; ``None`` or empty with packed rows.
         dropout: Probability that an attention weight becomes 0.
@@ -168,6 +198,9 @@ def attention_forward(
             ``FASTCOMPRESS_CHECK=1``.
         max_length_q: Upper bound of the rows of a sample; ``None``: ``L``.
         max_length_k: Ignored.
+        key_bias: Number that is added to the scores of each key, after scale and soft cap, ``[L]`` for packed rows or
+            ``[B, L]``; ``None``: 0.
+        next_positions: Position that follows each packed sample, ``[samples]`` int64, if positions are not 0, 1, 2, ...
         kwargs: Further arguments of the layer; unsupported ones that change the result are refused.
 
     Returns:
@@ -184,10 +217,14 @@ def attention_forward(
                 f"{getattr(config, 'model_type', type(module).__name__)} cannot run packed: it does not pass "
                 "cu_seq_lens_q of PackedInputs.model_inputs() to its attention"
             )
+        causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+        scale = query.shape[3] ** -0.5 if scaling is None else scaling
+        if key_bias is not None:
+            key = widen_keys(key, key_bias[:, None])
+        if key.shape[3] != query.shape[3]:
+            return _biased_attention(query, key, value, attention_mask, scale, causal, softcap, dropout), None
         if softcap is not None:  # stock SDPA does not support it
-            causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
             causal = causal and attention_mask is None and 1 < query.shape[2] == key.shape[2]
-            scale = query.shape[3] ** -0.5 if scaling is None else scaling
             out = attend(query, key, value, scale, causal, None, softcap, dropout, attention_mask)
             return out.transpose(1, 2), None
         return sdpa_attention_forward(
@@ -196,7 +233,7 @@ def attention_forward(
     longest = query.shape[2] if max_length_q is None else max_length_q
     if config is not None:
         check_decoder(config)
-        _check_rope(config, longest)
+        _check_rope(config, longest, next_positions)
     for name in UNKNOWN_ARGUMENTS:
         if kwargs.get(name) is not None:
             raise NotImplementedError(f"packed attention does not support {name}, which {type(module).__name__} passes")
@@ -237,8 +274,41 @@ def attention_forward(
         window=_layer_window(module, config, sliding_window),
         softcap=softcap,
         dropout=dropout,
+        key_bias=key_bias,
     )
     return out[None], None
+
+
+def _biased_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scale: float,
+    causal: bool,
+    softcap: float | None,
+    dropout: float,
+) -> Tensor:
+    """Compute attention of queries ``[B, H, Q, D]`` to keys ``[B, Hkv, K, D + 8]`` of ``widen_keys``.
+
+    Returns:
+        Outputs ``[B, Q, H, Dv]``.
+    """
+    rows, groups = query.shape[2], query.shape[1] // key.shape[1]
+    causal = causal and mask is None and rows > 1
+    if softcap is None and rows > 1:  # no mask of Q x K with a bias is built
+        width = value.shape[3]
+        query, key, value = with_key_bias(query, key, value, scale)
+        out = torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, mask, dropout, is_causal=causal, scale=scale, enable_gqa=groups > 1
+        )
+        return out[..., :width].transpose(1, 2)
+    key, bias = key_bias_of(key)
+    bias = bias[:, :1, None]  # [B, 1, 1, K]: the heads of a key have the same bias
+    if softcap is None:  # of one query
+        mask = add_bias(mask, bias, query.dtype)
+        return attend(query, key, value, scale, False, None, None, dropout, mask).transpose(1, 2)
+    return attend(query, key, value, scale, causal, None, softcap, dropout, mask, bias).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, attention_forward)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fastcompress.decoder.generation import setting
-from fastcompress.ops.pack import PackedInputs
+from fastcompress.ops.packed_inputs import PackedInputs
 
 
 @dataclass
@@ -87,18 +87,21 @@ def warn_of_positions(config: Any, packed: PackedInputs, new: int = 0) -> None:
 
     Args:
         config: Configuration of the decoder, or of the model that it is in.
-        packed: The samples. Their lengths are read only if ``max_seqlen``, an upper bound, exceeds the limit.
+        packed: The samples. Without positions in time, they are read only if ``max_seqlen``, an upper bound, exceeds
+            the limit.
         new: Number of tokens that were generated after each sample.
     """
     limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
-    if not isinstance(limit, int) or packed.max_seqlen + new <= limit:
+    if not isinstance(limit, int) or (not packed.in_time and packed.max_seqlen + new <= limit):
         return
-    rows = packed.cu_seqlens.diff() + new
+    rows = packed.next_positions + new
     longer = int((rows > limit).sum())
     if longer:
+        unit, remedy = "rows", "a rule with fewer tokens"
+        if packed.in_time:
+            unit, remedy = "positions", "compact positions"
         warnings.warn(
             f"{longer} of {len(rows)} samples are longer than the decoder's max_position_embeddings={limit} (the "
-            f"longest has {int(rows.max())} rows), for which it was not trained: use shorter audio, or a rule with "
-            "fewer tokens",
+            f"longest has {int(rows.max())} {unit}), for which it was not trained: use shorter audio, or {remedy}",
             stacklevel=4,
         )

@@ -22,6 +22,8 @@ from fastcompress.checks import check_float, check_offsets, check_same_device
 #: Queries per block. A sequence with a window or a soft cap runs block by block, so that the scores and masks take
 #: memory in proportion to its length.
 BLOCK = 256
+#: Columns that a bias adds to keys: 3, padded to a multiple of 8, which GPU kernels need.
+BIAS_WIDTH = 8
 
 #: Host copies of ``cu_seqlens`` tensors on a GPU, with the tensor's version at the time of the copy.
 _host_offsets = WeakTensorKeyDictionary()
@@ -39,6 +41,7 @@ def packed_attention(
     window: int | None = None,
     softcap: float | None = None,
     dropout: float = 0.0,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute the attention of each packed sequence to itself. Under autocast it runs in autocast's dtype, as SDPA.
 
@@ -55,9 +58,11 @@ def packed_attention(
         window: Number of rows that a row attends to, including itself; needs ``causal``. ``None``: all.
         softcap: Bound of the scores, which become ``softcap * tanh(score / softcap)``; ``None``: no bound.
         dropout: Probability that an attention weight becomes 0.
+        key_bias: Number that is added to the scores of each key, after scale and soft cap, ``[T]`` floating point. With
+            ``log(L)``, a key weighs as much as ``L`` equal ones. It gets no gradient. ``None``: 0.
 
     Returns:
-        Outputs ``[T, Hq, Dv]``, differentiable.
+        Outputs ``[T, Hq, Dv]``, differentiable with respect to ``query``, ``key`` and ``value``.
 
     Raises:
         TypeError: A tensor is not floating point, or the dtypes differ.
@@ -90,26 +95,80 @@ def packed_attention(
         raise ValueError(f"window must be at least 1 and needs causal=True, got {window} and causal={causal}")
     if softcap is not None and not softcap > 0:
         raise ValueError(f"softcap must be positive, got {softcap}")
+    width = value.shape[2]
+    if key_bias is not None:
+        _check_key_bias(key_bias, query)
+        if softcap is None:
+            scale = query.shape[2] ** -0.5 if scale is None else scale
+            query, key, value = with_key_bias(query, widen_keys(key, key_bias[:, None]), value, scale)
+            key_bias = None
     if query.is_cuda and softcap is None and dropout == 0 and _has_kernel(query, value):
         varlen = _varlen()
         if varlen is not None and (window is None or varlen.has_windows):
             longest = query.shape[0] if max_seqlen is None else max_seqlen
             if os.environ.get("FASTCOMPRESS_CHECK") == "1":
                 _read_offsets(cu_seqlens, query.shape[0], longest)
-            return varlen(query, key, value, cu_seqlens.int(), longest, scale, causal, window)
+            return varlen(query, key, value, cu_seqlens.int(), longest, scale, causal, window)[..., :width]
     scale = query.shape[2] ** -0.5 if scale is None else scale
     q, k, v = (t.transpose(0, 1)[None] for t in (query, key, value))  # [1, H, T, D]
     offsets = _read_offsets(cu_seqlens, query.shape[0], max_seqlen)
-    outputs = [
-        attend(q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end], scale, causal, window, softcap, dropout)[
-            0
-        ].transpose(0, 1)
-        for begin, end in zip(offsets[:-1], offsets[1:], strict=True)
-        if begin < end
-    ]
+    outputs = []
+    for begin, end in zip(offsets[:-1], offsets[1:], strict=True):
+        if begin < end:
+            bias = None if key_bias is None else key_bias[begin:end]
+            part = q[:, :, begin:end], k[:, :, begin:end], v[:, :, begin:end]
+            out = attend(*part, scale, causal, window, softcap, dropout, key_bias=bias)
+            outputs.append(out[0].transpose(0, 1))
     if not outputs:
-        return query.new_zeros(*query.shape[:2], value.shape[2])
-    return torch.cat(outputs)
+        return query.new_zeros(*query.shape[:2], width)
+    return torch.cat(outputs)[..., :width]
+
+
+def _check_key_bias(key_bias: Tensor, query: Tensor) -> None:
+    check_float("key_bias", key_bias)
+    check_same_device("key_bias", key_bias, query)
+    if key_bias.shape != query.shape[:1]:
+        raise ValueError(f"key_bias must have shape [{query.shape[0]}], one per row, got {list(key_bias.shape)}")
+
+
+def widen_keys(key: Tensor, bias: Tensor) -> Tensor:
+    """Append ``BIAS_WIDTH`` columns with a bias to keys; ``with_key_bias`` reads them.
+
+    The bias is the sum of two numbers in the dtype of the keys, so that half precision does not round it.
+
+    Args:
+        key: ``[..., D]``.
+        bias: Bias of each key, ``[...]`` or a shape that broadcasts to it.
+    """
+    bias = bias.detach().to(torch.promote_types(key.dtype, torch.float32))
+    high = bias.to(key.dtype)
+    columns = torch.stack([high, high, (bias - high).to(key.dtype)], -1)
+    columns = torch.nn.functional.pad(columns, (0, BIAS_WIDTH - columns.shape[-1]))
+    return torch.cat([key, columns.expand(*key.shape[:-1], BIAS_WIDTH)], -1)
+
+
+def key_bias_of(key: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the keys and the bias in the dtype of the result of ``widen_keys``: ``[..., D + BIAS_WIDTH]``."""
+    width = key.shape[-1] - BIAS_WIDTH
+    return key[..., :width], key[..., width].float() + key[..., width + 2].float()
+
+
+def with_key_bias(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries and values for keys of ``widen_keys``, so that ``scale * (query @ key.T)`` includes the bias.
+
+    Args:
+        query: ``[..., D]``.
+        key: ``[..., D + BIAS_WIDTH]``.
+        value: ``[..., Dv]``; the result has ``BIAS_WIDTH`` columns of zeros more, since fused kernels need widths that
+            are equal.
+        scale: Factor of the scores.
+    """
+    inverse = torch.tensor(1 / scale, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    high = inverse.to(query.dtype)
+    columns = torch.stack([high, (inverse - high).to(query.dtype), high])
+    columns = torch.nn.functional.pad(columns, (0, BIAS_WIDTH - columns.shape[-1]))
+    query = torch.cat([query, columns.expand(*query.shape[:-1], BIAS_WIDTH)], -1)
+    return query, key, torch.nn.functional.pad(value, (0, BIAS_WIDTH))
 
 
 def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
@@ -159,13 +218,15 @@ def attend(
     softcap: float | None,
     dropout: float,
     mask: Tensor | None = None,
+    key_bias: Tensor | None = None,
 ) -> Tensor:
     """Compute attention of sequences of equal length: ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``.
 
-    ``mask`` ``[B, 1 or H, Q, K]`` must not be combined with ``causal``; it is bool or is added to the scores.
+    ``mask`` ``[B, 1 or H, Q, K]`` must not be combined with ``causal``; it is bool or is added to the scores, as
+    ``key_bias`` is, of a shape that broadcasts to ``[B, H, 1, K]``.
     """
     rows, columns = query.shape[2], key.shape[2]
-    if softcap is None and mask is None and (window is None or window >= rows):
+    if softcap is None and mask is None and key_bias is None and (window is None or window >= rows):
         gqa = query.shape[1] != key.shape[1]
         return F.scaled_dot_product_attention(
             query, key, value, dropout_p=dropout, is_causal=causal and rows > 1, scale=scale, enable_gqa=gqa
@@ -180,9 +241,20 @@ def attend(
             q = torch.arange(begin, end, device=query.device)[:, None]
             k = torch.arange(first, last, device=query.device)
             seen = (k <= q) & (k > q - window)  # [block, keys]
+        if key_bias is not None:
+            seen = add_bias(seen, key_bias[..., first:last], query.dtype)
         part = query[:, :, begin:end], key[:, :, first:last], value[:, :, first:last]
         outputs.append(_attend_block(*part, seen, scale, softcap, dropout))
     return torch.cat(outputs, 2)
+
+
+def add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return an additive mask in a dtype: a bias plus a mask that is bool or additive."""
+    if mask is None:
+        return bias.to(dtype)
+    if mask.dtype != torch.bool:
+        return (mask + bias).clamp_min(torch.finfo(dtype).min).to(dtype)
+    return torch.where(mask, bias.to(dtype), torch.finfo(dtype).min)
 
 
 def _attend_block(

@@ -22,6 +22,7 @@ from transformers.integrations.peft import PeftAdapterMixin
 from transformers.utils.hub import cached_file
 
 from fastcompress.decoder.generation import unwrap
+from fastcompress.ops.pack import POSITIONS
 from fastcompress.rules import Rule
 
 #: Key of ``config.json``, and attribute of a configuration.
@@ -31,7 +32,7 @@ FILE = "fastcompress.json"
 #: Version of the format.
 VERSION = 1
 #: Fields that determine how audio is pooled. The mode is not included, since both modes pool in the same way.
-POOLING = ("rule", "reduce", "compressor", "before_projector", "proportional_attention", "silence")
+POOLING = ("rule", "reduce", "compressor", "before_projector", "proportional_attention", "positions", "silence")
 
 
 @dataclass(frozen=True)
@@ -44,8 +45,8 @@ class SavedRule:
         rule: Text form of the rule; ``None``: a module compresses.
         reduce: Reduction of a segment; ``None`` without a rule.
         compressor: Class name of the module; ``None`` with a rule.
-        proportional_attention: Whether the attention scores of a token have the logarithm of its length; ``None``:
-            the family has no such setting.
+        proportional_attention: Whether the attention scores of a token have the logarithm of its length.
+        positions: Positions of the decoder's rows, ``"time"`` or ``"compact"``.
         silence: What happens to the silence that fills Whisper's window; ``None`` for other families.
         version: Version of the format.
     """
@@ -55,16 +56,20 @@ class SavedRule:
     rule: str | None = None
     reduce: str | None = None
     compressor: str | None = None
-    proportional_attention: bool | None = None
+    proportional_attention: bool = False
+    positions: str = "compact"
     silence: str | float | None = None
     version: int = VERSION
 
     def __str__(self) -> str:
         what = self.compressor if self.rule is None else self.rule
         how = "" if self.reduce in (None, "mean") else f", reduce={self.reduce}"
-        for name in ("proportional_attention", "silence"):
-            if getattr(self, name) is not None:
-                how += f", {name}={getattr(self, name)}"
+        if self.proportional_attention:
+            how += ", proportional attention"
+        if self.positions == "time":
+            how += ", positions in time"
+        if self.silence is not None:
+            how += f", silence={self.silence}"
         return f"{what}{how}, {'before' if self.before_projector else 'after'} the projector"
 
     def to_dict(self) -> dict[str, Any]:
@@ -100,8 +105,10 @@ class SavedRule:
         for name in ("rule", "reduce", "compressor"):
             if not isinstance(data.get(name), str | None):
                 raise ValueError(f"{name} of {KEY} must be a str, got {data[name]!r}")
-        if not isinstance(data.get("proportional_attention"), bool | None):
+        if not isinstance(data.get("proportional_attention", False), bool):
             raise ValueError(f"proportional_attention of {KEY} must be a bool, got {data['proportional_attention']!r}")
+        if data.get("positions", "compact") not in POSITIONS:
+            raise ValueError(f"positions of {KEY} must be one of {', '.join(POSITIONS)}, got {data['positions']!r}")
         if not isinstance(data.get("silence"), str | int | float | None) or isinstance(data.get("silence"), bool):
             raise ValueError(f"silence of {KEY} must be a str or a number, got {data['silence']!r}")
         if (data.get("rule") is None) == (data.get("compressor") is None):
@@ -120,9 +127,18 @@ def current(model: Any) -> SavedRule | None:
     if config.model_type != "fastcompress":
         return None
     # The reference model: its own configuration has the rule.
+    pooling = {"compressor": base.compression}
     if config.rule is not None:
-        return SavedRule("dynamic", True, rule=config.rule, reduce=config.reduce)
-    return None if base.compression == "none" else SavedRule("dynamic", True, compressor=base.compression)
+        pooling = {"rule": config.rule, "reduce": config.reduce}
+    elif base.compression == "none":
+        return None
+    return SavedRule(
+        "dynamic",
+        True,
+        proportional_attention=config.proportional_attention,
+        positions=config.positions,
+        **pooling,
+    )
 
 
 def stored(model: Any) -> SavedRule | None:

@@ -7,6 +7,7 @@ from typing import Any, ClassVar
 
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
+from fastcompress.ops.pack import POSITIONS
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from fastcompress.rules import LabelChange, Rule
 
@@ -30,6 +31,10 @@ class FastCompressConfig(PreTrainedConfig):
         reduce: Reduction of a segment, as in [`fastcompress.segment_reduce`][]: ``"mean"``, ``"first"``, ...
         keys: Vectors whose distances the rule uses: ``"frames"``, the encoder's, or ``"ctc"``, the CTC head's
             probabilities.
+        proportional_attention: Whether a token of ``L`` frames weighs as much as its frames in the decoder's attention:
+            ``log(L)`` is added to its scores.
+        positions: ``"time"``: a token has the position of its segment's middle frame, and the text that follows has the
+            position that it has without compression. ``"compact"``: rows are numbered 0, 1, 2, ...
         audio_token_id: Id of the audio token; ``input_ids`` have one per audio.
         projector_hidden_size: Width of the projector's hidden layer; ``None``: the projector is one linear layer.
         train_encoder: Whether the encoder is trained. A frozen encoder always stays in evaluation mode.
@@ -67,6 +72,8 @@ class FastCompressConfig(PreTrainedConfig):
         rule: str | None = None,
         reduce: str = "mean",
         keys: str = "frames",
+        proportional_attention: bool = False,
+        positions: str = "compact",
         audio_token_id: int = 0,
         projector_hidden_size: int | None = None,
         train_encoder: bool = False,
@@ -89,10 +96,12 @@ class FastCompressConfig(PreTrainedConfig):
             ("audio_padding", audio_padding, PADDINGS),
             ("reduce", reduce, REDUCTIONS),
             ("keys", keys, KEYS),
+            ("positions", positions, POSITIONS),
+            ("proportional_attention", proportional_attention, (False, True)),
             ("boundary_kind", boundary_kind, BOUNDARIES),
         ):
             if value not in known:
-                raise ValueError(f"{name} must be one of {', '.join(known)}, got {value!r}")
+                raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, got {value!r}")
         if ctc_tokens is not None and not ctc_tokens:
             raise ValueError("ctc_tokens must hold at least one unit, got an empty list")
         if keys == "ctc" and not ctc_tokens:
@@ -108,6 +117,8 @@ class FastCompressConfig(PreTrainedConfig):
         self.rule = rule
         self.reduce = reduce
         self.keys = keys
+        self.proportional_attention = proportional_attention
+        self.positions = positions
         self.audio_token_id = audio_token_id
         self.projector_hidden_size = projector_hidden_size
         self.train_encoder = train_encoder

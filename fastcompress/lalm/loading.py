@@ -47,7 +47,14 @@ def load_parts(audio_model: str, text_model: str) -> tuple[FastCompressForCondit
     return model, processor
 
 
-def set_compression(model: Any, rule: str | None, reduce: str | None = None, keys: str | None = None) -> None:
+def set_compression(
+    model: Any,
+    rule: str | None,
+    reduce: str | None = None,
+    keys: str | None = None,
+    proportional_attention: bool | None = None,
+    positions: str | None = None,
+) -> None:
     """Change the compression settings of a model, which may be wrapped by peft.
 
     Args:
@@ -55,6 +62,8 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
         rule: Text form of the rule; ``"none"``: every frame is kept; ``None``: unchanged.
         reduce: ``reduce`` of ``FastCompressConfig``; ``None``: unchanged.
         keys: ``keys`` of ``FastCompressConfig``; ``None``: unchanged.
+        proportional_attention: ``proportional_attention`` of ``FastCompressConfig``; ``None``: as the rule sets it.
+        positions: ``positions`` of ``FastCompressConfig``; ``None``: as the rule sets them.
 
     Raises:
         RunError: A value is not valid.
@@ -66,7 +75,11 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
         )
         if rule is not None:
             unwrap(model).rule = None if rule == "none" else rule
-    except ValueError as error:
+        if proportional_attention is not None:
+            unwrap(model).proportional_attention = proportional_attention
+        if positions is not None:
+            unwrap(model).positions = positions
+    except (NotImplementedError, ValueError) as error:
         raise RunError(str(error)) from error
     config.reduce, config.keys = checked.reduce, checked.keys
     for module in model.modules():  # peft runs a copy of the compressor, so every instance must change
@@ -75,7 +88,12 @@ def set_compression(model: Any, rule: str | None, reduce: str | None = None, key
 
 
 def load_model(
-    path: str | Path, rule: str | None = None, device: torch.device | str = "cpu"
+    path: str | Path,
+    rule: str | None = None,
+    device: torch.device | str = "cpu",
+    *,
+    proportional_attention: bool | None = None,
+    positions: str | None = None,
 ) -> tuple[Any, FastCompressProcessor]:
     """Load a model and its processor.
 
@@ -83,6 +101,8 @@ def load_model(
         path: Folder of a model, of a LoRA adapter, or of a run, whose ``final/`` is loaded.
         rule: Rule that replaces the model's; ``"none"``: every frame is kept; ``None``: the model's.
         device: Device of the model. On the CPU, fp16 submodules become fp32, which is faster there.
+        proportional_attention: See ``set_compression``.
+        positions: See ``set_compression``.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -106,7 +126,7 @@ def load_model(
         raise
     except Exception as error:
         raise RunError(f"{path}: cannot load the model ({type(error).__name__}: {one_line(error)})") from error
-    set_compression(model, rule)
+    set_compression(model, rule, proportional_attention=proportional_attention, positions=positions)
     device = torch.device(device)
     for name, dtype in part_dtypes(unwrap(model)).items():
         if device.type == "cpu" and dtype == torch.float16:
@@ -124,7 +144,9 @@ def _load_adapter(path: Path) -> Any:
         model, _ = load_parts(base["audio_model"], base["text_model"])
     config = FastCompressConfig.from_pretrained(path)
     replaced = config.boundary_ratio is not None or config.compressor is not None
-    set_compression(model, config.rule or (None if replaced else "none"), config.reduce, config.keys)
+    rule = config.rule or (None if replaced else "none")
+    set_compression(model, rule, config.reduce, config.keys, config.proportional_attention, config.positions)
+    model.trained_on_frames = rule == "none"
     if config.boundary_ratio is not None and model.compressor is None:
         model.learn_boundaries(config.boundary_ratio, config.boundary_kind)
     else:

@@ -17,12 +17,13 @@ from fastcompress import decoder
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt
 from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
-from fastcompress.lalm.configuration import BOUNDARIES, FastCompressConfig, warn_of_missing_compressor
-from fastcompress.lalm.ctc import ctc_logits, ctc_loss
+from fastcompress.decoder.prompt import Prompt, frames_per_token, generating_from
+from fastcompress.lalm.compression import Compression
+from fastcompress.lalm.configuration import FastCompressConfig, warn_of_missing_compressor
+from fastcompress.lalm.ctc import ctc_loss
 from fastcompress.lalm.dtypes import cast_part, part_dtypes
 from fastcompress.lalm.encoders import build_encoder, encode, load_encoder
-from fastcompress.nn import IntegrateAndFire, LearnedBoundary
-from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
+from fastcompress.rules import Rule, as_rule
 
 
 @dataclass
@@ -51,7 +52,7 @@ class FastCompressOutput(ModelOutput):
     num_frames: Tensor | None = None
 
 
-class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
+class FastCompressForConditionalGeneration(Compression, PreTrainedModel, GenerationMixin):
     """Compress the frames of a speech encoder and feed them, projected, to a causal decoder (arXiv 2511.20973).
 
     A decoder that cannot run packed ([`fastcompress.decoder.prepare`][]) runs padded, after a warning. Without
@@ -95,6 +96,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if (part := getattr(self, name)) is not None:
                 cast_part(part, getattr(torch, dtype))
         self._runs_packed = self._prepare_decoder()
+        self._check_parts(config.proportional_attention, config.positions)
         self.train_encoder(config.train_encoder)
 
     @classmethod
@@ -138,7 +140,10 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 kwargs["config"].part_dtypes = None
             else:
                 kwargs["part_dtypes"] = None
-        return super().from_pretrained(*args, **kwargs)
+        found = super().from_pretrained(*args, **kwargs)
+        model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
+        model.trained_on_frames = model.compression == "none" and model.config.compressor is None
+        return found
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
         """Save the model as transformers does, and the dtype of each submodule in its configuration."""
@@ -165,73 +170,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return True
 
     @property
-    def rule(self) -> str | None:
-        """Text form of the rule; ``None``: every frame is kept, or a compressor is set. Setting ``None`` removes it."""
-        return self.config.rule
-
-    @rule.setter
-    def rule(self, rule: Rule | str | None) -> None:
-        compressor = getattr(self, "compressor", None)
-        if rule is not None and compressor is not None:
-            raise ValueError(f"cannot set rule {rule}: this model has a compressor, {self.compression}; set None first")
-        self._rule = Uniform(1) if rule is None else as_rule(rule)
-        if isinstance(self._rule, LabelChange) and self.ctc_head is None:
-            raise ValueError(f"rule {rule} needs ctc_tokens, which is None in the configuration")
-        self.config.rule = None if rule is None else str(self._rule)
-        if rule is not None:
-            self.config.compressor = None  # the checkpoint may name one that was not set again
-        elif compressor is not None:
-            self.compressor = self.config.boundary_ratio = self.config.compressor = None
-
-    @property
-    def compression(self) -> str:
-        """Text form of the rule, class name of the compressor, or ``"none"``."""
-        if self.compressor is None:
-            return self.rule or "none"
-        return type(getattr(self.compressor, "original_module", self.compressor)).__name__  # peft may wrap it
-
-    def learn_boundaries(self, ratio: float, kind: str = "h-net") -> None:
-        """Replace the rule by learned boundaries.
-
-        Args:
-            ratio: Target ratio, in frames per token.
-            kind: ``boundary_kind`` of [`FastCompressConfig`][], ``"h-net"`` or ``"cif"``.
-
-        Raises:
-            ValueError: ``kind`` is unknown, or ``ratio`` is out of range.
-        """
-        if kind not in BOUNDARIES:
-            raise ValueError(f"kind must be one of {', '.join(BOUNDARIES)}, got {kind!r}")
-        width, weight = self.config.audio_config.hidden_size, self.config.boundary_weight
-        if kind == "cif":
-            self.use_compressor(IntegrateAndFire(width, ratio, loss_weight=weight))
-        else:
-            self.use_compressor(LearnedBoundary(width, ratio, self.config.reduce, weight))
-        self.config.boundary_ratio, self.config.boundary_kind, self.config.compressor = ratio, kind, None
-
-    def use_compressor(self, compressor: nn.Module) -> None:
-        """Replace the rule by a module.
-
-        The module's weights and class name are saved with the model, its code is not: set it again after loading.
-
-        Args:
-            compressor: Module that is called with frames ``[A, F, D]`` and ``lengths=`` and returns an object with
-                ``values`` and ``cu_seqlens``, like the modules of [`fastcompress.nn`][]. If it has a ``loss`` after
-                the call, that is added to the model's, times its ``loss_weight`` (default 1).
-        """
-        self.rule = None
-        self.compressor = compressor.to(self.projector_dtype).to(self.device)
-        self.config.boundary_ratio, self.config.compressor = None, type(compressor).__name__
-
-    @property
     def projector_dtype(self) -> torch.dtype:
         """Dtype of the projector, which may differ from those of encoder and decoder."""
         return next(self.projector.parameters()).dtype
-
-    @property
-    def compressor_weight(self) -> float:
-        """Weight of the compressor's loss."""
-        return getattr(self.compressor, "loss_weight", 1.0)
 
     def train_encoder(self, mode: bool = True) -> None:
         """Train the encoder and its CTC head, or freeze them and keep the encoder in evaluation mode."""
@@ -275,33 +216,6 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             config = self.config
             return encode(self.audio_tower, features, mask, config.audio_padding, config.normalize_features)
 
-    def compress(self, frames: Tensor, lengths: Tensor) -> Any:
-        """Pool frames into tokens by the rule, or by the module of [`use_compressor`][].
-
-        Args:
-            frames: Frames ``[A, F, D]`` of [`encode`][].
-            lengths: Number of frames of each audio, ``[A]`` int64.
-
-        Returns:
-            The tokens before projection, a [`fastcompress.Pooled`][] or the compressor's own type.
-
-        Raises:
-            ValueError: ``keys`` is ``"ctc"`` and the model has no CTC head.
-        """
-        if self.compressor is not None:
-            return self.compressor(frames.to(self.projector_dtype), lengths=lengths)
-        if isinstance(self._rule, LabelChange):
-            with torch.no_grad():
-                labels = ctc_logits(self.ctc_head, frames).argmax(-1)
-            return fc.segment_pool(frames, lengths=lengths, rule=self._rule, labels=labels, reduce=self.config.reduce)
-        keys = None
-        if self.config.keys == "ctc":
-            if self.ctc_head is None:
-                raise ValueError("keys='ctc' needs ctc_tokens, which is None in the configuration")
-            with torch.no_grad():
-                keys = ctc_logits(self.ctc_head, frames).softmax(-1)
-        return fc.segment_pool(frames, lengths=lengths, rule=self._rule, keys=keys, reduce=self.config.reduce)
-
     def pack(
         self,
         input_ids: Tensor,
@@ -324,7 +238,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: Arguments exclude each other, or [`fastcompress.pack`][] refuses them.
         """
-        audio = offsets = None
+        audio = offsets = lengths = None
         if frames is not None and pooled is not None:
             raise ValueError("pass frames or pooled, not both")
         if frames is not None and frame_lengths is not None:
@@ -333,9 +247,12 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
             raise ValueError("frames and frame_lengths must be passed together, as encode returns them")
         if pooled is not None:
             audio, offsets = self.projector(pooled.values.to(self.projector_dtype)), pooled.cu_seqlens
+            lengths = frames_per_token(pooled)
         table = self.get_input_embeddings()
         rest: dict[str, Any] = {
             "audio_cu_seqlens": offsets,
+            "audio_lengths": lengths,
+            "positions": self.config.positions,
             "placeholder": self.config.audio_token_id,
             "placeholder_counts": 1,
             "attention_mask": attention_mask,
@@ -347,6 +264,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         embeds = table(input_ids.masked_fill(input_ids == self.config.audio_token_id, 0))
         if audio is None:  # without `audio`, `pack` would read inputs_embeds as already merged with audio
             audio, rest["audio_cu_seqlens"] = embeds.new_empty(0, embeds.shape[-1]), input_ids.new_zeros(1)
+            rest["audio_lengths"] = input_ids.new_empty(0)
         return fc.pack(input_ids, inputs_embeds=embeds, audio=audio.to(embeds.dtype), **rest)
 
     def forward(
@@ -412,7 +330,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         last = packed.cu_seqlens[1:].long() - 1
         if not self._runs_packed:
             return self._decode(replace(packed, labels=None), None, {})[0][:, last]
-        return self.language_model(**packed.model_inputs(), logits_to_keep=last).logits
+        inputs = packed.model_inputs(self._adds_bias)
+        return self.language_model(**inputs, logits_to_keep=last).logits
 
     def _decode(
         self, packed: fc.PackedInputs, num_items: Tensor | int | None, kwargs: dict[str, Any]
@@ -421,7 +340,7 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         labels = packed.labels
         warn_of_positions(self.config, packed)
         if self._runs_packed:
-            inputs = packed.model_inputs() | kwargs
+            inputs = packed.model_inputs(self._adds_bias) | kwargs
             inputs.pop("labels", None)
             if labels is None:
                 return self.language_model(**inputs).logits, None
@@ -431,6 +350,8 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 logits = logits[:, rows]
         else:
             embeds, mask = packed.unpack()
+            if self.config.positions == "time":
+                kwargs = {"position_ids": packed.unpack(packed.position_ids)[0]} | kwargs
             out = self.language_model(inputs_embeds=embeds, attention_mask=mask, use_cache=False, **kwargs)
             logits = out.logits[mask.bool()][None]
             if labels is None:
@@ -485,7 +406,9 @@ class FastCompressForConditionalGeneration(PreTrainedModel, GenerationMixin):
         packed = self.pack(input_ids, attention_mask, frames, frame_lengths, pooled=pooled)
         embeds, mask = packed.unpack(side="left")  # new tokens must follow the last row of every prompt
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
-        out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
+        prompt = Prompt.of(packed, "left", self._adds_bias)
+        with generating_from(decoder.stack_of(self.language_model), prompt):
+            out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         out = prepend_prompt(out, input_ids)
         warn_of_limits(self.language_model, kwargs, out, input_ids.shape[1], packed)
         return out

@@ -26,7 +26,7 @@ from fastcompress.decoder.generation import unwrap
 from fastcompress.decoder.limits import Answers, counting_answers
 from fastcompress.lalm.encoders import window_length
 from fastcompress.segments import Pooled, row_segments
-from fastcompress.streaming import StreamingSegmentPool
+from fastcompress.streaming import Streamed, StreamingSegmentPool
 
 #: Length in seconds of the last part of a window, in which an utterance may be cut; at most a quarter of the window.
 CUT_SECONDS = 1.0
@@ -136,7 +136,7 @@ class StreamingTranscriber:
         self._origin = self._heard - self._filled
         self._pool = StreamingSegmentPool(self._rule)
         self._frames = 0  # number of final frames
-        self._tokens: list[Tensor] = []
+        self._tokens: list[Streamed] = []
         self._final: list[int] = []  # ids of the final text
         self._hypothesis: list[int] | None = None
         self._written = ""
@@ -220,9 +220,9 @@ class StreamingTranscriber:
             return
         frames = self._encode(count)
         final = len(frames) * (count - self._look_ahead) // count
-        tokens = self._pool(frames[self._frames : final]).values
+        tokens = self._pool(frames[self._frames : final])
         self._frames = max(self._frames, final)
-        if not len(tokens):  # without new tokens the same hypothesis would agree with itself
+        if not len(tokens.values):  # without new tokens the same hypothesis would agree with itself
             return
         self._tokens.append(tokens)
         hypothesis = self._decode()
@@ -233,8 +233,8 @@ class StreamingTranscriber:
 
     def _end(self, count: int) -> None:
         """Make the text of the whole utterance final; ``count`` is its length in samples."""
-        self._tokens.append(self._pool(self._encode(count)[self._frames :]).values)
-        self._tokens.append(self._pool.flush().values)
+        self._tokens.append(self._pool(self._encode(count)[self._frames :]))
+        self._tokens.append(self._pool.flush())
         self._final = self._decode()
         self._answers.total += 1
         self._answers.cut += len(self._final) >= self._max_new_tokens
@@ -254,9 +254,9 @@ class StreamingTranscriber:
         left = self._max_new_tokens - len(self._final)
         if left < 1:
             return self._final
-        values = torch.cat(self._tokens)
-        rows = torch.arange(len(values), device=values.device)
-        pooled = Pooled(values, row_segments(rows, torch.ones_like(rows), len(values)))
+        values = torch.cat([tokens.values for tokens in self._tokens])
+        lengths = torch.cat([tokens.lengths for tokens in self._tokens])
+        pooled = Pooled(values, row_segments(lengths.cumsum(0) - lengths, lengths, int(lengths.sum())))
         ids = torch.tensor([self._prompt + self._final], device=values.device)
         arguments = {"attention_mask": torch.ones_like(ids), "pooled": pooled, "max_new_tokens": left}
         with counting_answers():  # no warning per hypothesis; `finish` warns

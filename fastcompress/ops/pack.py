@@ -9,9 +9,8 @@ labels from that. ``pack_rows`` copies the rows; its gradient is the copy in the
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, cast
+from dataclasses import replace
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -26,12 +25,17 @@ from fastcompress.checks import (
     values_are_checked,
 )
 from fastcompress.dispatch.call import Op, call
+from fastcompress.ops.pack_rows import pack_rows
+from fastcompress.ops.packed_inputs import PackedInputs
 from fastcompress.ops.row_groups import check_ids, find_row_groups
 from fastcompress.ops.segment_pool import segment_pool
 from fastcompress.ops.select_boundaries import num_sequences
 from fastcompress.reference.pack import pack_bound
 from fastcompress.rules import Rule, Uniform, as_rule
-from fastcompress.segments import Pooled, Segments, count_of, dtype_and_device
+from fastcompress.segments import Pooled
+
+Positions = Literal["compact", "time"]
+POSITIONS: tuple[str, ...] = get_args(Positions)
 
 _ops = torch.ops.fastcompress
 
@@ -40,9 +44,6 @@ pack_map: Op[tuple[Tensor, Tensor, Tensor, Tensor]] = _ops.pack_map.default
 
 
 pack_labels: Op[tuple[Tensor, Tensor]] = _ops.pack_labels.default
-
-
-pack_rows: Op[Tensor] = _ops.pack_rows.default
 
 
 @torch.library.register_fake("fastcompress::pack_map")
@@ -71,182 +72,6 @@ def _(source: Tensor, cu_seqlens: Tensor, row_group: Tensor, labels: Tensor | No
     return torch.empty_like(source), source.new_empty((0,) if labels is None else source.shape)
 
 
-@torch.library.register_fake("fastcompress::pack_rows")
-def _(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_table: bool) -> Tensor:
-    return rows.new_empty((index.shape[0], rows.shape[1]))
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    rows, audio, index, target, ctx.is_table = inputs
-    ctx.num_rows, ctx.num_audio_rows = rows.shape[0], audio.shape[0]
-    ctx.save_for_backward(index, target)
-
-
-def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    """Copy the gradient back to the rows that were packed.
-
-    A row of audio, or of embeddings that are not a table, was copied at most once. Rows of a table can repeat; they get
-    the gradient of ``torch.nn.Embedding``, which adds in a fixed order.
-    """
-    index, target = ctx.saved_tensors
-    nothing = grad[:0]
-    grad_rows = grad_audio = None
-    if ctx.needs_input_grad[0]:
-        is_text = (index >= 0) & (index < ctx.num_rows)
-        if ctx.is_table:
-            # An extra row collects what is not text; as padding_idx it stays 0.
-            text = torch.where(is_text, index, ctx.num_rows)
-            padded = torch.ops.aten.embedding_dense_backward(grad, text, ctx.num_rows + 1, ctx.num_rows, False)
-            grad_rows = padded[: ctx.num_rows]
-        else:
-            text = torch.where(is_text, index, -1)
-            grad_rows = pack_rows(grad, nothing, target[: ctx.num_rows], text, False)
-    if ctx.needs_input_grad[1]:
-        audio = torch.where(index < ctx.num_rows, -1, index - ctx.num_rows)
-        grad_audio = pack_rows(grad, nothing, target[target.shape[0] - ctx.num_audio_rows :], audio, False)
-    return grad_rows, grad_audio, None, None, None
-
-
-torch.library.register_autograd("fastcompress::pack_rows", _backward, setup_context=_setup_context)
-
-
-@dataclass(eq=False, repr=False)
-class PackedInputs:
-    """A packed batch for a decoder.
-
-    With ``compact=False``, ``T`` is an upper bound and ``cu_seqlens[-1]`` is the true number of rows. The trailing rows
-    are zeros with label -100, position 0 and source -1.
-
-    Attributes:
-        inputs_embeds: Packed rows, ``[T, H]`` in the dtype of the embeddings.
-        cu_seqlens: Number of rows before each sample, ``[B + 1]`` int32.
-        position_ids: Position of each row in its sample, ``[T]`` int64, from 0.
-        labels: Packed labels, ``[T]`` int64, or ``None``. They are -100 for audio and for the first row of each sample,
-            which no row precedes, so that a loss over ``logits[:-1]`` and ``labels[1:]`` never crosses samples.
-        source: Row that each packed row was copied from, ``[T]`` int64: below ``N`` a row of the input (counted through
-            all samples), from ``N`` a row of audio. A segment that was pooled here has its first row.
-        max_seqlen: Upper bound of the rows of a sample; exact if ``exact_max_seqlen`` was set.
-        segments: Segments of the rows of ``inputs_embeds`` if they were pooled here, else ``None``.
-        compact: True if ``T`` is the exact number of rows.
-    """
-
-    inputs_embeds: Tensor
-    cu_seqlens: Tensor
-    position_ids: Tensor
-    labels: Tensor | None
-    source: Tensor
-    max_seqlen: int
-    segments: Segments | None = None
-    compact: bool = True
-
-    def unpack(self, values: Tensor | None = None, side: str = "right") -> tuple[Tensor, Tensor]:
-        """Return packed rows as a padded batch: the inverse of packing.
-
-        Args:
-            values: Values per packed row, ``[T, ...]``, or ``[1, T, ...]`` as a decoder returns them; floating point.
-                ``None`` means ``inputs_embeds``.
-            side: Side of the padding, ``"right"``, or ``"left"`` for a prompt to generate from.
-
-        Returns:
-            The values ``[B, S, ...]``, with zeros for padding, and the attention mask ``[B, S]`` int64. ``S`` is the
-            largest number of rows of a sample, which is read from the device. Gradients go to ``values``.
-
-        Raises:
-            TypeError: If ``values`` has a wrong type or dtype.
-            ValueError: If a shape, a device or ``side`` is invalid.
-        """
-        if side not in ("right", "left"):
-            raise ValueError(f"side must be 'right' or 'left', got {side!r}")
-        values = self.inputs_embeds if values is None else values
-        check_float("values", values)
-        check_same_device("values", values, self.source)
-        count = self.source.shape[0]
-        # With one packed row the shape is ambiguous: [1, 1] means [T, 1], and [1, 1, V] means [1, T, V].
-        if values.shape[:2] == (1, count) and (count != 1 or values.dim() > 2):
-            values = values[0]
-        if values.dim() < 1 or values.shape[0] != count:
-            raise ValueError(f"values must have shape [{count}, ...], one per packed row, got {list(values.shape)}")
-        lengths = self.cu_seqlens.diff()
-        longest = cast(int, lengths.max().item()) if lengths.shape[0] else 0
-        torch._check(longest >= 0)  # a hint for torch.export
-        first = torch.zeros_like(lengths) if side == "right" else longest - lengths  # first column of each sample
-        column = torch.arange(longest, dtype=torch.int64, device=values.device) - first[:, None]
-        mask = (column >= 0) & (column < lengths[:, None])
-        index = torch.where(mask, self.cu_seqlens[:-1, None] + column, -1).reshape(-1)
-        packed = torch.arange(count, dtype=torch.int64, device=values.device)
-        sequence = torch.searchsorted(self.cu_seqlens[1:].contiguous(), packed.int(), right=True)
-        place = torch.cat([first, first.new_zeros(1)])[sequence] + self.position_ids
-        target = torch.where(sequence < lengths.shape[0], sequence * longest + place, -1)
-        flat = values.reshape(count, values.shape[1:].numel())
-        needs_grad = torch.is_grad_enabled() and flat.requires_grad
-        rows = call(pack_rows, (flat, flat[:0], index, target, False), needs_grad, lambda: None)
-        return rows.reshape(lengths.shape[0], longest, *values.shape[1:]), mask.long()
-
-    def model_inputs(self) -> dict[str, Any]:
-        """Return keyword arguments for a transformers decoder that [`fastcompress.decoder.prepare`][] has prepared.
-
-        The attention of any other decoder raises an error when it reads ``attention_mask``.
-
-        All tensors have a batch dimension of 1, ``[1, T, ...]``. ``attention_mask`` is an empty mask of four
-        dimensions, which transformers passes on unchanged instead of building a mask of T x T. To use the flash
-        attention of transformers, set ``attention_mask`` to ``None``. ``use_cache`` is false, because packed rows are
-        not a prompt that can be continued.
-        """
-        cu_seqlens, max_seqlen, device = self.cu_seqlens, self.max_seqlen, self.inputs_embeds.device
-        if not self.compact:  # attention must cover every row: the trailing rows become one more sequence
-            count = self.inputs_embeds.shape[0]
-            cu_seqlens = torch.nn.functional.pad(cu_seqlens, (0, 1), value=count)
-            max_seqlen = count
-        kwargs: dict[str, Any] = {
-            "inputs_embeds": self.inputs_embeds[None],
-            "attention_mask": torch.empty((1, 1, 0, 0), dtype=torch.bool, device=device).as_subclass(PackedMask),
-            "position_ids": self.position_ids[None],
-            "cu_seq_lens_q": cu_seqlens,
-            "cu_seq_lens_k": cu_seqlens,
-            "max_length_q": max_seqlen,
-            "max_length_k": max_seqlen,
-            "use_cache": False,
-        }
-        if self.labels is not None:
-            kwargs["labels"] = self.labels[None]
-        return kwargs
-
-    def __repr__(self) -> str:
-        if not isinstance(self.inputs_embeds, Tensor):  # in a tree of torch.export
-            return object.__repr__(self)
-        rows, width = self.inputs_embeds.shape
-        labels = "" if self.labels is None else ", with labels"
-        what = f"{count_of(rows, 'row')} of {count_of(self.cu_seqlens.shape[0] - 1, 'sample')}, width {width}"
-        return f"PackedInputs({what}{dtype_and_device(self.inputs_embeds)}{labels})"
-
-
-class PackedMask(Tensor):
-    """Empty attention mask, which raises an error where attention would apply it.
-
-    Only attention that knows where samples start may run on packed rows; any other fails on the mask's shape, with an
-    error that does not name the cause.
-    """
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if any(isinstance(value, Tensor) and not isinstance(value, cls) for value in (*args, *kwargs.values())):
-            raise ValueError(
-                "this decoder's attention does not know where packed samples start: call "
-                "fastcompress.decoder.prepare(decoder) before decoder(**packed.model_inputs()), or run the decoder "
-                "padded on the embeddings and mask of packed.unpack()"
-            )
-        return super().__torch_function__(func, types, args, kwargs)  # type: ignore[no-untyped-call]  # of torch
-
-    def __deepcopy__(self, memo: Any) -> PackedMask:  # torch's own fails for empty tensors of a subclass
-        return torch.empty_like(self).as_subclass(PackedMask)
-
-
-torch.export.register_dataclass(PackedInputs, serialized_type_name="fastcompress.PackedInputs")
-
-
 def pack(
     input_ids: Tensor | None = None,
     embedding: Tensor | torch.nn.Embedding | None = None,
@@ -254,6 +79,7 @@ def pack(
     *,
     inputs_embeds: Tensor | None = None,
     audio_cu_seqlens: Tensor | None = None,
+    audio_lengths: Tensor | None = None,
     rule: Rule | str | None = None,
     keys: Tensor | None = None,
     placeholder: int | None = None,
@@ -263,6 +89,7 @@ def pack(
     lengths: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
     labels: Tensor | None = None,
+    positions: Positions = "compact",
     compact: bool = True,
     exact_max_seqlen: bool = False,
 ) -> PackedInputs:
@@ -287,6 +114,8 @@ def pack(
         inputs_embeds: Embeddings, ``[B, L, H]`` padded or ``[N, H]`` packed.
         audio_cu_seqlens: Rows before each audio, ``[A + 1]`` int32 or int64, if ``audio`` is a tensor; ``None`` for one
             audio.
+        audio_lengths: Number of frames of each row of ``audio``, ``[M]`` int32 or int64, at least 1, if ``audio`` is a
+            tensor.
         rule: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
         keys: See [`segment_pool`][]; needs ``inputs_embeds`` without ``audio``.
         placeholder: Token id that marks audio; see ``row_groups``.
@@ -298,6 +127,9 @@ def pack(
         lengths: Rows of each sample of a padded batch, ``[B]`` int32 or int64.
         cu_seqlens: Rows before each sample of packed input, ``[B + 1]`` int32 or int64; ``None`` for one sample.
         labels: Labels, int32 or int64, one per row of the input.
+        positions: ``"compact"`` numbers the rows of a sample 0, 1, 2, ... ``"time"`` gives every row the position that
+            it has without compression: text keeps its own, and a segment has that of its middle frame, the lower one
+            of two. It needs ``audio`` as [`Pooled`][], or ``audio_lengths``, if there is ``audio``.
         compact: If true, size the result exactly, which reads the number of rows from the device. If false, return an
             upper bound of rows; the trailing rows are zeros.
         exact_max_seqlen: If true, also read the largest number of rows of a sample from the device.
@@ -317,6 +149,8 @@ def pack(
     """
     if not isinstance(compact, bool):
         raise TypeError(f"compact must be True or False, got {compact!r}")
+    if positions not in POSITIONS:
+        raise ValueError(f"positions must be 'compact' or 'time', got {positions!r}")
     embedding = _as_table(embedding)
     shape = _check_text(input_ids, embedding, inputs_embeds)
     like = inputs_embeds if inputs_embeds is not None else embedding
@@ -341,6 +175,9 @@ def pack(
     segments = None
     if audio is None and audio_cu_seqlens is not None:
         raise ValueError("audio_cu_seqlens needs audio, which is missing")
+    if audio_lengths is not None and not isinstance(audio, Tensor):
+        raise ValueError("audio_lengths needs audio as a tensor, which is missing")
+    row_lengths: Tensor | None
     if audio is None and inputs_embeds is not None:
         pooled = segment_pool(
             inputs_embeds,
@@ -353,7 +190,7 @@ def pack(
         )
         values, segments = pooled.values, pooled.segments
         packed_cu_seqlens, num_audio_rows = pooled.cu_seqlens, 0
-        source = segments.starts
+        source, row_lengths = segments.starts, segments.lengths
         if not compact:
             source = torch.where(segments.lengths > 0, source, -1)
     else:
@@ -373,25 +210,88 @@ def pack(
         )
         needs_grad = torch.is_grad_enabled() and (rows.requires_grad or audio_values.requires_grad)
         values = call(pack_rows, (rows, audio_values, index, target, inputs_embeds is None), needs_grad, lambda: None)
+        row_lengths = _row_lengths(audio, audio_lengths, audio_values, source, row_group.numel())
     # Under torch.compile the number of rows is symbolic.
     if compact and not torch.compiler.is_compiling() and values.shape[0] == 0:
         samples = packed_cu_seqlens.shape[0] - 1
         raise ValueError(f"nothing is left to pack: every row of the {samples} samples is dropped")
-    positions, packed_labels = call(pack_labels, (source, packed_cu_seqlens, row_group, labels), False, lambda: None)
+    rank, packed_labels = call(pack_labels, (source, packed_cu_seqlens, row_group, labels), False, lambda: None)
     if exact_max_seqlen:
         max_seqlen = read_count(packed_cu_seqlens.diff().max())
     else:
         max_seqlen = min(shape[-1] + num_audio_rows, values.shape[0])
-    return PackedInputs(
+    packed = PackedInputs(
         values,
         packed_cu_seqlens,
-        positions,
+        rank,
         None if labels is None else packed_labels,
         source,
         max_seqlen,
+        None,
+        packed_cu_seqlens.diff().long(),
+        False,
         segments,
         compact,
     )
+    if row_lengths is None:
+        if positions == "time":
+            raise ValueError("positions='time' needs audio as Pooled, or audio_lengths, which is None")
+        return packed
+    return with_row_lengths(packed, row_lengths, positions)
+
+
+def with_row_lengths(packed: PackedInputs, row_lengths: Tensor, positions: str) -> PackedInputs:
+    """Return a packed batch with the frames of each row, ``[T]`` int64, and the positions of ``pack``."""
+    if positions == "compact":
+        return replace(packed, row_lengths=row_lengths)
+    position_ids, next_positions = time_positions(row_lengths, packed.cu_seqlens)
+    return replace(
+        packed, row_lengths=row_lengths, position_ids=position_ids, next_positions=next_positions, in_time=True
+    )
+
+
+def time_positions(row_lengths: Tensor, cu_seqlens: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the positions of packed rows that stand for several frames each, as if every frame had a row.
+
+    Args:
+        row_lengths: Frames of each row, ``[T]`` int64; 0 after the last sample.
+        cu_seqlens: Number of rows before each sample, ``[B + 1]`` int32.
+
+    Returns:
+        The position of the middle frame of each row, ``[T]`` int64, 0 after the last sample; and the position that
+        follows each sample, ``[B]`` int64.
+    """
+    before = torch.nn.functional.pad(row_lengths.cumsum(0), (1, 0))  # [T + 1], frames before each row
+    begins = before[cu_seqlens.long()]
+    row = torch.arange(row_lengths.shape[0], dtype=torch.int32, device=row_lengths.device)
+    sample = torch.searchsorted(cu_seqlens[1:].contiguous(), row, right=True)
+    middle = before[:-1] - begins[sample] + (row_lengths - 1).clamp_min(0) // 2
+    return torch.where(sample < cu_seqlens.shape[0] - 1, middle, 0), begins.diff()
+
+
+def _row_lengths(
+    audio: Pooled | Tensor | None,
+    audio_lengths: Tensor | None,
+    audio_values: Tensor,
+    source: Tensor,
+    num_rows: int,
+) -> Tensor | None:
+    """Return the frames of each packed row, ``[T]`` int64; ``None`` if those of the audio are not known."""
+    if isinstance(audio, Pooled):
+        audio_lengths = audio.segments.lengths
+    elif audio is None:
+        audio_lengths = source.new_empty(0)
+    elif audio_lengths is None:
+        return None
+    else:
+        check_ids("audio_lengths", audio_lengths, audio_values.shape[:1])
+        check_same_device("audio_lengths", audio_lengths, audio_values)
+        if values_are_checked(audio_lengths) and bool((audio_lengths < 1).any()):
+            raise ValueError(f"audio_lengths must be at least 1, got {int(audio_lengths.min())}")
+    # Row -1, which is none, reads the 0 at the end.
+    lengths = torch.cat([audio_lengths.long(), audio_lengths.new_zeros(1, dtype=torch.int64)])
+    of_audio = lengths[torch.where(source < 0, lengths.shape[0] - 1, (source - num_rows).clamp_min(0))]
+    return torch.where((source >= 0) & (source < num_rows), 1, of_audio)
 
 
 def _as_table(embedding: Tensor | torch.nn.Embedding | None) -> Tensor | None:

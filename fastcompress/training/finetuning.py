@@ -154,6 +154,17 @@ def add_lora(model: Any, settings: FinetuneSettings) -> Any:
     return tuned
 
 
+def _compress(model: Any, settings: FinetuneSettings) -> None:
+    apply_to(
+        model,
+        settings.rule,
+        settings.mode,
+        before_projector=settings.before_projector,
+        proportional_attention=settings.proportional_attention,
+        positions=settings.positions,
+    )
+
+
 def weights_dtype(settings: FinetuneSettings) -> torch.dtype:
     """Return the dtype of frozen weights."""
     return torch.bfloat16 if settings.bf16 else torch.float32
@@ -167,7 +178,7 @@ def memory(settings: FinetuneSettings) -> dict[str, int]:
     try:
         with torch.device("meta"):
             model = _class_of(config, settings.model)(config)
-            apply_to(model, settings.rule, settings.mode, before_projector=settings.before_projector)
+            _compress(model, settings)
             model = add_lora(model, settings)
     finally:
         torch.set_default_dtype(before)
@@ -211,7 +222,7 @@ def finetune(settings: FinetuneSettings, resume: bool = False, say: Callable[[st
     data = _read(settings.data, settings, skipped, training=True)
     dev = [] if settings.dev is None else _read(settings.dev, settings, skipped)
     model, processor = load(settings.model, weights_dtype(settings))
-    apply_to(model, settings.rule, settings.mode, before_projector=settings.before_projector)
+    _compress(model, settings)
     if settings.mode == "budget":
         processor = BudgetProcessor(processor, model)
     torch.manual_seed(settings.seed)

@@ -13,7 +13,7 @@ import codecs
 import difflib
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from fastcompress.audio import float_samples
-from fastcompress.files import reason, write_file
+from fastcompress.files import reason
 
 #: Names of the audio's path: ours, and those of datasets, NeMo, ms-swift, the audio folders of Hugging Face, ...
 AUDIO_KEYS = (
@@ -227,28 +227,6 @@ def warnings_of(utterances: Sequence[Utterance]) -> list[str]:
     if cut:
         found.append(f"{', '.join(cut)} are not read: a segment has offset and duration, in seconds")
     return found
-
-
-def write_manifest(path: Path, utterances: Iterable[Utterance]) -> None:
-    """Write a manifest, whole or not at all. Paths below its folder become relative, others absolute.
-
-    Raises:
-        ManifestError: An utterance has samples or the content of a file, which a manifest cannot store.
-    """
-    folder = path.parent.absolute()  # not abspath, which follows .. past links
-    lines = []
-    for u in utterances:
-        if u.samples is not None or u.encoded is not None:
-            raise ManifestError(f"{path}: {u.name} has samples, which a manifest cannot store; set `audio_filepath`")
-        values: dict[str, Any] = {}
-        if u.audio_filepath is not None:
-            audio = u.audio_filepath.absolute()
-            below = audio.is_relative_to(folder)
-            values["audio_filepath"] = (audio.relative_to(folder) if below else audio).as_posix()
-        values |= {"duration": u.duration, "offset": u.offset, "text": u.text}
-        values |= {"target": None if u.target == u.text else u.target, "prompt": u.prompt, "phones": u.phones, **u.more}
-        lines.append(json.dumps({k: v for k, v in values.items() if v is not None}, ensure_ascii=False))
-    write_file(path, "".join(f"{line}\n" for line in lines))
 
 
 def from_hf_dataset(

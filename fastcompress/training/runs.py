@@ -59,7 +59,14 @@ def build_model(
     else:
         model, processor = build_small(utterances, seed=settings.seed)
         base = {}
-    set_compression(model, settings.rule, settings.reduce, settings.keys)
+    set_compression(
+        model,
+        settings.rule,
+        settings.reduce,
+        settings.keys,
+        settings.proportional_attention,
+        settings.positions,
+    )
     if settings.boundary_ratio is not None:
         torch.manual_seed(settings.seed)
         model.learn_boundaries(settings.boundary_ratio, settings.boundary_kind)

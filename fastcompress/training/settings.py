@@ -11,6 +11,7 @@ import math
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
+from fastcompress.ops.pack import POSITIONS
 from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import Rule
 
@@ -116,14 +117,22 @@ class CompressionSettings(Settings):
 
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame.
+        proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
+            the model was trained, and true if it was trained without compression.
+        positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
+            model was trained, and time if it was trained without compression.
     """
 
     group: ClassVar[str] = "compression"
 
     rule: RuleText | None = None
+    proportional_attention: bool | None = None
+    positions: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.positions not in (None, *POSITIONS):
+            raise SettingsError(f"`positions` must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
         if self.rule not in (None, "none"):
             try:
                 Rule.from_string(self.rule)
@@ -274,6 +283,10 @@ class TrainCompressionSettings(CompressionSettings):
 
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
+        proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
+            the model was trained, and true if it was trained without compression.
+        positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
+            model was trained, and time if it was trained without compression.
         reduce: Reduction of a segment: mean, first, max, ...; by default the model's.
         keys: Vectors whose distances the rule uses: frames or ctc; by default the model's.
         boundary_ratio: Target of learned boundaries in frames per token; replaces the rule.
@@ -427,6 +440,10 @@ class FinetuneCompressionSettings(CompressionSettings):
 
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max.
+        proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
+            the model was trained, and true if it was trained without compression.
+        positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
+            model was trained, and time if it was trained without compression.
         mode: dynamic, or budget for engines that count audio tokens before they encode.
         before_projector: Pool the encoder's frames instead of the projector's.
     """

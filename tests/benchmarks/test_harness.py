@@ -1,4 +1,4 @@
-"""The harness: it interleaves contenders, rejects wrong ones, and records measurements."""
+"""The harness: it interleaves implementations, rejects wrong ones, and records measurements."""
 
 from __future__ import annotations
 
@@ -15,31 +15,31 @@ from benchmarks.harness import clock, device, machine
 from benchmarks.harness.bandwidth_bound import KINDS, LINE, BandwidthBound
 from benchmarks.harness.cases import Batch, Case, cu_seqlens, features
 from benchmarks.harness.clock import CpuClock, Disturbance, Samples, interleave
-from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
+from benchmarks.harness.compare import Bench, Implementation, WrongResult, compare
 from benchmarks.results import BOTH, CLONE, FORWARD, OURS, Recorder, parse, read
 from benchmarks.suites import eager
 from benchmarks.suites.checks import Expected, check_average_pool
 from benchmarks.suites.eager import Tokens
-from benchmarks.suites.segment_pool import contenders, job
+from benchmarks.suites.segment_pool import implementations, job
 from tests.support import ROOT
 
 SMALL = Case("S1", (40, 1, 2, 57), 64)
 #: Compiling takes a minute; `python -m benchmarks --quick` covers it.
-CONTENDERS = contenders()
-EAGER = [contender for contender in CONTENDERS if contender.group != "compile"]
+IMPLEMENTATIONS = implementations()
+EAGER = [implementation for implementation in IMPLEMENTATIONS if implementation.group != "compile"]
 
 
-def run(bench: Bench, chosen: list[Contender], dtype: torch.dtype = torch.float32) -> list[dict]:
+def run(bench: Bench, chosen: list[Implementation], dtype: torch.dtype = torch.float32) -> list[dict]:
     return compare(bench, job(bench, SMALL, dtype, 1, chosen))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_every_contender_is_checked_and_timed(bench: Bench, dtype: torch.dtype):
+def test_every_implementation_is_checked_and_timed(bench: Bench, dtype: torch.dtype):
     rows = run(bench, EAGER, dtype)
-    installed = {contender.name for contender in EAGER if contender.available}
+    installed = {implementation.name for implementation in EAGER if implementation.available}
     for direction, more in ((FORWARD, {CLONE}), (BOTH, set())):
         table = [row for row in rows if row["direction"] == direction]
-        assert {row["contender"] for row in table} == installed | more
+        assert {row["implementation"] for row in table} == installed | more
         assert all(0 < row["p10"] <= row["median"] <= row["p90"] and row["reps"] == 2 for row in table)
         assert all(row.get("differing_boundaries", 0) == 0 for row in table)
     left = [row for row in bench.recorder.measurements if "not_timed" in row]
@@ -83,16 +83,16 @@ BROKEN = (_shifted, _one_value_off, _nan, _missing_token, _other_dtype, _gradien
 
 
 @pytest.mark.parametrize("breakage", BROKEN, ids=lambda f: f.__name__)
-def test_a_wrong_contender_is_refused(bench: Bench, breakage):
+def test_a_wrong_implementation_is_refused(bench: Bench, breakage):
     right = eager.vectorised(eager.cosine, eager.index_add)
-    broken = Contender("broken", "eager", lambda x, batch: breakage(right(x, batch), x))
-    rows = run(bench, [CONTENDERS[0], broken, Contender("right", "eager", right)])
-    assert {row["contender"] for row in rows} == {OURS, "right", CLONE}
-    (refused,) = (row for row in bench.recorder.measurements if row["contender"] == "broken")
+    broken = Implementation("broken", "eager", lambda x, batch: breakage(right(x, batch), x))
+    rows = run(bench, [IMPLEMENTATIONS[0], broken, Implementation("right", "eager", right)])
+    assert {row["implementation"] for row in rows} == {OURS, "right", CLONE}
+    (refused,) = (row for row in bench.recorder.measurements if row["implementation"] == "broken")
     assert refused["not_timed"].startswith("fails: RuntimeError: no kernel" if breakage is _raises else "wrong: ")
-    ours = Contender(OURS, OURS, broken.form)
+    ours = Implementation(OURS, OURS, broken.form)
     with pytest.raises(WrongResult, match="segment_pool, S1: fastcompress: "):  # nothing to compare with
-        run(bench, [ours, Contender("right", "eager", right)])
+        run(bench, [ours, Implementation("right", "eager", right)])
 
 
 def test_what_the_checks_refuse():
@@ -170,18 +170,18 @@ def test_bandwidth_bound_moves_every_byte(bound: BandwidthBound, threads: int, f
 
 def test_measurements_round_trip(bench: Bench, bound: BandwidthBound, tmp_path: Path):
     bench.bound = bound
-    rows = run(bench, [CONTENDERS[0], CONTENDERS[-1]])
+    rows = run(bench, [IMPLEMENTATIONS[0], IMPLEMENTATIONS[-1]])
     path = tmp_path / "out.jsonl"
     results = read(path)
     assert results.name == machine.slug() and results.machine == machine.machine()
     assert results.runs[bench.recorder.date]["versions"]["torch"] == torch.__version__
     assert results.runs[bench.recorder.date]["versions"]["fastcompress_compiled"]
     assert str(Path.home()) not in path.read_text() and str(ROOT) not in path.read_text()
-    assert results.rows["contender"].to_list() == [row["contender"] for row in rows]
+    assert results.rows["implementation"].to_list() == [row["implementation"] for row in rows]
     for name in ("median", "moved", "tokens"):
         assert results.rows[name].to_list() == [row[name] for row in rows]
     forward = results.rows[results.rows["direction"] == FORWARD]
-    assert {f"bandwidth bound, {kind}" for kind in KINDS} < set(forward["contender"])
+    assert {f"bandwidth bound, {kind}" for kind in KINDS} < set(forward["implementation"])
 
 
 def test_the_newest_of_a_table_counts_and_machines_do_not_mix(monkeypatch: pytest.MonkeyPatch, tmp_path: Path):

@@ -28,12 +28,12 @@ def header(date: str, **fields: Any) -> Row:
     return run | fields
 
 
-def row(contender: str, group: str, seconds: float, **fields: Any) -> Row:
+def row(implementation: str, group: str, seconds: float, **fields: Any) -> Row:
     times = {"median": seconds, "p10": seconds / 2, "p90": 2 * seconds, "moved": 332_800}
     shape = {"sequences": 2, "frames": 1000, "dim": 64, "tokens": 300, "window": 3}
     noted = {"samples": 9, "retried": 1, "kept": 2, "foreign": 0.25}
     place = {"suite": "segment_pool", "case": "S1", "dtype": "float32", "threads": 1, "direction": FORWARD}
-    return place | {"run": "2026", "contender": contender, "group": group} | times | shape | noted | fields
+    return place | {"run": "2026", "implementation": implementation, "group": group} | times | shape | noted | fields
 
 
 def results(*rows: Row) -> Results:
@@ -173,7 +173,7 @@ def test_the_gate_compares_ratios_and_not_times(tmp_path: Path, capsys: pytest.C
     arguments = ["--committed", str(then), "--now"]
     now = write(tmp_path / "now.jsonl", lambda one: one | {"p10": one["p10"] * 3})  # a slower machine
     assert gate.compare(read(then).rows, read(now).rows)["factor"].to_list() == [1, 1, 1]
-    write(now, lambda one: one | {"p10": one["p10"] / 1.5} if one["contender"] == "b" else one)
+    write(now, lambda one: one | {"p10": one["p10"] / 1.5} if one["implementation"] == "b" else one)
     assert gate.main([*arguments, str(now)]) == 0  # a change of one baseline does not fail
     assert "lost ground" not in capsys.readouterr().out
     write(now, slower)

@@ -14,7 +14,7 @@ import fastcompress as fc
 from benchmarks import __main__ as command
 from benchmarks import report
 from benchmarks.harness.cases import Case, batch_of, cu_seqlens, features, rotation, threshold_of
-from benchmarks.harness.compare import Bench, Contender, WrongResult, compare
+from benchmarks.harness.compare import Bench, Implementation, WrongResult, compare
 from benchmarks.registry import SUITES
 from benchmarks.results import BOTH, CLONE, FORWARD, OURS, read
 from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
@@ -27,10 +27,10 @@ def test_the_registry_and_inputs():
     inputs = rotation(torch.ones(40, 1 << 14), last_level_cache=100 << 20)
     assert sum(x.nbytes for x in inputs) >= 400 << 20
     assert len({x.data_ptr() for x in inputs}) == len(inputs)
-    names = [contender.name for contender in segment_pool.contenders()]
+    names = [implementation.name for implementation in segment_pool.implementations()]
     assert len(set(names)) == len(names) and names[0] == OURS
     for case in (*segment_pool.CASES, segment_pool.QUICK):
-        assert set(case.contenders or ()) <= set(names)
+        assert set(case.implementations or ()) <= set(names)
     assert set(scaling.FORMS) <= set(names) and len(SUITES) == 9
 
 
@@ -47,17 +47,17 @@ def test_a_threshold_gives_segments_of_a_mean_length(length: int):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_every_form_of_packing(bench: Bench, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch):
     rows = compare(bench, pack.job(bench, pack.QUICK, dtype, 1))
-    forms = {one.name for one in pack.contenders(bench) if one.available}
-    assert {row["contender"] for row in rows if row["direction"] == FORWARD} == forms | {CLONE}
-    assert {row["contender"] for row in rows if row["direction"] == BOTH} == forms
+    forms = {one.name for one in pack.implementations(bench) if one.available}
+    assert {row["implementation"] for row in rows if row["direction"] == FORWARD} == forms | {CLONE}
+    assert {row["implementation"] for row in rows if row["direction"] == BOTH} == forms
     one = pack.job(bench, pack.QUICK, dtype, 1)
     wrong = {
         "rows": lambda audio, batch: pack.flat_cat(audio, batch).flip(0),
         "gradient": lambda audio, batch: pack.flat_cat(audio, batch).detach() + 0 * audio.sum(),
     }
-    one.contenders = [one.contenders[0], *(Contender(name, "eager", f) for name, f in wrong.items())]
-    assert {row["contender"] for row in compare(bench, one)} == {"fastcompress.pack", CLONE}
-    reasons = [row["not_timed"] for row in bench.recorder.measurements if row["contender"] in wrong]
+    one.implementations = [one.implementations[0], *(Implementation(name, "eager", f) for name, f in wrong.items())]
+    assert {row["implementation"] for row in compare(bench, one)} == {"fastcompress.pack", CLONE}
+    reasons = [row["not_timed"] for row in bench.recorder.measurements if row["implementation"] in wrong]
     assert "rows differ" in reasons[0] and "gradient of the audio" in reasons[1]
 
 
@@ -67,15 +67,19 @@ def test_published_methods(bench: Bench, dtype: torch.dtype):
     bench.reps = 1
     jobs = {one.case: one for one in methods.jobs(bench, *methods.QUICK, dtype, 1)}
     for method, one in jobs.items():
-        assert len(compare(bench, one)) == 2 * sum(contender.available for contender in one.contenders), method
+        assert len(compare(bench, one)) == 2 * sum(
+            implementation.available for implementation in one.implementations
+        ), method
     one = jobs["CIF"]
-    right = one.contenders[0].form
+    right = one.implementations[0].form
     for ours, message in (
         (lambda x, batch: right(x, batch) * 1.1, "CIF: .*tokens differ by more than rounding"),
         (lambda x, batch: right(x, batch)[1:], "CIF: .*tokens of torch.* for"),
         (lambda x, batch: right(x, batch).detach() + 0 * x.sum(), "gradient: .* differ by more than rounding"),
     ):
-        wrong = replace(one, contenders=[Contender(OURS, OURS, ours), *one.contenders[1:]], check=methods.checks())
+        wrong = replace(
+            one, implementations=[Implementation(OURS, OURS, ours), *one.implementations[1:]], check=methods.checks()
+        )
         with pytest.raises(WrongResult, match=message):
             compare(bench, wrong)
 
@@ -85,7 +89,7 @@ def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     one = decoder.job(bench, "quick", torch.float32, 1)
     one.peak = None
     rows = compare(bench, one)
-    assert {(row["contender"], row["direction"]) for row in rows} == {
+    assert {(row["implementation"], row["direction"]) for row in rows} == {
         (f, d) for f in decoder.FORMS for d in (FORWARD, BOTH)
     }
     assert 0.2 < decoder.padding(decoder.lengths(decoder.SIZES["cpu"])) < 0.8
@@ -108,7 +112,7 @@ def test_decoder(bench: Bench, monkeypatch: pytest.MonkeyPatch):
 def test_prefill(bench: Bench, monkeypatch: pytest.MonkeyPatch):
     pytest.importorskip("transformers")
     one = prefill.job(bench, "quick", torch.float32, 1)
-    rows = {row["contender"]: row for row in compare(bench, one)}
+    rows = {row["implementation"]: row for row in compare(bench, one)}
     text, audio = 2 * prefill.TEXT, 2 * 2 * 25
     assert [rows[form]["tokens"] for form in ("stock", "uniform:2")] == [text + audio, text + audio // 2]
     assert rows["uniform:3"]["tokens"] == text + 2 * 17
@@ -143,7 +147,7 @@ def test_limits_memory_and_training_step(bench: Bench, bound, monkeypatch: pytes
     if not training_step.available():
         pytest.skip("fastcompress[lalm] is not installed")
     rows = training_step.measure(bench, 1, ("uniform:1", "uniform:3"), steps=1)
-    third = {row["contender"]: row["median"] for row in rows if row["case"] == "uniform:3"}
+    third = {row["implementation"]: row["median"] for row in rows if row["case"] == "uniform:3"}
     assert 0 < third["pack_rows"] < 0.1 * third[training_step.BUSY] < 0.2 * third[training_step.STEP]
     assert [row["tokens_per_frame"] for row in rows if "tokens_per_frame" in row] == [1, pytest.approx(0.36, abs=0.04)]
     monkeypatch.setattr(training_step, "_PREFIX", "another::")

@@ -6,14 +6,14 @@ Audio files of unusual kinds are in ``tests/test_audio.py``.
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
+import os
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fastcompress.cli import main as cli
 from fastcompress.lalm.loading import load_model
@@ -21,8 +21,9 @@ from fastcompress.training.evaluation import evaluate
 from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import ManifestError, from_hf_dataset
 from fastcompress.training.usable import check_audio
-from tests.support import ROOT
+from tests.support import ROOT, forking, processes
 from tests.support.audio_llms import make, processor
+from tests.support.forking import write_to
 
 DIGITS, MODEL = ROOT / "assets" / "digits", str(ROOT / "assets" / "models" / "digits")
 SAID = "three nine four one"
@@ -74,11 +75,19 @@ def test_audio_shorter_than_the_manifest_says_is_skipped(
 
 def test_transcribe_prints_as_it_goes():
     files = [str(DIGITS / f"{i % 2}.wav") for i in range(24)]
-    command = ["-m", "fastcompress", "transcribe", *files, "--model", MODEL, "--batch-size", "1", *SHORT]
-    process = subprocess.Popen([sys.executable, *command], stdout=subprocess.PIPE, text=True, cwd=ROOT)
-    assert process.stdout is not None
-    times = [time.monotonic() for _ in process.stdout]
-    assert process.wait() == 0 and len(times) == 24
+    command = ["transcribe", *files, "--model", MODEL, "--batch-size", "1", *SHORT]
+    receive, send = os.pipe()
+
+    def task() -> None:
+        torch.set_num_threads(1)
+        write_to(send, 2)
+        assert cli.main(command) == 0
+
+    process = forking.start(task)
+    os.close(send)
+    with open(receive) as lines:
+        times = [time.monotonic() for _ in lines]
+    assert forking.wait(process) == 0 and len(times) == 24
     assert times[-1] - times[0] > 0.1
 
 
@@ -102,9 +111,8 @@ def test_an_empty_text_is_scored(tmp_path: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_a_full_stdout_is_one_line():
-    command = [sys.executable, "-m", "fastcompress", "inspect", str(DIGITS / "0.wav"), "--no-noise"]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, cwd=ROOT)
+    with open("/dev/full", "wb") as full:
+        done = processes.run(["-m", "fastcompress", "inspect", str(DIGITS / "0.wav"), "--no-noise"], stdout=full)
     assert done.returncode != 0 and done.stderr.count("\n") == 1 and "space" in done.stderr
 
 

@@ -18,13 +18,15 @@ from typing import Any
 import numpy as np
 import pytest
 import soundfile
+import torch
 
 from fastcompress.cli import completion, evaluate
 from fastcompress.cli.main import main, make_parser
 from fastcompress.training import evaluation
 from fastcompress.training.normalization import NORMALIZERS, normalizer
-from tests.support import ROOT
+from tests.support import ROOT, processes
 from tests.support.command_line import fails, flags
+from tests.support.forking import in_fork, write_to
 from tests.support.lalm_data import write_lines
 
 DIGITS, MODEL = ROOT / "assets" / "digits", str(ROOT / "assets" / "models" / "digits")
@@ -41,30 +43,20 @@ def manifest(folder: Path, *names: str) -> str:
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["info"], ["inspect", str(DIGITS / "0.wav")]])
 def test_a_full_disk_is_one_line(arguments: list[str], unbuffered: str):
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(
-            [sys.executable, "-m", "fastcompress", *arguments],
-            stdout=full,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=environment,
-        )
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    with open("/dev/full", "wb") as full:
+        done = processes.run(["-m", "fastcompress", *arguments], stdout=full, env=environment)
     assert (done.returncode, done.stderr) == (2, "fastcompress: error: standard output: no space left on device\n")
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_a_pipe_that_is_closed_is_silent(unbuffered: str):
-    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fastcompress", "info", "--models"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        env=environment,
-    )
-    assert process.stdout is not None and process.stderr is not None
-    process.stdout.close()  # before it writes
-    assert process.stderr.read() == b"" and process.wait() == 2
+    environment = os.environ | {"PYTHONUNBUFFERED": unbuffered}
+    end, pipe = os.pipe()
+    os.close(end)  # before it writes
+    with open(pipe, "wb") as closed:
+        done = processes.run(["-m", "fastcompress", "info"], stdout=closed, env=environment)
+    assert (done.returncode, done.stderr) == (2, "")
 
 
 def test_an_error_of_another_file_is_not_taken_for_stdout(monkeypatch: pytest.MonkeyPatch):
@@ -301,30 +293,26 @@ def test_completion_in_bash(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
 # Progress
 
 
-def test_transcribe_has_a_bar_on_a_terminal():
+def test_transcribe_has_a_bar_on_a_terminal(tmp_path: Path):
     terminal, other_end = os.openpty()
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))  # tqdm shows nothing on 0 columns
     files = [str(DIGITS / f"{i % 2}.wav") for i in range(4)]
-    command = [
-        sys.executable,
-        "-m",
-        "fastcompress",
-        "transcribe",
-        *files,
-        "--model",
-        MODEL,
-        "--batch-size",
-        "1",
-        *SHORT,
-    ]
-    process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=other_end, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+    arguments = ["transcribe", *files, "--model", MODEL, "--batch-size", "1", *SHORT]
+    out = tmp_path / "out"
+
+    def task() -> None:
+        torch.set_num_threads(1)  # threads do not survive a fork
+        with out.open("wb") as file:
+            write_to(file.fileno(), other_end)
+        assert main(arguments) == 0
+        sys.stdout.flush()
+
+    assert in_fork(task) == 0
     os.close(other_end)
     shown = b""
     with contextlib.suppress(OSError):  # how Linux ends a terminal
         while part := os.read(terminal, 4096):
             shown += part
     os.close(terminal)
-    assert process.stdout is not None and process.stdout.read().count("\n") == 4 and process.wait() == 0
+    assert out.read_text().count("\n") == 4
     assert b"0/4" in shown and b"file" in shown

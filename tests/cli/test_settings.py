@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 from fastcompress.cli.errors import EXIT_CODES
 from fastcompress.cli.main import main, make_parser
-from tests.support import ROOT
+from tests.support import processes
 from tests.support.command_line import fails
 
 MODULES = """
@@ -40,10 +37,7 @@ print(json.dumps([code, sorted(heavy & set(sys.modules))]))
     ids=lambda value: " ".join(value),
 )
 def test_commands_import_what_they_need(arguments: list[str], expected: list[str]):
-    command = [sys.executable, "-c", MODULES, *arguments]
-    done = subprocess.run(
-        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120
-    )
+    done = processes.run(["-c", MODULES, *arguments])
     assert json.loads(done.stdout.splitlines()[-1]) == [0, expected], done.stderr
 
 

@@ -19,8 +19,9 @@ from torch import Tensor
 import fastcompress as fc
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.reference import OPS
-from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, has_kernel, load, run
+from tests.support.cuda_emulation import DEFAULT_DEVICE, SCHEDULES, build, emulated, has_kernel, load, run
 from tests.support.sample_inputs import (
+    BAD_OFFSETS,
     DTYPES,
     DTYPES_AND_RULES,
     RULES,
@@ -30,6 +31,7 @@ from tests.support.sample_inputs import (
     features,
     offsets,
     packed,
+    packing,
     padded,
     row_groups,
     strided,
@@ -42,7 +44,6 @@ pytestmark = [
     pytest.mark.timeout(900),  # the first test includes the compilation
 ]
 
-SCHEDULES = ((0, 1), (1, 1), (2, 2))  # seed of the order of threads, number of resident blocks
 # For rows of 64 fp32 columns, these GPUs have tiles of many rows, tiles of few rows, and too little shared memory to
 # stage rows.
 DEVICES = ((1, 100 << 10, 99 << 10), (64, 100 << 10, 99 << 10), (4, 1 << 10, 1 << 10))
@@ -196,28 +197,6 @@ def test_gradients():
     assert_same(gradients)
 
 
-def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
-    """Return arguments of pack_map: samples of a few tiles, with neighbouring audios of any size."""
-    g = torch.Generator().manual_seed(seed)
-    groups = row_groups(rows, seed)
-    begins = torch.tensor([0, *sorted(torch.randint(0, rows, (3,), generator=g).tolist()), rows])
-    starts = (groups > 0) & ((groups != groups.roll(1)) | torch.zeros(rows).bool().index_fill(0, begins[:-1], True))
-    sizes = torch.randint(0, 40, (int(starts.sum()),), generator=g)
-    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
-    ids = torch.randint(0, 50, (rows,), generator=g)
-    return {
-        "row_group": groups,
-        "ids": ids,
-        "cu_seqlens": begins.int(),
-        "lengths": None,
-        "audio_cu_seqlens": cu,
-        "num_embeddings": 50,
-        "num_audio_rows": int(cu[-1]),
-        "compact": True,
-        **changes,
-    }
-
-
 def test_packing():
     ops = torch.ops.fastcompress
     for seed in range(6):
@@ -275,17 +254,6 @@ def test_wrong_packings(message: str, monkeypatch: pytest.MonkeyPatch):
 # Invalid input: an error where the count is read, and never an access out of bounds (`make sanitize` checks this)
 
 
-BAD_OFFSETS = (
-    [0, 50, 20, 60],
-    [5, 60],
-    [0, 40],
-    [0, 2**31 - 1],
-    [-7, 60],
-    [0, 70, 60],
-    [60],
-    [0, -5, 60],
-    [0, 60, 60, 61],
-)
 BIG = 2**63 - 1
 BAD_SEGMENTS = (  # starts, lengths
     ([0, 5], [6, 1]),

@@ -36,7 +36,7 @@ for width, dtype in ((64, torch.float32), (7, torch.float32)):
         with emulated(seed, 2):
             actual = fc.segment_pool(batch.x, **batch.layout, compact=False).values
         assert_same_bits(actual, expected)
-from tests.csrc.test_cuda_emulation import packing
+from tests.support.sample_inputs import packing
 
 packings = [tuple(packing(seed).values()) for seed in (1, 2)]
 expected = [torch.ops.fastcompress.pack_map(*arguments) for arguments in packings]

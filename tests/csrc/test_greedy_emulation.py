@@ -9,9 +9,8 @@ import pytest
 import torch
 
 import fastcompress as fc
-from tests.csrc.test_cuda_emulation import BAD_OFFSETS, SCHEDULES
-from tests.support.cuda_emulation import DEFAULT_DEVICE, build, emulated, load, run
-from tests.support.sample_inputs import DTYPES, assert_same_bits, features, packed, strided
+from tests.support.cuda_emulation import DEFAULT_DEVICE, SCHEDULES, build, emulated, load, run
+from tests.support.sample_inputs import BAD_OFFSETS, DTYPES, assert_same_bits, features, packed, strided
 from tests.support.slow import some
 
 pytestmark = [

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastcompress as fc
 from fastcompress.decoder import attention, packed_attention
-from tests.decoder.test_packed_attention import reference
+from tests.support.attention import reference
 from tests.support.decoders import DECODERS, LENGTHS, SIZES, decoder, packed_batch, samples
 
 

@@ -98,11 +98,12 @@ def test_answers_that_end_are_not_counted(model_and_inputs: tuple[Any, dict[str,
     assert ended >= 1 and said_by(model, inputs, max_new_tokens=4) == left
 
 
+@pytest.mark.parametrize("positions", ["compact", "time"])
 @pytest.mark.parametrize("pack", [True, False])
-def test_samples_longer_than_the_positions(pack: bool):
+def test_samples_longer_than_the_positions(pack: bool, positions: Any):
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
-    lengths = apply_to(model, "uniform:3", pack=pack)(**inputs).compressed.cu_seqlens.diff()
+    lengths = apply_to(model, "uniform:3", pack=pack, positions=positions)(**inputs).compressed.next_positions
     limit = int(lengths.max())
     decoder = model.config.get_text_config(decoder=True)
     prompt = {name: value for name, value in inputs.items() if name != "labels"}
@@ -111,10 +112,10 @@ def test_samples_longer_than_the_positions(pack: bool):
         decoder.max_position_embeddings = limit
         model(**inputs)
     decoder.max_position_embeddings = limit - 1
-    longer = int((lengths > limit - 1).sum())
+    longer, unit = int((lengths > limit - 1).sum()), "positions" if positions == "time" else "rows"
     text = f"{longer} of 3 samples are longer than the decoder's max_position_embeddings={limit - 1} (the longest has "
     for call in (inputs, prompt):
-        with pytest.warns(UserWarning, match=re.escape(f"{text}{limit} rows)")) as caught:
+        with pytest.warns(UserWarning, match=re.escape(f"{text}{limit} {unit})")) as caught:
             model(**call)
         assert len([w for w in caught if "positions" in str(w.message) or "max_position" in str(w.message)]) == 1
     decoder.max_position_embeddings = limit + 2

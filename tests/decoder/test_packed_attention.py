@@ -8,29 +8,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from fastcompress.decoder.packed_attention import _Varlen, _varlen, packed_attention
+from fastcompress.decoder.packed_attention import (
+    _Varlen,
+    _varlen,
+    key_bias_of,
+    packed_attention,
+    widen_keys,
+    with_key_bias,
+)
+from tests.support.attention import reference
 from tests.support.sample_inputs import offsets
-
-
-def reference(query: Tensor, key: Tensor, value: Tensor, cu: list[int], **options: Any) -> Tensor:
-    """Return attention computed with one mask over all rows."""
-    rows, groups = query.shape[0], query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
-    scale = options.get("scale") or query.shape[2] ** -0.5
-    scores = torch.einsum("qhd,khd->hqk", query, key) * scale
-    if cap := options.get("softcap"):
-        scores = cap * (scores / cap).tanh()
-    row = torch.arange(rows)
-    sequence = torch.searchsorted(torch.tensor(cu[1:]), row, right=True)
-    seen = sequence[:, None] == sequence
-    if options.get("causal", True):
-        seen = seen & (row[:, None] >= row)
-    if window := options.get("window"):
-        seen = seen & (row[:, None] - row < window)
-    return torch.einsum("hqk,khd->qhd", scores.masked_fill(~seen, -torch.inf).softmax(-1), value)
-
 
 OPTIONS: tuple[dict[str, Any], ...] = (
     {},
@@ -43,21 +31,46 @@ OPTIONS: tuple[dict[str, Any], ...] = (
     {"causal": False},
     {"causal": False, "softcap": 1.0},
 )
+#: One per way to add a bias: columns of queries and keys, or a mask if there is a soft cap; a block of queries has both.
+BIASED: tuple[dict[str, Any], ...] = (
+    {},
+    {"window": 7, "scale": 0.7},
+    {"softcap": 2.0},
+    {"causal": False, "softcap": 1.0},
+)
 
 
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
 @pytest.mark.parametrize("heads", [(4, 4), (6, 2), (3, 1)], ids=str)
-def test_packed_attention(options: dict[str, Any], heads: tuple[int, int]):
+def test_packed_attention(options: dict[str, Any], heads: tuple[int, int], biased: bool):
+    if biased and (options not in BIASED or heads == (3, 1)):
+        return
     lengths = (0, 5, 1, 600, 0, 257)
     cu = offsets(lengths)
     shapes = [(sum(lengths), h, 8) for h in (heads[0], heads[1], heads[1])]
     query, key, value = (torch.randn(shape, dtype=torch.float64, requires_grad=True) for shape in shapes)
+    if biased:
+        options = options | {"key_bias": torch.randn(sum(lengths), dtype=torch.float64)}
     out = packed_attention(query, key, value, cu, **options)
     expected = reference(query, key, value, cu.tolist(), **options)
     torch.testing.assert_close(out, expected)
     grad = torch.randn_like(out)
     for a, b in zip(*(torch.autograd.grad(o, [query, key, value], grad) for o in (out, expected)), strict=True):
         torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_does_not_round_the_bias(dtype: torch.dtype):
+    """Equal keys: the weights are those of the biases alone. Scores of 1 / sqrt(D) have no exact inverse in half."""
+    bias = torch.tensor([1.0, 3.0, 5.0, 7.0, 11.0]).log()
+    value = torch.eye(5, dtype=dtype)[:, None].expand(5, 1, 5)
+    zeros = torch.zeros(5, 1, 5, dtype=dtype)
+    cu = torch.tensor([0, 5])
+    out = packed_attention(zeros, zeros, value, cu, causal=False, key_bias=bias)
+    torch.testing.assert_close(out[0, 0].float(), bias.exp() / bias.exp().sum(), rtol=4e-3, atol=0)
+    keys = key_bias_of(widen_keys(zeros, bias[:, None].float()))[1]
+    torch.testing.assert_close(keys[:, 0], bias, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_to_attend_to():
@@ -117,6 +130,8 @@ CU = torch.tensor([0, 6])
         (lambda: packed_attention(Q, Q, Q, CU, window=0), ValueError, "window must be at least 1 and needs causal=True, got 0"),
         (lambda: packed_attention(Q, Q, Q, CU, window=2, causal=False), ValueError, "got 2 and causal=False"),
         (lambda: packed_attention(Q, Q, Q, CU, softcap=-1.0), ValueError, "softcap must be positive, got -1.0"),
+        (lambda: packed_attention(Q, Q, Q, CU, key_bias=Q[:3, 0, 0]), ValueError, "key_bias must have shape [6], one per row, got [3]"),
+        (lambda: packed_attention(Q, Q, Q, CU, key_bias=CU), TypeError, "key_bias must be float32"),
     ],
 )  # fmt: skip
 def test_errors(call: Any, error: type[Exception], message: str):
@@ -168,6 +183,10 @@ def test_varlen_of_every_torch(version: str, heads: tuple[int, int]):
             out = varlen(query, key, value, cu, 30, scale, causal, window)
             expected = packed_attention(query, key, value, cu, scale=scale, causal=causal, window=window)
             torch.testing.assert_close(out, expected)
+    bias = torch.randn(40)
+    biased = with_key_bias(query, widen_keys(key, bias[:, None]), value, 0.3)
+    out = varlen(*biased, cu, 30, 0.3, True, None)[..., :8]
+    torch.testing.assert_close(out, packed_attention(query, key, value, cu, scale=0.3, key_bias=bias))
     assert varlen.has_windows == (version != "2.10")
 
 

@@ -84,10 +84,12 @@ def test_frequencies_of_the_longest_sample_are_refused(kind: str, rope: dict[str
     packed = packed_batch([long[:, :32], short])
     torch.testing.assert_close(model(**packed.model_inputs()).logits[0, 32:], alone, rtol=1e-5, atol=1e-5)
     packed = packed_batch([long, short])
-    message = f"cannot run samples of 33 rows packed: beyond 32 rows its '{rope['rope_type']}'"
+    message = f"cannot run samples of 33 positions packed: beyond 32 its '{rope['rope_type']}'"
     with pytest.raises(NotImplementedError, match=message):
         model(**packed.model_inputs())
-    with pytest.raises(NotImplementedError, match="samples of 53 rows"):  # max_seqlen is unknown, so all rows count
+    with pytest.raises(NotImplementedError, match="samples of 40 positions"):
+        model(**(packed_batch([short]).model_inputs() | {"next_positions": torch.tensor([40])}))
+    with pytest.raises(NotImplementedError, match="samples of 53 positions"):  # no max_seqlen: all rows count
         model(**(packed.model_inputs() | {"max_length_q": None}))
 
 
@@ -98,9 +100,9 @@ def test_frequencies_of_one_kind_of_layer():
         "full_attention": dict(LONGROPE),
     }
     with pytest.raises(NotImplementedError, match="'longrope'"):
-        attention._check_rope(config, 33)
-    attention._check_rope(config, 32)
-    attention._check_rope(transformers.AutoConfig.for_model("llama", **SIZES), 10**9)
+        attention._check_rope(config, 33, None)
+    attention._check_rope(config, 32, None)
+    attention._check_rope(transformers.AutoConfig.for_model("llama", **SIZES), 10**9, None)
 
 
 @pytest.mark.parametrize(
@@ -214,6 +216,7 @@ def test_the_mask_of_packed_rows_can_be_moved_and_copied():
 
 def test_a_compiled_decoder_takes_the_mask_of_packed_rows():
     model = decoder("qwen2")
+    del model.model.layers[1:]  # the compiler traces each layer
     packed = packed_batch(samples(model)[0])
     compiled = torch.compile(model, backend="eager")
     with torch.no_grad():

@@ -25,7 +25,7 @@ import fastcompress as fc
 from fastcompress import reference
 from fastcompress.dispatch import backends
 from fastcompress.dispatch.library import COMPILED
-from tests.support import ROOT
+from tests.support import ROOT, processes
 from tests.support.on_device import on_device
 from tests.support.sample_inputs import assert_same_bits, features, offsets
 
@@ -440,10 +440,9 @@ def test_a_call_with_a_cuda_tensor_settles(spies: dict[str, Spy], monkeypatch: p
 
 
 def run(code: str, **env: str) -> subprocess.CompletedProcess:
-    whole = {**os.environ, "PYTHONPATH": str(ROOT), **env}
+    whole = {**os.environ, **env}
     whole = {name: value for name, value in whole.items() if name != backends.VARIABLE or name in env}
-    command = [sys.executable, "-c", code]
-    return subprocess.run(command, env=whole, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    return processes.run(["-c", code], env=whole, cwd=ROOT, seconds=120)
 
 
 POOL = """
@@ -467,7 +466,7 @@ def test_environment_variable():
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs triton")
 def test_triton_interpreter_through_the_public_api():
-    from tests.triton.test_triton import WHY_NOT
+    from tests.support.triton_versions import WHY_NOT
 
     if WHY_NOT:
         pytest.skip(WHY_NOT)

@@ -92,8 +92,8 @@ def test_offsets_are_checked_on_request(gpu: torch.device, monkeypatch: pytest.M
 @pytest.mark.parametrize("kind", ["qwen2", "mistral", "gemma2"])
 def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype):
     """A change of sample 0 changes no bit of the others. Packing is as accurate as one sample at a time."""
-    from tests.decoder.test_attention import LENGTHS as SAMPLES
-    from tests.decoder.test_attention import decoder, packed_batch, samples
+    from tests.support.decoders import LENGTHS as SAMPLES
+    from tests.support.decoders import decoder, packed_batch, samples
 
     model = decoder(kind).to(gpu)
     embeds = [e.to(gpu, dtype) for e in samples(model)[0]]
@@ -114,7 +114,7 @@ def test_no_sample_sees_another(gpu: torch.device, kind: str, dtype: torch.dtype
 
 def test_gradients_and_training(gpu: torch.device):
     """Packed samples give the gradients of single samples, in fp32 and under bf16 autocast."""
-    from tests.decoder.test_attention import decoder, packed_batch, samples
+    from tests.support.decoders import decoder, packed_batch, samples
 
     model = decoder("qwen2").to(gpu).train()
     embeds, labels = samples(model)

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import struct
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from fastcompress.audio import log_mel
 from fastcompress.cli.main import main
 from fastcompress.inspection import picture
 from fastcompress.inspection.table import LOG_MEL_RULES, Encoder, EncoderError, LogMel, inspect_audio, white_noise
-from tests.support import ROOT
+from tests.support import ROOT, processes
 
 SPEECH = ROOT / "assets" / "speech" / "rainbow.wav"
 SAMPLES = 70_717  # 4.42 s: 441 frames
@@ -283,12 +282,9 @@ def test_progress_goes_to_stderr_for_long_audio_only(tmp_path, capsys):
 
 
 def test_the_module_runs_as_a_program(tmp_path):
-    command = [sys.executable, "-W", "ignore", "-m", "fastcompress", "inspect", "voice.flac", "none.wav"]
+    command = ["-m", "fastcompress", "inspect", "voice.flac", "none.wav"]
     soundfile.write(tmp_path / "voice.flac", np.tile(soundfile.read(SPEECH)[0][:, None], (1, 2)), 16_000)
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [*command, "--png", "out", "--rule", "local-max"], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
+    done = processes.run([*command, "--png", "out", "--rule", "local-max"], cwd=tmp_path)
     assert done.returncode == 1
     assert done.stderr.splitlines() == [
         "fastcompress: error: none.wav: no such file or directory",

@@ -48,7 +48,7 @@ def test_modules_are_called_as_the_rule_is():
     inputs = batch("glmasr", model, labels=True)
     found = []
     for compressor in ("local-max", fc.nn.SegmentPool("local-max"), Wrapped("local-max")):
-        apply_to(model, compressor)
+        apply_to(model, compressor, proportional_attention=True, positions="time")
         model(**inputs).loss.backward()
         found.append(grads(model))
         revert(model)
@@ -132,6 +132,10 @@ def test_another_attention_runs_padded():
     model = make("qwen2_audio")
     inputs = batch("qwen2_audio", model, labels=True)
     apply_to(model, "uniform:3")
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(NotImplementedError, match="attn_implementation='fastcompress', got 'sdpa'"):
+        model(**inputs)
+    apply_to(revert(model), "uniform:3", proportional_attention=False)
     with torch.no_grad():
         loss = model(**inputs).loss
         model.set_attn_implementation("sdpa")

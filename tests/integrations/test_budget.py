@@ -26,20 +26,24 @@ class Nothing:
     tokenizer = None
 
 
-# Families differ in the number of rows per audio, and rules in the number of tokens for a number of rows.
+#: Settings of ``apply_to`` that dynamic mode has by default for a rule, and those of budget mode.
+PARTS = {"proportional_attention": True, "positions": "time"}
+WITHOUT = {"proportional_attention": False, "positions": "compact"}
+
+
 @pytest.mark.parametrize(
-    ("name", "rule"),
+    ("name", "rule", "parts"),
     [
-        *((name, "uniform:3") for name in NAMES),
-        *((name, rule) for name in SIZES for rule in ("uniform:4", "uniform:size=4,tail=drop")),
+        *((name, "uniform:3", PARTS) for name in NAMES),
+        *((name, rule, WITHOUT) for name in SIZES for rule in ("uniform:4", "uniform:size=4,tail=drop")),
     ],
 )
-def test_budget_is_what_dynamic_mode_does(name, rule):
+def test_budget_is_what_dynamic_mode_does(name, rule, parts):
     """The two modes give the same result if no window ends inside a segment. The numbers of tokens always match."""
     model = make(name)
     sizes = SIZES.get(name, (20, 9, 16))
     inputs = batch(name, model, sizes, labels=True)
-    apply_to(model, rule, "budget")
+    apply_to(model, rule, "budget", **parts)
     shortened = BudgetProcessor(Nothing(), model).shorten(dict(inputs))
     assert shortened["input_ids"].shape == shortened["attention_mask"].shape == shortened["labels"].shape
     with torch.no_grad():
@@ -51,7 +55,7 @@ def test_budget_is_what_dynamic_mode_does(name, rule):
     revert(model)
     window = FAMILIES[name].window and FAMILIES[name].window(model.config)
     whole = not window or max(sizes) <= window or window % fc.Rule.from_string(rule).size == 0
-    apply_to(model, rule)
+    apply_to(model, rule, **parts)
     with torch.no_grad():
         dynamic = model(**inputs)
         longer = {key: value for key, value in inputs.items() if key != "labels"}
@@ -192,7 +196,7 @@ def test_audio_of_one_token(name: str, rule: str):
     model = make(name)
     for sizes in ((20, 9, 16), (9,)):
         inputs = batch(name, model, sizes, labels=True)
-        apply_to(model, rule)
+        apply_to(model, rule, **WITHOUT)
         wanted = model(**inputs).loss
         revert(model)
         apply_to(model, rule, "budget")
@@ -252,8 +256,8 @@ def test_configurations_without_a_budget():
     model.config.fastcompress |= {"mode": "budget", "rule": "local-max"}
     with pytest.raises(NotImplementedError, match="only on the length .*, got local-max; use mode='dynamic'"):
         BudgetProcessor.from_config(Nothing(), model.config)
-    model.config.fastcompress |= {"positions": "time"}
-    with pytest.raises(ValueError, match="unknown field 'positions'"):
+    model.config.fastcompress |= {"clock": "time"}
+    with pytest.raises(ValueError, match="unknown field 'clock'"):
         BudgetProcessor.from_config(Nothing(), model.config)
     with pytest.raises(NotImplementedError, match="qwen2 is not a supported audio LLM"):
         BudgetProcessor.from_config(Nothing(), transformers.Qwen2Config())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 import re
 
 import pytest
@@ -140,10 +141,11 @@ def test_packed_equals_padded_and_each_sample_alone(name, rule):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_hole_mask_oracle(name):
-    """The shortened input gives the result of the full input with the other rows masked.
+def test_stock_decoder_on_every_frame_oracle(name):
+    """The shortened input gives the result of the stock decoder on the full input, whose frames equal their tokens.
 
-    The full input has each token in the first row of its segment, and positions that count only these rows.
+    All frames of a token have its position. With proportional attention they see each other and are seen; else only the
+    first one is. A causal mask would be no oracle beyond the first layer.
     """
     model = make(name)
     inputs = batch(name, model, side="right")
@@ -156,25 +158,52 @@ def test_hole_mask_oracle(name):
     with torch.no_grad():
         model(**inputs)
     handle.remove()
-    ids, merged, mask = inputs["input_ids"], captured["embeds"].clone(), inputs["attention_mask"].clone()
+    ids, merged, mask = inputs["input_ids"], captured["embeds"].clone(), inputs["attention_mask"].bool()
+    first = mask.clone()  # rows of text, and the first frame of each token
+    lengths = mask.long()
     for row, ids_row in enumerate(ids):
         places = (ids_row == audio_llms.AUDIO).nonzero()[:, 0]
         for begin in range(0, len(places), 3):
             segment = places[begin : begin + 3]
-            merged[row, segment[0]] = merged[row, segment].mean(0)
-            mask[row, segment[1:]] = 0
-    positions = (mask.cumsum(1) - 1).clamp_min(0)
+            merged[row, segment] = merged[row, segment].mean(0)
+            first[row, segment[1:]] = False
+            lengths[row, segment] = len(segment)
+    run = first.cumsum(1)
+    starts = (mask.cumsum(1) - 1).masked_fill(~first, 0).cummax(1).values
+    for proportional, positions in itertools.product((False, True), ("compact", "time")):
+        place = starts + (lengths - 1).clamp_min(0) // 2 if positions == "time" else run - 1
+        seen = (run[:, :, None] >= run[:, None]) & (mask if proportional else first)[:, None]
+        with torch.no_grad():
+            kwargs = {"inputs_embeds": merged, "attention_mask": seen[:, None], "position_ids": place.clamp_min(0)}
+            oracle = model.lm_head(model.model.language_model(**kwargs, use_cache=False).last_hidden_state)
+            for pack in (False, True):
+                apply_to(model, "uniform:3", pack=pack, proportional_attention=proportional, positions=positions)
+                for cached in ({}, {"use_cache": True}):
+                    out = model(**inputs, **cached)
+                    for row in range(3):
+                        found = out.logits[row, : int(first[row].sum())]
+                        assert (found - oracle[row, first[row]]).abs().max() <= 1e-6
+                assert torch.equal(out.compressed.next_positions, (mask if positions == "time" else first).sum(1))
+                revert(model)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_generation_continues_where_the_frames_end(name):
+    """Greedy search, and beams, give the tokens of forward passes over the whole text; left padding changes nothing."""
+    model = make(name)
+    inputs = batch(name, model, side="left")
+    ids, mask = inputs["input_ids"], inputs["attention_mask"]
+    apply_to(model, "uniform:3")
     with torch.no_grad():
-        kwargs = {"inputs_embeds": merged, "attention_mask": mask, "position_ids": positions, "use_cache": False}
-        oracle = model.lm_head(model.model.language_model(**kwargs).last_hidden_state)
-        for pack in (False, True):
-            apply_to(model, "uniform:3", pack=pack)
-            out = model(**inputs)
-            for row in range(3):
-                kept = mask[row].bool()
-                found = out.logits[row, : int(kept.sum())]
-                assert (found - oracle[row, kept]).abs().max() <= 1e-6
-            revert(model)
+        written = model.generate(**inputs, **GREEDY, suppress_tokens=[audio_llms.AUDIO])
+        text, seen = ids, mask
+        for _ in range(GREEDY["max_new_tokens"]):
+            out = model(**inputs | {"input_ids": text, "attention_mask": seen})
+            logits = out.logits[:, -1:]
+            logits[..., [audio_llms.END, audio_llms.AUDIO]] = -torch.inf  # as above
+            text = torch.cat([text, logits.argmax(-1)], 1)
+            seen = torch.cat([seen, seen.new_ones(len(seen), 1)], 1)
+    assert torch.equal(written, text)
 
 
 @pytest.mark.parametrize("mode", ["eval", "train"])

@@ -20,7 +20,9 @@ from fastcompress.integrations.transformers import FAMILIES, apply_to, load_comp
 from tests.support import audio_llms
 from tests.support.compressed_llms import Gate, batch, make
 
-WITHOUT = "trained with uniform:3, after the projector, and runs without compression: call fastcompress.integrations"
+#: Settings of a rule by default, as ``SavedRule`` shows them.
+PARTS = "proportional attention, positions in time"
+WITHOUT = f"trained with uniform:3, {PARTS}, after the projector, and runs without compression: call fastcompress"
 
 
 def in_config(folder: Path) -> Any:
@@ -63,6 +65,7 @@ def test_a_saved_model_has_its_rule(name: str, tmp_path: Path):
     apply_to(model, "top-k:rate=3", before_projector=before)
     model.save_pretrained(tmp_path)
     wanted = {"version": 1, "mode": "dynamic", "before_projector": before, "rule": "top-k:rate=3", "reduce": "mean"}
+    wanted |= {"proportional_attention": True, "positions": "time"}
     assert in_config(tmp_path) == wanted
     again = load(tmp_path, torch.float32)
     assert vars(again.config)["fastcompress"] == wanted
@@ -101,9 +104,12 @@ def test_use_without_the_rule_warns_once(tmp_path: Path):
         warnings.simplefilter("always")
         tuned(**inputs)
     assert len(lines(caught)) == 1
-    with pytest.warns(UserWarning, match="trained with uniform:3, after the projector, and runs with uniform:4, after"):
+    with pytest.warns(
+        UserWarning,
+        match=f"trained with uniform:3, {PARTS}, after .* with uniform:4, {PARTS}, after",
+    ):
         apply_to(load(tmp_path), "uniform:4")
-    with pytest.warns(UserWarning, match="and runs with uniform:3, before the projector"):
+    with pytest.warns(UserWarning, match=f"and runs with uniform:3, {PARTS}, before the projector"):
         apply_to(load(tmp_path), before_projector=True)
     stock = make("qwen2_audio")
     stock.save_pretrained(tmp_path / "stock")
@@ -127,7 +133,7 @@ def test_adapters_have_their_rule(first: str, tmp_path: Path):
     assert use(again, inputs) == [] and str(again.get_base_model().audio_compressor.rule) == "uniform:3"
     again.save_pretrained(tmp_path / "again")
     assert beside_adapter(tmp_path / "again") == beside_adapter(tmp_path)
-    with pytest.warns(UserWarning, match="adapter .* was trained with uniform:3, .* and runs with uniform:2, after"):
+    with pytest.warns(UserWarning, match="adapter .* was trained with uniform:3, .* and runs with uniform:2, .*after"):
         peft.PeftModel.from_pretrained(apply_to(make("qwen2_audio"), "uniform:2"), tmp_path)
     native = make("qwen2_audio")  # without a PeftModel
     native.load_adapter(str(tmp_path))
@@ -176,7 +182,10 @@ def test_modules_are_saved_by_name(tmp_path: Path):
     model = make("audioflamingo3")
     apply_to(model, Gate(32).double())
     model.save_pretrained(tmp_path)
-    assert in_config(tmp_path) == {"version": 1, "mode": "dynamic", "before_projector": False, "compressor": "Gate"}
+    assert in_config(tmp_path) == {"version": 1, "mode": "dynamic", "before_projector": False, "compressor": "Gate"} | {
+        "proportional_attention": False,
+        "positions": "compact",
+    }
     again = load(tmp_path)
     with pytest.raises(ValueError, match="this audioflamingo3 was trained with the module Gate; pass that module"):
         apply_to(again)
@@ -218,7 +227,9 @@ GOOD = {"version": 1, "mode": "dynamic", "before_projector": False, "rule": "uni
 @pytest.mark.parametrize(
     ("change", "text"),
     [
-        ({"positions": "time"}, "fastcompress has an unknown field 'positions' (version 1); this fastcompress reads"),
+        ({"clock": "time"}, "fastcompress has an unknown field 'clock' (version 1); this fastcompress reads"),
+        ({"positions": "stretched"}, "positions of fastcompress must be one of compact, time, got 'stretched'"),
+        ({"proportional_attention": 1}, "proportional_attention of fastcompress must be a bool, got 1"),
         ({"version": 2, "more": 1}, "unknown field 'more' (version 2)"),
         ({"version": 2}, "fastcompress must have version 1, got 2; install a newer fastcompress"),
         ({"version": True}, "must have version 1, got True"),
@@ -250,11 +261,11 @@ def test_what_is_no_object_or_lacks_a_field():
 
 def test_a_file_beside_an_adapter_that_cannot_be_read(tmp_path: Path):
     lora(apply_to(make("glmasr"), "uniform:3")).save_pretrained(tmp_path)
-    (tmp_path / "fastcompress.json").write_text(json.dumps(GOOD | {"positions": "time"}))
+    (tmp_path / "fastcompress.json").write_text(json.dumps(GOOD | {"clock": "time"}))
     again = peft.PeftModel.from_pretrained(make("glmasr"), tmp_path)
-    with pytest.raises(ValueError, match="unknown field 'positions'"):
+    with pytest.raises(ValueError, match="unknown field 'clock'"):
         apply_to(again)
-    assert "'positions': 'time'" in use(again, batch("glmasr", again))[0]
+    assert "'clock': 'time'" in use(again, batch("glmasr", again))[0]
     (tmp_path / "fastcompress.json").write_text("{")
     with pytest.raises(ValueError, match="fastcompress.json must be JSON"):
         peft.PeftModel.from_pretrained(make("glmasr"), tmp_path)
@@ -277,3 +288,22 @@ def test_the_reference_model_s_adapters(tmp_path: Path):
     with warnings.catch_warnings():
         warnings.simplefilter("error", UserWarning)
         peft.PeftModel.from_pretrained(make_reference("uniform:3"), tmp_path)
+
+
+def test_a_rule_runs_as_it_was_trained(tmp_path: Path):
+    """The rule of the weights keeps their attention and positions, as files without these settings had them, too."""
+    model = audio_llms.make("glmasr")
+    apply_to(model, "uniform:3", proportional_attention=False, positions="compact")
+    model.save_pretrained(tmp_path)
+    data = json.loads((tmp_path / "config.json").read_text())
+    for older in (False, True):
+        if older:
+            del data["fastcompress"]["positions"], data["fastcompress"]["proportional_attention"]
+            (tmp_path / "config.json").write_text(json.dumps(data))
+        for rule in (None, "uniform:3"):
+            settings = apply_to(load(tmp_path), rule).fastcompress_settings
+            assert (settings.proportional_attention, settings.positions) == (False, "compact")
+        with pytest.warns(UserWarning, match=f"runs with uniform:3, {PARTS}, after"):
+            apply_to(load(tmp_path), proportional_attention=True, positions="time")
+        with pytest.warns(UserWarning, match=f"runs with uniform:4, {PARTS}, after"):
+            apply_to(load(tmp_path), "uniform:4")

@@ -170,7 +170,9 @@ def test_the_rule_travels_with_the_weights(tmp_path: Path):
             other(**inputs)
         assert len(caught) == 1
         with pytest.warns(UserWarning, match="was trained with min-variance:rate=3.*silence=1.5"):
-            apply_to(other, "min-variance:rate=3", silence=1.5)
+            apply_to(other, "min-variance:rate=3", proportional_attention=True, silence=1.5)
+    with pytest.raises(NotImplementedError, match="whisper has no positions of audio"):
+        apply_to(make(), "min-variance:rate=3", positions="time")
     twin = copy.deepcopy(model)
     assert torch.equal(twin(**inputs).logits, model(**inputs).logits)
     with pytest.raises(pickle.PicklingError, match="cannot be pickled"):

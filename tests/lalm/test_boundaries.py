@@ -20,8 +20,8 @@ from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.runs import Run
 from fastcompress.training.settings import SettingsError, TrainSettings
-from tests.lalm.test_model import batch, build
 from tests.support.lalm_data import write_tones
+from tests.support.reference_models import batch, build
 
 
 def learned(**options) -> FastCompressForConditionalGeneration:

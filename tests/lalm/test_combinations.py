@@ -19,34 +19,8 @@ from torch import Tensor
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
 from fastcompress.lalm.encoders import WAVEFORM, WHISPER
 from fastcompress.ops.segment_reduce import REDUCTIONS
-from tests.lalm.test_model import AUDIO, TEXT, WAVE, WINDOW
-from tests.lalm.test_model import WHISPER as WHISPER_OPTIONS
+from tests.support.reference_models import AUDIO, ENCODERS, MELS, TEXT
 
-MELS = 16
-NO_DROPOUT = dict.fromkeys(
-    ("dropout", "layerdrop", "activation_dropout", "attention_dropout", "hidden_dropout", "feat_proj_dropout"), 0.0
-)
-ENCODERS: dict[str, dict[str, Any]] = {
-    "whisper": WHISPER_OPTIONS,
-    "voxtral_encoder": {
-        "num_mel_bins": MELS, "hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 2, "max_source_positions": WINDOW // 2,
-    },
-    "wav2vec2": WAVE,
-    "hubert": WAVE,
-    "wavlm": WAVE,
-    "unispeech": WAVE,
-    "unispeech-sat": WAVE,
-    "parakeet_encoder": NO_DROPOUT | {
-        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-        "num_mel_bins": MELS, "subsampling_conv_channels": 8, "conv_kernel_size": 5, "dropout_positions": 0.0,
-    },
-    "wav2vec2-bert": NO_DROPOUT | {
-        "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48,
-        "feature_projection_input_dim": MELS, "conv_depthwise_kernel_size": 5, "apply_spec_augment": False,
-        "conformer_conv_dropout": 0.0, "vocab_size": 4,
-    },
-}  # fmt: skip
 DECODERS = ("qwen2", "llama", "mistral", "gemma", "qwen3", "gemma3_text", "granite", "phi3", "mamba")
 SHORTEST = 45  # minimum number of samples for one frame of the encoders in WAVE
 

@@ -7,8 +7,8 @@ import torch
 import transformers
 
 from fastcompress.lalm.encoders import encode
-from tests.lalm.test_excluded import encoder_of
-from tests.lalm.test_model import batch, build
+from tests.support.encoders import encoder_of
+from tests.support.reference_models import batch, build
 
 
 @pytest.mark.parametrize("rule", [None, "uniform:3"])

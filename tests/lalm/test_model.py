@@ -14,84 +14,7 @@ from torch import Tensor
 
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration
 from fastcompress.lalm.encoders import WAVEFORM, encode
-
-AUDIO = 60  # not in the decoder's table
-WINDOW = 100  # mel frames
-TEXT = {
-    "vocab_size": 60,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-WHISPER = {
-    "d_model": 24, "encoder_layers": 2, "encoder_attention_heads": 2, "encoder_ffn_dim": 48, "decoder_layers": 1,
-    "num_mel_bins": 16, "max_source_positions": WINDOW // 2, "vocab_size": 4, "pad_token_id": 0, "bos_token_id": 1,
-    "eos_token_id": 2, "decoder_start_token_id": 1,
-}  # fmt: skip
-WAVE = {
-    "hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32, "conv_dim": (16, 16),
-    "conv_stride": (5, 4), "conv_kernel": (10, 8), "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 2,
-    "apply_spec_augment": False, "hidden_dropout": 0.0, "attention_dropout": 0.0, "layerdrop": 0.0,
-    "feat_proj_dropout": 0.0, "num_feat_extract_layers": 2, "mask_time_prob": 0.0, "feat_extract_norm": "layer",
-    "do_stable_layer_norm": True,
-}  # fmt: skip
-
-
-def build(audio: str = "whisper", text: str = "qwen2", **options: Any) -> FastCompressForConditionalGeneration:
-    audio_config = transformers.AutoConfig.for_model(audio, **(WHISPER if audio == "whisper" else WAVE))
-    text_config = transformers.AutoConfig.for_model(text, **TEXT)
-    torch.manual_seed(0)
-    config = FastCompressConfig(audio_config, text_config, audio_token_id=AUDIO, **options)
-    model = FastCompressForConditionalGeneration(config)
-    for p in model.parameters():
-        if p.dim() > 1:
-            torch.nn.init.normal_(p, std=1.0 / p.shape[1] ** 0.5)
-    return model.eval()
-
-
-IDS = [[AUDIO, 3, 4, 5], [6, 7, 8], [9, AUDIO, AUDIO, 10, 11]]
-LENGTHS = (70, 9, 100)
-
-
-def batch(seed: int = 0, left: bool = False) -> dict[str, Tensor]:
-    """Return three samples, with one audio, none and two."""
-    g = torch.Generator().manual_seed(seed)
-    rows, masks = [], []
-    for ids in IDS:
-        padding = [0] * (5 - len(ids))
-        rows.append(padding + ids if left else ids + padding)
-        masks.append([0] * len(padding) + [1] * len(ids) if left else [1] * len(ids) + [0] * len(padding))
-    ids, mask = torch.tensor(rows), torch.tensor(masks)
-    return {
-        "input_ids": ids,
-        "attention_mask": mask,
-        "input_features": torch.randn(3, 16, 100, generator=g),
-        "feature_attention_mask": (torch.arange(100) < torch.tensor(LENGTHS)[:, None]).long(),
-        "labels": ids.masked_fill((mask == 0) | (ids == AUDIO), -100),
-    }
-
-
-def samples(full: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """Return each sample alone, without padding of text or audio."""
-    found, audio = [], 0
-    for row, mask, labels in zip(full["input_ids"], full["attention_mask"], full["labels"], strict=True):
-        keep = mask.bool()
-        part = {"input_ids": row[keep][None], "labels": labels[keep][None]}
-        count = int((part["input_ids"] == AUDIO).sum())
-        if count:
-            lengths = LENGTHS[audio : audio + count]
-            part["input_features"] = full["input_features"][audio : audio + count, :, : max(lengths)]
-            part["feature_attention_mask"] = (torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]).long()
-        audio += count
-        found.append(part)
-    return found
-
+from tests.support.reference_models import AUDIO, LENGTHS, TEXT, WHISPER, WINDOW, batch, build, samples
 
 RULES = (None, "uniform:3", "local-max", "local-max:prominence=0.1", "threshold:0.5")
 
@@ -448,6 +371,47 @@ def test_generation_agrees_with_forward():
     tokens = model.generate(**part, max_new_tokens=5, do_sample=False, eos_token_id=None)
     logits = model(**(part | {"input_ids": tokens})).logits[0]
     assert logits[-6:-1].argmax(-1).tolist() == tokens[0, prompt.shape[1] :].tolist()
+
+
+@pytest.mark.parametrize("text", ["qwen2", "gemma2"])
+def test_parts_of_compression_without_training(text: str, tmp_path: Path):
+    """A model that is loaded uses them for a rule that its weights were not trained with, packed, padded and cached."""
+    build(text=text).save_pretrained(tmp_path)
+    model = FastCompressForConditionalGeneration.from_pretrained(tmp_path).eval()
+    assert (model.proportional_attention, model.positions) == (False, "compact")
+    full = batch(left=True)
+    labels = full.pop("labels")
+    stock = model(**full).logits
+    model.rule = "uniform:1"
+    torch.testing.assert_close(model(**full).logits, stock)
+    model.rule = "uniform:3"
+    assert (model.proportional_attention, model.positions) == (True, "time")
+    out = model(**full)
+    assert out.packed.next_positions.tolist() == [3 + 35, 3, 3 + 5 + 50]  # text and frames
+    texts = []
+    for beams in (1, 3):
+        tokens = model.generate(**full, max_new_tokens=5, do_sample=False, eos_token_id=None, num_beams=beams)
+        texts.append(tokens)
+        for row, part in zip(tokens, samples(full | {"labels": labels}), strict=True):
+            del part["labels"]
+            alone = model.generate(**part, max_new_tokens=5, do_sample=False, eos_token_id=None, num_beams=beams)
+            assert row[5:].tolist() == alone[0, -5:].tolist()
+    part = samples(full | {"labels": labels})[2]
+    del part["labels"]
+    given = torch.cat([part["input_ids"], texts[0][2:3, -5:]], 1)
+    logits = model(**(part | {"input_ids": given, "attention_mask": torch.ones_like(given)})).logits[0]
+    assert logits[-6:-1].argmax(-1).tolist() == texts[0][2, -5:].tolist()
+    model.save_pretrained(tmp_path / "again")
+    again = FastCompressForConditionalGeneration.from_pretrained(tmp_path / "again").eval()
+    assert (again.rule, again.proportional_attention, again.positions) == ("uniform:3", True, "time")
+    again.rule = "uniform:2"  # its weights were saved with a rule, and keep the settings of their training
+    assert (again.proportional_attention, again.positions) == (True, "time")
+    again.positions, again.proportional_attention = "compact", False
+    assert not torch.equal(again(**full).logits, out.logits)
+    with pytest.raises(ValueError, match="positions must be 'compact' or 'time', got 'middle'"):
+        again.positions = "middle"
+    with pytest.raises(TypeError, match="proportional_attention must be True or False, got 1"):
+        again.proportional_attention = 1
 
 
 def test_return_values_of_generate():

@@ -15,9 +15,8 @@ from fastcompress.lalm.encoders import build_encoder, encode
 from fastcompress.lalm.loading import load_model
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_small
-from tests.lalm.test_combinations import ENCODERS
-from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch
 from tests.support.lalm_data import write_tones
+from tests.support.reference_models import AUDIO, ENCODERS, TEXT, WHISPER, batch
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:the decoder runs padded"),

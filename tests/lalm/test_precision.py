@@ -19,8 +19,8 @@ from fastcompress.training.manifest import read_manifest
 from fastcompress.training.recipes import build_tokenizer
 from fastcompress.training.runs import Run
 from fastcompress.training.settings import TrainSettings
-from tests.lalm.test_model import TEXT, WHISPER, batch, build
 from tests.support.lalm_data import write_tones
+from tests.support.reference_models import TEXT, WHISPER, batch, build
 
 
 @pytest.fixture(scope="module")

@@ -397,6 +397,79 @@ def test_unpack_is_the_inverse(side):
         packed.unpack(side="middle")
 
 
+# Positions in time
+
+
+def loop_positions(lengths: list[int]) -> tuple[list[int], int]:
+    """Return the position of each row of one sample, and the one that follows."""
+    found, begin = [], 0
+    for length in lengths:
+        found.append(begin + (length - 1) // 2)  # the lower one of two middle frames
+        begin += length
+    return found, begin
+
+
+@pytest.mark.parametrize("compact", (True, False))
+@pytest.mark.parametrize("layout", ("right", "left", "packed", "lengths"))
+def test_positions_in_time_are_those_of_a_loop(layout: str, compact: bool):
+    case = batch(11, layout, True)
+    counts = case["audio_cu_seqlens"]
+    audio, frames = torch.randn(int(counts[-1]), 6), torch.randint(1, 8, (int(counts[-1]),))
+    common = {"audio_cu_seqlens": counts, "placeholder": AUDIO, "compact": compact, **case["kwargs"]}
+    packed = fc.pack(case["ids"], torch.randn(VOCABULARY, 6), audio, audio_lengths=frames, positions="time", **common)
+    offsets_of_samples = packed.cu_seqlens.tolist()
+    for b, (begin, end) in enumerate(zip(offsets_of_samples[:-1], offsets_of_samples[1:], strict=True)):
+        rows = [s - case["ids"].numel() for s in packed.source[begin:end].tolist()]
+        lengths = [1 if row < 0 else int(frames[row]) for row in rows]
+        assert packed.row_lengths[begin:end].tolist() == lengths
+        positions, following = loop_positions(lengths)
+        assert packed.position_ids[begin:end].tolist() == positions and int(packed.next_positions[b]) == following
+    assert not packed.position_ids[offsets_of_samples[-1] :].any() and packed.in_time
+    plain = fc.pack(case["ids"], torch.randn(VOCABULARY, 6), audio, **common)
+    assert plain.row_lengths is None and torch.equal(plain.next_positions, plain.cu_seqlens.diff().long())
+    for side in ("right", "left"):  # positions do not say where a row is in its sample
+        padded, mask = packed.unpack(packed.position_ids, side)
+        assert padded.dtype == torch.int64
+        assert padded[mask.bool()].tolist() == packed.position_ids[: offsets_of_samples[-1]].tolist()
+        timed, untimed = (p.unpack(torch.arange(len(p.source), dtype=torch.float64), side)[0] for p in (packed, plain))
+        assert torch.equal(timed, untimed)
+
+
+@pytest.mark.parametrize("rule", ("uniform:4", "min-variance:rate=3", "local-max"))
+def test_merged_embeds_have_the_positions_of_pooled_audio(rule: str):
+    frames, text = torch.randn(11, 6), torch.randn(5, 6)
+    merged = torch.cat([text[:2], frames, text[2:]])
+    groups = torch.tensor([0] * 2 + [1] * 11 + [0] * 3, dtype=torch.int32)
+    one = fc.pack(inputs_embeds=merged, row_group=groups, rule=rule, positions="time")
+    ids, pooled = torch.tensor([0, 1, AUDIO, 2, 3, 4]), fc.segment_pool(frames, rule=rule)
+    two = fc.pack(ids, text, pooled, placeholder=AUDIO, positions="time")
+    for name in ("inputs_embeds", "position_ids", "row_lengths", "next_positions"):
+        assert torch.equal(getattr(one, name), getattr(two, name))
+    assert one.next_positions.tolist() == [16] and one.position_ids[-3:].tolist() == [13, 14, 15]
+    bias = one.model_inputs(proportional_attention=True)["key_bias"]
+    assert torch.equal(bias, one.row_lengths.double().log()) and "key_bias" not in one.model_inputs()
+
+
+def test_positions_need_the_lengths_of_the_audio():
+    ids, table, audio = torch.tensor([1, AUDIO]), torch.randn(9, 6), torch.randn(2, 6)
+    lengths = torch.tensor([2, 3])
+    common = {"placeholder": AUDIO}
+    with pytest.raises(ValueError, match="positions='time' needs audio as Pooled, or audio_lengths, which is None"):
+        fc.pack(ids, table, audio, positions="time", **common)
+    with pytest.raises(ValueError, match="proportional attention needs row_lengths, which is None"):
+        fc.pack(ids, table, audio, **common).model_inputs(proportional_attention=True)
+    with pytest.raises(ValueError, match="positions must be 'compact' or 'time', got 'middle'"):
+        fc.pack(ids, table, audio, audio_lengths=lengths, positions="middle", **common)
+    with pytest.raises(ValueError, match=re.escape("audio_lengths must have shape [2], got [1]")):
+        fc.pack(ids, table, audio, audio_lengths=lengths[:1], **common)
+    with pytest.raises(ValueError, match="audio_lengths must be at least 1, got 0"):
+        fc.pack(ids, table, audio, audio_lengths=lengths - 2, **common)
+    with pytest.raises(TypeError, match="audio_lengths must be int32 or int64, got torch.float32"):
+        fc.pack(ids, table, audio, audio_lengths=lengths.float(), **common)
+    with pytest.raises(ValueError, match="audio_lengths needs audio as a tensor"):
+        fc.pack(ids, table, fc.segment_pool(audio, rule="uniform:2"), audio_lengths=lengths, **common)
+
+
 # Tracing
 
 

@@ -6,12 +6,12 @@ import json
 import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
 import fastcompress
+from tests.support import processes
 
 PACKAGE = Path(fastcompress.__file__).parent
 
@@ -69,8 +69,7 @@ print(json.dumps(sorted(set(sys.modules) - before)))
 
 
 def python(code: str, path: Path) -> subprocess.CompletedProcess:
-    env = {**os.environ, "PYTHONPATH": str(path)}
-    return subprocess.run([sys.executable, "-c", code], env=env, cwd=path, capture_output=True, text=True, timeout=240)
+    return processes.run(["-c", code], env={**os.environ, "PYTHONPATH": str(path)}, cwd=path)
 
 
 def last_line(code: str, path: Path):

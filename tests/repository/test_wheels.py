@@ -10,7 +10,6 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import pytest
 import fastcompress as fc
 from fastcompress.dispatch.library import LIBRARY_PATH
 from scripts import symbols, wheel_test, wheels
-from tests.support import ROOT
+from tests.support import ROOT, processes
 
 
 @pytest.fixture
@@ -33,8 +32,7 @@ def toolkit(tmp_path: Path) -> Path:
 
 
 def setup(*arguments: str, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "setup.py", "-q", *arguments]
-    return subprocess.run(command, cwd=ROOT, env={**os.environ, **env}, capture_output=True, text=True)
+    return processes.run(["setup.py", "-q", *arguments], cwd=ROOT, env={**os.environ, **env})
 
 
 @pytest.mark.parametrize(
@@ -78,8 +76,7 @@ def test_a_source_distribution_has_no_cuda(toolkit: Path, tmp_path: Path):
 
 
 def script(name: str, *arguments: str, **env: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, f"scripts/{name}.py", *arguments]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **env})
+    return processes.run([f"scripts/{name}.py", *arguments], cwd=ROOT, env={**os.environ, **env})
 
 
 def test_dry_run_of_the_wheel_test(tmp_path: Path):

@@ -9,8 +9,6 @@ from typing import Any
 import numpy as np
 import soundfile
 
-from fastcompress.training.manifest import Utterance, write_manifest
-
 WORDS = {"low": 300.0, "middle": 900.0, "high": 2500.0}  # Hz
 RATE = 16_000
 
@@ -19,7 +17,7 @@ def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, te
     """Write a manifest with ``count`` utterances of one to three tones, and ``texts`` lines without audio."""
     g = np.random.default_rng(seed)
     (folder / "audio").mkdir(parents=True, exist_ok=True)
-    utterances = []
+    lines: list[Any] = []
     for i in range(count):
         words = list(g.choice(list(WORDS), g.integers(1, 4)))
         parts = []
@@ -27,20 +25,16 @@ def write_tones(folder: Path, count: int, name: str = "train", seed: int = 0, te
             t = np.arange(int(RATE * g.uniform(0.12, 0.2))) / RATE
             parts += [0.3 * np.sin(2 * np.pi * WORDS[word] * t), np.zeros(800)]
         samples = np.concatenate(parts) + 0.003 * g.standard_normal(sum(map(len, parts)))
-        path = folder / "audio" / f"{name}-{i}.wav"
-        soundfile.write(path, samples, RATE)
+        path = f"audio/{name}-{i}.wav"
+        soundfile.write(folder / path, samples, RATE)
         text = " ".join(words)
-        utterances.append(Utterance(path, text, text, len(samples) / RATE, phones=text))
-    for _ in range(texts):
-        words = list(g.choice(list(WORDS), 2))
-        utterances.append(Utterance(None, " ".join(words), " ".join(words)))
-    manifest = folder / f"{name}.jsonl"
-    write_manifest(manifest, utterances)
-    return manifest
+        lines.append({"audio_filepath": path, "duration": len(samples) / RATE, "text": text, "phones": text})
+    lines += [{"text": " ".join(g.choice(list(WORDS), 2))} for _ in range(texts)]
+    return write_lines(folder, *lines, name=name)
 
 
-def write_lines(folder: Path, *lines: Any) -> Path:
+def write_lines(folder: Path, *lines: Any, name: str = "m") -> Path:
     """Write a manifest with the given lines: strings unchanged, other values as JSON."""
-    path = folder / "m.jsonl"
+    path = folder / f"{name}.jsonl"
     path.write_text("\n".join(line if isinstance(line, str) else json.dumps(line) for line in lines), encoding="utf-8")
     return path

@@ -18,6 +18,18 @@ FEATURES = ("iid", "smooth", "repeated", "zeros", "nonfinite", "huge", "tiny")
 #: them. The features cover special values at one width, 33, which has a unit and a tail.
 WIDTHS_AND_FEATURES = (*((width, "iid") for width in WIDTHS), *((33, kind) for kind in FEATURES if kind != "iid"))
 RAGGED = (0, 1, 2, 3, 40, 0, 17, 65, 5)  # frames of the sequences of a batch
+#: Offsets that are not those of 60 rows.
+BAD_OFFSETS = (
+    [0, 50, 20, 60],
+    [5, 60],
+    [0, 40],
+    [0, 2**31 - 1],
+    [-7, 60],
+    [0, 70, 60],
+    [60],
+    [0, -5, 60],
+    [0, 60, 60, 61],
+)
 
 RULES = (
     fc.Uniform(1),
@@ -179,3 +191,25 @@ def assert_same_bits(actual: Tensor, expected: Tensor, what: str = "") -> None:
             f"{what}: {len(different)} of {actual.numel()} values differ, first at {index}: "
             f"{actual[index].item()!r} is not {expected[index].item()!r}"
         )
+
+
+def packing(seed: int, rows: int = 400, **changes: object) -> dict[str, object]:
+    """Return arguments of pack_map: samples of a few tiles, with neighbouring audios of any size."""
+    g = torch.Generator().manual_seed(seed)
+    groups = row_groups(rows, seed)
+    begins = torch.tensor([0, *sorted(torch.randint(0, rows, (3,), generator=g).tolist()), rows])
+    starts = (groups > 0) & ((groups != groups.roll(1)) | torch.zeros(rows).bool().index_fill(0, begins[:-1], True))
+    sizes = torch.randint(0, 40, (int(starts.sum()),), generator=g)
+    cu = torch.nn.functional.pad(sizes.cumsum(0), (1, 0))
+    ids = torch.randint(0, 50, (rows,), generator=g)
+    return {
+        "row_group": groups,
+        "ids": ids,
+        "cu_seqlens": begins.int(),
+        "lengths": None,
+        "audio_cu_seqlens": cu,
+        "num_embeddings": 50,
+        "num_audio_rows": int(cu[-1]),
+        "compact": True,
+        **changes,
+    }

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import random
 import resource
-import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -15,21 +15,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastcompress import files
 from fastcompress.training import checkpoints
 from fastcompress.training.checkpoints import CheckpointError
-from tests.support import ROOT
+from tests.support.checkpoints import KEEP, check_whole, save, state
 from tests.support.forking import in_fork
 
 pytestmark = [
     pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork"),
     pytest.mark.timeout(120),
 ]
-
-WIDTH = 200  # 160 KB of weights, and twice as much in the optimizer
-KEEP = 2
 
 
 @pytest.fixture(autouse=True)
@@ -39,35 +35,6 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
-
-
-def state(step: int) -> tuple[dict[str, Tensor], torch.optim.Optimizer]:
-    """Return the state of training after this number of steps."""
-    weights = {"a": torch.full((WIDTH, WIDTH), float(step), requires_grad=True)}
-    optimizer = torch.optim.AdamW(weights.values())
-    weights["a"].grad = torch.full((WIDTH, WIDTH), float(step))
-    optimizer.step()
-    with torch.no_grad():
-        weights["a"].fill_(step)
-    return weights, optimizer
-
-
-def save(folder: Path, step: int) -> None:
-    checkpoints.save(folder, step, *state(step), KEEP)
-
-
-def check_whole(folder: Path) -> list[int]:
-    """Assert that every checkpoint can be loaded and is of one step, and return the steps."""
-    steps = []
-    for path in checkpoints.found(folder):
-        weights, optimizer = state(999)
-        step = checkpoints.load(path, weights, optimizer)
-        assert path.name == f"step-{step:08d}"
-        assert bool((weights["a"] == step).all())
-        moment = optimizer.state[weights["a"]]["exp_avg"]
-        torch.testing.assert_close(moment, torch.full_like(moment, 0.1 * step))
-        steps.append(step)
-    return steps
 
 
 #: Audit events of Python's file operations. The process is killed once before each of them.
@@ -179,54 +146,65 @@ def test_a_full_disk_leaves_the_last_checkpoint(size: int, tmp_path: Path, limit
     assert check_whole(tmp_path) == [1, 2]
 
 
-ON_A_FULL_DISK = """
-import os, sys
-from pathlib import Path
-from tests.training.test_checkpoints import CheckpointError, check_whole, save
+CLONE_NEWNS, CLONE_NEWUSER = 0x00020000, 0x10000000
 
-folder, filler = Path(sys.argv[1]) / "run", Path(sys.argv[1]) / "filler"
-save(folder, 1)
-before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-filler.mkdir()
-for left in (0, 4, 100, 160, 300, 472, "files"):  # KiB, of the 480 that a checkpoint takes
-    if left == "files":
-        try:
-            for number in range(10_000):
-                (filler / str(number)).touch()
-        except OSError:
-            pass
-    else:
-        disk = os.statvfs(folder)
-        (filler / "0").write_bytes(bytes(disk.f_bavail * disk.f_frsize - 1024 * left))
-    try:
-        save(folder, 2)
-    except CheckpointError as error:
-        message = str(error)
-    else:
-        sys.exit(f"there was room: {left}")
-    reason = "no space left on device"
-    assert "step-00000002: cannot be written (" in message and reason in message.lower(), (left, message)
-    assert message.endswith(f"the last whole checkpoint is {folder / 'step-00000001'}"), (left, message)
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, left
-    for path in filler.iterdir():
-        path.unlink()
-save(folder, 2)
-assert check_whole(folder) == [1, 2]
-print("good")
-"""
+
+def mount_small_disk(folder: Path) -> None:
+    """Mount a disk in memory, with 2 MiB and 200 files, that only this process sees.
+
+    Raises:
+        OSError: This process has no permission.
+    """
+    libc = ctypes.CDLL(None, use_errno=True)
+    user, group = os.getuid(), os.getgid()
+    if libc.unshare(CLONE_NEWNS | CLONE_NEWUSER):
+        raise OSError(ctypes.get_errno(), "unshare")
+    Path("/proc/self/setgroups").write_text("deny")
+    Path("/proc/self/uid_map").write_text(f"0 {user} 1")
+    Path("/proc/self/gid_map").write_text(f"0 {group} 1")
+    if libc.mount(b"tmpfs", bytes(folder), b"tmpfs", 0, b"size=2m,nr_inodes=200"):
+        raise OSError(ctypes.get_errno(), "mount")
+
+
+def save_on_a_full_disk(disk: Path) -> None:
+    """Space or files run out."""
+    folder, filler = disk / "run", disk / "filler"
+    save(folder, 1)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    filler.mkdir()
+    for left in (0, 4, 100, 160, 300, 472, "files"):  # KiB, of the 480 that a checkpoint takes
+        if left == "files":
+            with contextlib.suppress(OSError):
+                for number in range(10_000):
+                    (filler / str(number)).touch()
+        else:
+            room = os.statvfs(folder)
+            (filler / "0").write_bytes(bytes(room.f_bavail * room.f_frsize - 1024 * left))
+        with pytest.raises(CheckpointError) as caught:
+            save(folder, 2)
+        message = str(caught.value)
+        assert "step-00000002: cannot be written (" in message and "no space left on device" in message.lower(), left
+        assert message.endswith(f"the last whole checkpoint is {folder / 'step-00000001'}"), left
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before, left
+        for path in filler.iterdir():
+            path.unlink()
+    save(folder, 2)
+    assert check_whole(folder) == [1, 2]
 
 
 def test_a_real_full_disk(tmp_path: Path):
-    """The disk is in memory, with 2 MiB and 200 files, and only the process sees it. Space or files run out."""
-    mount = 'mount -t tmpfs -o size=2m,nr_inodes=200 tmpfs "$0" && exec "$@"'
-    within = ["unshare", "--map-root-user", "--mount", "sh", "-c", mount, str(tmp_path)]
-    if shutil.which("unshare") is None or subprocess.run([*within, "true"], capture_output=True).returncode:
+    disk, done = tmp_path / "disk", tmp_path / "done"
+    disk.mkdir()
+    if in_fork(lambda: mount_small_disk(disk)):
         pytest.skip("this process has no permission to mount a disk")
-    command = [sys.executable, "-c", ON_A_FULL_DISK, str(tmp_path)]
-    env = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([*within, *command], cwd=ROOT, env=env, capture_output=True, text=True)
-    assert (done.returncode, done.stdout) == (0, "good\n"), done.stderr
-    assert not list(tmp_path.iterdir())
+
+    def task() -> None:
+        mount_small_disk(disk)
+        save_on_a_full_disk(disk)
+        done.touch()
+
+    assert in_fork(task) == 0 and done.exists()
+    assert not list(disk.iterdir())  # the disk was not the folder of this process
 
 
 def test_a_full_disk_leaves_a_file_as_it_was(tmp_path: Path, limit: Callable[[int], None]):

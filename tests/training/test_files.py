@@ -12,7 +12,7 @@ import transformers
 import fastcompress as fc
 from fastcompress.lalm import FastCompressConfig, FastCompressForConditionalGeneration, add_lora
 from fastcompress.lalm.lora import lora_targets
-from tests.lalm.test_model import AUDIO, TEXT, WHISPER, batch, build
+from tests.support.reference_models import AUDIO, TEXT, WHISPER, batch, build
 
 
 @pytest.mark.parametrize("rule", [None, "local-max:order=2"])

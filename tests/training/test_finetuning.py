@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import peft
 import pytest
 import torch
+import torch.distributed as dist
 import transformers
+from torch.nn.parallel import DistributedDataParallel
 
 from fastcompress.cli import main as cli
 from fastcompress.integrations.transformers import FAMILIES, apply_to, revert
@@ -19,10 +19,9 @@ from fastcompress.training import finetuning
 from fastcompress.training.manifest import read_manifest
 from fastcompress.training.parsing import read_record
 from fastcompress.training.settings import FinetuneSettings
-from tests.integrations.test_apply import Gate
-from tests.integrations.test_dynamic import GREEDY, batch, grads, largest, make
-from tests.support import ROOT, audio_llms
+from tests.support import audio_llms, forking
 from tests.support.command_line import flags
+from tests.support.compressed_llms import GREEDY, Gate, batch, grads, largest, make
 from tests.support.lalm_data import write_tones
 
 NAMES = tuple(audio_llms.FAMILIES)
@@ -153,47 +152,28 @@ def test_trainer(pack, tmp_path):
     assert (tmp_path / "checkpoint-2" / "model.safetensors").exists()
 
 
-LAUNCH = """
-import sys
-import torch
-import torch.distributed as dist
-from torch.nn.parallel import DistributedDataParallel
-from fastcompress.integrations.transformers import apply_to
-from tests.support import audio_llms
-from tests.integrations.test_apply import Gate
-
-torch.set_num_threads(1)
-dist.init_process_group("gloo", init_method=f"file://{sys.argv[1]}/meeting", rank=int(sys.argv[2]), world_size=2)
-rank = dist.get_rank()
-model = audio_llms.make("qwen2_audio").double().train()
-torch.manual_seed(1)
-apply_to(model, Gate(32).double())
-parallel = DistributedDataParallel(model)
-optimizer = torch.optim.SGD(model.parameters(), 0.01)
-for step in range(3):
-    # The second process has text alone, in the second step; in the third it has other audio.
-    sizes = (None, None) if (rank, step) == (1, 1) else (20, 9) if rank == 0 else (16, 12)
-    inputs = audio_llms.batch("qwen2_audio", model, sizes, labels=True, seed=step)
-    inputs = {k: v.double() if v.is_floating_point() else v for k, v in inputs.items()}
-    parallel(**inputs, num_items_in_batch=8).loss.backward()
-    optimizer.step()
-    optimizer.zero_grad()
-torch.save({k: v for k, v in model.state_dict().items()}, f"{sys.argv[1]}/weights-{rank}.pt")
-dist.destroy_process_group()
-"""
+def train_in_parallel(folder: Path, rank: int) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    model = make("qwen2_audio").train()
+    torch.manual_seed(1)
+    apply_to(model, Gate(32).double())
+    parallel = DistributedDataParallel(model)
+    optimizer = torch.optim.SGD(model.parameters(), 0.01)
+    for step in range(3):
+        # The second process has text alone, in the second step; in the third it has other audio.
+        sizes = (None, None) if (rank, step) == (1, 1) else (20, 9) if rank == 0 else (16, 12)
+        inputs = batch("qwen2_audio", model, sizes, labels=True, seed=step)
+        parallel(**inputs, num_items_in_batch=8).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    torch.save(model.state_dict(), folder / f"weights-{rank}.pt")
+    dist.destroy_process_group()
 
 
 def test_two_processes_one_with_text_alone(tmp_path):
-    script = tmp_path / "train.py"
-    script.write_text(LAUNCH)
-    root = str(ROOT)
-    env = os.environ | {"PYTHONPATH": root, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(script), str(tmp_path)]
-    processes = [
-        subprocess.Popen([*command, str(rank)], env=env, stderr=subprocess.PIPE, text=True) for rank in range(2)
-    ]
-    errors = [process.communicate(timeout=240)[1] for process in processes]
-    assert [process.returncode for process in processes] == [0, 0], errors[0][-2000:] + errors[1][-2000:]
+    processes = [forking.start(functools.partial(train_in_parallel, tmp_path, rank)) for rank in range(2)]
+    assert [forking.wait(process) for process in processes] == [0, 0]
     found = [torch.load(tmp_path / f"weights-{rank}.pt") for rank in range(2)]
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
     model = make("qwen2_audio")
@@ -298,20 +278,6 @@ def test_finetune(stock, name, mode, tmp_path, capsys):
         processor = finetuning.BudgetProcessor(processor, trained)
     conversations = finetuning.Conversations(processor, "write what you hear")
     assert finetuning.score(trained, conversations, read_manifest(stock / "dev.jsonl"), 3, 5) == scores
-
-
-def test_finetune_resumes(stock, tmp_path, capsys):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    assert cli.main(arguments(stock, "qwen2_audio", whole)) == 0
-    assert cli.main(arguments(stock, "qwen2_audio", cut, max_steps=4)) == 0
-    assert cli.main(arguments(stock, "qwen2_audio", cut)) == 2
-    assert "already contains a run; resume it, or choose another folder" in capsys.readouterr().err
-    for path in (cut / "checkpoint-4").iterdir():
-        path.unlink()
-    (cut / "checkpoint-4").rmdir()
-    assert cli.main([*arguments(stock, "qwen2_audio", cut), "--resume"]) == 0
-    a, b = (json.loads((folder / "finetune.json").read_text())["losses"] for folder in (whole, cut))
-    assert a == b
 
 
 def test_finetune_skips_unreadable_audio(stock, tmp_path, capsys):

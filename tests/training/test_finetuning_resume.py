@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from fastcompress.cli import main as cli
+from fastcompress.training.finetuning import newest_checkpoint
 from tests.support import audio_llms
 from tests.support.command_line import flags
 from tests.support.lalm_data import write_tones
@@ -70,12 +71,22 @@ BROKEN: dict[str, Callable[[Path], None]] = {
 
 
 @pytest.mark.parametrize("broken", BROKEN)
-def test_the_newest_whole_checkpoint_is_taken(broken: str, run: Path, capsys: pytest.CaptureFixture[str]):
+def test_the_newest_whole_checkpoint_is_found(broken: str, run: Path, tmp_path: Path):
+    for name in ("checkpoint-2", "checkpoint-4"):
+        shutil.copytree(run / name, tmp_path / name)
+    assert newest_checkpoint(tmp_path) == tmp_path / "checkpoint-4"
+    BROKEN[broken](tmp_path / "checkpoint-4")
+    said: list[str] = []
+    assert newest_checkpoint(tmp_path, said.append) == tmp_path / "checkpoint-2"
+    assert said == [f"{tmp_path / 'checkpoint-4'} is not whole: skipped"]
+
+
+def test_the_newest_whole_checkpoint_is_resumed(run: Path, capsys: pytest.CaptureFixture[str]):
+    assert cli.main(arguments(run)) == 2
+    assert "already contains a run; resume it, or choose another folder" in capsys.readouterr().err
     out = run.parent / "cut"
-    shutil.rmtree(out, ignore_errors=True)
     shutil.copytree(run, out)
-    BROKEN[broken](out / "checkpoint-4")
-    capsys.readouterr()
+    BROKEN["half an optimizer"](out / "checkpoint-4")
     assert cli.main([*arguments(out), "--resume"]) == 0, capsys.readouterr().err
     said = capsys.readouterr().out
     assert f"{out / 'checkpoint-4'} is not whole" in said and "resuming after step 2 of 4" in said

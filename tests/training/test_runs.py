@@ -20,8 +20,8 @@ from fastcompress.training.parsing import read_record
 from fastcompress.training.recipes import build_tokenizer
 from fastcompress.training.runs import Run
 from fastcompress.training.settings import SettingsError, TrainSettings
-from tests.lalm.test_model import TEXT, WHISPER
 from tests.support.lalm_data import write_tones
+from tests.support.reference_models import TEXT, WHISPER
 
 pytestmark = [
     pytest.mark.xdist_group("training"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ import pytest
 import soundfile
 
 from fastcompress.audio import AudioError, load_audio
-from fastcompress.training.manifest import ManifestError, Utterance, read_manifest, write_manifest
+from fastcompress.training.manifest import Utterance, read_manifest
 from fastcompress.training.usable import check_audio, load_utterance
 from tests.support.lalm_data import write_lines
 
@@ -107,28 +106,3 @@ def test_a_part_is_all_that_is_decoded(tmp_path: Path):
     seen: list[float] = []
     load_audio(path, progress=lambda done, total: seen.append(done), offset=30.0, duration=1.0)
     assert len(seen) == 1 and 30 < seen[0] < 39  # a block is 8.2 s
-
-
-def test_a_written_manifest_means_the_same_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.chdir(tmp_path)
-    for folder in ("data", "out"):
-        Path(folder).mkdir()
-    recording(Path("data/a.wav"), 1.0)
-    Path("data/m.jsonl").write_text('{"audio_filepath": "a.wav", "text": "a"}')
-    (u,) = read_manifest("data/m.jsonl")
-    for target, wanted in (
-        ("out/m.jsonl", str(tmp_path / "data/a.wav")),
-        ("data/again.jsonl", "a.wav"),
-        ("m.jsonl", "data/a.wav"),
-        (str(tmp_path / "n.jsonl"), "data/a.wav"),
-    ):
-        write_manifest(Path(target), [u])
-        assert json.loads(Path(target).read_text())["audio_filepath"] == wanted
-        assert len(load_utterance(read_manifest(target)[0], RATE)) == RATE
-
-
-def test_samples_are_not_written(tmp_path: Path):
-    u = Utterance(None, "hello", "hello", samples=(np.zeros(RATE, np.float32), RATE))
-    with pytest.raises(ManifestError, match="m.jsonl: the utterance 'hello' has samples, which a manifest"):
-        write_manifest(tmp_path / "m.jsonl", [u])
-    assert not (tmp_path / "m.jsonl").exists()

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
+import pydoc
 import re
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from fastcompress import files
+from fastcompress.cli.main import main
 from fastcompress.lalm.loading import RunError, load_model
 from fastcompress.training import checkpoints, logs
 from fastcompress.training.checkpoints import CheckpointError
@@ -28,6 +31,7 @@ from fastcompress.training.runs import Run
 from fastcompress.training.settings import SettingsError, TrainerSettings, TrainSettings
 from fastcompress.training.trainer import Training, TrainingStopped
 from tests.support import ROOT
+from tests.support.forking import in_fork, write_to
 from tests.support.lalm_data import write_tones
 from tests.support.slow import some
 
@@ -123,53 +127,57 @@ def environment(**more: str) -> dict[str, str]:
 @pytest.mark.parametrize("when", some(["step 4", "writing a checkpoint", "writing the result"], "step 4"))
 def test_killed_and_resumed_to_the_bit(when: str, data: Path, tmp_path: Path):
     """The run is killed at a step, while it writes a checkpoint, and while it writes the result."""
-    whole, killed = tmp_path / "whole", tmp_path / "killed"
-    steps = ["--max-steps", "8"]
-    subprocess.run(command(whole, data, *steps), env=environment(), check=True, capture_output=True)
+    whole, killed, printed = tmp_path / "whole", tmp_path / "killed", tmp_path / "printed"
+
+    def train(folder: Path, *more: str) -> Callable[[], None]:
+        def task() -> None:
+            with printed.open("wb") as file:
+                write_to(file.fileno(), file.fileno())
+            assert main(command(folder, data, "--max-steps", "8", *more)[3:]) == 0
+            sys.stdout.flush()
+
+        return task
+
+    assert in_fork(train(whole)) == 0, printed.read_text()
     # The process kills itself, because a signal from outside would not arrive exactly at this place.
     places = {
         "step 4": ("fastcompress.training.trainer.Training.update", 4),
         "writing a checkpoint": ("torch.save", 1),
         "writing the result": ("fastcompress.training.runs.Run._write_final", 1),
     }
-    script = tmp_path / "kill.py"
     name, call = places[when]
-    script.write_text(KILLER.format(name=name, call=call))
-    arguments = command(killed, data, *steps)
-    killing = [sys.executable, str(script), *arguments[3:]]
-    done = subprocess.run(killing, env=environment(), capture_output=True, text=True)
-    assert done.returncode == -signal.SIGKILL, done.stderr
+
+    def train_and_die() -> None:
+        kill_at(name, call)
+        train(killed)()
+
+    assert in_fork(train_and_die) == -signal.SIGKILL, printed.read_text()
     assert not (killed / "final").exists()
     found = checkpoints.found(killed / "checkpoints")
     assert (len(found) > 0) == (when != "writing a checkpoint")
-    again = subprocess.run(command(killed, data, *steps, "--resume"), env=environment(), capture_output=True, text=True)
-    assert again.returncode == 0, again.stderr
-    assert "resuming after step" in again.stdout
+    assert in_fork(train(killed, "--resume")) == 0, printed.read_text()
+    assert "resuming after step" in printed.read_text()
     assert losses(killed) == losses(whole)
     a, b = ((f / "final" / "model.safetensors").read_bytes() for f in (killed, whole))
     assert a == b
     assert not list(killed.rglob("unfinished-*"))
 
 
-KILLER = """
-import os, pydoc, signal, sys
+def kill_at(name: str, call: int) -> None:
+    """Kill this process after a call of a function with this number."""
+    parts = name.split(".")
+    owner: Any = pydoc.locate(".".join(parts[:-1]))
+    real, calls = getattr(owner, parts[-1]), 0
 
-parts = {name!r}.split(".")
-owner = pydoc.locate(".".join(parts[:-1]))
-real, calls = getattr(owner, parts[-1]), 0
+    def killing(*arguments: Any, **more: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        result = real(*arguments, **more)
+        if calls == call:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return result
 
-def killing(*arguments, **more):
-    global calls
-    calls += 1
-    if calls == {call}:
-        real(*arguments, **more)
-        os.kill(os.getpid(), signal.SIGKILL)
-    return real(*arguments, **more)
-
-setattr(owner, parts[-1], killing)
-from fastcompress.cli.main import main
-sys.exit(main(sys.argv[1:]))
-"""
+    setattr(owner, parts[-1], killing)
 
 
 @pytest.mark.slow

@@ -7,27 +7,16 @@ import os
 import subprocess
 import sys
 
-import numpy
 import pytest
 import triton
 
 from fastcompress.dispatch import backends
-from tests.support import ROOT
+from tests.support import ROOT, processes
+from tests.support.triton_versions import WHY_NOT, no_interpreter
 
 FILES = [ROOT / "tests" / "triton" / "interpreted" / f"{name}.py" for name in ("segment_ops", "pooling", "contracts")]
 
 
-def no_interpreter(triton: str, numpy: str) -> str:
-    """Return the reason if the interpreter does not run: up to triton 3.6 it is not compatible with NumPy 2.4."""
-
-    def minor(version: str) -> tuple[int, ...]:
-        return tuple(map(int, version.split(".")[:2]))
-
-    broken = minor(triton) < (3, 7) and minor(numpy) >= (2, 4)
-    return f"the interpreter of triton {triton} does not run with numpy {numpy}" if broken else ""
-
-
-WHY_NOT = no_interpreter(triton.__version__, numpy.__version__)
 pytestmark = pytest.mark.skipif(bool(WHY_NOT), reason=WHY_NOT)
 
 
@@ -92,7 +81,7 @@ def test_only_the_kernels_import_triton():
         "assert [op for op in DEFINITION if op not in OPS]"
         " == ['banded_distance', 'min_variance_boundaries', 'pack_map', 'pack_labels']"  # ops over scalars only
     )
-    run = in_process(["-c", script])
+    run = processes.run(["-c", script], env=os.environ | {"TRITON_INTERPRET": "1"})
     assert run.returncode == 0, run.stderr
 
 

@@ -31,6 +31,7 @@ from fastcompress.integrations.transformers.families import (
 )
 from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
+from fastcompress.ops.pack import POSITIONS, Positions
 from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.rules import LabelChange, Rule, as_rule
 
@@ -61,6 +62,7 @@ def apply_to(
     *,
     before_projector: bool | None = None,
     proportional_attention: bool | None = None,
+    positions: Positions | None = None,
     silence: str | float | None = None,
 ) -> Any:
     """Compress the audio of a stock audio LLM, or of Whisper, in place.
@@ -74,15 +76,18 @@ def apply_to(
 
     In **budget** mode the number of tokens depends only on the length of the audio, and [`BudgetProcessor`][] writes
     that number of placeholders into the prompt. The rest of the model stays stock, and engines that count placeholders
-    can serve it.
+    can serve it, without proportional attention and positions in time, which are therefore off by default.
 
     **Whisper** has one mode: its encoder returns pooled frames, and its decoder attends to them. Forward with labels,
     ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
 
-    Saving writes rule, mode and side of the projector as ``fastcompress`` into ``config.json``, and with a peft adapter
-    into ``fastcompress.json`` next to ``adapter_config.json``. This applies to ``save_pretrained`` of the model, of a
-    ``PeftModel`` and of a merged model, and for checkpoints of ``Trainer``. A model that is loaded with them, but used
-    without ``apply_to``, warns once.
+    Proportional attention and positions in time make compression nearly free for a model that was not trained with it.
+    Both are on for a rule, unless the weights were saved with this rule and without them.
+
+    Saving writes rule, mode, side of the projector, proportional attention and positions as ``fastcompress`` into
+    ``config.json``, and with a peft adapter into ``fastcompress.json`` next to ``adapter_config.json``. This applies to
+    ``save_pretrained`` of the model, of a ``PeftModel`` and of a merged model, and for checkpoints of ``Trainer``. A
+    model that is loaded with them, but used without ``apply_to``, warns once.
 
     Args:
         model: Audio LLM with a head, such as ``Qwen2AudioForConditionalGeneration``, which may be wrapped by peft.
@@ -99,7 +104,13 @@ def apply_to(
         before_projector: Whether to pool the encoder's frames, so that only tokens are projected; else the projector's
             output is pooled. ``None``: as saved if ``compressor`` is ``None``, else false.
         proportional_attention: Whether a token of ``L`` frames weighs as much as its frames: ``log(L)`` is added to
-            its attention scores. Whisper only. ``None``: as saved if ``compressor`` is ``None``, else true.
+            its attention scores. The decoder then needs ``attn_implementation="fastcompress"``, which ``apply_to``
+            sets. ``None``: as saved with the same rule, else true for a rule, and false for a module and in budget
+            mode.
+        positions: ``"time"``: a token has the position of its segment's middle frame, and text has the position that it
+            has without compression; the first token that is generated, too. ``"compact"``: rows are numbered 0, 1, 2,
+            ... ``None``: as saved with the same rule, else ``"time"`` for a rule, and ``"compact"`` for a module and in
+            budget mode. Whisper's decoder has no positions of audio.
         silence: What happens to the frames of the silence that fills Whisper's window after the audio: ``"keep"``
             each as a token, ``"pool"`` them like audio, or a number of seconds of it that are pooled, while the rest is
             dropped. ``None``: as saved if ``compressor`` is ``None``, else ``"keep"``.
@@ -128,8 +139,6 @@ def apply_to(
         compressor = SegmentPool(trained.rule, cast(Reduce, trained.reduce or "mean"))
         mode = cast(Mode, trained.mode) if mode is None else mode
         before_projector = trained.before_projector if before_projector is None else before_projector
-        if proportional_attention is None:
-            proportional_attention = trained.proportional_attention
         silence = trained.silence if silence is None else silence
     mode, before_projector = "dynamic" if mode is None else mode, bool(before_projector)
     if mode not in MODES:
@@ -140,15 +149,21 @@ def apply_to(
     if mode == "budget" and pack:
         raise ValueError("pack must be None or False in budget mode, whose forward stays stock, got True")
     module = _compressor(compressor)
+    if positions not in (None, *POSITIONS):
+        raise ValueError(f"positions must be 'compact' or 'time', got {positions!r}")
+    if trained is not None and type(module) is SegmentPool and str(module.rule) == trained.rule:
+        proportional_attention = _first(proportional_attention, trained.proportional_attention)
+        positions = _first(positions, cast(Positions, trained.positions))
     if family is None:
         if mode == "budget" or pack:
             raise NotImplementedError(f"{kind} has no budget mode and no packed rows: its prompt has no audio")
+        if positions == "time":
+            raise NotImplementedError(f"{kind} has no positions of audio in its decoder, got positions='time'")
         whisper.install(base, whisper.settings(module, proportional_attention, silence))
     else:
-        if proportional_attention or silence is not None:
-            name = "proportional_attention" if proportional_attention else "silence"
-            raise NotImplementedError(f"{name} is supported for whisper only, got {kind}")
-        _install(base, family, module, mode, pack, before_projector)
+        if silence is not None:
+            raise NotImplementedError(f"silence is supported for whisper only, got {kind}")
+        _install(base, family, module, mode, pack, before_projector, proportional_attention, positions)
     patches.replace(base, "save_pretrained", _save_pretrained)
     if trained is not None:
         saved_rule.check_same(base.fastcompress_settings.saved_rule(base), trained, f"this {kind}")
@@ -156,19 +171,45 @@ def apply_to(
     return model
 
 
+def _first(value: Any, default: Any) -> Any:
+    return default if value is None else value
+
+
 def _install(
-    base: Any, family: Family, module: nn.Module, mode: str, pack: bool | None, before_projector: bool
+    base: Any,
+    family: Family,
+    module: nn.Module,
+    mode: str,
+    pack: bool | None,
+    before_projector: bool,
+    proportional_attention: bool | None,
+    positions: str | None,
 ) -> None:
     """Compress an audio LLM, whose prompt has a placeholder per row of audio."""
     kind = base.config.model_type
     if before_projector and (mode == "budget" or family.why_not_before):
         why = family.why_not_before or "budget mode pools the projector's output"
         raise NotImplementedError(f"{kind} cannot be compressed before its projector: {why}")
-    settings = Settings(family, mode, mode == "dynamic" if pack is None else pack, before_projector)
+    language_model = base.model.language_model
+    settings = Settings(family, mode, mode == "dynamic" if pack is None else pack, before_projector, False, "compact")
     if mode == "budget":
         budget.check(kind, family, module)
-    elif settings.pack:
-        settings.attention = _prepare(base.model.language_model)
+    by_default = mode == "dynamic" and type(module) is SegmentPool
+    settings.proportional_attention = _first(proportional_attention, by_default)
+    settings.positions = _first(positions, "time" if by_default else "compact")
+    if settings.positions == "time" and not fastcompress.decoder.takes_positions(language_model):
+        if positions == "time":
+            raise NotImplementedError(f"the decoder of {kind} takes no position_ids, got positions='time'")
+        settings.positions = "compact"
+    if settings.pack or settings.proportional_attention:
+        try:
+            settings.attention = _prepare(language_model)
+        except NotImplementedError as error:
+            if settings.pack:
+                raise NotImplementedError(f"{error}; pass pack=False to compress without packing") from error
+            if proportional_attention:
+                raise NotImplementedError(f"{error}; pass proportional_attention=False") from error
+            settings.proportional_attention = False
     table = base.get_input_embeddings().weight
     base.audio_compressor = module.to(table.device, table.dtype)
     base.fastcompress_settings = settings
@@ -277,8 +318,5 @@ def _compressor(compressor: Any) -> nn.Module:
 def _prepare(decoder: Any) -> str | None:
     """Set packed attention on a decoder and return the name of its former attention."""
     before: str | None = decoder.config._attn_implementation
-    try:
-        fastcompress.decoder.prepare(decoder)
-    except NotImplementedError as error:
-        raise NotImplementedError(f"{error}; pass pack=False to compress without packing") from error
+    fastcompress.decoder.prepare(decoder)
     return before

@@ -2,13 +2,15 @@
 
 The prompt therefore has one placeholder per token from the start. ``forward``, ``generate`` and caches stay stock, and
 engines that count placeholders before they run the encoder work. Two things change: the audio is pooled before the
-model merges it into the prompt, and the processor writes fewer placeholders.
+model merges it into the prompt, and the processor writes fewer placeholders. Proportional attention and positions in
+time, which engines do not have, are added to the decoder if they are asked for.
 """
 
 from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,11 +19,29 @@ from torch import Tensor, nn
 from fastcompress.checks import IGNORED_LABEL, as_mask
 from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
+from fastcompress.decoder.prompt import Prompt, adapt, starting_from
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import FAMILIES, Family
+from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
 from fastcompress.rules import MinVariance, Rule, TopK, Uniform
+from fastcompress.segments import Pooled
 
+
+@dataclass
+class Call:
+    """Pass data between the patched methods during one forward pass.
+
+    Attributes:
+        arguments: Arguments of the inner model, which merges the prompt.
+        lengths: Frames of the tokens of all audios, ``[M]`` int64.
+    """
+
+    arguments: Mapping[str, Any]
+    lengths: Tensor | None = None
+
+
+_CALL: contextvars.ContextVar[Call | None] = contextvars.ContextVar("fastcompress_budget_call", default=None)
 #: Number of rows of each audio, which the patched encoder of Qwen2-Audio passes to its patched projector.
 _LENGTHS: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar("fastcompress_lengths", default=None)
 
@@ -55,6 +75,10 @@ def install(model: Any) -> None:
     family: Family = model.fastcompress_settings.family
     pool: SegmentPool = model.audio_compressor  # has no state, so copies of the model may share it
     core = model.model
+    settings: Settings = model.fastcompress_settings
+    if settings.proportional_attention or settings.positions == "time":
+        patches.replace(core, "forward", _forward)
+        patches.replace(core.language_model, "forward", _decode(settings, model.config.audio_token_id))
     if family.budget == "features":
         patches.replace(core, "get_audio_features", _features(family, pool))
     elif family.budget == "merge":
@@ -68,8 +92,57 @@ def install(model: Any) -> None:
 def uninstall(model: Any) -> None:
     """Restore the methods."""
     core = model.model
-    parts = (core, getattr(core, "audio_tower", None), getattr(core, "multi_modal_projector", None))
+    names = ("audio_tower", "multi_modal_projector", "language_model")
+    parts = (core, *(getattr(core, name, None) for name in names))
     patches.restore(*(part for part in parts if part is not None))
+
+
+def _forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    """Replace ``forward`` of the inner model: keep its arguments for the decoder."""
+    stock = patches.original(self, "forward")
+    token = _CALL.set(Call(patches.named(stock, args, kwargs)))
+    try:
+        return stock(*args, **kwargs)
+    finally:
+        _CALL.reset(token)
+
+
+def _decode(settings: Settings, audio_token_id: int) -> Callable[..., Any]:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        """Replace ``forward`` of the decoder: add positions in time and the bias of proportional attention."""
+        stock = patches.original(self, "forward")
+        arguments, call = patches.named(stock, args, kwargs), _CALL.get()
+        if call is None or call.lengths is None:
+            return stock(**adapt(self, arguments))
+        ids = call.arguments["input_ids"]
+        real = _real_rows(ids, call.arguments.get("attention_mask"))
+        lengths = real.long().masked_scatter(real & (ids == audio_token_id), call.lengths.to(ids.device))
+        proportional = settings.proportional_attention and bool((lengths > 1).any())
+        with starting_from(Prompt(lengths, settings.positions == "time", proportional)):
+            return stock(**adapt(self, arguments))
+
+    return forward
+
+
+def _real_rows(ids: Tensor, mask: Any) -> Tensor:
+    """Return which rows are not padding, ``[B, L]`` bool, from a mask ``[B, L]``, or from those of a static cache."""
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
+    if isinstance(mask, Mapping):
+        mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask.dim() == 4:  # a row that is not padding sees itself
+        mask = mask[:, 0].diagonal(dim1=1, dim2=2)
+        return mask if mask.dtype == torch.bool else mask == 0
+    return as_mask("attention_mask", mask)
+
+
+def _pool(pool: SegmentPool, rows: Tensor, **layout: Tensor | None) -> Pooled:
+    """Pool rows of audio, and keep the lengths of the tokens for the decoder."""
+    pooled = pool(rows, **layout)
+    call = _CALL.get()
+    if call is not None:
+        call.lengths = pooled.segments.lengths
+    return pooled
 
 
 def _features(family: Family, pool: SegmentPool) -> Callable[..., Any]:
@@ -78,7 +151,7 @@ def _features(family: Family, pool: SegmentPool) -> Callable[..., Any]:
         out = stock(*args, **kwargs | {"return_dict": True})
         lengths = family.lengths(self, patches.named(stock, args, kwargs))  # type: ignore[misc]
         offsets = torch.nn.functional.pad(lengths.to(out.pooler_output.device).cumsum(0), (1, 0))
-        out.pooler_output = pool(out.pooler_output, cu_seqlens=offsets.int()).values
+        out.pooler_output = _pool(pool, out.pooler_output, cu_seqlens=offsets.int()).values
         return out
 
     return get_audio_features
@@ -89,7 +162,7 @@ def _merge(pool: SegmentPool) -> Callable[..., Any]:
         self: Any, input_ids: Tensor, audio_features: Tensor, input_features_mask: Tensor | None = None
     ) -> Tensor:
         mask = None if input_features_mask is None else input_features_mask.long()
-        pooled = pool(audio_features, attention_mask=mask).values
+        pooled = _pool(pool, audio_features, attention_mask=mask).values
         return patches.original(self, "get_merged_audio_embeddings")(input_ids, pooled)
 
     return get_merged_audio_embeddings
@@ -112,7 +185,7 @@ def _projector(pool: SegmentPool) -> Callable[..., Any]:
         rows = patches.original(self, "forward")(*args, **kwargs)
         lengths = _LENGTHS.get()
         assert lengths is not None
-        return pool(rows, lengths=lengths.to(rows.device)).to_padded()[0]
+        return _pool(pool, rows, lengths=lengths.to(rows.device)).to_padded()[0]
 
     return forward
 

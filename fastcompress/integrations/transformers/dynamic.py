@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import GenerationMixin
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
@@ -25,15 +25,15 @@ from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt, setting, unwrap
 from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
+from fastcompress.decoder.prompt import CACHES, Prompt, adapt, frames_per_token, starting_from
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.outputs import ignore_in_predictions, with_compressed
 from fastcompress.integrations.transformers.settings import Settings
 from fastcompress.nn import SegmentPool
+from fastcompress.ops.pack import with_row_lengths
 from fastcompress.ops.row_groups import row_groups
 from fastcompress.segments import Pooled
 
-#: Names of the argument for the cache of earlier rows; ``cache`` exists since transformers 5.24.
-CACHES = ("past_key_values", "cache")
 #: Settings of ``generate`` that turn assisted decoding on.
 ASSISTED = ("assistant_model", "prompt_lookup_num_tokens", "assistant_early_exit", "use_mtp")
 
@@ -49,7 +49,8 @@ class Call:
         packed: Whether the decoder runs on packed rows.
         side: Side of the padding if it does not.
         capture: Whether to stop before the decoder, to get its input only.
-        kept: True for the rows of audio that contain a token after pooling before the projector, ``[N]`` bool.
+        kept: Frames of the token that each row of audio contains after pooling before the projector, ``[N]`` int64; 0
+            for rows without one.
         inputs: Input of the decoder, set by the patched decoder.
     """
 
@@ -195,9 +196,9 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
     """Replace ``forward`` of the decoder: compress the merged embeddings, then run the stock decoder."""
     stock = patches.original(self, "forward")
     call = _CALL.get()
-    if call is None or call.model.model.language_model is not self:
-        return stock(*args, **kwargs)
     arguments = patches.named(stock, args, kwargs)
+    if call is None or call.model.model.language_model is not self:
+        return stock(**adapt(self, arguments))
     merged = arguments.pop("inputs_embeds")
     labels = call.arguments.get("labels")
     call.inputs = packed = _compressed(call, merged, labels)
@@ -205,8 +206,10 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         return BaseModelOutputWithPast(last_hidden_state=merged[:, :0])
     for name in ("attention_mask", "position_ids", "input_ids"):
         arguments.pop(name, None)
+    lengths = packed.row_lengths
+    proportional = call.settings.proportional_attention and lengths is not None and bool((lengths > 1).any())
     if call.packed:
-        inputs = packed.model_inputs()
+        inputs = packed.model_inputs(proportional)
         inputs.pop("labels", None)
         for name in CACHES:
             arguments.pop(name, None)
@@ -214,16 +217,10 @@ def _decode(self: Any, *args: Any, **kwargs: Any) -> Any:
         hidden = out.last_hidden_state[0]
     else:
         embeds, mask = packed.unpack(side=call.side)
-        positions = (mask.cumsum(1) - 1).clamp_min(0)
-        out = stock(
-            **arguments
-            | {
-                "inputs_embeds": embeds,
-                "attention_mask": mask,
-                "position_ids": positions,
-                "return_dict": True,
-            }
-        )
+        arguments |= {"inputs_embeds": embeds, "attention_mask": mask, "return_dict": True}
+        with starting_from(Prompt.of(packed, call.side, proportional)):
+            arguments = adapt(self, arguments)
+        out = stock(**arguments)
         hidden = out.last_hidden_state[mask.bool()]
     if labels is not None:
         assert packed.labels is not None
@@ -249,11 +246,13 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
     if not _has_audio(call.model, call.arguments):  # placeholders without audio count as text
         return fc.pack(inputs_embeds=merged, attention_mask=mask, labels=labels)
     groups = row_groups(ids, audio_id, attention_mask=mask)
+    rest: dict[str, Any] = {"inputs_embeds": merged, "labels": labels, "positions": call.settings.positions}
     if call.kept is not None:
-        dropped = torch.zeros_like(is_audio)
-        dropped[is_audio] = ~call.kept.to(merged.device)
-        groups = groups.clamp_max(0).masked_fill(dropped, -1)
-        return fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
+        lengths = torch.ones_like(ids)
+        lengths[is_audio] = call.kept.to(merged.device)
+        groups = groups.clamp_max(0).masked_fill(lengths == 0, -1)
+        packed = fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
+        return with_row_lengths(packed, lengths.flatten()[packed.source], call.settings.positions)
     if call.settings.before_projector:
         raise RuntimeError(
             "nothing was pooled before the projector, because its forward was replaced after apply_to; call revert and "
@@ -261,23 +260,26 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
         )
     compressor = call.model.audio_compressor
     if type(compressor) is SegmentPool and compressor.reduce == "mean":  # `pack` can pool in the same pass
-        return fc.pack(inputs_embeds=merged, row_group=groups, rule=compressor.rule, labels=labels)
+        return fc.pack(**rest, row_group=groups, rule=compressor.rule)
     first = groups.clone()
     first[:, 1:] -= groups[:, :-1].clamp_min(0)
     is_audio = groups > 0
     bounds = (first > 0)[is_audio].nonzero()[:, 0]
     rows = merged[is_audio]
     offsets = torch.cat([bounds, bounds.new_tensor([len(rows)])]).int()
-    pooled = _apply(call.model.audio_compressor, rows, offsets)
-    pooled_values = pooled.values.to(merged.dtype)
+    pooled = _apply(call, rows, offsets)
     return fc.pack(
-        inputs_embeds=merged, audio=pooled_values, audio_cu_seqlens=pooled.cu_seqlens, row_group=groups, labels=labels
+        **rest,
+        audio=pooled.values.to(merged.dtype),
+        audio_cu_seqlens=pooled.cu_seqlens,
+        audio_lengths=frames_per_token(pooled),
+        row_group=groups,
     )
 
 
-def _apply(compressor: nn.Module, rows: Tensor, offsets: Tensor) -> Pooled:
-    """Run a compressor on rows of audio ``[N, D]`` with offsets ``[A + 1]``, and check its result."""
-    pooled = compressor(rows, cu_seqlens=offsets)
+def _apply(call: Call, rows: Tensor, offsets: Tensor) -> Pooled:
+    """Run the compressor on rows of audio ``[N, D]`` with offsets ``[A + 1]``, and check its result."""
+    pooled = call.model.audio_compressor(rows, cu_seqlens=offsets)
     if not (hasattr(pooled, "values") and hasattr(pooled, "cu_seqlens")):
         got = type(pooled).__name__
         raise TypeError(
@@ -287,6 +289,13 @@ def _apply(compressor: nn.Module, rows: Tensor, offsets: Tensor) -> Pooled:
         raise ValueError(
             f"compressor must return {len(offsets) - 1} audios, the number of its input, got "
             f"{len(pooled.cu_seqlens) - 1}"
+        )
+    settings = call.settings
+    if (settings.proportional_attention or settings.positions == "time") and frames_per_token(pooled) is None:
+        raise ValueError(
+            "proportional attention and positions in time need a compressor that returns segments, as "
+            f"fastcompress.Pooled has, got {type(pooled).__name__}: pass proportional_attention=False and "
+            "positions='compact' to apply_to"
         )
     return pooled
 
@@ -302,7 +311,7 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     valid = torch.arange(longest, device=rows.device) < lengths[:, None]
     flat = rows[valid] if rows.dim() == 3 else rows
     offsets = torch.nn.functional.pad(lengths.cumsum(0), (1, 0)).int()
-    pooled = _apply(call.model.audio_compressor, flat, offsets)
+    pooled = _apply(call, flat, offsets)
     counts = pooled.cu_seqlens.diff()
     if bool((counts > lengths).any()):
         raise ValueError(
@@ -312,7 +321,10 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     tokens = stock(pooled.values.to(rows.dtype), *args, **kwargs)
     kept = (torch.arange(longest, device=rows.device) < counts[:, None])[valid]
     spread = tokens.new_zeros(len(flat), tokens.shape[-1]).masked_scatter(kept[:, None], tokens)
-    call.kept = kept
+    token_lengths = frames_per_token(pooled)
+    call.kept = kept.long()
+    if token_lengths is not None:
+        call.kept = call.kept.masked_scatter(kept, token_lengths)
     if rows.dim() == 2:
         return spread
     return spread.new_zeros(*rows.shape[:-1], spread.shape[-1]).masked_scatter(valid[..., None], spread)
@@ -367,7 +379,9 @@ def _generate(self: Any, *args: Any, **kwargs: Any) -> Any:
     if family.adapters_hear and getattr(self, "_hf_peft_config_loaded", False):
         self.enable_adapters()  # the stock method does this only if it gets audio features
         stock = GenerationMixin.generate.__get__(self)
-    out = prepend_prompt(stock(**rest), ids, embeds.shape[1] if family.prompt_ids else 0)
+    with starting_from(Prompt.of(packed, "left", self.fastcompress_settings.proportional_attention)):
+        found = stock(**rest)
+    out = prepend_prompt(found, ids, embeds.shape[1] if family.prompt_ids else 0)
     warn_of_limits(self, rest, out, ids.shape[1], packed)
     return out
 

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 from typing import Any
 
-from fastcompress.ops.pack import PackedInputs
+from fastcompress.ops.packed_inputs import PackedInputs
 
 #: Fields that ``Trainer.predict`` excludes from predictions by default, if the configuration does not list any.
 _CACHES = ["cache", "past_key_values"]

@@ -32,6 +32,8 @@ class Settings(NotPickled):
         mode: ``"dynamic"`` or ``"budget"``.
         pack: Whether ``forward`` runs the decoder on packed rows.
         before_projector: Whether frames are pooled before the projector.
+        proportional_attention: Whether a token weighs as much as its frames in the decoder's attention.
+        positions: ``"time"`` or ``"compact"``; see ``fastcompress.pack``.
         attention: Name of the decoder's attention before ``apply_to`` changed it; ``None``: not changed.
     """
 
@@ -39,6 +41,8 @@ class Settings(NotPickled):
     mode: str
     pack: bool
     before_projector: bool
+    proportional_attention: bool
+    positions: str
     attention: str | None = None
 
     def saved_rule(self, model: Any) -> SavedRule:
@@ -46,5 +50,13 @@ class Settings(NotPickled):
         module = model.audio_compressor
         module = getattr(module, "original_module", module)  # peft may wrap it
         if type(module) is SegmentPool:
-            return SavedRule(self.mode, self.before_projector, rule=str(module.rule), reduce=module.reduce)
-        return SavedRule(self.mode, self.before_projector, compressor=type(module).__name__)
+            pooling: dict[str, Any] = {"rule": str(module.rule), "reduce": module.reduce}
+        else:
+            pooling = {"compressor": type(module).__name__}
+        return SavedRule(
+            self.mode,
+            self.before_projector,
+            proportional_attention=self.proportional_attention,
+            positions=self.positions,
+            **pooling,
+        )

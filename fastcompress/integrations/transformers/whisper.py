@@ -195,10 +195,7 @@ def _encode(self: Any, *args: Any, **kwargs: Any) -> Any:
         groups = torch.where(place < kept.clamp_min(1)[:, None], 1, -1)
     pool = settings.compressor
     pooled = segment_pool(hidden, rule=pool.rule, row_group=groups.int(), reduce=pool.reduce)
-    tokens, counts = pooled.to_padded()
-    lengths = torch.zeros(tokens.shape[:2], dtype=torch.int64, device=tokens.device)
-    lengths[torch.arange(tokens.shape[1], device=tokens.device) < counts[:, None]] = pooled.segments.lengths
-    return PooledEncoderOutput(tokens, out.hidden_states, out.attentions, lengths)
+    return PooledEncoderOutput(pooled.to_padded()[0], out.hidden_states, out.attentions, pooled.padded_lengths())
 
 
 def _decode_layer(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,159 @@
+"""Score compression without training in the shipped audio LLM: ``python -m experiments.training_free``.
+
+The model was trained on every frame of synthetic strings of digits. Every rule runs with each combination of
+proportional attention and positions in time. The control ``min-variance, lengths in random order`` has the segments of
+``min-variance`` in another order, so that it differs in the placement of boundaries alone.
+
+The data set is made again in each run, which takes a minute; rows that are in the results are not computed again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastcompress as fc
+from fastcompress.files import write_file
+from fastcompress.lalm.loading import load_model
+from fastcompress.ops.segment_reduce import segment_reduce
+from fastcompress.segments import Pooled, Segments
+from fastcompress.training.evaluation import evaluate
+from fastcompress.training.examples import EncodedExamples, Examples
+from fastcompress.training.manifest import read_manifest
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "assets" / "models" / "digits"
+RATES = (2, 3, 4, 6)
+#: Longest segment of ``min-variance`` for each rate, in frames.
+LONGEST = {2: 8, 3: 8, 4: 8, 6: 12}
+#: Test sets of ``fastcompress make-data`` and their titles.
+SETS = {"test": "known voices", "test-voice": "new voices", "test-noise": "more noise"}
+#: Proportional attention and positions.
+PARTS = tuple(itertools.product((False, True), ("compact", "time")))
+
+
+class RandomOrder(torch.nn.Module):
+    """Pool segments that have the lengths of ``min-variance`` in random order.
+
+    Args:
+        rate: Frames per token.
+        seed: Seed of the order, which is the same for every sequence of a length.
+    """
+
+    def __init__(self, rate: int, seed: int = 0) -> None:
+        super().__init__()
+        self.rule: fc.MinVariance = fc.MinVariance(rate, LONGEST[rate])
+        self.seed: int = seed
+
+    def forward(self, x: Tensor, cu_seqlens: Tensor | None = None, lengths: Tensor | None = None) -> Pooled:
+        """Compress a batch; see [`fastcompress.segment_pool`][]."""
+        found = fc.segment_pool(x, cu_seqlens=cu_seqlens, lengths=lengths, rule=self.rule).segments
+        starts, sizes = found.starts.clone(), found.lengths.clone()
+        for begin, end in itertools.pairwise(found.cu_segments.tolist()):
+            order = torch.randperm(end - begin, generator=torch.Generator().manual_seed(self.seed))
+            sizes[begin:end] = found.lengths[begin:end][order]
+            starts[begin:end] = found.starts[begin] + sizes[begin:end].cumsum(0) - sizes[begin:end]
+        segments = Segments(
+            starts, sizes, found.cu_segments, found.frame_cu_seqlens, found.num_rows, found.padded_length
+        )
+        return Pooled(segment_reduce(x, segments), segments)
+
+
+def compressions() -> dict[str, str | torch.nn.Module]:
+    """Return the rules and the control by title."""
+    found: dict[str, str | torch.nn.Module] = {}
+    for rate in RATES:
+        found[f"uniform {rate}x"] = f"uniform:{rate}"
+        found[f"min-variance {rate}x"] = f"min-variance:rate={rate},max_len={LONGEST[rate]}"
+        found[f"min-variance {rate}x, lengths in random order"] = RandomOrder(rate)
+    return found
+
+
+def score(
+    name: str, compression: str | torch.nn.Module, parts: tuple[bool, str], sets: dict[str, Any]
+) -> dict[str, Any]:
+    """Return the row of one compression with proportional attention and positions."""
+    model, _ = load_model(MODEL)
+    if isinstance(compression, str):
+        model.rule = None if compression == "none" else compression
+    else:
+        model.use_compressor(compression)
+    model.proportional_attention, model.positions = parts
+    scores = {}
+    for title, examples in sets.items():
+        result, _ = evaluate(model, examples, 32, timed=0, max_new_tokens=16)
+        fields = dataclasses.asdict(result)
+        kept = ("utterances", "words", "wer", "wer_low", "wer_high", "tokens_per_second", "ratio")
+        scores[title] = {field: fields[field] for field in kept}
+    return {"compression": name, "proportional_attention": parts[0], "positions": parts[1], "scores": scores}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Return word error rates as Markdown: a table per test set, a column per combination."""
+    from tabulate import tabulate
+
+    heads = {parts: f"{'log' if parts[0] else 'none'}, {parts[1]}" for parts in PARTS}
+    places = {(row["compression"], row["proportional_attention"], row["positions"]): row["scores"] for row in rows}
+    texts = []
+    for name, title in SETS.items():
+        first = next(row["scores"][name] for row in rows)
+        texts.append(f"*{title}: {first['utterances']} strings, {first['words']} words; WER in %, 95 % interval*\n")
+        lines = []
+        for compression in dict.fromkeys(row["compression"] for row in rows):
+            cells = [places.get((compression, *parts)) for parts in PARTS]
+            rate = next(cell for cell in cells if cell)[name]["tokens_per_second"]
+            shown = [
+                "" if cell is None else "{wer:.1f} [{wer_low:.1f}, {wer_high:.1f}]".format(**cell[name])
+                for cell in cells
+            ]
+            lines.append([compression, f"{rate:.1f}", *shown])
+        texts.append(tabulate(lines, ["", "tokens/s", *heads.values()], "pipe", disable_numparse=True) + "\n")
+    return "\n".join(texts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m experiments.training_free", description=__doc__)
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "training-free", help="folder of data and results")
+    parser.add_argument("--utterances", type=int, default=200, help="strings per test set (default %(default)s)")
+    options = parser.parse_args()
+    from transformers.utils import logging
+
+    from fastcompress.synthesis.data import make_data
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    torch.set_num_threads(1)
+    data = options.out / "data"
+    make_data(data, "digits", "recognition", train=1, dev=1, test=options.utterances, seed=0, jobs=1)
+    model, processor = load_model(MODEL)
+    sets = {name: EncodedExamples(Examples(read_manifest(data / f"{name}.jsonl"), processor), model) for name in SETS}
+    record = options.out / "training-free.json"
+    rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"] if record.exists() else []
+    done = {(row["compression"], row["proportional_attention"], row["positions"]) for row in rows}
+    work = [("every frame", "none", (False, "compact"))]
+    work += [(name, one, parts) for name, one in compressions().items() for parts in PARTS]
+    for name, compression, parts in work:
+        if (name, *parts) in done:
+            continue
+        since = time.process_time()
+        rows.append(score(name, compression, parts, sets))
+        details = {"model": "digits", "utterances": options.utterances, "torch": torch.__version__, "rows": rows}
+        write_file(record, json.dumps(details, indent=1))
+        wer = {test: round(found["wer"], 1) for test, found in rows[-1]["scores"].items()}
+        print(f"{name}, {parts}: WER {wer}, {time.process_time() - since:.1f} CPU s", flush=True)
+    write_file(options.out / "training-free.md", table(rows))
+    print(table(rows))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

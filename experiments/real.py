@@ -73,9 +73,9 @@ def min_variance(rate: int) -> str:
     return str(fc.Rule.from_string(f"min-variance:rate={rate},max_len={8 if rate <= 4 else 2 * rate}"))
 
 
-def main_rows() -> list[Variant]:
+def main_rows(rates: Sequence[int] = RATES) -> list[Variant]:
     """Return every frame, uniform pooling and minimum-variance segments at each rate."""
-    rules = [rule for rate in RATES for rule in (f"uniform:{rate}", min_variance(rate))]
+    rules = [rule for rate in rates for rule in (f"uniform:{rate}", min_variance(rate))]
     return [Variant(NONE), *(Variant(rule) for rule in rules)]
 
 
@@ -95,6 +95,11 @@ def controls(rates: Sequence[int] = RATES) -> list[Variant]:
 def controls_at_four() -> list[Variant]:
     """Return the controls at 4 frames per token."""
     return controls((4,))
+
+
+def main_rows_at_four() -> list[Variant]:
+    """Return the main rows at 4 frames per token."""
+    return main_rows((4,))
 
 
 def four_frames_per_token() -> list[Variant]:
@@ -117,6 +122,7 @@ PLAN = (
     ("whisper-tiny.en", "test-other", "keep", controls_at_four),
     ("whisper-base", "fleurs", "keep", four_frames_per_token),
     ("whisper-tiny.en", "test-other", "cut", main_rows),
+    ("whisper-base", "test-other", "pool", main_rows_at_four),
     ("whisper-base", "test-other", "keep", main_rows),
     ("whisper-tiny.en", "test-other", "keep", controls),
     ("whisper-tiny.en", "test-other", "pool", eight_frames_per_token),

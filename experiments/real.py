@@ -73,9 +73,9 @@ def min_variance(rate: int) -> str:
     return str(fc.Rule.from_string(f"min-variance:rate={rate},max_len={8 if rate <= 4 else 2 * rate}"))
 
 
-def main_rows(rates: Sequence[int] = RATES) -> list[Variant]:
+def main_rows(rates: Sequence[int] = ()) -> list[Variant]:
     """Return every frame, uniform pooling and minimum-variance segments at each rate."""
-    rules = [rule for rate in rates for rule in (f"uniform:{rate}", min_variance(rate))]
+    rules = [rule for rate in rates or RATES for rule in (f"uniform:{rate}", min_variance(rate))]
     return [Variant(NONE), *(Variant(rule) for rule in rules)]
 
 
@@ -84,8 +84,9 @@ def without_weights() -> list[Variant]:
     return [dataclasses.replace(v, proportional_attention=False) for v in main_rows() if v.rule != NONE]
 
 
-def controls(rates: Sequence[int] = RATES) -> list[Variant]:
+def controls(rates: Sequence[int] = ()) -> list[Variant]:
     """Return controls, local maxima and uniform sampling."""
+    rates = rates or RATES
     found = [Variant(min_variance(rate), control=control) for rate in rates for control in (PERMUTED, CONSTANT)]
     found += [Variant("local-max"), *(Variant(f"uniform:{rate}", reduce="first") for rate in rates)]
     off = [v for v in found if v.control == "" or (v.control == PERMUTED and v.rule == min_variance(4))]

@@ -14,12 +14,13 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from experiments.real import CONSTANT, PERMUTED, RESULTS
+from experiments.real import CONSTANT, PERMUTED, RESULTS, min_variance
 from fastcompress.files import write_file
 from fastcompress.training.sweep_models import NONE, Variant
 from fastcompress.training.sweep_report import plot
 from fastcompress.training.sweep_scores import Comparer, Comparison, Score, is_uniform
 
+RATES = (2, 3, 4, 6, 8)
 #: Largest upper bound of a difference to every frame that is called "no cost", in points.
 MARGIN = 1.0
 TITLES = {"keep": "silence kept", "pool": "everything pooled", "cut": "cut to the audio and one second"}
@@ -157,7 +158,7 @@ def choice(part: Part) -> str:
     """Return a table of the best row of each rate on one half of the speakers, with its result on the other half."""
     chosen, reported = part.half(True), part.half(False)
     rows = []
-    for rate in (2, 3, 4, 6):
+    for rate in RATES:
         same = [s for s in chosen.scores if abs(s.frames_per_token / rate - 1) < 0.05 and s.variant.rule != NONE]
         if not same:
             continue
@@ -199,6 +200,25 @@ def parts_effect(part: Part) -> str:
     return tabulate(rows, head, "pipe", disable_numparse=True, colalign=("left", *["right"] * 6))
 
 
+def summary(parts: Sequence[Part]) -> str:
+    """Return a table of the word error rates of all parts: every frame, uniform pooling, minimum-variance segments."""
+    rows = []
+    for part in parts:
+        by_variant = {replace(s.variant, silence=None): s for s in part.scores}
+        for rate in RATES:
+            best = by_variant.get(Variant(min_variance(rate)))
+            if best is None:
+                continue
+            usual = Variant(f"uniform:{rate}", proportional_attention=False)
+            found = [by_variant.get(v) for v in (Variant(NONE), usual, Variant(f"uniform:{rate}"))]
+            cells = ["" if s is None else f"{s.wer.value:.2f}" for s in (*found, best)]
+            none = part.comparer.against_none(best, part.scores)
+            rows.append([part.title, f"{rate}x", f"{best.keys:.0f}", *cells, *_cells(none)])
+    head = ("model, data, silence", "rate", "keys", "none", "uniform", "uniform, weights", "min-variance, weights",
+            "the latter vs none", "95 %")  # fmt: skip
+    return tabulate(rows, head, "pipe", disable_numparse=True, colalign=("left", *["right"] * 8))
+
+
 def report(parts: Sequence[Part]) -> str:
     """Return all tables as Markdown."""
     variants = {replace(s.variant, silence=None) for part in parts for s in part.scores}
@@ -218,6 +238,12 @@ def report(parts: Sequence[Part]) -> str:
         "with the same weights at the same frames per token, interpolated between two rates where marked by ~.",
         f"* *no cost*: whether the upper end of the 95 % interval against every frame is below +{MARGIN} point.",
         "* Intervals: paired bootstrap, 10,000 resamples.",
+        "",
+        "### Word error rates in %, without training",
+        "",
+        "*uniform*: the usual way, with equal weights. *weights*: with log(length).",
+        "",
+        summary(parts),
         "",
     ]
     for part in parts:

@@ -94,6 +94,10 @@ def test_rows_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
         report.startswith(f"{len(keep['rows']) + 3} rows, ")
         and "whisper-tiny.en, test-other, everything pooled" in report
     )
+    line = next(line for line in report.splitlines() if line.startswith("| whisper-tiny.en, test-other, silence kept"))
+    by_label = {row["label"]: f"{row['wer']['value']:.2f}" for row in keep["rows"]}
+    wanted = ("none", "uniform:4, proportional attention off", "uniform:4", "min-variance")
+    assert [cell.strip() for cell in line.split("|")][4:8] == [by_label[label] for label in wanted]
     assert f"| min-variance:rate=4, {PERMUTED}" in report and "uniform sampling:4" in report
     assert (tmp_path / "real-whisper-tiny.en-test-other-keep.png").read_bytes().startswith(b"\x89PNG")
 

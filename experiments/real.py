@@ -41,6 +41,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "experiments" / "results"
 
 RATES = (4, 3, 2, 6)
+NEW_TOKENS = 128
 #: Controls: segments of the lengths of the rule's in random order; one weight for all pooled tokens.
 PERMUTED, CONSTANT = "lengths in random order", "equal weights"
 #: What happens to the silence that fills the window, and how the results' file is called.
@@ -219,7 +220,7 @@ class Part:
         for path in sorted(folder.glob(f"speech/{self.data.manifests}")):
             utterances += self.skipped.read(path)
         language = None if name.endswith(".en") else self.data.language
-        model = load(str(folder / name), "cpu", Decoding(128, language))
+        model = load(str(folder / name), "cpu", Decoding(NEW_TOKENS, language))
         assert isinstance(model, Whisper)
         model.controls = {
             PERMUTED: lambda hidden, frames, found: permuted(hidden, frames, found, self.silence),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from experiments.real import CONSTANT, PERMUTED, RESULTS, min_variance
+from experiments.real import CONSTANT, NEW_TOKENS, PERMUTED, RESULTS, min_variance
 from fastcompress.files import write_file
 from fastcompress.training.sweep_models import NONE, Variant
 from fastcompress.training.sweep_report import plot
@@ -232,8 +232,8 @@ def report(parts: Sequence[Part]) -> str:
         "* *in audio*: frames per token of the audio alone, where silence is pooled, too.",
         "* *weights*: what is added to the attention scores of a pooled token. *log(mean length)* adds the same number "
         "to all pooled tokens of an utterance.",
-        "* *cut*: texts that reached the limit of 128 new tokens. Such a text repeats itself and adds up to 7 points "
-        "on test-other and 10 on FLEURS.",
+        f"* *cut*: texts that reached the limit of {NEW_TOKENS} new tokens. Such a text repeats itself and adds up to "
+        "7 points on test-other and 10 on FLEURS.",
         "* *vs none*, *vs uniform*: difference of the word error rates in points; the latter against uniform pooling "
         "with the same weights at the same frames per token, interpolated between two rates where marked by ~.",
         f"* *no cost*: whether the upper end of the 95 % interval against every frame is below +{MARGIN} point.",

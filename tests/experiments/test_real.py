@@ -55,9 +55,14 @@ def test_controls(silence: str):
     torch.testing.assert_close(equal[1], torch.tensor([4.0] * 5 + [0.0] * 7, dtype=torch.float64))
 
 
-def test_rows_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_rows_and_report(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
+):
     folder = tmp_path / "data"
-    tiny_whisper.write(folder / "whisper-tiny.en", max_target_positions=150)
+    tiny_whisper.write(folder / "whisper-tiny.en")
     path = write_tones(folder / "speech", 4)
     lines = [json.loads(line) | {"speaker": f"s{i % 4}"} for i, line in enumerate(path.read_text().splitlines())]
     text = "".join(f"{json.dumps(line)}\n" for line in lines)
@@ -74,7 +79,9 @@ def test_rows_and_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
     monkeypatch.setattr(real, "PLAN", tuple(plan))
     arguments = ["real", str(folder), "--out", str(tmp_path / "out"), "--results", str(tmp_path)]
     monkeypatch.setattr("sys.argv", arguments)
-    monkeypatch.setattr(real.torch, "set_num_threads", lambda count: None)
+    monkeypatch.setattr(real, "NEW_TOKENS", 5)
+    threads = torch.get_num_threads()
+    request.addfinalizer(lambda: torch.set_num_threads(threads))
     assert real.main() == 0
     assert "whisper-base/fleurs/keep: not in" in capsys.readouterr().out
     files = sorted(tmp_path.glob("real-*.json"))

@@ -25,6 +25,7 @@ help:
 	@echo "Try it"
 	@echo "  make demo          compress speech, transcribe it and write pictures to out/demo"
 	@echo "  make experiment    train and score models with and without compression (hours; QUICK=1: minutes)"
+	@echo "                     REAL=DIR: compress Whisper without training, on the speech and models in DIR"
 	@echo
 	@echo "Develop"
 	@echo "  make build         compile the CPU kernels"
@@ -85,10 +86,16 @@ demo: build
 	@echo
 	$(BIN)/python examples/demo.py
 
-# QUICK=1 trains only LoRA on the shipped model.
+# QUICK=1 trains only LoRA on the shipped model. REAL=DIR measures Whisper on real speech instead (docs/sweep.md).
 QUICK ?=
+REAL ?=
 experiment: build
+ifneq ($(REAL),)
+	$(BIN)/python -m experiments.real $(REAL)
+	$(BIN)/python -m experiments.real_report --write
+else
 	$(BIN)/python -m experiments $(if $(QUICK),--quick)
+endif
 
 test: build
 	$(PYTEST) -n 2 --dist loadgroup

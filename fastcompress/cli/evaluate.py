@@ -46,9 +46,23 @@ def add_command(commands: Any) -> None:
         "with case and punctuation; basic removes both, for any language; whisper is Whisper's for English "
         "(default: none)",
     )
+    parser.add_argument(
+        "--timed",
+        type=_count,
+        default=10,
+        metavar="N",
+        help="utterances on which encoder and prefill are timed, three times each; 0 skips the times (default: 10)",
+    )
     parser.add_argument("--threads", type=positive, metavar="N", help="threads of torch (default: one per core)")
     parser.add_argument("--json", type=Path, metavar="PATH", help="write the scores and every transcript")
     parser.set_defaults(run=_run_evaluate)
+
+
+def _count(text: str) -> int:
+    value = int(text) if text.isdecimal() else -1
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 on, got {text!r}")
+    return value
 
 
 def _run_evaluate(options: argparse.Namespace) -> int:
@@ -111,6 +125,7 @@ def _score(
                 model,
                 Examples(utterances, processor, report=skipped),
                 options.batch_size,
+                options.timed,
                 progress=lambda done: bar.update(done - bar.n),
                 normalize=options.normalize,
                 num_beams=options.num_beams,

@@ -43,11 +43,15 @@ def add_model_options(parser: argparse.ArgumentParser, batch_size: int, max_new_
         help=f"longest text, in tokens (default: {max_new_tokens})",
     )
     parser.add_argument(
-        "--device", default="cpu", type=_device, help="cpu, cuda, or one of several GPUs, such as cuda:1 (default: cpu)"
+        "--device",
+        default="cpu",
+        type=device_name,
+        help="cpu, cuda, or one of several GPUs, such as cuda:1 (default: cpu)",
     )
 
 
-def _device(text: str) -> str:
+def device_name(text: str) -> str:
+    """Check the name of a device."""
     kind, colon, index = text.partition(":")
     if kind not in ("cpu", "cuda") or (colon and not index.isdecimal()):
         hint = "; did you mean cuda?" if kind == "gpu" else did_you_mean(kind, ("cpu", "cuda"))

@@ -151,5 +151,6 @@ def _load_adapter(path: Path) -> Any:
         model.learn_boundaries(config.boundary_ratio, config.boundary_kind)
     else:
         warn_of_missing_compressor(config)
+    model.config.audio_padding = config.audio_padding
     model.train_encoder(config.train_encoder)
     return load_lora(model, path)

@@ -140,7 +140,7 @@ def evaluate(
         model: A ``FastCompressForConditionalGeneration``, with or without LoRA.
         examples: Utterances, whose targets are the references.
         batch_size: Utterances per batch.
-        timed: Utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
+        timed: Largest number of utterances on which encoder and prefill are timed, spread over the lengths. 0: none.
         progress: Called with the number of utterances that are done.
         normalize: Name of the normalization of references and texts before they are compared
             (``fastcompress.training.normalization``).

@@ -74,6 +74,8 @@ def build_model(
     if encoder is None:
         encoder = model.config.train_encoder and not settings.lora_rank
     model.train_encoder(encoder)
+    if settings.audio_padding is not None:
+        unwrap(model).config.audio_padding = settings.audio_padding
     if settings.lora_rank:
         if not base:
             raise SettingsError("`lora_rank` needs a trained model: set `model`, or `audio_model` and `text_model`")

@@ -255,6 +255,7 @@ class TrainModelSettings(Settings):
         audio_model: Pretrained encoder, folder or name; needs --text-model.
         text_model: Pretrained decoder, folder or name; needs --audio-model.
         train_encoder: Train the encoder; by default if there is neither LoRA nor a pretrained encoder.
+        audio_padding: Padding before the encoder: window, 30 s for Whisper, or longest; by default the model's.
     """
 
     group: ClassVar[str] = "model"
@@ -263,9 +264,12 @@ class TrainModelSettings(Settings):
     audio_model: Model | None = None
     text_model: Model | None = None
     train_encoder: bool | None = None
+    audio_padding: str | None = None
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.audio_padding not in (None, "window", "longest"):
+            raise SettingsError(f"`audio_padding` must be window or longest, got {self.audio_padding!r}")
         if (self.audio_model is None) != (self.text_model is None):
             given, missing = ("audio_model", "text_model")[:: 1 if self.text_model is None else -1]
             raise SettingsError(f"`{given}` needs `{missing}`")

@@ -9,6 +9,6 @@ pytest_pycollect_makemodule = skip_without(
     "transformers",
     "soundfile",
     "soxr",
-    files=("test_lalm.py", "test_lalm_errors.py", "test_output.py", "test_settings.py"),
+    files=("test_lalm.py", "test_lalm_errors.py", "test_output.py", "test_settings.py", "test_sweep.py"),
 )
 pytest_itemcollected = only_on_the_cpu

@@ -70,12 +70,13 @@ def test_evaluate(run: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureF
     exact = sum(line["reference"] == line["written"] for line in found["lines"])
     assert found["exact"] == pytest.approx(100 * exact / 8) and exact > 0
     # Another rule, and beams.
-    assert main(["evaluate", str(run), manifests[0], "--rule", "none", "--num-beams", "2", "--json", str(report)]) == 0
-    assert json.loads(report.read_text())["manifests"][manifests[0]]["ratio"] == 1
+    arguments = ["evaluate", str(run), manifests[0], "--json", str(report), "--timed", "0"]
+    assert main([*arguments, "--rule", "none", "--num-beams", "2"]) == 0
+    found = json.loads(report.read_text())["manifests"][manifests[0]]
+    assert found["ratio"] == 1 and found["prefill_ms"] == found["encode_ms"] == 0
     # Proportional attention and positions in time, which this model was not trained with.
     capsys.readouterr()
-    parts = ["--proportional-attention", "--positions", "time"]
-    assert main(["evaluate", str(run), manifests[0], *parts, "--json", str(report)]) == 0
+    assert main([*arguments, "--proportional-attention", "--positions", "time"]) == 0
     assert f"{run}, rule uniform:2, proportional attention, positions in time\n" in capsys.readouterr().out
     record = json.loads(report.read_text())
     assert (record["proportional_attention"], record["positions"]) == (True, "time")

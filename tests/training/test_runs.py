@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import RunError, load_model
 from fastcompress.training import logs
 from fastcompress.training.manifest import read_manifest
@@ -56,12 +58,20 @@ def test_an_adapter_finds_its_parts_from_elsewhere(data: Path, tmp_path: Path, m
     transformers.AutoModelForCausalLM.from_config(config).save_pretrained("text")
     build_tokenizer([u.target for u in read_manifest(data / "train.jsonl")]).save_pretrained("text")
     given = settings(data, tmp_path / "run", audio_model="audio", text_model="text", lora_rank=2, max_steps=1)
+    given = dataclasses.replace(given, audio_padding="longest")
     Run(given, say=lambda text: None).train()
     base = json.loads((tmp_path / "run" / "final" / "base.json").read_text())
     assert base == {"audio_model": str(tmp_path / "audio"), "text_model": str(tmp_path / "text")}
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    load_model(tmp_path / "run")
+    loaded, _ = load_model(tmp_path / "run")
+    assert unwrap(loaded).config.audio_padding == "longest"
+
+
+def test_the_padding_of_a_small_model(data: Path, tmp_path: Path):
+    for padding, wanted in ((None, "longest"), ("window", "window")):
+        run = Run(settings(data, tmp_path / str(padding), audio_padding=padding), say=lambda text: None)
+        assert run.model.config.audio_padding == wanted
 
 
 def test_the_rate_that_is_logged(data: Path, tmp_path: Path):
@@ -86,6 +96,7 @@ def test_a_projector_with_learning_rate_0(data: Path, tmp_path: Path):
     [
         ({"projector_learning_rate": -1e-3}, "`projector_learning_rate` must be at least 0, got -0.001"),
         ({"projector_learning_rate": float("nan")}, "`projector_learning_rate` must be a number, got nan"),
+        ({"audio_padding": "short"}, "`audio_padding` must be window or longest, got 'short'"),
         ({"logging_steps": 2, "eval_steps": 3}, "`eval_steps` must be a multiple of `logging_steps` (2), got 3"),
     ],
 )

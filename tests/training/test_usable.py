@@ -99,6 +99,18 @@ def test_rates_are_per_second_that_was_decoded(tmp_path: Path, monkeypatch: pyte
     assert result.seconds == 2.0 and result.frames_per_second == pytest.approx(50)
 
 
+def test_no_utterance_is_timed_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    utterances = [Utterance(tone(tmp_path / f"{i}.wav", 0.5 + i), "low", "low") for i in range(3)]
+    model, processor = build_small(utterances)
+    batches: list[tuple[int, ...]] = []
+    batch = Examples.batch
+    monkeypatch.setattr(Examples, "batch", lambda self, i, **k: (batches.append(tuple(i)), batch(self, i, **k))[1])
+    for timed, wanted in ((0, []), (2, [(0,), (1,)]), (10, [(0,), (1,), (2,)])):
+        batches.clear()
+        evaluate(model, Examples(utterances, processor), timed=timed, max_new_tokens=2)
+        assert batches[1:] == wanted
+
+
 # The commands
 
 

@@ -1,0 +1,209 @@
+"""Models of a sweep: one interface for Whisper, the audio LLMs of ``apply_to`` and the reference model."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import StoppingCriteria
+
+from fastcompress.training.manifest import Utterance
+
+#: Text of a rule that keeps every frame.
+NONE = "none"
+
+
+@dataclass(frozen=True)
+class Variant:
+    """What one row of a sweep measures: a rule, and its parts.
+
+    Attributes:
+        rule: Text form of the rule; ``"none"`` keeps every frame.
+        reduce: How frames become a token (``fastcompress.segment_reduce``).
+        proportional_attention: Whether a token of L frames weighs as much as L frames; ``None``: the default.
+        positions: ``"time"`` or ``"compact"``; ``None``: the default.
+        silence: Treatment of the silence after the audio, Whisper only (``apply_to``); ``None``: the default.
+        control: Name of a control that changes the tokens, for experiments; empty: no control.
+    """
+
+    rule: str
+    reduce: str = "mean"
+    proportional_attention: bool | None = None
+    positions: str | None = None
+    silence: str | float | None = None
+    control: str = ""
+
+    @property
+    def label(self) -> str:
+        """The row's name in tables."""
+        notes = [] if self.reduce == "mean" else [f"reduce {self.reduce}"]
+        if self.proportional_attention is not None:
+            notes.append(f"proportional attention {'on' if self.proportional_attention else 'off'}")
+        if self.positions is not None:
+            notes.append(f"positions {self.positions}")
+        if self.control:
+            notes.append(self.control)
+        return ", ".join([self.rule, *notes])
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How texts are written. Search is greedy.
+
+    Attributes:
+        max_new_tokens: Longest text, in tokens.
+        language: Language of utterances whose manifest line has no ``language``, for multilingual Whisper models.
+        task: ``"transcribe"`` or ``"translate"``, for multilingual Whisper models.
+        prompt: Instruction of utterances without one, for audio LLMs.
+    """
+
+    max_new_tokens: int = 128
+    language: str | None = None
+    task: str = "transcribe"
+    prompt: str = ""
+
+
+@dataclass
+class Answer:
+    """The text of an utterance, and what the decoder read.
+
+    Attributes:
+        text: The text.
+        keys: Rows to which the decoder attends before the first new token: tokens, kept silence and prompt.
+        tokens: Tokens of the rule.
+        frames: Frames that they replace.
+        seconds: Seconds that these frames last.
+        audio_tokens: Those of the tokens that start before the end of the audio.
+        audio_frames: Frames of the audio, without silence that fills a window.
+        new_tokens: Tokens of the text.
+        clipped: Whether the limit of new tokens cut the text.
+    """
+
+    text: str
+    keys: int
+    tokens: int
+    frames: int
+    seconds: float
+    audio_tokens: int
+    audio_frames: int
+    new_tokens: int
+    clipped: bool
+
+
+@dataclass
+class Batch:
+    """Answers of a batch, with the seconds until the first new token, and from there to the last."""
+
+    answers: list[Answer]
+    prefill: float
+    decoding: float
+
+
+class Clock(StoppingCriteria):
+    """Record the times of the first and of the last new token, and the ids, during ``generate``."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self.begin: float = self._now()
+        self.first: float | None = None
+        self.last: float = self.begin
+        self._prompt = 0
+        self._ids: Tensor = torch.empty(0)
+
+    def _now(self) -> float:
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        return time.perf_counter()
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: Any) -> Tensor:
+        """Record a step; never stop."""
+        self.last = self._now()
+        if self.first is None:
+            self.first, self._prompt = self.last, input_ids.shape[1] - 1
+        self._ids = input_ids
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
+
+    @property
+    def new(self) -> Tensor:
+        """The new ids, ``[B, N]``."""
+        return self._ids[:, self._prompt :]
+
+    def times(self) -> tuple[float, float]:
+        """Return the seconds until the first new token, and from there to the last."""
+        first = self.begin if self.first is None else self.first
+        return first - self.begin, self.last - first
+
+
+def written(ids: Tensor, ends: Sequence[int]) -> list[tuple[list[int], bool]]:
+    """Return the new ids of each row up to its end token, and whether the row has none, so that the limit cut it."""
+    found = []
+    for row in ids.tolist():
+        stop = next((i for i, token in enumerate(row) if token in ends), None)
+        found.append((row if stop is None else row[:stop], stop is None))
+    return found
+
+
+class SweepModel(ABC):
+    """A model with interchangeable compression.
+
+    Attributes:
+        model: The model of transformers.
+        kind: ``model_type`` of its configuration.
+        sampling_rate: Sampling rate of the audio that ``encode`` takes, in Hz.
+        why_not_cached: Reason why encoder states are computed for each rule; empty: they are computed once.
+        switches: Parts that can be switched off, with their values: fields of ``Variant``.
+        decoding: How texts are written.
+    """
+
+    model: Any
+    kind: str
+    sampling_rate: int
+    why_not_cached: str = ""
+    switches: dict[str, Any]
+    decoding: Decoding
+
+    @abstractmethod
+    def encode(self, samples: np.ndarray) -> dict[str, Tensor]:
+        """Return what is kept of the encoder for the samples ``[S]`` of an utterance.
+
+        Raises:
+            AudioError: The audio cannot be used.
+        """
+
+    @abstractmethod
+    def compressed(self, variant: Variant) -> contextlib.AbstractContextManager[None]:
+        """Return a context in which the model compresses as a variant states.
+
+        Raises:
+            NotImplementedError, TypeError, ValueError: The model has no such compression.
+        """
+
+    @abstractmethod
+    def answer(self, utterances: Sequence[Utterance], states: Sequence[dict[str, Tensor]]) -> Batch:
+        """Write the texts of a batch inside of the context of ``compressed``.
+
+        Args:
+            utterances: Utterances with audio.
+            states: What ``encode`` returned for each of them; ignored if ``why_not_cached``.
+        """
+
+    def ablations(self, rule: str) -> list[Variant]:
+        """Return the variants of a rule with each of its parts off, and with all of them off."""
+        if rule == NONE:
+            return []
+        found = [Variant(rule, **{name: value}) for name, value in self.switches.items()]
+        return [*found, Variant(rule, **self.switches)] if len(found) > 1 else found
+
+
+@dataclass
+class Captured(Exception):  # noqa: N818  (it is no error)
+    """Ends a forward pass with the arguments of the decoder."""
+
+    arguments: dict[str, Any] = field(default_factory=dict)

@@ -30,11 +30,11 @@ import fastcompress as fc
 from fastcompress.files import write_file
 from fastcompress.segments import row_segments
 from fastcompress.training.manifest import Utterance
-from fastcompress.training.sweep import Row, Sweep
-from fastcompress.training.sweep_loading import load
-from fastcompress.training.sweep_models import NONE, Decoding, Variant
-from fastcompress.training.sweep_scores import Scorer
-from fastcompress.training.sweep_whisper import Whisper
+from fastcompress.training.sweep.loading import load
+from fastcompress.training.sweep.measure import Row, Sweep
+from fastcompress.training.sweep.models import NONE, Decoding, Variant
+from fastcompress.training.sweep.scores import Scorer
+from fastcompress.training.sweep.whisper import Whisper
 from fastcompress.training.usable import Skipped
 
 ROOT = Path(__file__).resolve().parents[1]

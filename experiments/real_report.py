@@ -16,9 +16,9 @@ from tabulate import tabulate
 
 from experiments.real import CONSTANT, NEW_TOKENS, PERMUTED, RESULTS, min_variance
 from fastcompress.files import write_file
-from fastcompress.training.sweep_models import NONE, Variant
-from fastcompress.training.sweep_report import plot
-from fastcompress.training.sweep_scores import Comparer, Comparison, Score, is_uniform
+from fastcompress.training.sweep.models import NONE, Variant
+from fastcompress.training.sweep.report import plot
+from fastcompress.training.sweep.scores import Comparer, Comparison, Score, is_uniform
 
 RATES = (2, 3, 4, 6, 8)
 #: Largest upper bound of a difference to every frame that is called "no cost", in points.

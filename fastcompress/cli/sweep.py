@@ -12,8 +12,8 @@ from fastcompress.cli.models import MANIFEST_HELP, check_model_options, device_n
 from fastcompress.cli.settings import spell_flags
 
 if TYPE_CHECKING:
-    from fastcompress.training.sweep import Row, Sweep
-    from fastcompress.training.sweep_scores import Scorer
+    from fastcompress.training.sweep.measure import Row, Sweep
+    from fastcompress.training.sweep.scores import Scorer
 
 #: ``fastcompress.training.normalization.NORMALIZERS``, which needs no import for ``--help``.
 _NORMALIZERS = ("none", "basic", "whisper")
@@ -105,10 +105,10 @@ def _run_sweep(options: argparse.Namespace) -> int:
     from fastcompress.training.manifest import ManifestError
     from fastcompress.training.normalization import normalizer
     from fastcompress.training.settings import SettingsError
-    from fastcompress.training.sweep import Sweep
-    from fastcompress.training.sweep_loading import load
-    from fastcompress.training.sweep_models import Decoding
-    from fastcompress.training.sweep_scores import Scorer, is_translation
+    from fastcompress.training.sweep.loading import load
+    from fastcompress.training.sweep.measure import Sweep
+    from fastcompress.training.sweep.models import Decoding
+    from fastcompress.training.sweep.scores import Scorer, is_translation
     from fastcompress.training.usable import Skipped
 
     if options.threads:
@@ -165,7 +165,7 @@ def _notes(sweep: Sweep, options: argparse.Namespace) -> None:
 
 def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Namespace, is_last: bool) -> None:
     """Write the files for the rows so far; print the table after the last."""
-    from fastcompress.training import sweep_report
+    from fastcompress.training.sweep import report
 
     scores = scorer.scores(rows)
     facts = {
@@ -180,12 +180,12 @@ def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Nam
     title = f"{Path(options.model).name} on {options.data.stem}"
     if options.silence is not None:
         title += f", silence {options.silence}"
-    lines = sweep_report.notes(scores, scorer.bootstrap.unit, scorer.bootstrap.units, len(sweep.skipped))
+    lines = report.notes(scores, scorer.bootstrap.unit, scorer.bootstrap.units, len(sweep.skipped))
     counts = [scorer.counts(row) for row in rows]
-    sweep_report.write(options.out, title, facts, scores, rows, counts, sweep.utterances, lines)
+    report.write(options.out, title, facts, scores, rows, counts, sweep.utterances, lines)
     if is_last:
         print(title)
-        print(sweep_report.table(scores))
+        print(report.table(scores))
         for line in lines:
             print(line)
         print(f"{options.out}: sweep.md, sweep.json, sweep.png, hypotheses/")

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from fastcompress.cli.main import main
-from fastcompress.training.sweep_whisper import Whisper
+from fastcompress.training.sweep.whisper import Whisper
 from tests.support import ROOT, tiny_whisper
 from tests.support.command_line import fails
 from tests.support.lalm_data import write_lines, write_tones

@@ -12,9 +12,9 @@ from torch import Tensor
 from experiments import real, real_report
 from experiments.real import CONSTANT, PERMUTED
 from fastcompress.integrations.transformers.whisper import PooledEncoderOutput
-from fastcompress.training.bootstrap import Interval
-from fastcompress.training.sweep_models import Variant
-from fastcompress.training.sweep_scores import Comparer, Score
+from fastcompress.training.sweep.bootstrap import Interval
+from fastcompress.training.sweep.models import Variant
+from fastcompress.training.sweep.scores import Comparer, Score
 from tests.support import tiny_whisper
 from tests.support.lalm_data import write_tones
 
@@ -92,7 +92,7 @@ def test_rows_and_report(
     keys = {row["label"]: row["keys"] for row in keep["rows"]}
     controls = [keys[f"min-variance, {control}"] for control in (PERMUTED, CONSTANT)]
     assert controls == [keys["uniform:4"]] * 2 == [keys["min-variance"]] * 2
-    monkeypatch.setattr("fastcompress.training.sweep_whisper.Whisper.answer", lambda *_: pytest.fail("computed again"))
+    monkeypatch.setattr("fastcompress.training.sweep.whisper.Whisper.answer", lambda *_: pytest.fail("computed again"))
     assert real.main() == 0
     monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path), "--write"])
     assert real_report.main() == 0

@@ -15,19 +15,19 @@ import scipy.stats
 import torch
 
 from fastcompress.lalm.loading import load_model
-from fastcompress.training.bootstrap import Bootstrap, Interval
 from fastcompress.training.evaluation import transcribe
 from fastcompress.training.examples import Examples
 from fastcompress.training.finetuning import Conversations
 from fastcompress.training.manifest import ManifestError, Utterance, read_manifest
 from fastcompress.training.settings import SettingsError
-from fastcompress.training.sweep import Sweep
-from fastcompress.training.sweep_llm import AudioLLM, merged_rows, rows_in_place_of_encoder
-from fastcompress.training.sweep_loading import load
-from fastcompress.training.sweep_models import Answer, Decoding, SweepModel, Variant
-from fastcompress.training.sweep_reference import Reference
-from fastcompress.training.sweep_scores import Comparer, Score, Scorer
-from fastcompress.training.sweep_whisper import Whisper
+from fastcompress.training.sweep.audio_llms import AudioLLM, merged_rows, rows_in_place_of_encoder
+from fastcompress.training.sweep.bootstrap import Bootstrap, Interval
+from fastcompress.training.sweep.loading import load
+from fastcompress.training.sweep.measure import Sweep
+from fastcompress.training.sweep.models import Answer, Decoding, SweepModel, Variant
+from fastcompress.training.sweep.reference import Reference
+from fastcompress.training.sweep.scores import Comparer, Score, Scorer
+from fastcompress.training.sweep.whisper import Whisper
 from fastcompress.training.usable import load_utterance
 from tests.support import ROOT, audio_llms, tiny_whisper
 from tests.support.lalm_data import write_tones
@@ -208,7 +208,7 @@ def test_a_model_that_takes_no_rows_is_computed_for_each_rule(
     tones: list[Utterance], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
     cached = Sweep(make("qwen2_audio"), tones, tmp_path / "cached").row(Variant("uniform:2"))
-    monkeypatch.setattr("fastcompress.training.sweep_llm.rows_in_place_of_encoder", lambda *_: 1 / 0)
+    monkeypatch.setattr("fastcompress.training.sweep.audio_llms.rows_in_place_of_encoder", lambda *_: 1 / 0)
     monkeypatch.setattr(AudioLLM, "_takes_rows", lambda *_: False)
     sweep = Sweep(make("qwen2_audio"), tones, tmp_path / "again")
     assert "does not take rows of audio" in sweep.model.why_not_cached and not list(
@@ -432,5 +432,5 @@ def test_the_bootstrap_agrees_with_scipy():
 def test_many_utterances_are_resampled_in_parts(monkeypatch: pytest.MonkeyPatch):
     words, errors = [10] * 50, [i % 3 for i in range(50)]
     whole = Bootstrap([None] * 50).rate(errors, words)
-    monkeypatch.setattr("fastcompress.training.bootstrap._ENTRIES", 120)
+    monkeypatch.setattr("fastcompress.training.sweep.bootstrap._ENTRIES", 120)
     assert Bootstrap([None] * 50).rate(errors, words) == whole

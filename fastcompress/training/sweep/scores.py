@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from fastcompress.rules import Rule, Uniform
-from fastcompress.training.bootstrap import Bootstrap, Interval
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.normalization import normalizer
 from fastcompress.training.scores import ErrorCounts, character_errors, total, word_errors
-from fastcompress.training.sweep import Row
-from fastcompress.training.sweep_models import NONE, Variant
+from fastcompress.training.sweep.bootstrap import Bootstrap, Interval
+from fastcompress.training.sweep.measure import Row
+from fastcompress.training.sweep.models import NONE, Variant
 
 #: Two rates are the same if their tokens per second differ by at most this share.
 SAME_RATE = 0.02

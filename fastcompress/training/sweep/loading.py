@@ -11,10 +11,10 @@ import torch
 from fastcompress.files import named, one_line
 from fastcompress.lalm.loading import RunError, load_model
 from fastcompress.training.settings import SettingsError
-from fastcompress.training.sweep_llm import AudioLLM
-from fastcompress.training.sweep_models import Decoding, SweepModel
-from fastcompress.training.sweep_reference import Reference
-from fastcompress.training.sweep_whisper import Whisper
+from fastcompress.training.sweep.audio_llms import AudioLLM
+from fastcompress.training.sweep.models import Decoding, SweepModel
+from fastcompress.training.sweep.reference import Reference
+from fastcompress.training.sweep.whisper import Whisper
 
 #: Architectures to load in place of the whole model, of which ``apply_to`` takes only a part.
 _PARTS = {

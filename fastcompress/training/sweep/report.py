@@ -10,9 +10,9 @@ from typing import Any
 from fastcompress.files import write_file
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.scores import ErrorCounts
-from fastcompress.training.sweep import Row
-from fastcompress.training.sweep_models import NONE
-from fastcompress.training.sweep_scores import Comparison, Score, is_uniform
+from fastcompress.training.sweep.measure import Row
+from fastcompress.training.sweep.models import NONE
+from fastcompress.training.sweep.scores import Comparison, Score, is_uniform
 
 _HEAD = (
     "", "keys", "tokens/s", "frames/token", "WER %", "95 %", "S", "D", "I", "CER %", "vs none", "95 %",

@@ -21,8 +21,8 @@ from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.finetuning import Conversations
 from fastcompress.training.manifest import Utterance
-from fastcompress.training.sweep_models import NONE, Answer, Batch, Captured, Clock, Decoding, SweepModel, Variant
-from fastcompress.training.sweep_models import written as rows_written
+from fastcompress.training.sweep.models import NONE, Answer, Batch, Captured, Clock, Decoding, SweepModel, Variant
+from fastcompress.training.sweep.models import written as rows_written
 
 
 class AudioLLM(SweepModel):

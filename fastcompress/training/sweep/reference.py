@@ -15,7 +15,7 @@ from fastcompress.decoder.generation import unwrap
 from fastcompress.lalm.loading import RunError, set_compression
 from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.manifest import Utterance
-from fastcompress.training.sweep_models import Answer, Batch, Clock, Decoding, SweepModel, Variant, written
+from fastcompress.training.sweep.models import Answer, Batch, Clock, Decoding, SweepModel, Variant, written
 
 _PARTS = ("proportional_attention", "positions")
 

@@ -19,7 +19,7 @@ from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.settings import SettingsError
-from fastcompress.training.sweep_models import NONE, Answer, Batch, Clock, Decoding, SweepModel, Variant, written
+from fastcompress.training.sweep.models import NONE, Answer, Batch, Clock, Decoding, SweepModel, Variant, written
 
 #: Seconds of the window.
 WINDOW = 30

@@ -20,8 +20,8 @@ from fastcompress.decoder.limits import counting_answers
 from fastcompress.files import check_folder, clean, write_file
 from fastcompress.training.manifest import ManifestError, Utterance
 from fastcompress.training.settings import SettingsError
-from fastcompress.training.sweep_models import NONE, Answer, SweepModel, Variant
-from fastcompress.training.sweep_states import States, audio_key, fingerprint
+from fastcompress.training.sweep.models import NONE, Answer, SweepModel, Variant
+from fastcompress.training.sweep.states import States, audio_key, fingerprint
 from fastcompress.training.usable import Skipped, load_utterance
 from fastcompress.version import __version__
 

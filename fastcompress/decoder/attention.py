@@ -109,8 +109,9 @@ def stack_of(decoder: Any) -> Any:
 
 
 def takes_positions(decoder: Any) -> bool:
-    """Return whether a decoder of transformers takes ``position_ids``; decoders with ALiBi do not."""
-    return "position_ids" in inspect.signature(stack_of(decoder).forward).parameters
+    """Return whether a decoder of transformers uses ``position_ids``; decoders with ALiBi do not."""
+    stack = stack_of(decoder)
+    return "position_ids" in inspect.signature(stack.forward).parameters and not getattr(stack.config, "alibi", False)
 
 
 def _layer_window(module: torch.nn.Module, config: Any, given: int | None) -> int | None:
@@ -179,7 +180,7 @@ def attention_forward(
     """Compute the attention of one layer; transformers calls this function.
 
     With ``cu_seq_lens_q`` this is [`packed_attention`][], and ``B`` must be 1; else it is stock SDPA, whose scores can
-    have a bias per key (``fastcompress.decoder.compressed_prompt``).
+    have a bias per key (``fastcompress.decoder.prompt``).
 
     Args:
         module: Attention module of the layer, whose configuration is checked.
@@ -224,7 +225,7 @@ def attention_forward(
         if key.shape[3] != query.shape[3]:
             return _biased_attention(query, key, value, attention_mask, scale, causal, softcap, dropout), None
         if softcap is not None:  # stock SDPA does not support it
-            causal = causal and attention_mask is None and 1 < query.shape[2] == key.shape[2]
+            causal = causal and attention_mask is None and query.shape[2] > 1
             out = attend(query, key, value, scale, causal, None, softcap, dropout, attention_mask)
             return out.transpose(1, 2), None
         return sdpa_attention_forward(
@@ -305,7 +306,7 @@ def _biased_attention(
         return out[..., :width].transpose(1, 2)
     key, bias = key_bias_of(key)
     bias = bias[:, :1, None]  # [B, 1, 1, K]: the heads of a key have the same bias
-    if softcap is None:  # of one query
+    if softcap is None:  # of one query: a mask is cheaper than a copy of all values, and rounds the bias
         mask = add_bias(mask, bias, query.dtype)
         return attend(query, key, value, scale, False, None, None, dropout, mask).transpose(1, 2)
     return attend(query, key, value, scale, causal, None, softcap, dropout, mask, bias).transpose(1, 2)

@@ -24,6 +24,8 @@ from fastcompress.checks import check_float, check_offsets, check_same_device
 BLOCK = 256
 #: Columns that a bias adds to keys: 3, padded to a multiple of 8, which GPU kernels need.
 BIAS_WIDTH = 8
+#: Largest absolute value of a bias, which fp16 can hold; smaller biases, such as -inf, exclude a key all the same.
+MAX_BIAS = 3e4
 
 #: Host copies of ``cu_seqlens`` tensors on a GPU, with the tensor's version at the time of the copy.
 _host_offsets = WeakTensorKeyDictionary()
@@ -134,13 +136,13 @@ def _check_key_bias(key_bias: Tensor, query: Tensor) -> None:
 def widen_keys(key: Tensor, bias: Tensor) -> Tensor:
     """Append ``BIAS_WIDTH`` columns with a bias to keys; ``with_key_bias`` reads them.
 
-    The bias is the sum of two numbers in the dtype of the keys, so that half precision does not round it.
+    The bias is the sum of two numbers in the dtype of the keys, which halves do not round as one would.
 
     Args:
         key: ``[..., D]``.
         bias: Bias of each key, ``[...]`` or a shape that broadcasts to it.
     """
-    bias = bias.detach().to(torch.promote_types(key.dtype, torch.float32))
+    bias = bias.detach().to(torch.promote_types(key.dtype, torch.float32)).clamp(-MAX_BIAS, MAX_BIAS)
     high = bias.to(key.dtype)
     columns = torch.stack([high, high, (bias - high).to(key.dtype)], -1)
     columns = torch.nn.functional.pad(columns, (0, BIAS_WIDTH - columns.shape[-1]))
@@ -163,7 +165,7 @@ def with_key_bias(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
             are equal.
         scale: Factor of the scores.
     """
-    inverse = torch.tensor(1 / scale, dtype=torch.promote_types(query.dtype, torch.float32), device=query.device)
+    inverse = query.new_full((), 1 / scale, dtype=torch.promote_types(query.dtype, torch.float32))
     high = inverse.to(query.dtype)
     columns = torch.stack([high, (inverse - high).to(query.dtype), high])
     columns = torch.nn.functional.pad(columns, (0, BIAS_WIDTH - columns.shape[-1]))
@@ -271,7 +273,7 @@ def _attend_block(
     if mask is not None:
         # The lowest finite number instead of -inf: a padding row that attends to nothing must not become NaN.
         lowest = torch.finfo(scores.dtype).min
-        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else (scores + mask).clamp_min(lowest)
     weights = torch.softmax(scores, -1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
     return F.dropout(weights, dropout) @ value
 

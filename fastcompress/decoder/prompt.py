@@ -49,6 +49,8 @@ class Prompt:
     def of(packed: PackedInputs, side: str, proportional: bool) -> Prompt:
         """Make the prompt that ``packed.unpack(side=side)`` pads."""
         if packed.row_lengths is None:
+            if proportional:
+                packed.key_bias()  # raises
             rows = packed.position_ids.new_ones(packed.position_ids.shape)
             return Prompt(packed.unpack(rows, side)[0], False, False)
         lengths = packed.unpack(packed.row_lengths, side)[0]
@@ -93,25 +95,17 @@ def starting_from(prompt: Prompt) -> Iterator[None]:
         _PENDING.reset(token)
 
 
-@contextlib.contextmanager
-def generating_from(decoder: Any, prompt: Prompt) -> Iterator[None]:
-    """Make ``generate`` start from a prompt.
+def adapt_calls(decoder: Any) -> None:
+    """Make every call of a stack of layers go through ``adapt``, now and in copies of the stack."""
+    if _hook not in decoder._forward_pre_hooks.values():  # models may share a decoder
+        decoder.register_forward_pre_hook(_hook, with_kwargs=True)
 
-    Args:
-        decoder: Stack of layers, whose calls ``generate`` causes.
-        prompt: The prompt, whose embeddings and mask are passed to ``generate``.
-    """
 
-    def hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        names = inspect.signature(module.forward).parameters  # some models pass input_ids by position
-        return (), adapt(module, dict(zip(names, args, strict=False)) | kwargs)
-
-    handle = decoder.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        with starting_from(prompt):
-            yield
-    finally:
-        handle.remove()
+def _hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    if torch.compiler.is_compiling() and all(kwargs.get(name) is None for name in CACHES):
+        return None  # packed rows; the compiler cannot read context variables
+    names = inspect.signature(module.forward).parameters  # some models pass input_ids by position
+    return (), adapt(module, dict(zip(names, args, strict=False)) | kwargs)
 
 
 def adapt(decoder: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,8 +158,9 @@ def _start(decoder: Any, arguments: dict[str, Any], prompt: Prompt) -> dict[str,
         )
     use_cache = arguments.get("use_cache")
     use_cache = getattr(decoder.config, "use_cache", True) if use_cache is None else use_cache
-    if decoder.training and getattr(decoder, "gradient_checkpointing", False):
-        use_cache = False
+    if decoder.training and getattr(decoder, "gradient_checkpointing", False) and torch.is_grad_enabled():
+        use_cache = arguments["use_cache"] = False  # as transformers does
+        arguments |= {name: None for name in CACHES if name in arguments}
     name = next((name for name in CACHES if arguments.get(name) is not None), None)
     if name is None and use_cache:
         name = next((name for name in CACHES if name in parameters), None)
@@ -209,7 +204,18 @@ class _PromptCache:
 
     def reset(self) -> None:
         super().reset()  # type: ignore[misc]
-        self.fastcompress_taken = None
+        self.fastcompress_taken = self.fastcompress_bias = None
+        if self.fastcompress_wide:
+            self._set_wide(False)
+
+    def _set_wide(self, wide: bool) -> None:
+        """Set whether the keys of an empty cache have columns for the bias, for which a static cache allocates anew."""
+        self.fastcompress_wide = wide
+        for layer in self.layers:  # type: ignore[attr-defined]
+            layer.is_initialized = False
+
+    def __reduce__(self) -> Any:  # the class has no name that pickle finds
+        return _restore, (type(self).__mro__[2], self.__dict__)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         super().reorder_cache(beam_idx)  # type: ignore[misc]
@@ -234,6 +240,12 @@ def _class_with_prompt(base: Any) -> Any:
     return type(base.__name__, (_PromptCache, base), {"__module__": base.__module__})
 
 
+def _restore(base: Any, state: dict[str, Any]) -> Any:
+    cache = object.__new__(_class_with_prompt(base))
+    cache.__dict__.update(state)
+    return cache
+
+
 def _keep(cache: Any, prompt: Prompt) -> None:
     """Make an empty cache keep what follows from a prompt, which the current call adds to it."""
     if prompt.proportional and any(hasattr(layer, "_quantize") for layer in cache.layers):
@@ -244,8 +256,6 @@ def _keep(cache: Any, prompt: Prompt) -> None:
     if not isinstance(cache, _PromptCache):
         cache.__class__ = _class_with_prompt(cache.__class__)
     if prompt.proportional and not cache.fastcompress_wide:
-        cache.fastcompress_wide = True
-        for layer in cache.layers:
-            layer.is_initialized = False  # a static cache that was used before has narrower keys
+        cache._set_wide(True)
     cache.fastcompress_taken = prompt.lengths if prompt.in_time else (prompt.lengths > 0).long()
     cache.fastcompress_bias = prompt.bias if prompt.proportional else None

@@ -39,7 +39,8 @@ class Compression:
         """Text form of the rule; ``None``: every frame is kept, or a compressor is set. Setting ``None`` removes it.
 
         A model that was trained on every frame, and is loaded, gets proportional attention and positions in time with
-        a rule, if its decoder supports them.
+        each rule that is set, if its decoder supports them; change them after the rule. A model that was trained with a
+        rule keeps those of its training.
         """
         return self.config.rule
 

@@ -18,7 +18,7 @@ from fastcompress.decoder.attention import stack_of
 from fastcompress.decoder.generation import new_token_limits, prepend_prompt
 from fastcompress.decoder.limits import warn_of_limits, warn_of_positions
 from fastcompress.decoder.loss import batch_share, label_rows, next_token_loss, zero_of
-from fastcompress.decoder.prompt import Prompt, frames_per_token, generating_from
+from fastcompress.decoder.prompt import Prompt, adapt_calls, frames_per_token, starting_from
 from fastcompress.lalm.compression import Compression
 from fastcompress.lalm.configuration import FastCompressConfig, warn_of_missing_compressor
 from fastcompress.lalm.ctc import ctc_loss
@@ -97,6 +97,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
             if (part := getattr(self, name)) is not None:
                 cast_part(part, getattr(torch, dtype))
         self._runs_packed = self._prepare_decoder()
+        adapt_calls(stack_of(self.language_model))
         self._check_parts(config.proportional_attention, config.positions)
         self.train_encoder(config.train_encoder)
 
@@ -141,9 +142,12 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
                 kwargs["config"].part_dtypes = None
             else:
                 kwargs["part_dtypes"] = None
+        rule = kwargs.pop("rule", None)  # set after loading, when it is known whether the weights were trained with one
         found = super().from_pretrained(*args, **kwargs)
         model = found[0] if isinstance(found, tuple) else found  # with output_loading_info
         model.trained_on_frames = model.compression == "none" and model.config.compressor is None
+        if rule is not None:
+            model.rule = rule
         return found
 
     def save_pretrained(self, *args: Any, **kwargs: Any) -> None:
@@ -409,7 +413,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
         kwargs |= new_token_limits(self.language_model, kwargs, input_ids.shape[1])
         prompt = Prompt.of(packed, "left", self._adds_bias)
         warn_of_positions(self.config, packed)
-        with generating_from(stack_of(self.language_model), prompt):
+        with starting_from(prompt):
             out = self.language_model.generate(inputs_embeds=embeds, attention_mask=mask, **kwargs)
         out = prepend_prompt(out, input_ids)
         warn_of_limits(self.language_model, kwargs, out, input_ids.shape[1], packed)

@@ -176,7 +176,8 @@ def pack(
     if audio is None and audio_cu_seqlens is not None:
         raise ValueError("audio_cu_seqlens needs audio, which is missing")
     if audio_lengths is not None and not isinstance(audio, Tensor):
-        raise ValueError("audio_lengths needs audio as a tensor, which is missing")
+        got = "audio is missing" if audio is None else "Pooled has its own lengths"
+        raise ValueError(f"audio_lengths needs audio as a tensor: {got}")
     row_lengths: Tensor | None
     if audio is None and inputs_embeds is not None:
         pooled = segment_pool(

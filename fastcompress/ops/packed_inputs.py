@@ -33,7 +33,8 @@ class PackedInputs:
         max_seqlen: Upper bound of the rows of a sample; exact if ``exact_max_seqlen`` was set.
         row_lengths: Number of frames that each row stands for, ``[T]`` int64: the length of its segment, or 1 for
             text. ``None``: not known, because the audio was passed without lengths.
-        next_positions: Position that follows each sample, ``[B]`` int64, from which generation continues.
+        next_positions: Position that follows each sample, ``[B]`` int64, from which generation continues. Models of
+            ``apply_to`` and the reference model add the difference to the number of rows themselves.
         in_time: True if ``position_ids`` are those of the uncompressed sample.
         segments: Segments of the rows of ``inputs_embeds`` if they were pooled here, else ``None``.
         compact: True if ``T`` is the exact number of rows.

@@ -118,9 +118,9 @@ class CompressionSettings(Settings):
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame.
         proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
-            the model was trained, and true if it was trained without compression.
+            the model was trained, and true if it was trained without compression; false in budget mode.
         positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
-            model was trained, and time if it was trained without compression.
+            model was trained, and time if it was trained without compression; compact in budget mode.
     """
 
     group: ClassVar[str] = "compression"
@@ -284,9 +284,9 @@ class TrainCompressionSettings(CompressionSettings):
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
         proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
-            the model was trained, and true if it was trained without compression.
+            the model was trained, and true if it was trained without compression; false in budget mode.
         positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
-            model was trained, and time if it was trained without compression.
+            model was trained, and time if it was trained without compression; compact in budget mode.
         reduce: Reduction of a segment: mean, first, max, ...; by default the model's.
         keys: Vectors whose distances the rule uses: frames or ctc; by default the model's.
         boundary_ratio: Target of learned boundaries in frames per token; replaces the rule.
@@ -441,9 +441,9 @@ class FinetuneCompressionSettings(CompressionSettings):
     Attributes:
         rule: Compression rule, such as uniform:3 or local-max.
         proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
-            the model was trained, and true if it was trained without compression.
+            the model was trained, and true if it was trained without compression; false in budget mode.
         positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
-            model was trained, and time if it was trained without compression.
+            model was trained, and time if it was trained without compression; compact in budget mode.
         mode: dynamic, or budget for engines that count audio tokens before they encode.
         before_projector: Pool the encoder's frames instead of the projector's.
     """

@@ -83,7 +83,7 @@ def apply_to(
     ``generate`` and its long form, ``Trainer``, peft and pipelines work as before; timestamps of words do not.
 
     Proportional attention and positions in time make compression nearly free for a model that was not trained with it.
-    Both are on for a rule, unless the weights were saved with this rule and without them.
+    Both are on for a rule, unless the weights were saved with a rule and without them.
 
     Saving writes rule, mode, side of the projector, proportional attention and positions as ``fastcompress`` into
     ``config.json``, and with a peft adapter into ``fastcompress.json`` next to ``adapter_config.json``. This applies to
@@ -106,12 +106,12 @@ def apply_to(
             output is pooled. ``None``: as saved if ``compressor`` is ``None``, else false.
         proportional_attention: Whether a token of ``L`` frames weighs as much as its frames: ``log(L)`` is added to
             its attention scores. The decoder then needs ``attn_implementation="fastcompress"``, which ``apply_to``
-            sets. ``None``: as saved with the same rule, else true for a rule, and false for a module and in budget
-            mode.
+            sets. ``None``: as saved with a rule, else true for a rule or ``SegmentPool``, and false for other modules
+            and in budget mode.
         positions: ``"time"``: a token has the position of its segment's middle frame, and text has the position that it
             has without compression; the first token that is generated, too. ``"compact"``: rows are numbered 0, 1, 2,
-            ... ``None``: as saved with the same rule, else ``"time"`` for a rule, and ``"compact"`` for a module and in
-            budget mode. Whisper's decoder has no positions of audio.
+            ... ``None``: as saved with a rule, else ``"time"`` for a rule or ``SegmentPool``, and ``"compact"`` for
+            other modules and in budget mode. Whisper's decoder has no positions of audio.
         silence: What happens to the frames of the silence that fills Whisper's window after the audio: ``"keep"``
             each as a token, ``"pool"`` them like audio, or a number of seconds of it that are pooled, while the rest is
             dropped. ``None``: as saved if ``compressor`` is ``None``, else ``"keep"``.
@@ -150,9 +150,11 @@ def apply_to(
     if mode == "budget" and pack:
         raise ValueError("pack must be None or False in budget mode, whose forward stays stock, got True")
     module = _compressor(compressor)
+    if not isinstance(proportional_attention, bool | None):
+        raise TypeError(f"proportional_attention must be True, False or None, got {proportional_attention!r}")
     if positions not in (None, *POSITIONS):
         raise ValueError(f"positions must be 'compact' or 'time', got {positions!r}")
-    if trained is not None and type(module) is SegmentPool and str(module.rule) == trained.rule:
+    if trained is not None and trained.rule is not None and type(module) is SegmentPool:
         proportional_attention = _first(proportional_attention, trained.proportional_attention)
         positions = _first(positions, cast(Positions, trained.positions))
     if family is None:

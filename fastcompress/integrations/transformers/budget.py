@@ -9,6 +9,7 @@ time, which engines do not have, are added to the decoder if ``apply_to`` gets t
 from __future__ import annotations
 
 import contextvars
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 from fastcompress.checks import IGNORED_LABEL, as_mask
 from fastcompress.decoder import saved_rule
 from fastcompress.decoder.generation import unwrap
-from fastcompress.decoder.prompt import Prompt, adapt, starting_from
+from fastcompress.decoder.prompt import CACHES, Prompt, adapt, starting_from
 from fastcompress.integrations.transformers import patches
 from fastcompress.integrations.transformers.families import FAMILIES, Family
 from fastcompress.integrations.transformers.settings import Settings
@@ -114,6 +115,12 @@ def _decode(settings: Settings, audio_token_id: int) -> Callable[..., Any]:
         arguments, call = patches.named(stock, args, kwargs), _CALL.get()
         if call is None or call.lengths is None:
             return stock(**adapt(self, arguments))
+        cache = next((arguments[name] for name in CACHES if arguments.get(name) is not None), None)
+        if cache is not None and int(cache.get_seq_length()):
+            raise NotImplementedError(
+                "audio cannot follow rows of a cache with proportional attention or positions in time; pass the whole "
+                "conversation"
+            )
         ids = call.arguments["input_ids"]
         real = _real_rows(ids, call.arguments.get("attention_mask"))
         lengths = real.long().masked_scatter(real & (ids == audio_token_id), call.lengths.to(ids.device))
@@ -126,10 +133,10 @@ def _decode(settings: Settings, audio_token_id: int) -> Callable[..., Any]:
 
 def _real_rows(ids: Tensor, mask: Any) -> Tensor:
     """Return which rows are not padding, ``[B, L]`` bool, from a mask ``[B, L]``, or from those of a static cache."""
-    if mask is None:
-        return torch.ones_like(ids, dtype=torch.bool)
     if isinstance(mask, Mapping):
         mask = mask.get("full_attention", next(iter(mask.values())))
+    if mask is None:
+        return torch.ones_like(ids, dtype=torch.bool)
     if mask.dim() == 4:  # a row that is not padding sees itself
         mask = mask[:, 0].diagonal(dim1=1, dim2=2)
         return mask if mask.dtype == torch.bool else mask == 0
@@ -260,6 +267,12 @@ class BudgetProcessor:
             raise ValueError(
                 f"config must have a rule that was saved in budget mode, got {got}; call apply_to(model, rule, "
                 "mode='budget') before model.save_pretrained"
+            )
+        if saved.proportional_attention or saved.positions == "time":
+            warnings.warn(
+                f"the model was saved with {saved}: an engine that runs the stock decoder does not apply this; save it "
+                "with proportional_attention=False and positions='compact', and compare",
+                stacklevel=2,
             )
         rule = None if saved.rule is None else Rule.from_string(saved.rule)
         check_rule(config.model_type, FAMILIES[config.model_type], rule)

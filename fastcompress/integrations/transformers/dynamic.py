@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
+import dataclasses
 import inspect
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -49,8 +50,8 @@ class Call:
         packed: Whether the decoder runs on packed rows.
         side: Side of the padding if it does not.
         capture: Whether to stop before the decoder, to get its input only.
-        kept: Frames of the token that each row of audio contains after pooling before the projector, ``[N]`` int64; 0
-            for rows without one.
+        kept: True for the rows of audio that contain a token after pooling before the projector, ``[N]`` bool.
+        token_lengths: Frames of these tokens, ``[M]`` int64; ``None``: not known.
         inputs: Input of the decoder, set by the patched decoder.
     """
 
@@ -61,6 +62,7 @@ class Call:
     side: str = "left"
     capture: bool = False
     kept: Tensor | None = None
+    token_lengths: Tensor | None = None
     inputs: fc.PackedInputs | None = None
 
 
@@ -244,10 +246,11 @@ def _compressed(call: Call, merged: Tensor, labels: Tensor | None) -> fc.PackedI
     groups = row_groups(ids, audio_id, attention_mask=mask)
     rest: dict[str, Any] = {"inputs_embeds": merged, "labels": labels, "positions": call.settings.positions}
     if call.kept is not None:
-        lengths = torch.ones_like(ids)
-        lengths[is_audio] = call.kept.to(merged.device)
-        groups = groups.clamp_max(0).masked_fill(lengths == 0, -1)
-        packed = fc.pack(inputs_embeds=merged, row_group=groups, labels=labels)
+        kept = torch.ones_like(ids, dtype=torch.bool).masked_scatter(is_audio, call.kept.to(merged.device))
+        packed = fc.pack(inputs_embeds=merged, row_group=groups.clamp_max(0).masked_fill(~kept, -1), labels=labels)
+        if call.token_lengths is None:
+            return dataclasses.replace(packed, row_lengths=None)
+        lengths = torch.ones_like(ids).masked_scatter(is_audio & kept, call.token_lengths.to(ids.device))
         return with_row_lengths(packed, lengths.flatten()[packed.source], call.settings.positions)
     if call.settings.before_projector:
         raise RuntimeError(
@@ -317,10 +320,7 @@ def _project(self: Any, rows: Tensor, *args: Any, **kwargs: Any) -> Any:
     tokens = stock(pooled.values.to(rows.dtype), *args, **kwargs)
     kept = (torch.arange(longest, device=rows.device) < counts[:, None])[valid]
     spread = tokens.new_zeros(len(flat), tokens.shape[-1]).masked_scatter(kept[:, None], tokens)
-    token_lengths = frames_per_token(pooled)
-    call.kept = kept.long()
-    if token_lengths is not None:
-        call.kept = call.kept.masked_scatter(kept, token_lengths)
+    call.kept, call.token_lengths = kept, frames_per_token(pooled)
     if rows.dim() == 2:
         return spread
     return spread.new_zeros(*rows.shape[:-1], spread.shape[-1]).masked_scatter(valid[..., None], spread)

@@ -76,7 +76,7 @@ def test_the_cache_of_generate_continues():
         assert int(ids) == int(whole[0, -1])
 
 
-@pytest.mark.parametrize("name", ["qwen2_audio", "qwen3_omni_moe_thinker"])
+@pytest.mark.parametrize("name", ["qwen2_audio", "voxtral"])
 def test_caches_are_copied_cropped_repeated_and_pickled(name: str):
     model = make(name)
     inputs = batch(name, model, side="left")

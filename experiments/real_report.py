@@ -280,7 +280,8 @@ def main() -> int:
         for part in parts:
             if part.name.endswith("keep"):
                 picture = options.results / f"real-{part.name.replace('/', '-')}.png"
-                plot([s for s in part.scores if not s.variant.control], picture, part.title)
+                shown = [s for s in part.scores if not s.variant.control and s.variant.reduce == "mean"]
+                plot(shown, picture, part.title)
     return 0
 
 

@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import torch
 
+from fastcompress.integrations.transformers import apply_to, revert
 from fastcompress.lalm.loading import load_model
 from fastcompress.training.evaluation import transcribe
 from fastcompress.training.examples import Examples
@@ -249,6 +250,22 @@ def test_parts_of_audio_llms():
             settings = model.model.fastcompress_settings
             found.append((settings.proportional_attention, settings.positions))
     assert found == [(True, "time"), (False, "time"), (True, "compact"), (False, "compact")]
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_rule_that_was_saved_with_a_model_stays_and_has_its_parts():
+    model = make("qwen2_audio")
+    apply_to(model.model, "uniform:3", proportional_attention=False, positions="compact")
+    saved = model.model.config.fastcompress
+    revert(model.model)
+    model.model.config.fastcompress = saved
+    found = []
+    for rule in ("none", "uniform:3", "uniform:8"):
+        with model.compressed(Variant(rule)):
+            settings = model.model.fastcompress_settings
+            found.append((settings.proportional_attention, settings.positions))
+        assert model.model.config.fastcompress == saved
+    assert found[1:] == [(False, "compact"), (True, "time")]
 
 
 def test_parts_of_a_run():

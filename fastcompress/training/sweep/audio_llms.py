@@ -6,22 +6,20 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from fastcompress.integrations.transformers import apply_to, compressed_prompt, revert
+from fastcompress.integrations.transformers import compressed_prompt
 from fastcompress.integrations.transformers.families import family_of
 from fastcompress.integrations.transformers.patches import named
 from fastcompress.integrations.transformers.prompts import processor_inputs
-from fastcompress.nn import SegmentPool
-from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.finetuning import Conversations
 from fastcompress.training.manifest import Utterance
-from fastcompress.training.sweep.models import NONE, Answer, Batch, Captured, Clock, Decoding, SweepModel, Variant
+from fastcompress.training.sweep.models import Answer, Batch, Captured, Clock, Decoding, SweepModel, Variant, applied
 from fastcompress.training.sweep.models import written as rows_written
 
 
@@ -78,18 +76,9 @@ class AudioLLM(SweepModel):
 
     @contextlib.contextmanager
     def compressed(self, variant: Variant) -> Iterator[None]:
-        rule = "uniform:1" if variant.rule == NONE else variant.rule
-        apply_to(
-            self.model,
-            SegmentPool(rule, cast(Reduce, variant.reduce)),
-            proportional_attention=variant.proportional_attention,
-            positions=cast(Any, variant.positions),
-            silence=variant.silence,
-        )
-        try:
+        parts = {name: getattr(variant, name) for name in (*self.switches, "silence")}
+        with applied(self.model, variant.rule, variant.reduce, **parts):
             yield
-        finally:
-            revert(self.model)
 
     @torch.inference_mode()
     def answer(self, utterances: Sequence[Utterance], states: Sequence[dict[str, Tensor]]) -> Batch:

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 from transformers import StoppingCriteria
 
+from fastcompress.decoder.saved_rule import KEY
+from fastcompress.integrations.transformers import apply_to, revert
+from fastcompress.nn import SegmentPool
+from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.training.manifest import Utterance
 
 #: Text of a rule that keeps every frame.
@@ -200,6 +205,29 @@ class SweepModel(ABC):
             return []
         found = [Variant(rule, **{name: value}) for name, value in self.switches.items()]
         return [*found, Variant(rule, **self.switches)] if len(found) > 1 else found
+
+
+@contextlib.contextmanager
+def applied(model: Any, rule: str, reduce: str, **settings: Any) -> Iterator[None]:
+    """Compress a stock model in a context. The compression that was saved with the weights stays in its configuration.
+
+    Args:
+        model: The model.
+        rule: Text form of the rule, or ``"none"``.
+        reduce: How frames become a token.
+        settings: Further arguments of ``apply_to``.
+    """
+    saved = vars(model.config).get(KEY)
+    compressor = SegmentPool("uniform:1" if rule == NONE else rule, cast(Reduce, reduce))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".* was trained with")  # other rules are run on purpose
+        apply_to(model, compressor, **settings)
+    try:
+        yield
+    finally:
+        revert(model)
+        if saved is not None:
+            setattr(model.config, KEY, saved)
 
 
 @dataclass

@@ -137,10 +137,11 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
         kinds.setdefault(_kind(score), []).append(score)
     lowest = min(s.wer.value for s in scores)
     top = 1.5 * max(s.wer.value for s in scores if s.wer.value <= 2 * lowest + 5)  # a failure must not hide the rest
+    step = min(0.03, 0.1 / max(1, len(kinds) - 1))
     for number, (kind, same) in enumerate(kinds.items()):
         same = sorted(same, key=lambda s: s.tokens_per_second)
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        apart = 1 + 0.03 * (number - (len(kinds) - 1) / 2)  # equal rates stand side by side
+        apart = 1 + step * (number - (len(kinds) - 1) / 2)  # equal rates stand side by side
         rates = [s.tokens_per_second * apart for s in same]
         values = [min(s.wer.value, 0.94 * top) for s in same]
         # Rows above the picture are drawn at its edge, with their value.
@@ -171,7 +172,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     axis.minorticks_off()
     axis.set_ylim(0, top)
     axis.grid(alpha=0.3)
-    figure.legend(fontsize=9, loc="outside lower center", ncols=3)
+    figure.legend(fontsize=9, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=120)
     pyplot.close(figure)
 

@@ -12,14 +12,11 @@ from torch import Tensor
 from transformers.modeling_outputs import BaseModelOutput
 
 from fastcompress.audio import AudioError
-from fastcompress.integrations.transformers import apply_to, revert
 from fastcompress.integrations.transformers.whisper import audio_frames
-from fastcompress.nn import SegmentPool
-from fastcompress.ops.segment_reduce import Reduce
 from fastcompress.training.evaluation import end_tokens
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.settings import SettingsError
-from fastcompress.training.sweep.models import NONE, Answer, Batch, Clock, Decoding, SweepModel, Variant, written
+from fastcompress.training.sweep.models import Answer, Batch, Clock, Decoding, SweepModel, Variant, applied, written
 
 #: Seconds of the window.
 WINDOW = 30
@@ -90,24 +87,18 @@ class Whisper(SweepModel):
     def compressed(self, variant: Variant) -> Iterator[None]:
         if variant.positions is not None:
             raise NotImplementedError("whisper has no positions of audio in its decoder")
-        rule = "uniform:1" if variant.rule == NONE else variant.rule
         encoder = self.model.model.encoder
         stock = encoder.__dict__.get("forward")
         encoder.forward = self._stock_states
+        parts = {"proportional_attention": variant.proportional_attention, "silence": variant.silence}
         try:
-            apply_to(
-                self.model,
-                SegmentPool(rule, cast(Reduce, variant.reduce)),
-                proportional_attention=variant.proportional_attention,
-                silence=variant.silence,
-            )
-            control = self.controls[variant.control] if variant.control else None
-            hook = encoder.register_forward_hook(lambda module, inputs, out: self._record(control, out))
-            try:
-                yield
-            finally:
-                hook.remove()
-                revert(self.model)
+            with applied(self.model, variant.rule, variant.reduce, **parts):
+                control = self.controls[variant.control] if variant.control else None
+                hook = encoder.register_forward_hook(lambda module, inputs, out: self._record(control, out))
+                try:
+                    yield
+                finally:
+                    hook.remove()
         finally:
             del encoder.forward
             if stock is not None:

@@ -291,7 +291,7 @@ def test_the_reference_model_s_adapters(tmp_path: Path):
 
 
 def test_a_rule_runs_as_it_was_trained(tmp_path: Path):
-    """The rule of the weights keeps their attention and positions, as files without these settings had them, too."""
+    """Weights keep their attention and positions with any rule, and so do files without these settings."""
     model = audio_llms.make("glmasr")
     apply_to(model, "uniform:3", proportional_attention=False, positions="compact")
     model.save_pretrained(tmp_path)
@@ -305,5 +305,5 @@ def test_a_rule_runs_as_it_was_trained(tmp_path: Path):
             assert (settings.proportional_attention, settings.positions) == (False, "compact")
         with pytest.warns(UserWarning, match=f"runs with uniform:3, {PARTS}, after"):
             apply_to(load(tmp_path), proportional_attention=True, positions="time")
-        with pytest.warns(UserWarning, match=f"runs with uniform:4, {PARTS}, after"):
+        with pytest.warns(UserWarning, match="runs with uniform:4, after"):
             apply_to(load(tmp_path), "uniform:4")

@@ -1,7 +1,8 @@
-"""``make demo``: Transcribe unseen speech with every frame and with a quarter of the tokens, and print all texts.
+"""Transcribe unseen speech with every frame and with a quarter of the tokens, and print all texts: ``make demo``.
 
-"4x, as usual" pools four frames into a token and numbers the tokens. "4x, fastcompress" finds segments of similar
-frames; a token weighs as much as its frames and has their place in time. The model was trained for neither.
+"4x, as usual" pools four frames into one token and gives tokens consecutive positions. "4x, fastcompress" finds
+segments of similar frames; in attention, a token weighs as much as its frames, and it keeps their place in time. The
+same model, which was trained on every frame, runs both. "4x, trained for it" is a model that was trained with pooling.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from fastcompress.training.examples import Examples
 from fastcompress.training.manifest import read_manifest
 
 ROOT = Path(__file__).resolve().parents[1]
-#: Title, model, and arguments of ``load_model`` that replace the model's own settings.
+#: Title, model, and the arguments of ``load_model`` that override the saved settings.
 COLUMNS: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("every frame", "digits", {}),
     ("4x, as usual", "digits", {"rule": "uniform:4", "proportional_attention": False, "positions": "compact"}),

@@ -1,12 +1,12 @@
 """Measure compression without training on real speech: ``python -m experiments.real FOLDER``.
 
-The folder has two Whisper models and manifests of speech (docs/experiment.md):
+The folder contains two Whisper models and manifests of speech (docs/sweep.md):
 
     FOLDER/whisper-tiny.en/, FOLDER/whisper-base/
     FOLDER/speech/librispeech-test-other.jsonl
     FOLDER/speech/fleurs-en.jsonl, fleurs-de.jsonl, ...
 
-Rows are measured in the order of their importance. A later run skips rows that exist. Results are written to
+The most important rows are measured first. A later run does not compute complete rows again. Results are written to
 experiments/results/real-*.json after each row; ``python -m experiments.real_report`` prints their tables.
 """
 
@@ -42,9 +42,9 @@ RESULTS = ROOT / "experiments" / "results"
 
 RATES = (4, 3, 2, 6)
 NEW_TOKENS = 128
-#: Controls: segments of the lengths of the rule's in random order; one weight for all pooled tokens.
+#: Controls: the lengths of the rule's segments in random order; one attention weight for all pooled tokens.
 PERMUTED, CONSTANT = "lengths in random order", "equal weights"
-#: What happens to the silence that fills the window, and how the results' file is called.
+#: Treatments of the silence that fills the window, by the name that is part of the results' file name.
 PROTOCOLS: dict[str, str | float] = {"keep": "keep", "pool": "pool", "cut": 1.0}
 
 
@@ -70,7 +70,7 @@ DATA = {
 
 
 def min_variance(rate: int) -> str:
-    """Return the rule, whose segments have at most 8 frames up to 4 frames per token, and twice the rate above."""
+    """Return the rule ``min-variance`` with ``max_len`` 8 up to 4 frames per token, and twice the rate above."""
     return str(fc.Rule.from_string(f"min-variance:rate={rate},max_len={8 if rate <= 4 else 2 * rate}"))
 
 
@@ -81,12 +81,12 @@ def main_rows(rates: Sequence[int] = ()) -> list[Variant]:
 
 
 def without_weights() -> list[Variant]:
-    """Return the rows of ``main_rows`` without proportional attention."""
+    """Return the rules of ``main_rows`` without proportional attention."""
     return [dataclasses.replace(v, proportional_attention=False) for v in main_rows() if v.rule != NONE]
 
 
 def controls(rates: Sequence[int] = ()) -> list[Variant]:
-    """Return controls, local maxima and uniform sampling."""
+    """Return the controls, local maxima and uniform sampling."""
     rates = rates or RATES
     found = [Variant(min_variance(rate), control=control) for rate in rates for control in (PERMUTED, CONSTANT)]
     found += [Variant("local-max"), *(Variant(f"uniform:{rate}", reduce="first") for rate in rates)]
@@ -105,7 +105,7 @@ def main_rows_at_four() -> list[Variant]:
 
 
 def four_frames_per_token() -> list[Variant]:
-    """Return every frame, and uniform pooling and minimum-variance segments at 4x, with and without weights."""
+    """Return every frame, and uniform pooling and minimum-variance segments at 4x, with both attentions."""
     rules = ("uniform:4", min_variance(4))
     return [Variant(NONE), *(Variant(r) for r in rules), *(Variant(r, proportional_attention=False) for r in rules)]
 
@@ -141,7 +141,7 @@ PLAN = (
 
 
 def permuted(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> Any:
-    """Pool segments with the lengths of those of the rule, in random order.
+    """Pool segments that have the lengths of the rule's segments in random order.
 
     Args:
         hidden: Frames of the encoder, ``[B, T, D]``.
@@ -162,7 +162,7 @@ def permuted(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> 
 
 
 def constant(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> Any:
-    """Give all pooled tokens the weight of as many frames as they have on average; arguments as in ``permuted``."""
+    """Weight all pooled tokens of an utterance by their mean number of frames; arguments as in ``permuted``."""
     lengths = out.token_lengths.double()
     for sizes, count in zip(lengths, frames.tolist(), strict=True):
         pooled = number_pooled(sizes, count, silence)
@@ -172,7 +172,7 @@ def constant(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> 
 
 
 def number_pooled(sizes: Tensor, count: int, silence: str | float) -> int:
-    """Return the number of tokens of the rule, which are the first ones, from the frames of each token ``[S]``."""
+    """Return the number of pooled tokens, which come first, from the number of frames of each token ``[S]``."""
     if silence == "keep":
         return int(((sizes.cumsum(0) - sizes < count) & (sizes > 0)).sum())
     return int((sizes > 0).sum())

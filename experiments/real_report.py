@@ -1,6 +1,6 @@
 """Print the tables of the experiment on real speech from its results: ``python -m experiments.real_report``.
 
-``--write`` puts them into experiments/results/real.md, with a plot in real.png.
+``--write`` writes them to experiments/results/real.md, and plots to real-*.png.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fastcompress.training.sweep.report import plot
 from fastcompress.training.sweep.scores import Comparer, Comparison, Score, is_uniform
 
 RATES = (2, 3, 4, 6, 8)
-#: Largest upper bound of a difference to every frame that is called "no cost", in points.
+#: A row has "no cost" if the upper end of its difference to every frame is below this number of points.
 MARGIN = 1.0
 TITLES = {"keep": "silence kept", "pool": "everything pooled", "cut": "cut to the audio and one second"}
 _HEAD = (
@@ -37,7 +37,7 @@ class Part:
     Attributes:
         name: Model, data set and treatment, separated by slashes.
         scores: Scores of the rows.
-        comparer: Comparison of its rows.
+        comparer: Comparison of the rows.
         speakers: Speaker of each utterance, or ``None``.
         encoding: Processor time of the encoder, in seconds.
         skipped: Number of utterances that could not be used.
@@ -52,7 +52,7 @@ class Part:
 
     @property
     def title(self) -> str:
-        """Title of its table."""
+        """Title of the table."""
         model, data, protocol = self.name.split("/")
         same = " (another model, same clips)" if (model, data) == ("whisper-base", "test-other") else ""
         return f"{model}, {data}, {TITLES[protocol]}{same}"
@@ -121,7 +121,7 @@ def table(part: Part) -> str:
 
 
 def against_uniform(part: Part, score: Score) -> Comparison | None:
-    """Compare a row with uniform pooling at the same rate, with the same weights; controls likewise."""
+    """Compare a row, or a control, with uniform pooling at the same rate and with the same attention weights."""
     plain = replace(score, variant=replace(score.variant, control="", reduce="mean"))
     if is_uniform(plain.variant):
         alike = (s for s in part.scores if s.variant == plain.variant)
@@ -139,7 +139,7 @@ def rule_name(variant: Variant) -> str:
 
 
 def weights(variant: Variant) -> str:
-    """Return the weights of tokens in the attention."""
+    """Return the name of the weights of tokens in the attention."""
     if variant.rule == NONE:
         return ""
     if variant.control == CONSTANT:
@@ -175,7 +175,7 @@ def choice(part: Part) -> str:
 
 
 def parts_effect(part: Part) -> str:
-    """Return a table of what proportional attention and the places of the segments change, one at a time."""
+    """Return a table of the effects of proportional attention and of the placement of segments, one at a time."""
     rows = []
     by_variant = {s.variant: s for s in part.scores}
     for score in part.scores:

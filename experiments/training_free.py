@@ -1,10 +1,10 @@
 """Score compression without training in the shipped audio LLM: ``python -m experiments.training_free``.
 
 The model was trained on every frame of synthetic strings of digits. Every rule runs with each combination of
-proportional attention and positions in time. The control ``min-variance, lengths in random order`` has the segments of
-``min-variance`` in another order, so that it differs in the placement of boundaries alone.
+proportional attention and positions in time. The control ``min-variance, lengths in random order`` has segments of the
+lengths of ``min-variance`` in random order, so that only the placement of boundaries differs.
 
-The data set is made again in each run, which takes a minute; rows that are in the results are not computed again.
+Each run makes the data set again, which takes a minute. Rows that are in the results are not computed again.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ MODEL = ROOT / "assets" / "models" / "digits"
 RATES = (2, 3, 4, 6)
 #: Longest segment of ``min-variance`` for each rate, in frames.
 LONGEST = {2: 8, 3: 8, 4: 8, 6: 12}
-#: Test sets of ``fastcompress make-data`` and their titles.
+#: Titles of the test sets of ``fastcompress make-data``.
 SETS = {"test": "known voices", "test-voice": "new voices", "test-noise": "more noise"}
-#: Proportional attention and positions.
+#: Combinations of proportional attention and positions.
 PARTS = tuple(itertools.product((False, True), ("compact", "time")))
 
 
@@ -46,7 +46,7 @@ class RandomOrder(torch.nn.Module):
 
     Args:
         rate: Frames per token.
-        seed: Seed of the order, which is the same for every sequence of a length.
+        seed: Seed of the order, which is the same for all sequences with the same number of segments.
     """
 
     def __init__(self, rate: int, seed: int = 0) -> None:
@@ -69,7 +69,7 @@ class RandomOrder(torch.nn.Module):
 
 
 def compressions() -> dict[str, str | torch.nn.Module]:
-    """Return the rules and the control by title."""
+    """Return the rules and the controls by title."""
     found: dict[str, str | torch.nn.Module] = {}
     for rate in RATES:
         found[f"uniform {rate}x"] = f"uniform:{rate}"
@@ -81,7 +81,7 @@ def compressions() -> dict[str, str | torch.nn.Module]:
 def score(
     name: str, compression: str | torch.nn.Module, parts: tuple[bool, str], sets: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the row of one compression with proportional attention and positions."""
+    """Return the row of one compression with one combination of proportional attention and positions."""
     model, _ = load_model(MODEL)
     if isinstance(compression, str):
         model.rule = None if compression == "none" else compression
@@ -98,7 +98,7 @@ def score(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Return word error rates as Markdown: a table per test set, a column per combination."""
+    """Return word error rates as Markdown: one table per test set, one column per combination."""
     from tabulate import tabulate
 
     heads = {parts: f"{'log' if parts[0] else 'none'}, {parts[1]}" for parts in PARTS}

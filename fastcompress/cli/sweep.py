@@ -15,9 +15,9 @@ if TYPE_CHECKING:
     from fastcompress.training.sweep.measure import Row, Sweep
     from fastcompress.training.sweep.scores import Scorer
 
-#: ``fastcompress.training.normalization.NORMALIZERS``, which needs no import for ``--help``.
+#: Copy of ``fastcompress.training.normalization.NORMALIZERS``, so that ``--help`` needs no import.
 _NORMALIZERS = ("none", "basic", "whisper")
-#: Rules without ``--rule``.
+#: Rules to compare if ``--rule`` is not given.
 _RULES = ("none", "uniform:2", "uniform:3", "uniform:4", "min-variance:rate=2", "min-variance:rate=3", "min-variance")
 
 
@@ -155,7 +155,7 @@ def _run_sweep(options: argparse.Namespace) -> int:
 
 
 def _notes(sweep: Sweep, options: argparse.Namespace) -> None:
-    """Print what the user should know before the first row."""
+    """Print notes about the sweep before the first row."""
     model = sweep.model
     if model.why_not_cached:
         print(f"encoder states are computed again for each rule: {model.why_not_cached}", file=sys.stderr)
@@ -164,7 +164,7 @@ def _notes(sweep: Sweep, options: argparse.Namespace) -> None:
 
 
 def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Namespace, is_last: bool) -> None:
-    """Write the files for the rows so far; print the table after the last."""
+    """Write the files for the complete rows; print the table after the last row."""
     from fastcompress.training.sweep import report
 
     scores = scorer.scores(rows)
@@ -194,7 +194,7 @@ def _report(sweep: Sweep, scorer: Scorer, rows: list[Row], options: argparse.Nam
 
 
 class _Bars:
-    """A tqdm bar on stderr for each row, on a terminal."""
+    """Show a tqdm bar on stderr for each row, if stderr is a terminal."""
 
     def __init__(self) -> None:
         self._what = ""

@@ -1,7 +1,7 @@
 """Attention over packed sequences, in which each sequence attends only to itself.
 
-On a GPU, fp16 and bf16 use ``torch.nn.attention.varlen``. All other cases use SDPA, one sequence after another.
-No mask of T x T is built.
+On a GPU, fp16 and bf16 use ``torch.nn.attention.varlen``. All other cases run SDPA on one sequence after another.
+No T x T mask is built.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from fastcompress.checks import check_float, check_offsets, check_same_device
 
-#: Queries per block. A sequence with a window or a soft cap runs block by block, so that the scores and masks take
-#: memory in proportion to its length.
+#: Queries per block. A sequence with a window or a soft cap runs block by block, so that the memory for scores and
+#: masks grows linearly with its length.
 BLOCK = 256
-#: Columns that a bias adds to keys: 3, padded to a multiple of 8, which GPU kernels need.
+#: Columns that ``widen_keys`` adds: 3 for the bias, padded to a multiple of 8, which GPU kernels need.
 BIAS_WIDTH = 8
-#: Largest absolute value of a bias, which fp16 can hold; smaller biases, such as -inf, exclude a key all the same.
+#: Largest absolute value of a bias, which fp16 can represent. -inf becomes -MAX_BIAS, which also excludes a key.
 MAX_BIAS = 3e4
 
 #: Host copies of ``cu_seqlens`` tensors on a GPU, with the tensor's version at the time of the copy.
@@ -45,7 +45,7 @@ def packed_attention(
     dropout: float = 0.0,
     key_bias: Tensor | None = None,
 ) -> Tensor:
-    """Compute the attention of each packed sequence to itself. Under autocast it runs in autocast's dtype, as SDPA.
+    """Compute the attention of each packed sequence to itself. Like SDPA, it runs in the dtype of autocast.
 
     Args:
         query: ``[T, Hq, D]``; fp32, fp16, bf16 or fp64.
@@ -60,7 +60,7 @@ def packed_attention(
         window: Number of rows that a row attends to, including itself; needs ``causal``. ``None``: all.
         softcap: Bound of the scores, which become ``softcap * tanh(score / softcap)``; ``None``: no bound.
         dropout: Probability that an attention weight becomes 0.
-        key_bias: Number that is added to the scores of each key, after scale and soft cap, ``[T]`` floating point. With
+        key_bias: Bias of each key, ``[T]`` floating point, which is added to its scores after scale and soft cap. With
             ``log(L)``, a key weighs as much as ``L`` equal ones. It gets no gradient. ``None``: 0.
 
     Returns:
@@ -134,9 +134,9 @@ def _check_key_bias(key_bias: Tensor, query: Tensor) -> None:
 
 
 def widen_keys(key: Tensor, bias: Tensor) -> Tensor:
-    """Append ``BIAS_WIDTH`` columns with a bias to keys; ``with_key_bias`` reads them.
+    """Append ``BIAS_WIDTH`` columns with a bias to keys; ``with_key_bias`` makes queries that match them.
 
-    The bias is the sum of two numbers in the dtype of the keys, which halves do not round as one would.
+    The bias is stored as the sum of two numbers in the dtype of the keys, since one fp16 or bf16 number would round it.
 
     Args:
         key: ``[..., D]``.
@@ -150,19 +150,18 @@ def widen_keys(key: Tensor, bias: Tensor) -> Tensor:
 
 
 def key_bias_of(key: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the keys and the bias in the dtype of the result of ``widen_keys``: ``[..., D + BIAS_WIDTH]``."""
+    """Split the result of ``widen_keys``, ``[..., D + BIAS_WIDTH]``, into keys and fp32 bias."""
     width = key.shape[-1] - BIAS_WIDTH
     return key[..., :width], key[..., width].float() + key[..., width + 2].float()
 
 
 def with_key_bias(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return queries and values for keys of ``widen_keys``, so that ``scale * (query @ key.T)`` includes the bias.
+    """Widen queries and values to match ``widen_keys``, so that ``scale * (query @ key.T)`` includes the bias.
 
     Args:
         query: ``[..., D]``.
         key: ``[..., D + BIAS_WIDTH]``.
-        value: ``[..., Dv]``; the result has ``BIAS_WIDTH`` columns of zeros more, since fused kernels need widths that
-            are equal.
+        value: ``[..., Dv]``. The result has ``BIAS_WIDTH`` more columns, which are 0: fused kernels need equal widths.
         scale: Factor of the scores.
     """
     inverse = query.new_full((), 1 / scale, dtype=torch.promote_types(query.dtype, torch.float32))
@@ -174,7 +173,7 @@ def with_key_bias(query: Tensor, key: Tensor, value: Tensor, scale: float) -> tu
 
 
 def _autocast(*tensors: Tensor) -> Iterator[Tensor]:
-    """Cast tensors as autocast does for SDPA: rotary embeddings leave queries and keys in fp32, values are in bf16."""
+    """Cast tensors as autocast does for SDPA: after rotary embeddings, queries and keys are in fp32, values in bf16."""
     kind = tensors[0].device.type
     if not torch.is_autocast_enabled(kind):
         return iter(tensors)
@@ -224,8 +223,8 @@ def attend(
 ) -> Tensor:
     """Compute attention of sequences of equal length: ``[B, H, Q, D]`` -> ``[B, H, Q, Dv]``.
 
-    ``mask`` ``[B, 1 or H, Q, K]`` must not be combined with ``causal``; it is bool or is added to the scores, as
-    ``key_bias`` is, of a shape that broadcasts to ``[B, H, 1, K]``.
+    ``mask`` ``[B, 1 or H, Q, K]`` is bool, or is added to the scores; it must not be combined with ``causal``.
+    ``key_bias`` is added to the scores, and broadcasts to ``[B, H, 1, K]``.
     """
     rows, columns = query.shape[2], key.shape[2]
     if softcap is None and mask is None and key_bias is None and (window is None or window >= rows):
@@ -251,7 +250,7 @@ def attend(
 
 
 def add_bias(mask: Tensor | None, bias: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return an additive mask in a dtype: a bias plus a mask that is bool or additive."""
+    """Return the sum of a bias and a bool or additive mask, as an additive mask in ``dtype``."""
     if mask is None:
         return bias.to(dtype)
     if mask.dtype != torch.bool:

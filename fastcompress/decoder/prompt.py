@@ -1,12 +1,12 @@
-"""Padded compressed prompts: their positions, their proportional attention, and what follows them in a cache.
+"""Positions and proportional attention of padded compressed prompts, and of the calls that continue their caches.
 
-A row of a compressed prompt stands for several frames. With positions in time, it has the position of its middle frame,
-and the rows that follow the prompt continue where they would without compression. With proportional attention,
-``log(L)`` is added to the attention scores of a row of ``L`` frames.
+A row of a compressed prompt represents one or more frames. With positions in time, it has the position of its middle
+frame, and rows after the prompt have the positions that they have without compression. With proportional attention,
+``log(L)``, the bias, is added to the attention scores of a row of ``L`` frames.
 
 The first call of a decoder gets both from a ``Prompt``; see ``adapt``. Later calls get them from the cache. Its keys
 have the bias in additional columns, so that it is reordered, cropped and dropped with the keys. The cache also keeps
-the positions that each row of the prompt takes, from which the position of a new row follows.
+the number of positions that each row of the prompt takes, from which ``adapt`` computes the positions of new rows.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fastcompress.decoder.attention import NAME
 from fastcompress.decoder.packed_attention import widen_keys
 from fastcompress.ops.packed_inputs import PackedInputs
 
-#: Names of a decoder's argument for its cache; ``cache`` exists since transformers 5.24.
+#: Names of the argument of a decoder that is its cache; ``cache`` exists since transformers 5.24.
 CACHES = ("past_key_values", "cache")
 
 
@@ -37,7 +37,7 @@ class Prompt:
 
     Attributes:
         lengths: Frames of each row, ``[B, S]`` int64; 1 for text, 0 for padding.
-        in_time: Whether rows have the positions of the uncompressed prompt.
+        in_time: Whether rows have positions in time.
         proportional: Whether the attention is proportional.
     """
 
@@ -69,14 +69,14 @@ class Prompt:
         return self.lengths.clamp_min(1).double().log()
 
     def repeated(self, rows: int) -> Prompt:
-        """Return the prompt of a batch of ``rows``, in which each sample is repeated for its beams."""
+        """Return the prompt of a batch of ``rows`` samples, in which each one is repeated for its beams."""
         return Prompt(self.lengths.repeat_interleave(rows // len(self.lengths), 0), self.in_time, self.proportional)
 
 
 def frames_per_token(pooled: Any) -> Tensor | None:
-    """Return the number of frames of each token, ``[M]`` int64, of the result of a compressor.
+    """Return the number of frames of each token that a compressor returned, ``[M]`` int64.
 
-    ``None``: its tokens are not segments of frames, so that they have neither a length nor a place in time.
+    Return ``None`` if tokens are not segments of frames: they have neither a length nor a position in time.
     """
     segments = getattr(pooled, "segments", None)
     return None if segments is None else segments.lengths
@@ -96,7 +96,7 @@ def starting_from(prompt: Prompt) -> Iterator[None]:
 
 
 def adapt_calls(decoder: Any) -> None:
-    """Make every call of a stack of layers go through ``adapt``, now and in copies of the stack."""
+    """Pass the arguments of every call of a stack of layers through ``adapt``, also in copies of the stack."""
     if _hook not in decoder._forward_pre_hooks.values():  # models may share a decoder
         decoder.register_forward_pre_hook(_hook, with_kwargs=True)
 
@@ -109,7 +109,7 @@ def _hook(module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def adapt(decoder: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a decoder's forward with positions and bias of a compressed prompt.
+    """Add the positions and the bias of a compressed prompt to the arguments of a decoder's forward.
 
     Args:
         decoder: Stack of layers.
@@ -136,7 +136,7 @@ def adapt(decoder: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
     if positions is None and isinstance(mask, Tensor) and mask.dim() == 2:
         positions = (mask.long().cumsum(1) - 1)[:, -count:]
     if positions is None:  # count the slots of the cache, including padding
-        seen = cache.get_seq_length()  # type: ignore[attr-defined]  # of the class that it extends
+        seen = cache.get_seq_length()  # type: ignore[attr-defined]  # of the base class
         positions, further = torch.arange(count, device=taken.device)[None] + seen, taken - 1
     else:
         further = (taken - 1).clamp_min(0)
@@ -145,9 +145,9 @@ def adapt(decoder: Any, arguments: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _start(decoder: Any, arguments: dict[str, Any], prompt: Prompt) -> dict[str, Any]:
-    """Return the arguments of the first call, whose rows are those of the prompt."""
+    """Return the arguments of the first call, which has the rows of the prompt."""
     parameters = inspect.signature(decoder.forward).parameters
-    if "position_ids" not in parameters:  # such a decoder has neither positions in time nor this attention
+    if "position_ids" not in parameters:  # it supports neither positions in time nor this attention
         return arguments
     prompt = prompt.repeated(len(arguments["inputs_embeds"]))
     arguments["position_ids"] = prompt.positions
@@ -177,7 +177,7 @@ def _start(decoder: Any, arguments: dict[str, Any], prompt: Prompt) -> dict[str,
 
 
 class _PromptCache:
-    """Part of a cache that starts with a compressed prompt; see the module.
+    """Mixin for a cache that starts with a compressed prompt; see the module's docstring.
 
     Attributes:
         fastcompress_taken: Number of positions that each row of the prompt takes, ``[B, S]`` int64; ``None``: there is
@@ -209,12 +209,12 @@ class _PromptCache:
             self._set_wide(False)
 
     def _set_wide(self, wide: bool) -> None:
-        """Set whether the keys of an empty cache have columns for the bias, for which a static cache allocates anew."""
+        """Set whether the keys of an empty cache have columns for the bias; a static cache allocates them again."""
         self.fastcompress_wide = wide
         for layer in self.layers:  # type: ignore[attr-defined]
             layer.is_initialized = False
 
-    def __reduce__(self) -> Any:  # the class has no name that pickle finds
+    def __reduce__(self) -> Any:  # pickle cannot find the class by its name
         return _restore, (type(self).__mro__[2], self.__dict__)
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
@@ -247,7 +247,7 @@ def _restore(base: Any, state: dict[str, Any]) -> Any:
 
 
 def _keep(cache: Any, prompt: Prompt) -> None:
-    """Make an empty cache keep what follows from a prompt, which the current call adds to it."""
+    """Make an empty cache keep the lengths and the bias of a prompt, whose rows the current call adds to it."""
     if prompt.proportional and any(hasattr(layer, "_quantize") for layer in cache.layers):
         raise NotImplementedError(
             "a quantized cache cannot be used with proportional attention, whose bias it would round; pass another "

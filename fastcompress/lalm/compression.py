@@ -17,11 +17,10 @@ from fastcompress.rules import LabelChange, Rule, Uniform, as_rule
 
 
 class Compression:
-    """Part of ``FastCompressForConditionalGeneration``: rule or compressor, proportional attention and positions.
+    """Mixin for ``FastCompressForConditionalGeneration``: rule or compressor, proportional attention and positions.
 
     Attributes:
-        trained_on_frames: Whether the weights were trained on every frame. Setting a rule then turns proportional
-            attention and positions in time on, if the decoder supports them.
+        trained_on_frames: Whether the weights were loaded and were trained on every frame; see ``rule``.
     """
 
     trained_on_frames = False
@@ -36,11 +35,11 @@ class Compression:
 
     @property
     def rule(self) -> str | None:
-        """Text form of the rule; ``None``: every frame is kept, or a compressor is set. Setting ``None`` removes it.
+        """Text form of the rule; ``None``: every frame is kept, or a compressor is set. Setting ``None`` removes both.
 
-        A model that was trained on every frame, and is loaded, gets proportional attention and positions in time with
-        each rule that is set, if its decoder supports them; change them after the rule. A model that was trained with a
-        rule keeps those of its training.
+        If a loaded model was trained on every frame, setting a rule turns on proportional attention and positions in
+        time, if the decoder supports them. Set them after the rule to change them. A model that was trained with a rule
+        keeps the settings of its training.
         """
         return self.config.rule
 
@@ -58,7 +57,7 @@ class Compression:
             self.config.proportional_attention = compresses and self._runs_packed
             self.config.positions = "time" if compresses and takes_positions(self.language_model) else "compact"
         if rule is not None:
-            self.config.compressor = None  # the checkpoint may name one that was not set again
+            self.config.compressor = None  # the checkpoint may name a compressor that was not set again
         elif compressor is not None:
             self.compressor = self.config.boundary_ratio = self.config.compressor = None
 
@@ -124,12 +123,13 @@ class Compression:
     def use_compressor(self, compressor: nn.Module) -> None:
         """Replace the rule by a module.
 
-        The module's weights and class name are saved with the model, its code is not: set it again after loading.
+        The module's weights and class name are saved with the model. Its code is not: set the module again after
+        loading.
 
         Args:
             compressor: Module that is called with frames ``[A, F, D]`` and ``lengths=`` and returns an object with
                 ``values`` and ``cu_seqlens``, like the modules of [`fastcompress.nn`][]. If it has a ``loss`` after
-                the call, that is added to the model's, times its ``loss_weight`` (default 1).
+                the call, its ``loss_weight`` (default 1) times this loss is added to the model's.
         """
         self.rule = None
         self.compressor = compressor.to(self.projector_dtype).to(self.device)

@@ -1,1 +1,1 @@
-"""Comparison of compression rules on a model and data of the user: ``fastcompress sweep``."""
+"""Compare compression rules on a model and data of the user: ``fastcompress sweep``."""

@@ -1,4 +1,4 @@
-"""Audio LLMs of transformers in a sweep: rows of audio from disk take the place of encoder and projector."""
+"""Audio LLMs of transformers in a sweep: rows of audio from disk replace encoder and projector."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ from fastcompress.training.sweep.models import written as rows_written
 class AudioLLM(SweepModel):
     """A stock audio LLM.
 
-    The rows of audio that the model merges into its prompt are computed once per utterance. If the model does not
-    accept rows in place of its encoder's output, they are computed for each rule.
+    The rows of audio that the model merges into its prompt are computed once per utterance. If the model cannot take
+    them from disk, its encoder runs again for each rule.
 
     Args:
         model: A model with a head, such as ``Qwen2AudioForConditionalGeneration``.
         processor: Its processor.
-        decoding: How texts are written.
+        decoding: Settings of decoding.
 
     Raises:
         NotImplementedError: The model is not supported by ``apply_to``.
@@ -59,7 +59,7 @@ class AudioLLM(SweepModel):
         return {"states": rows}
 
     def _takes_rows(self, inputs: Mapping[str, Any], rows: Tensor) -> bool:
-        """Return whether the model merges given rows in place of its encoder's."""
+        """Return whether the model merges given rows into its prompt in place of its encoder's."""
         try:
             with rows_in_place_of_encoder(self.model, lambda: -rows):
                 return torch.equal(merged_rows(self.model, inputs), -rows)

@@ -1,6 +1,6 @@
-"""Confidence intervals of error rates, and of their differences on the same utterances, by a bootstrap.
+"""Bootstrap intervals of error rates, and of their differences on the same utterances.
 
-Utterances of one speaker share a voice, so speakers are resampled where they are known, and else utterances.
+Errors of one speaker are not independent. Therefore, speakers are resampled if they are known, and else utterances.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import numpy as np
 #: Number of resamples.
 RESAMPLES = 10_000
 
-_ENTRIES = 4_000_000  # of the matrix of multiplicities that is in memory at once
+_ENTRIES = 4_000_000  # largest number of multiplicities (resamples x units) in memory
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Bootstrap:
         seed: Seed of the resamples.
 
     Attributes:
-        unit: What is resampled, ``"speaker"`` or ``"utterance"``.
+        unit: Unit of the resamples, ``"speaker"`` or ``"utterance"``.
         units: Number of different speakers, or of utterances.
     """
 
@@ -80,7 +80,7 @@ class Bootstrap:
         return Interval(float(rates[0]), float(low), float(high))
 
     def _sums(self, values: Sequence[float]) -> np.ndarray:
-        """Return the sum of a value of each utterance, of all utterances and then of each resample, fp64."""
+        """Return the sum of the values of all utterances, followed by the sum of each resample, fp64."""
         key = np.asarray(values, np.float64)
         if (found := self._known.get(key.tobytes())) is not None:
             return found

@@ -16,7 +16,7 @@ from fastcompress.training.sweep.models import Decoding, SweepModel
 from fastcompress.training.sweep.reference import Reference
 from fastcompress.training.sweep.whisper import Whisper
 
-#: Architectures to load in place of the whole model, of which ``apply_to`` takes only a part.
+#: Architectures to load in place of a whole model: the part of it that ``apply_to`` supports.
 _PARTS = {
     "qwen2_5_omni": "Qwen2_5OmniThinkerForConditionalGeneration",
     "qwen3_omni_moe": "Qwen3OmniMoeThinkerForConditionalGeneration",
@@ -27,7 +27,7 @@ def load(path: str, device: str, decoding: Decoding) -> SweepModel:
     """Load a stock model by folder or name, or a folder of the reference model.
 
     Raises:
-        SettingsError: There is no such model, it is not supported, or the decoding is not for it.
+        SettingsError: There is no such model, or it does not support ``apply_to`` or the decoding.
     """
     folder = Path(path)
     folder = folder / "final" if (folder / "final").is_dir() else folder
@@ -70,8 +70,8 @@ def _load_stock(path: str, device: str) -> tuple[Any, Any]:
         processor = transformers.AutoProcessor.from_pretrained(path)
     except SettingsError:
         raise
-    except Exception as error:  # for a bad folder, transformers, safetensors and json raise errors of many types
+    except Exception as error:  # transformers, safetensors and json raise errors of many types for a bad folder
         raise SettingsError(f"`model` {named(path, one_line(error))}") from error
     if device == "cpu" and model.dtype == torch.float16:
-        model = model.float()  # which is faster there
+        model = model.float()  # fp32 is faster on a CPU
     return model.to(device).eval(), processor

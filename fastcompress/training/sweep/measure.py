@@ -1,7 +1,7 @@
 """Sweep: compare compression rules on a user's own model and data.
 
-Encoder states are computed once and kept on disk. Each row, one rule with its parts, is saved as soon as it is
-complete; a later run with the same model, data and settings does not compute it again.
+Encoder states are computed once and kept on disk. A row is the result of one variant: a rule with its settings. It is
+saved as soon as it is complete; a later run with the same model, data and settings does not compute it again.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from fastcompress.training.sweep.states import States, audio_key, fingerprint
 from fastcompress.training.usable import Skipped, load_utterance
 from fastcompress.version import __version__
 
-#: Called with what is done, the number that is done and the total.
+#: Called with the name of a task, the number of utterances that are done, and the total.
 Progress = Callable[[str, int, int], None]
 
 
@@ -34,8 +34,8 @@ class Row:
     """A measured variant.
 
     Attributes:
-        variant: What was measured.
-        answers: Answer for each utterance of the sweep, in its order.
+        variant: The variant.
+        answers: Answer for each utterance, in the order of the sweep.
         prefill_ms: Mean time per utterance from the encoder states to the first new token, in batches.
         decoding_ms: Mean time per utterance from the first new token to the last.
         cpu_seconds: Processor time of the row.
@@ -56,8 +56,8 @@ class Sweep:
         utterances: Utterances of the manifest. Those whose audio cannot be used are skipped.
         out: Folder of states and rows.
         batch_size: Utterances per batch.
-        skipped: Gets the utterances that are skipped.
-        progress: Called as the work advances.
+        skipped: Record of the skipped utterances, to which new ones are added.
+        progress: Function that is called after each utterance or batch.
 
     Attributes:
         utterances: Utterances that are scored.
@@ -124,16 +124,16 @@ class Sweep:
             return seconds, 0.0
         states = self.model.encode(samples)
         spent = time.process_time() - since
-        if not self.model.why_not_cached:  # which the first call of `encode` finds out
+        if not self.model.why_not_cached:  # the first call of `encode` sets it
             self._states.save(key, states, seconds, spent)
         return seconds, spent
 
     def variants(self, rules: Sequence[str], ablate: bool = False, silence: str | float | None = None) -> list[Variant]:
-        """Return the variants of rules, first that of every frame.
+        """Return the variants of rules, the first of which keeps every frame.
 
         Args:
             rules: Text forms of the rules, or ``"none"``.
-            ablate: Whether to add variants without the parts of each rule.
+            ablate: Whether to add variants without proportional attention and positions in time.
             silence: Treatment of silence, for Whisper.
         """
         found = []
@@ -142,10 +142,10 @@ class Sweep:
         return [replace(variant, silence=silence) for variant in found]
 
     def check(self, variants: Sequence[Variant]) -> None:
-        """Check that the model has the compression of each variant, before hours are spent.
+        """Check that the model supports each variant, before hours are spent.
 
         Raises:
-            SettingsError: It does not.
+            SettingsError: The model does not support a variant.
         """
         for variant in variants:
             try:
@@ -157,11 +157,11 @@ class Sweep:
                 raise SettingsError(f"`rule` {variant.label}: {error}") from error
 
     def run(self, variants: Sequence[Variant]) -> list[Row]:
-        """Return the row of each variant, computed or read."""
+        """Compute the row of each variant, or read it from disk."""
         return [self.row(variant) for variant in variants]
 
     def path(self, variant: Variant) -> Path:
-        """Return the file of a row, whose name depends on everything that its result depends on."""
+        """Return the file of a row. Its name has a hash of everything on which the result depends."""
         facts = {
             "version": __version__,
             "model": self._model_key,
@@ -176,7 +176,7 @@ class Sweep:
         return self._rows / f"{name[:80]}-{digest}.json"
 
     def row(self, variant: Variant) -> Row:
-        """Return the row of a variant, computed or read."""
+        """Compute the row of a variant, or read it from disk."""
         path = self.path(variant)
         if (found := _read(path, variant, len(self.utterances))) is not None:
             return found
@@ -206,7 +206,7 @@ class Sweep:
 
 
 def _read(path: Path, variant: Variant, count: int) -> Row | None:
-    """Return a row that an earlier run has written, ``None`` if there is none."""
+    """Return a row that an earlier run has written; ``None`` if there is no complete one."""
     try:
         values: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         row = Row(**values | {"variant": variant, "answers": [Answer(**answer) for answer in values["answers"]]})

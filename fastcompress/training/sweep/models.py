@@ -27,14 +27,14 @@ NONE = "none"
 
 @dataclass(frozen=True)
 class Variant:
-    """What one row of a sweep measures: a rule, and its parts.
+    """A rule with its settings, which one row of a sweep measures.
 
     Attributes:
         rule: Text form of the rule; ``"none"`` keeps every frame.
-        reduce: How frames become a token (``fastcompress.segment_reduce``).
+        reduce: Reduction of the frames of a segment (``fastcompress.segment_reduce``).
         proportional_attention: Whether a token of L frames weighs as much as L frames; ``None``: the default.
         positions: ``"time"`` or ``"compact"``; ``None``: the default.
-        silence: Treatment of the silence after the audio, Whisper only (``apply_to``); ``None``: the default.
+        silence: Treatment of the silence after the audio, for Whisper only (``apply_to``); ``None``: the default.
         control: Name of a control that changes the tokens, for experiments; empty: no control.
     """
 
@@ -60,7 +60,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How texts are written. Search is greedy.
+    """Settings of decoding, which is greedy.
 
     Attributes:
         max_new_tokens: Longest text, in tokens.
@@ -77,17 +77,18 @@ class Decoding:
 
 @dataclass
 class Answer:
-    """The text of an utterance, and what the decoder read.
+    """The text of an utterance, and the numbers of tokens and frames that it needed.
 
     Attributes:
         text: The text.
-        keys: Rows to which the decoder attends before the first new token: tokens, kept silence and prompt.
-        tokens: Tokens of the rule.
-        frames: Frames that they replace.
-        seconds: Seconds that these frames last.
-        audio_tokens: Those of the tokens that start before the end of the audio.
-        audio_frames: Frames of the audio, without silence that fills a window.
-        new_tokens: Tokens of the text.
+        keys: Number of rows to which the decoder attends before the first new token: tokens, in Whisper kept silence,
+            in audio LLMs the prompt.
+        tokens: Number of tokens into which the rule pools frames.
+        frames: Number of these frames.
+        seconds: Duration of these frames.
+        audio_tokens: Number of the tokens that start before the end of the audio.
+        audio_frames: Number of frames of the audio, without the silence that fills a window.
+        new_tokens: Number of tokens of the text.
         clipped: Whether the limit of new tokens cut the text.
     """
 
@@ -104,7 +105,7 @@ class Answer:
 
 @dataclass
 class Batch:
-    """Answers of a batch, with the seconds until the first new token, and from there to the last."""
+    """Answers of a batch, the seconds until the first new token, and the seconds from there to the last one."""
 
     answers: list[Answer]
     prefill: float
@@ -141,13 +142,13 @@ class Clock(StoppingCriteria):
         return self._ids[:, self._prompt :]
 
     def times(self) -> tuple[float, float]:
-        """Return the seconds until the first new token, and from there to the last."""
+        """Return the seconds until the first new token, and the seconds from there to the last one."""
         first = self.begin if self.first is None else self.first
         return first - self.begin, self.last - first
 
 
 def written(ids: Tensor, ends: Sequence[int]) -> list[tuple[list[int], bool]]:
-    """Return the new ids of each row up to its end token, and whether the row has none, so that the limit cut it."""
+    """Return the new ids of each row up to its end token, and whether the limit cut the row: it has no end token."""
     found = []
     for row in ids.tolist():
         stop = next((i for i, token in enumerate(row) if token in ends), None)
@@ -163,8 +164,8 @@ class SweepModel(ABC):
         kind: ``model_type`` of its configuration.
         sampling_rate: Sampling rate of the audio that ``encode`` takes, in Hz.
         why_not_cached: Reason why encoder states are computed for each rule; empty: they are computed once.
-        switches: Parts that can be switched off, with their values: fields of ``Variant``.
-        decoding: How texts are written.
+        switches: Parts of a rule that can be switched off: fields of ``Variant``, and their values when off.
+        decoding: Settings of decoding.
     """
 
     model: Any
@@ -176,7 +177,7 @@ class SweepModel(ABC):
 
     @abstractmethod
     def encode(self, samples: np.ndarray) -> dict[str, Tensor]:
-        """Return what is kept of the encoder for the samples ``[S]`` of an utterance.
+        """Return the encoder states to save for the samples ``[S]`` of an utterance.
 
         Raises:
             AudioError: The audio cannot be used.
@@ -187,16 +188,16 @@ class SweepModel(ABC):
         """Return a context in which the model compresses as a variant states.
 
         Raises:
-            NotImplementedError, TypeError, ValueError: The model has no such compression.
+            NotImplementedError, TypeError, ValueError: The model does not support the variant.
         """
 
     @abstractmethod
     def answer(self, utterances: Sequence[Utterance], states: Sequence[dict[str, Tensor]]) -> Batch:
-        """Write the texts of a batch inside of the context of ``compressed``.
+        """Transcribe a batch, within the context of ``compressed``.
 
         Args:
             utterances: Utterances with audio.
-            states: What ``encode`` returned for each of them; ignored if ``why_not_cached``.
+            states: Result of ``encode`` for each of them; ignored if ``why_not_cached``.
         """
 
     def ablations(self, rule: str) -> list[Variant]:
@@ -209,12 +210,12 @@ class SweepModel(ABC):
 
 @contextlib.contextmanager
 def applied(model: Any, rule: str, reduce: str, **settings: Any) -> Iterator[None]:
-    """Compress a stock model in a context. The compression that was saved with the weights stays in its configuration.
+    """Compress a stock model in a context, and keep the rule that was saved with the weights in its configuration.
 
     Args:
         model: The model.
         rule: Text form of the rule, or ``"none"``.
-        reduce: How frames become a token.
+        reduce: Reduction of the frames of a segment.
         settings: Further arguments of ``apply_to``.
     """
     saved = vars(model.config).get(KEY)
@@ -231,7 +232,7 @@ def applied(model: Any, rule: str, reduce: str, **settings: Any) -> Iterator[Non
 
 
 @dataclass
-class Captured(Exception):  # noqa: N818  (it is no error)
-    """Ends a forward pass with the arguments of the decoder."""
+class Captured(Exception):  # noqa: N818  (it is not an error)
+    """Exception that ends a forward pass, and has the arguments of the decoder."""
 
     arguments: dict[str, Any] = field(default_factory=dict)

@@ -26,7 +26,7 @@ class Reference(SweepModel):
     Args:
         model: A ``FastCompressForConditionalGeneration``, with or without LoRA.
         processor: Its ``FastCompressProcessor``.
-        decoding: How texts are written.
+        decoding: Settings of decoding.
     """
 
     def __init__(self, model: Any, processor: Any, decoding: Decoding) -> None:
@@ -34,7 +34,7 @@ class Reference(SweepModel):
         self.kind: str = "fastcompress"
         self.processor: Any = processor
         self.sampling_rate: int = processor.sampling_rate
-        # A run that was trained with a rule has the parts that it was trained with.
+        # A run that was trained with a rule keeps the settings of its training.
         on_frames = getattr(unwrap(model), "trained_on_frames", False)
         self.switches: dict[str, Any] = {"proportional_attention": False, "positions": "compact"} if on_frames else {}
         self.decoding: Decoding = decoding

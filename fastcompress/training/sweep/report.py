@@ -87,7 +87,7 @@ def write(
     Args:
         out: The folder.
         title: Name of model and data.
-        facts: What else ``sweep.json`` states.
+        facts: Further values of ``sweep.json``.
         scores: Scores of the rows.
         rows: The rows.
         counts: Errors of each utterance, for each row.
@@ -101,7 +101,7 @@ def write(
     write_file(out / f"{_NAME}.json", json.dumps(values, indent=1, ensure_ascii=False))
     folder = out / "hypotheses"
     folder.mkdir(exist_ok=True)
-    for old in folder.glob("[0-9][0-9]-*.jsonl"):  # of another list of rules
+    for old in folder.glob("[0-9][0-9]-*.jsonl"):  # they may be from another list of rules
         old.unlink()
     for number, (score, row, errors) in enumerate(zip(scores, rows, counts, strict=True)):
         name = "".join(c if c.isalnum() else "-" for c in score.label)
@@ -141,7 +141,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
     for number, (kind, same) in enumerate(kinds.items()):
         same = sorted(same, key=lambda s: s.tokens_per_second)
         colour, marker = _COLOURS[number % len(_COLOURS)], _MARKERS[number % len(_MARKERS)]
-        apart = 1 + step * (number - (len(kinds) - 1) / 2)  # equal rates stand side by side
+        apart = 1 + step * (number - (len(kinds) - 1) / 2)  # so that points of equal rates do not overlap
         rates = [s.tokens_per_second * apart for s in same]
         values = [min(s.wer.value, 0.94 * top) for s in same]
         # Rows above the picture are drawn at its edge, with their value.
@@ -178,7 +178,7 @@ def plot(scores: Sequence[Score], path: Path, title: str) -> None:
 
 
 def _kind(score: Score) -> str:
-    """Return the name of the line of a row: the kind of its rule, and its parts."""
+    """Return the name of a row's line in the plot: the kind of its rule, and its settings."""
     _, comma, parts = score.label.removeprefix(score.variant.rule).partition(", ")
     name = score.variant.rule.partition(":")[0]
     if is_uniform(score.variant):
@@ -187,7 +187,7 @@ def _kind(score: Score) -> str:
 
 
 def _apart(scores: Sequence[Score]) -> list[Score]:
-    """Return scores that are at least a fifth apart in tokens per second, from low to high."""
+    """Return scores whose tokens per second differ by more than a fifth, from low to high."""
     found: list[Score] = []
     for score in sorted(scores, key=lambda s: s.tokens_per_second):
         if not found or score.tokens_per_second > 1.2 * found[-1].tokens_per_second:

@@ -18,7 +18,7 @@ from fastcompress.training.sweep.bootstrap import Bootstrap, Interval
 from fastcompress.training.sweep.measure import Row
 from fastcompress.training.sweep.models import NONE, Variant
 
-#: Two rates are the same if their tokens per second differ by at most this share.
+#: Two rows have the same rate if their tokens per second differ by at most this fraction.
 SAME_RATE = 0.02
 
 
@@ -27,7 +27,7 @@ class Comparison:
     """Word error rate of a row minus that of another, in points.
 
     Attributes:
-        against: Name of the other row, or of the two between which it was interpolated.
+        against: Name of the other row, or of the two rows between which it was interpolated.
         interval: The difference.
     """
 
@@ -49,16 +49,16 @@ class Score:
         cer: Character error rate, in %.
         bleu: BLEU, 0 to 100; ``None`` if the task is not translation, or sacrebleu is not installed.
         keys: Rows to which the decoder attends before the first new token, mean per utterance.
-        tokens_per_second: Tokens per second of the audio, or with pooled silence of audio and silence.
-        frames_per_token: Frames of the encoder per token.
-        audio_frames_per_token: The same of the audio without silence that fills a window.
+        tokens_per_second: Tokens per second of pooled audio, and of silence if it is pooled.
+        frames_per_token: Encoder frames per token, of audio and of silence that is pooled.
+        audio_frames_per_token: Encoder frames per token, of the audio alone.
         prefill_ms: Mean time per utterance from the encoder states to the first new token, in batches.
         decoding_ms: Mean time per utterance from the first new token to the last.
-        clipped: Texts that the limit of new tokens cut.
+        clipped: Number of texts that the limit of new tokens cut.
         cpu_seconds: Processor time of the row.
         vs_none: Comparison with every frame; ``None`` for that row itself.
         vs_uniform: Comparison with uniform pooling at the same rate and with the same parts; ``None`` for uniform
-            pooling, and outside of its rates.
+            pooling itself, and if the rate is not between those of two rows to interpolate.
         errors: Errors of each utterance.
     """
 
@@ -97,7 +97,7 @@ class Score:
 
 
 def is_translation(utterances: Sequence[Utterance]) -> bool:
-    """Return whether the lines of a manifest have the task translation."""
+    """Return whether a line of a manifest has the task translation."""
     return any(u.more.get("task") in ("translation", "translate") for u in utterances)
 
 
@@ -136,8 +136,8 @@ class Comparer:
     def against_uniform(self, score: Score, scores: Sequence[Score]) -> Comparison | None:
         """Compare a row with uniform pooling at the same tokens per second and with the same parts.
 
-        Where no row has the same rate, the errors of the two nearest rates, of which one can be every frame, are
-        interpolated linearly in tokens per second.
+        If no row of uniform pooling has the same rate, the errors of the two rows with the nearest rates are
+        interpolated linearly in tokens per second. One of the two can be the row of every frame.
         """
         if score.variant.rule == NONE or is_uniform(score.variant):
             return None
@@ -177,13 +177,13 @@ class Scorer(Comparer):
         super().__init__(words, [u.more.get("speaker") for u in utterances])
 
     def counts(self, row: Row) -> list[ErrorCounts]:
-        """Return the errors in the words of each utterance."""
+        """Return the word errors of each utterance."""
         if row.variant not in self._counts:
             self._counts[row.variant] = word_errors(self._references, self._texts(row))
         return self._counts[row.variant]
 
     def scores(self, rows: Sequence[Row]) -> list[Score]:
-        """Return the scores of rows, compared with each other. Those of a variant are computed once."""
+        """Return the scores of rows with their comparisons. The scores of a variant are computed once."""
         for row in rows:
             if row.variant not in self._scores:
                 self._scores[row.variant] = self._score(row)

@@ -1,7 +1,7 @@
 """Encoder states of a sweep on disk, one file per utterance.
 
-The name of a file is a hash of the model's weights and of the audio, so that states are neither computed twice nor used
-for another model or another audio.
+The path of a file has hashes of the model and of the audio. States are therefore not computed twice, and not used for
+another model or other audio.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from fastcompress.files import UNFINISHED
 from fastcompress.training.manifest import Utterance
 
-_VALUES = 64  # of each weight that enter the hash
+_VALUES = 64  # number of values of each weight that are hashed, about
 
 
 def fingerprint(model: Any) -> str:
@@ -37,14 +37,14 @@ def fingerprint(model: Any) -> str:
 
 
 def audio_key(utterance: Utterance) -> str:
-    """Return a hash of an utterance's audio: the segment, and path, size and time of change, or else the samples."""
+    """Return a hash of an utterance's audio: of path, size, time of change and excerpt of a file, or of the samples."""
     path = utterance.audio_filepath
     if path is None:
         samples, rate = utterance.samples or (b"", 0)
         content = bytes(samples) if utterance.encoded is None else utterance.encoded
         return hashlib.sha256(repr((rate, utterance.offset, utterance.duration)).encode() + content).hexdigest()
     found = os.stat(path)
-    duration = utterance.duration if utterance.offset is not None else None  # it does not cut a whole file
+    duration = utterance.duration if utterance.offset is not None else None  # without an offset, the whole file is read
     facts = [str(path.absolute()), found.st_size, found.st_mtime_ns, utterance.offset, duration]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()
 
@@ -64,7 +64,7 @@ class States:
         return self.folder / f"{key[:32]}.safetensors"
 
     def facts(self, key: str) -> tuple[float, float] | None:
-        """Return the seconds of an utterance's audio, and of computation, if its states are there, else ``None``."""
+        """Return the duration of an utterance and the processor time of its states, in seconds; ``None``: no states."""
         try:
             with safe_open(self._path(key), "pt") as file:
                 found = file.metadata()
@@ -73,7 +73,7 @@ class States:
             return None
 
     def save(self, key: str, tensors: dict[str, Tensor], seconds: float, cpu_seconds: float) -> None:
-        """Write the states of an utterance, whole or not at all."""
+        """Write the states of an utterance. An interrupted write leaves no file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self._path(key)
         unfinished = path.with_name(f"{UNFINISHED}{path.name}")

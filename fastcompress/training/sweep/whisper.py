@@ -1,4 +1,4 @@
-"""Whisper in a sweep: encoder states from disk take the place of the encoder."""
+"""Whisper in a sweep: encoder states from disk replace the encoder."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ WINDOW = 30
 
 _PROMPT = 4  # ids before the text: start, language, task, no timestamps
 
-#: Change the output of the compressed encoder: called with the frames ``[B, T, D]``, the number of frames of the audio
-#: ``[B]``, and the output, which has ``last_hidden_state`` and ``token_lengths``.
+#: Function that changes the output of the compressed encoder. It is called with the frames ``[B, T, D]``, the number of
+#: frames of the audio ``[B]``, and the output, which has ``last_hidden_state`` and ``token_lengths``.
 Control = Callable[[Tensor, Tensor, Any], Any]
 
 
@@ -36,14 +36,14 @@ class Whisper(SweepModel):
     Args:
         model: A ``WhisperForConditionalGeneration``.
         processor: Its processor.
-        decoding: How texts are written.
+        decoding: Settings of decoding.
 
     Attributes:
-        controls: Controls by name.
+        controls: Controls of an experiment, by name.
 
     Raises:
-        SettingsError: The model is English only, and the language or task is another; or texts can be longer than its
-            positions.
+        SettingsError: The model is English only and the settings ask for another language or for translation, or
+            texts can be longer than the model supports.
     """
 
     def __init__(self, model: Any, processor: Any, decoding: Decoding) -> None:
@@ -105,7 +105,7 @@ class Whisper(SweepModel):
                 encoder.forward = stock
 
     def _stock_states(self, input_features: Tensor | None = None, **kwargs: Any) -> BaseModelOutput:
-        """Take the place of the stock encoder: return the states of the utterances whose indices are in bin 1."""
+        """Replace the stock encoder: return the states of the utterances whose indices are in mel bin 1."""
         assert input_features is not None
         chosen = [self._states[i]["states"] for i in input_features[:, 1, 0].long().tolist()]
         self._hidden = torch.stack(chosen).to(self.model.device, self.model.dtype)

@@ -138,6 +138,33 @@ def test_train_says_how_to_resume(
     assert main(["train", "--output-dir", str(folder), "--resume"]) == 0
 
 
+@pytest.mark.parametrize("step", [None, 4])
+def test_finetune_says_how_to_resume(
+    step: int | None, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    """The run is recorded, and has a whole checkpoint or none, when the user interrupts it."""
+    from fastcompress.training import finetuning
+    from fastcompress.training.parsing import write_record
+
+    folder = tmp_path / "run"
+
+    def interrupted(settings: Any, *rest: Any) -> None:
+        folder.mkdir()
+        write_record(settings, folder)
+        if step is not None:
+            monkeypatch.setattr(finetuning, "_is_whole", lambda checkpoint: True)
+            (folder / f"checkpoint-{step}").mkdir()
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(finetuning, "finetune", interrupted)
+    arguments = ["--model", "m", "--data", manifest(tmp_path, "0"), "--output-dir", str(folder)]
+    assert main(["finetune", *arguments]) == 130
+    begin = "from the start, since there is no checkpoint yet" if step is None else f"after checkpoint-{step}"
+    command = f"`fastcompress finetune --output-dir {folder} --resume`"
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert last == f"fastcompress: interrupted; {command} continues {begin}"
+
+
 # Limits and warnings
 
 

@@ -144,7 +144,7 @@ class Compression:
         """Pool frames into tokens by the rule, or by the module of [`use_compressor`][].
 
         Args:
-            frames: Frames ``[A, F, D]`` of [`encode`][].
+            frames: Frames ``[A, F, D]`` of ``encode``.
             lengths: Number of frames of each audio, ``[A]`` int64.
 
         Returns:

@@ -238,7 +238,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
             frames: Frames ``[A, F, D]`` of [`encode`][]; ``None``: the batch has no audio.
             frame_lengths: Number of frames of each audio, ``[A]`` int64; required with ``frames``.
             labels: ``[B, L]`` int64, -100 where nothing is predicted.
-            pooled: Result of [`compress`][], in place of ``frames``.
+            pooled: Result of ``compress``, in place of ``frames``.
 
         Raises:
             ValueError: Arguments exclude each other, or [`fastcompress.pack`][] refuses them.
@@ -398,7 +398,7 @@ class FastCompressForConditionalGeneration(Compression, PreTrainedModel, Generat
         The first six arguments are those of [`forward`][].
 
         Args:
-            pooled: Result of [`compress`][], in place of ``frames``.
+            pooled: Result of ``compress``, in place of ``frames``.
             kwargs: Arguments of the decoder's ``generate``: ``max_new_tokens``, ``num_beams``, ``streamer``, ...;
                 ``max_length`` and ``min_length`` count the ids that are returned.
 

@@ -25,7 +25,8 @@ class PackedInputs:
     Attributes:
         inputs_embeds: Packed rows, ``[T, H]`` in the dtype of the embeddings.
         cu_seqlens: Number of rows before each sample, ``[B + 1]`` int32.
-        position_ids: Position of each row in its sample, ``[T]`` int64, from 0; see ``positions`` of [`fastcompress.pack`][].
+        position_ids: Position of each row in its sample, ``[T]`` int64, from 0; ``positions`` of
+            [`fastcompress.pack`][] explains them.
         labels: Packed labels, ``[T]`` int64, or ``None``. They are -100 for audio and for the first row of each sample,
             which no row precedes, so that a loss over ``logits[:-1]`` and ``labels[1:]`` never crosses samples.
         source: Row that each packed row was copied from, ``[T]`` int64: below ``N`` a row of the input (counted through

@@ -78,7 +78,9 @@ def test_samples_have_no_effect_on_others(name: str):
                 x[0] = torch.where(x[0] == 0, x[0], bad)  # 0 is padding
             x.requires_grad_()
             logits = model(**inputs | {key: x}).logits[1:]
-            (grad,) = torch.autograd.grad(logits[:, -1].sum(), x)
+            # The encoders of VibeVoice run without gradients.
+            (grad,) = torch.autograd.grad(logits[:, -1].sum(), x, allow_unused=name == "vibevoice_asr")
+            grad = torch.zeros_like(x) if grad is None else grad
             found.append((logits.detach(), grad[1:]))
             assert bad is None or x.isnan().any()
         assert torch.equal(found[0][0].nan_to_num(), found[1][0].nan_to_num())

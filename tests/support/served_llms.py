@@ -21,6 +21,12 @@ SPECIAL = (
     "<|audio_pad|>", "<|audio_start|>", "<|audio_end|>", "<|user|>", "<|assistant|>", "<|im_start|>", "<|im_end|>",
     "<|image_pad|>", "<|video_pad|>",
 )  # fmt: skip
+#: Attributes of the tokenizer of Qwen3-ASR.
+QWEN3 = {
+    "audio_token": "<|audio_pad|>",
+    "audio_bos_token": "<|audio_start|>",
+    "audio_eos_token": "<|audio_end|>",
+}
 FILLERS = 160
 RATE = 16000
 MELS = 16
@@ -47,12 +53,16 @@ class Family:
         processor: Function of a feature extractor, a tokenizer and a chat template that returns the processor.
         placeholder: Text before, at and after one audio in a prompt.
         several: Whether a prompt may have several audios.
+        embeds: Whether vLLM takes embeddings of audio.
+        extractor: Class of the feature extractor.
     """
 
     build: Callable[[], Any]
     processor: Callable[[Any, Any, str], Any]
     placeholder: tuple[str, str, str]
     several: bool = True
+    embeds: bool = True
+    extractor: str = "WhisperFeatureExtractor"
 
 
 def token(text: str) -> int:
@@ -97,6 +107,22 @@ def _of(name: str, **settings: Any) -> Callable[[Any, Any, str], Any]:
     return make
 
 
+def _qwen3_asr() -> Any:
+    audio = {
+        "d_model": 32, "encoder_layers": 1, "encoder_attention_heads": 2, "encoder_ffn_dim": 32, "output_dim": 64,
+        "downsample_hidden_size": 8, "n_window": 50, "n_window_infer": 800,
+    }  # fmt: skip
+    config = transformers.Qwen3ASRConfig(
+        audio_config=ENCODER | audio | {"model_type": "qwen3_asr_encoder"},
+        text_config=TEXT | {"model_type": "qwen3"},
+        audio_token_id=token("<|audio_pad|>"),
+        pad_token_id=0,
+        eos_token_id=2,
+        tie_word_embeddings=False,
+    )
+    return transformers.Qwen3ASRForConditionalGeneration(config)
+
+
 #: By ``model_type``.
 FAMILIES = {
     "qwen2_audio": Family(_qwen2_audio, _of("Qwen2AudioProcessor"), ("<|audio_bos|>", "<|AUDIO|>", "<|audio_eos|>")),
@@ -104,6 +130,14 @@ FAMILIES = {
         _glmasr, _of("GlmAsrProcessor"), ("<|begin_of_audio|>", "<|pad|>", "<|end_of_audio|>"), several=False
     ),
     "audioflamingo3": Family(_flamingo, _of("AudioFlamingo3Processor"), ("", "<sound>", ""), several=False),
+    "qwen3_asr": Family(
+        _qwen3_asr,
+        _of("Qwen3ASRProcessor"),
+        ("<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"),
+        several=False,
+        embeds=False,
+        extractor="Qwen3ASRFeatureExtractor",
+    ),
 }
 
 
@@ -112,14 +146,19 @@ def tokenizer() -> Any:
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
-    words += [f"w{i}" for i in range(len(words), FILLERS)]
+    words += [f"w{i}" for i in range(len(words), FILLERS)] + list(SPECIAL)
     found = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<unk>"))
     found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     fast = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=found, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>"
+        tokenizer_object=found,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        extra_special_tokens=QWEN3,
     )
     fast.add_tokens(list(SPECIAL), special_tokens=True)
-    assert len(fast) == TEXT["vocab_size"]
+    assert fast.convert_tokens_to_ids(list(SPECIAL)) == [token(text) for text in SPECIAL]
     return fast
 
 
@@ -129,7 +168,7 @@ def write(name: str, folder: Path, seed: int = 0) -> Path:
     torch.manual_seed(seed)
     family.build().eval().save_pretrained(folder)
     _rename_weights(folder / "model.safetensors")
-    extractor = transformers.WhisperFeatureExtractor(feature_size=MELS)
+    extractor = getattr(transformers, family.extractor)(feature_size=MELS)
     before, placeholder, after = family.placeholder
     template = TEMPLATE.replace("BEFORE", before).replace("<AUDIO>", placeholder).replace("AFTER", after)
     family.processor(extractor, tokenizer(), template).save_pretrained(folder)

@@ -119,7 +119,7 @@ test-emulated: build
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
 
 # vLLM's requirements include builds of torchvision, torchaudio and torchcodec that do not load beside a CPU torch.
-$(VLLM_READY): requirements-vllm.txt pyproject.toml
+$(VLLM_READY): requirements-vllm.txt
 	@$(VLLM_PYTHON) --version || { echo "set VLLM_PYTHON to Python 3.11 or later"; exit 1; }
 	@echo "installing vLLM into $(VLLM_VENV): downloads about 0.6 GB, takes about 4 GB and a few minutes"
 	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
@@ -130,9 +130,11 @@ $(VLLM_READY): requirements-vllm.txt pyproject.toml
 # FAST=1 leaves out the tests that run an engine or a server. The package is the checkout, whose entry points are in
 # fastcompress.egg-info and whose compiled library runs with any torch.
 FAST ?=
+VLLM_FAST := models processing voxtral
 vllm-test: build $(VLLM_READY)
 	$(BIN)/python setup.py -q egg_info
-	PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest -q -rs $(if $(FAST),,--run-slow) tests/integrations/vllm
+	PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest -q -rs \
+	    $(if $(FAST),$(VLLM_FAST:%=tests/integrations/vllm/test_%.py),--run-slow tests/integrations/vllm)
 
 # KINDS="address thread" skips the emulated CUDA kernels.
 KINDS ?=

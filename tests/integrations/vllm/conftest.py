@@ -9,8 +9,8 @@ import pytest
 
 from tests.support.skips import skip_without
 
-#: Files that need vLLM, and files that need peft with transformers, like the other tests of the integrations.
-SERVED = ("test_processing.py", "test_models.py", "test_engine.py", "test_server.py")
+#: Files that need vLLM. The others run wherever the tests of the integrations do.
+SERVED = ("test_processing.py", "test_models.py", "test_voxtral.py", "test_engine.py", "test_server.py")
 INSTALLED = importlib.util.find_spec("vllm") is not None
 _skip = skip_without("vllm", files=SERVED)
 

@@ -78,7 +78,8 @@ def ward_lengths(frames: Tensor, count: int) -> Tensor:
     """Return the lengths of ``count`` segments by bottom-up merging, ``[count]`` int64.
 
     From single frames, the two neighbouring segments whose merging adds the least to the sum of squared distances of
-    the L2-normalized frames to the mean of their segment are merged until ``count`` are left; of equal pairs, the first.
+    the L2-normalized frames to the mean of their segment are merged until ``count`` are left. Of equal pairs, the first
+    is merged.
 
     Args:
         frames: Frames, ``[n, D]``.

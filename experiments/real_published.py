@@ -1,6 +1,6 @@
-"""Measure published methods on real speech at 3 and 4 frames per token: ``python -m experiments.real_published FOLDER``.
+"""Measure published methods on real speech at 3 and 4 frames per token: ``python -m experiments.real_published``.
 
-``FOLDER`` is that of ``python -m experiments.real``, to whose results the rows are added. The methods are measured
+The folder is that of ``python -m experiments.real``, to whose results the rows are added. The methods are measured
 without training, as published and with proportional attention. Thresholds are set so that the mean number of frames per
 token on the data is the rate, without use of any text. Methods that weight frames by a trained part (CIF, CTC, the
 attention in SA-MAP and FastLongSpeech) are measured without their weights or left out.

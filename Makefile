@@ -92,6 +92,7 @@ REAL ?=
 experiment: build
 ifneq ($(REAL),)
 	$(BIN)/python -m experiments.real $(REAL)
+	$(BIN)/python -m experiments.real_published $(REAL)
 	$(BIN)/python -m experiments.real_report --write
 else
 	$(BIN)/python -m experiments $(if $(QUICK),--quick)

@@ -114,11 +114,12 @@ def _qwen3_asr() -> Any:
     }  # fmt: skip
     config = transformers.Qwen3ASRConfig(
         audio_config=ENCODER | audio | {"model_type": "qwen3_asr_encoder"},
-        text_config=TEXT | {"model_type": "qwen3"},
+        # Tied, since vLLM does not load the head under the name that transformers saves.
+        text_config=TEXT | {"model_type": "qwen3", "tie_word_embeddings": True},
         audio_token_id=token("<|audio_pad|>"),
         pad_token_id=0,
         eos_token_id=2,
-        tie_word_embeddings=False,
+        tie_word_embeddings=True,
     )
     return transformers.Qwen3ASRForConditionalGeneration(config)
 

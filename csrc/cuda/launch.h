@@ -11,6 +11,8 @@ Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scr
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);
 
+Error launch_banded_distance(DType dtype, const BandParams& p, Stream stream);
+
 // Two launches: the norms of all rows, and the walk along each sequence. greedy_shared_bytes returns the shared memory
 // of the walk in bytes, or 0 if the rows do not fit there or cannot be copied 16 bytes at a time.
 int64_t greedy_shared_bytes(const Device& device, DType dtype, const RowsIn& x);
@@ -19,6 +21,11 @@ Error launch_greedy_boundaries(DType dtype, const GreedyParams& p, int64_t share
 // Two launches, or three for a rule that needs a walk. `is_double`: distances are fp64, else fp32.
 Error launch_select(bool is_double, const SelectParams& p, Stream stream);
 inline int64_t select_tiles(int64_t rows) { return rows == 0 ? 1 : (rows + kThreads - 1) / kThreads; }
+
+// plan_variance sets the number of thread blocks and their scratch memory. Two launches. `is_double`: distances are
+// fp64, else fp32.
+void plan_variance(const Device& device, VarianceParams& p);
+Error launch_min_variance(bool is_double, const VarianceParams& p, Stream stream);
 
 Error launch_segment_reduce_fwd(DType dtype, const ReduceParams& p, Stream stream);
 Error launch_segment_weighted_mean_fwd(DType dtype, const ReduceParams& p, Stream stream);

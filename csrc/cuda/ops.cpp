@@ -160,6 +160,25 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
   return out;
 }
 
+Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t window) {
+  STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  workspace.prepare(0, scope.stream);
+  const ScalarType type = accumulate_type(x.scalar_type());
+  Tensor out =
+      x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1), window}, type) : empty_like(x, {x.size(0), window}, type);
+  const int64_t lags = std::min(window, std::max<int64_t>(1, rows.count - 1));
+  STD_TORCH_CHECK(lags < 450000, "window must be less than 450000, got ", window);  // blocks in a grid
+  const Tensor dots = empty_like(x, {rows.count, lags + 1}, ScalarType::Double);
+  const BandParams p{rows_in(rows), workspace.sequences(), window, lags, static_cast<double*>(dots.mutable_data_ptr()),
+                     out.mutable_data_ptr()};
+  check(launch_banded_distance(dtype_of("x", x), p, scope.stream), "banded_distance");
+  if (checks_at_once()) workspace.read_count(scope.stream);
+  return out;
+}
+
 Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, double threshold,
                          int64_t max_len) {
   STD_TORCH_CHECK(max_len >= 0, "max_len must not be negative, got ", max_len);
@@ -183,6 +202,40 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
                        shared_bytes == 0 ? scratch.mutable_data_ptr() : nullptr,
                        static_cast<uint8_t*>(out.mutable_data_ptr())};
   check(launch_greedy_boundaries(dtype, p, shared_bytes, scope.stream), "greedy_boundaries");
+  if (checks_at_once()) workspace.read_count(scope.stream);
+  return out;
+}
+
+Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths, OptionalTensor row_group,
+                               double rate, int64_t max_len) {
+  check_min_variance(d, rate, max_len);
+  const Scope scope(d);
+  const bool is_double = d.scalar_type() == ScalarType::Double;
+  const Tensor distances = torch::stable::contiguous(
+      is_double || d.scalar_type() == ScalarType::Float ? d : torch::stable::to(d, ScalarType::Float));
+  Workspace workspace(d, d.dim() - 1, cu_seqlens, lengths);
+  const BatchIn& batch = workspace.batch();
+  Tensor holder;
+  const int32_t* row_group_data = read_row_group(row_group, batch.rows, holder);
+  workspace.prepare(0, scope.stream);
+  Tensor out = d.dim() == 3 ? empty_like(d, {d.size(0), d.size(1)}, ScalarType::Bool)
+                            : empty_like(d, {d.size(0)}, ScalarType::Bool);
+  VarianceParams p{distances.const_data_ptr(),
+                   d.size(d.dim() - 1),
+                   batch.rows,
+                   workspace.sequences(),
+                   row_group_data,
+                   rate,
+                   max_len};
+  p.bound = row_group.has_value() ? batch.rows : batch.rows / kVarianceBlock + batch.count;
+  plan_variance(current_device(), p);
+  const Tensor blocks = empty_like(d, {p.bound * int64_t(sizeof(VarianceBlock))}, ScalarType::Byte);
+  const Tensor scratch = empty_like(d, {p.thread_blocks * p.scratch_bytes}, ScalarType::Byte);
+  p.blocks = static_cast<VarianceBlock*>(blocks.mutable_data_ptr());
+  p.state = workspace.scratch().state;
+  p.scratch = scratch.mutable_data_ptr();
+  p.starts = static_cast<uint8_t*>(out.mutable_data_ptr());
+  check(launch_min_variance(is_double, p, scope.stream), "min_variance_boundaries");
   if (checks_at_once()) workspace.read_count(scope.stream);
   return out;
 }

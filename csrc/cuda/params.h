@@ -93,6 +93,14 @@ struct DistanceParams {
   void* out;         // distances [rows], or the gradient of x [rows, width]
 };
 
+struct BandParams {
+  RowsIn x;
+  Sequences sequences;
+  int64_t window, lags;  // lags: those that can have a partner, at most the window
+  double* dots;          // scratch, [rows, lags + 1]: the square of each row, and its dot products with the next rows
+  void* out;             // distances, [rows, window]
+};
+
 struct GreedyParams {
   RowsIn x;
   Sequences sequences;
@@ -111,6 +119,30 @@ struct SelectParams {
   uint8_t* flags;  // scratch, one byte per row
   SegmentsOut out;
   Scratch scratch;
+};
+
+// Rows per block of minimum-variance segments; MIN_VARIANCE_BLOCK of fastcompress/rules.py.
+constexpr int64_t kVarianceBlock = 1500;
+constexpr int kLongThreads = 512;  // threads per block of the kernel for long segments
+
+struct VarianceBlock {
+  int64_t begin, rows;
+};
+
+struct VarianceParams {
+  const void* d;  // distances to the following rows, fp32 or fp64, [rows, window]
+  int64_t window, rows;
+  Sequences sequences;
+  const int32_t* row_group;  // may be null
+  double rate;
+  int64_t max_len;
+  int64_t bound;          // most blocks that the sequences can have
+  VarianceBlock* blocks;  // scratch, `bound` blocks
+  State* state;           // next_tile: number of blocks found; next_clear: number of blocks taken
+  int64_t thread_blocks;  // of the search
+  void* scratch;
+  int64_t scratch_bytes;  // per thread block of the search
+  uint8_t* starts;        // output, one byte per row: 1 where a segment starts
 };
 
 struct ReduceParams {

@@ -185,6 +185,18 @@ def test_other_ops(dtype: torch.dtype, kind: str, widths: tuple[int, ...]):
                 assert_same(call, ((6, 1),))
 
 
+@pytest.mark.parametrize("rule", [fc.MinVariance(2.5, 4), fc.MinVariance(6, 12), fc.MinVariance(5, 40)], ids=str)
+def test_min_variance(rule: fc.MinVariance):
+    """The kernels for segments of up to 8, up to 16 and more rows; several blocks, which threads take in any order."""
+    for width, dtype in ((6, torch.float64), (16, torch.bfloat16)):
+        for batch in (packed("smooth", width, dtype), padded("repeated", width, dtype)):
+            assert_same(lambda b=batch: fc.segment_pool(b.x, rule=rule, **b.layout).segments.starts, ((6, 1), (7, 2)))
+    d = torch.rand(3200, rule.max_len - 1, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    op = torch.ops.fastcompress.min_variance_boundaries
+    for group in (None, row_groups(3200)):
+        assert_same(lambda g=group: op(d, None, None, g, rule.rate, rule.max_len), ((8, 2),))
+
+
 def test_gradients():
     def gradients() -> tuple[Tensor, ...]:
         x = features("smooth", 60, 16, torch.float32).requires_grad_()
@@ -368,7 +380,11 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
     "kind, sanitizer, selection",
     [
         ("address", "asan", "not clean"),
-        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than or packing"),
+        (
+            "thread",
+            "tsan",
+            "(other_ops and smooth) or min_variance or gradients or tiles_of_every_size or longer_than or packing",
+        ),
     ],
     ids=["address", "thread"],
 )
@@ -381,5 +397,4 @@ def test_kernels_are_clean(kind: str, sanitizer: str, selection: str):
 
 def test_every_op_has_a_kernel():
     with emulated():
-        missing = [name for name in OPS if not has_kernel(name)]
-    assert missing == ["banded_distance", "min_variance_boundaries"]  # FASTCOMPRESS_DECLARE_CPU_OPS of csrc/ops.h
+        assert all(map(has_kernel, OPS))

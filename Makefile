@@ -116,8 +116,8 @@ test-slow: build
 test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated
 
-EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors min_variance \
-    banded_distance properties opcheck
+EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors \
+    min_variance banded_distance properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
 	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/gpu tests/triton

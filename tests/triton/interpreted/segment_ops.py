@@ -62,7 +62,7 @@ def test_adjacent_distance(dtype: torch.dtype):
 
 @pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_min_variance_boundaries(dtype: torch.dtype):
-    """In every layout, with groups of rows, equal costs, and distances that are not finite; two blocks of a sequence."""
+    """In every layout, with row groups, equal costs and distances that are not finite; two blocks of a sequence."""
     for batch in layouts(19, dtype):
         check("banded_distance", batch.x, *layout(batch)[:2], 2, what=str(batch))
         d = DEFINITION["banded_distance"](batch.x, *layout(batch)[:2], 4)

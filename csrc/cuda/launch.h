@@ -6,7 +6,8 @@
 
 namespace fastcompress::cuda {
 
-Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scratch& scratch, Stream stream);
+Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
+                     Stream stream);
 
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);

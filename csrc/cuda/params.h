@@ -36,6 +36,19 @@ struct BatchIn {
   bool padded;
 };
 
+// Offsets of audios in the rows of `audio`, as the caller passed them.
+struct AudiosIn {
+  const int64_t* begin;  // [count + 1], or null: the op has no audios
+  int64_t count, rows;
+  bool exact;  // the last offset must equal `rows`, and may not just be less
+
+  // Returns whether audio a has no valid rows.
+  FASTCOMPRESS_HD bool is_wrong(int64_t a) const { return begin[a] > begin[a + 1]; }
+  FASTCOMPRESS_HD bool has_wrong_ends() const {
+    return begin[0] != 0 || (exact ? begin[count] != rows : begin[count] > rows);
+  }
+};
+
 // First row and end of each sequence, checked and in order, on the device.
 struct Sequences {
   int64_t* begin;
@@ -45,7 +58,8 @@ struct Sequences {
 
 // State that blocks share with each other and the host; cleared before each call.
 struct State {
-  int32_t error;  // errors of the input, bits of Invalid
+  int32_t error;         // errors of the input, bits of Invalid
+  int32_t wrong_audios;  // the offsets of the audios are invalid
   // The next tile to process. Blocks take tiles in the order in which they start, so no block waits for a tile whose
   // block has not started.
   uint32_t next_tile;
@@ -153,10 +167,9 @@ struct PackMapParams {
   Sequences sequences;
   int64_t rows;
   const int32_t* row_group;
-  const int64_t* ids;          // may be null
-  const int64_t* audio_begin;  // [num_audios + 1]
-  int64_t num_audios, num_audio_rows, num_embeddings;
-  bool compact;
+  const int64_t* ids;  // may be null
+  AudiosIn audios;
+  int64_t num_embeddings;
   int64_t* index;   // [bound]
   int64_t* source;  // [bound]
   int64_t* target;  // [rows + num_audio_rows]

@@ -20,10 +20,11 @@ void launch_flags(const SelectParams& p, Stream stream) {
 
 }  // namespace
 
-Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scratch& scratch, Stream stream) {
+Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
+                     Stream stream) {
   constexpr int64_t kTilesPerBlock = 16 * kThreads, kMaxBlocks = 256;
   const int64_t clearing = std::min(kMaxBlocks, (scratch.num_tiles + kTilesPerBlock - 1) / kTilesPerBlock);
-  FASTCOMPRESS_LAUNCH(prepare_kernel, dim3(unsigned(1 + clearing)), dim3(kThreads), 0, stream, batch, sequences,
+  FASTCOMPRESS_LAUNCH(prepare_kernel, dim3(unsigned(1 + clearing)), dim3(kThreads), 0, stream, batch, audios, sequences,
                       scratch);
   return last_error();
 }

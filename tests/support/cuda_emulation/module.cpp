@@ -13,12 +13,16 @@ namespace fastcompress::cuda {
 namespace {
 // An imaginary small GPU. Its sizes determine the tiles of the fused op.
 Device device{4, 100 << 10, 99 << 10};
+// Whether a CUDA graph captures the stream.
+bool capturing = false;
 }  // namespace
 
 Device current_device() { return device; }
 std::shared_ptr<void> enter_device(int32_t) { return nullptr; }
 Stream current_stream(int32_t) { return nullptr; }
+bool is_capturing(Stream) { return capturing; }
 Error read_back(void* host, const void* source, size_t bytes, Stream) {
+  if (capturing) return 900;  // cudaErrorStreamCaptureUnsupported
   std::memcpy(host, source, bytes);
   return 0;
 }
@@ -44,4 +48,7 @@ PYBIND11_MODULE(_emulated, m) {
       },
       pybind11::arg("processors"), pybind11::arg("shared_per_processor"), pybind11::arg("shared_per_block"),
       "Set the imaginary GPU: multiprocessors, and bytes of shared memory.");
+  m.def(
+      "set_capturing", [](bool capturing) { fastcompress::cuda::capturing = capturing; }, pybind11::arg("capturing"),
+      "Set whether a CUDA graph captures the stream. Then a copy to the host fails, as on a GPU.");
 }

@@ -3,6 +3,7 @@
 
 #include "../dtype.h"
 #include "device.h"
+#include "launch.h"
 #include "params.h"
 
 namespace fastcompress::cuda {
@@ -23,15 +24,6 @@ Error with_type(DType dtype, const F& f) {
   return -1;
 }
 
-// Returns whether all rows can be read and written 16 bytes at a time. The data may be null.
-inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
-         rows.width * element_size % 16 == 0;
-}
-inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
-  return is_aligned(RowsIn{data, 0, width, width}, element_size);
-}
-
 #ifdef __CUDACC__
 // Returns an error of a CUDA function, and clears CUDA's copy of it: otherwise the next launch would report it.
 inline Error told(cudaError_t error) {
@@ -46,6 +38,14 @@ inline Error last_error() {
 #else
   return 0;
 #endif
+}
+
+// Launches blocks of kThreads threads.
+template <class... Parameters>
+Error launch_dependent(void (*kernel)(Parameters...), dim3 grid, int64_t shared_bytes, Stream stream,
+                       const Parameters&... parameters) {
+  FASTCOMPRESS_LAUNCH(kernel, grid, dim3(kThreads), size_t(shared_bytes), stream, parameters...);
+  return last_error();
 }
 
 // Launches kernel<T, aligned>.

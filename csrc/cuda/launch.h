@@ -43,12 +43,15 @@ struct PoolPlan {
   int pitch;         // bytes between staged rows
   int shared_bytes;  // size of the staged rows
   int shared_limit;  // largest shared_bytes of any plan on this device
+  double cycles;     // modelled cost (pool_plan.cpp)
 };
 // Returns whether segment_pool runs the rule in one launch; other rules run as distances, selection and reduction.
 inline bool is_fused(const Rule& rule) {
   constexpr int64_t kMaxOrder = 16;  // for higher orders the halo would be larger than the tile
   return !needs_walk(rule) && rule.lookahead() <= kMaxOrder;
 }
+// Bytes of static shared memory of the kernel.
+int64_t pool_static_shared(DType dtype);
 PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const RowsIn& keys, const Rule& rule);
 Error launch_segment_pool_fwd(DType dtype, const PoolParams& p, const PoolPlan& plan, Stream stream);
 

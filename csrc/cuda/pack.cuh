@@ -100,7 +100,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
     const int64_t total = packed_before(p.rows);
     if (thread == 0) {
       if (wrong || found != num_audios) error |= kInvalidAudios;
-      store_release(&p.scratch.state->total, uint64_t(total) + 1);
+      store_relaxed(&p.scratch.state->total, uint64_t(total) + 1);
     }
     for (int64_t k = used + thread; k < p.audios.rows; k += kThreads) p.target[p.rows + k] = -1;
     for (int64_t t = total + thread; t < p.bound; t += kThreads) p.source[t] = p.index[t] = -1;

@@ -27,6 +27,15 @@ struct RowsIn {
   int64_t count, width, stride;
 };
 
+// Returns whether all rows can be read and written 16 bytes at a time. The data may be null.
+inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
+         rows.width * element_size % 16 == 0;
+}
+inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
+  return is_aligned(RowsIn{data, 0, width, width}, element_size);
+}
+
 // A batch as the caller passed it, unchecked. `values` is cu_seqlens [count + 1] of packed input, lengths [count] of
 // padded input (then padded_length is positive or there is no row), or null.
 struct BatchIn {
@@ -211,8 +220,12 @@ FASTCOMPRESS_HD inline int64_t rows_before(const Rule& rule) {
   return rule.needs_distance() ? 1 + rule.lookahead() : 0;
 }
 
-// Rows after the halo that are loaded as well. With them most segments end inside the loaded rows, and find_stop does
-// not have to read another window.
+// Rows after the halo that are loaded as well. With them most segments end inside the loaded rows, and the block does
+// not have to decide another window.
 constexpr int kExtraRows = 2;
+// Rows that a block loads besides those of its tile.
+FASTCOMPRESS_HD inline int64_t pool_halo(const Rule& rule) {
+  return rows_before(rule) + rows_after(rule) + (rule.needs_distance() ? kExtraRows : 0);
+}
 
 }  // namespace fastcompress::cuda

@@ -1,4 +1,5 @@
-// The first launch of an op that finds segments: clears the state that its tiles share, and checks the batch.
+// The first launch of an op that finds segments: clears the state that its tiles share, and checks the batch. The
+// blocks of the next kernel start meanwhile (device.h).
 #pragma once
 
 #include "device.h"

@@ -12,10 +12,12 @@ namespace {
 dim3 rows_grid(int64_t rows) { return dim3(unsigned((rows + kThreads - 1) / kThreads)); }
 
 template <class S>
-void launch_flags(const SelectParams& p, Stream stream) {
-  if (p.rows > 0) FASTCOMPRESS_LAUNCH(select_flags_kernel<S>, rows_grid(p.rows), dim3(kThreads), 0, stream, p);
+Error launch_flags(const SelectParams& p, Stream stream) {
+  if (p.rows > 0)
+    if (const Error error = launch_dependent(select_flags_kernel<S>, rows_grid(p.rows), 0, stream, p)) return error;
   if (p.sequences.count > 0 && needs_walk(p.rule))
     FASTCOMPRESS_LAUNCH(select_walk_kernel<S>, rows_grid(p.sequences.count), dim3(kThreads), 0, stream, p);
+  return last_error();
 }
 
 }  // namespace
@@ -30,10 +32,7 @@ Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequenc
 }
 
 Error launch_select(bool is_double, const SelectParams& p, Stream stream) {
-  if (is_double)
-    launch_flags<double>(p, stream);
-  else
-    launch_flags<float>(p, stream);
+  if (const Error error = is_double ? launch_flags<double>(p, stream) : launch_flags<float>(p, stream)) return error;
   FASTCOMPRESS_LAUNCH(select_compact_kernel, dim3(unsigned(select_tiles(p.rows))), dim3(kThreads), 0, stream, p);
   return last_error();
 }

@@ -1,9 +1,9 @@
 // The sum of a segment in its defined order: blocks of kBlock frames, the blocks added in order (segment_reduce.h).
 //
 // Model, for R rows at one vector of N columns: R loads, R N widenings of a half type and (R - 1) N additions. Rows are
-// loaded kRowsAhead at a time, before the first of them is added. More rows take a loop, kRowsInLoop at a time, with N
-// more additions per block. A thread waits about once per step of the loop: a segment of 1,500 rows that are not in a
-// cache takes 188 times the latency of memory.
+// loaded kRowsAhead at a time, before the first of them is added. More rows take a loop, with N more additions per
+// block. A thread waits about once per step of the loop: a segment of 1,500 rows that are not in a cache takes 375
+// times the latency of memory. Eight rows at a time would halve that, but spill registers of segment_pool on sm_120.
 #pragma once
 
 #include "../segment_reduce.h"
@@ -11,8 +11,8 @@
 
 namespace fastcompress::cuda {
 
-constexpr int kRowsAhead = 4, kRowsInLoop = 8;
-static_assert(kBlock % kRowsInLoop == 0);
+constexpr int kRowsAhead = 4;
+static_assert(kBlock % kRowsAhead == 0);
 
 // A vector of columns in consecutive rows in global memory.
 template <class T, bool kAligned, Keep kKeep = Keep::kYes>
@@ -40,15 +40,15 @@ struct SharedColumn {
 };
 
 // Loads the rows base + i < count of a chunk, and then calls add(i, row) for each, converted by widen(base + i, ...).
-template <class T, int kRows, class Index, class Column, class Widen, class Add>
+template <class T, class Index, class Column, class Widen, class Add>
 __device__ __forceinline__ void add_chunk(Index base, Index count, const Column& column, const Widen& widen,
                                           const Add& add) {
-  Vector<T> rows[kRows];
+  Vector<T> rows[kRowsAhead];
 #pragma unroll
-  for (int i = 0; i < kRows; ++i)
+  for (int i = 0; i < kRowsAhead; ++i)
     if (base + i < count) rows[i] = column.load(i);
 #pragma unroll
-  for (int i = 0; i < kRows; ++i) {
+  for (int i = 0; i < kRowsAhead; ++i) {
     if (base + i >= count) break;
     accumulate_t<T> row[kVector<T>];
     widen(base + i, rows[i], row);
@@ -64,7 +64,7 @@ __device__ __forceinline__ void ordered_sum(Index count, Column column, const Wi
   using S = accumulate_t<T>;
   constexpr int N = kVector<T>;
   if (count <= kRowsAhead) {
-    add_chunk<T, kRowsAhead, Index>(0, count, column, widen, [&](int i, const S(&row)[N]) {
+    add_chunk<T, Index>(0, count, column, widen, [&](int i, const S(&row)[N]) {
 #pragma unroll
       for (int k = 0; k < N; ++k) total[k] = i == 0 ? row[k] : join(total[k], row[k]);
     });
@@ -74,16 +74,16 @@ __device__ __forceinline__ void ordered_sum(Index count, Column column, const Wi
 #pragma unroll
   for (int k = 0; k < N; ++k) block[k] = total[k] = Join::kNone;
 #pragma unroll 1
-  for (Index base = 0; base < count; base += kRowsInLoop) {
+  for (Index base = 0; base < count; base += kRowsAhead) {
     if (base > 0 && base % Index(kBlock) == 0) {
 #pragma unroll
       for (int k = 0; k < N; ++k) total[k] = join(total[k], block[k]), block[k] = Join::kNone;
     }
-    add_chunk<T, kRowsInLoop>(base, count, column, widen, [&](int, const S(&row)[N]) {
+    add_chunk<T>(base, count, column, widen, [&](int, const S(&row)[N]) {
 #pragma unroll
       for (int k = 0; k < N; ++k) block[k] = join(block[k], row[k]);
     });
-    column.advance(kRowsInLoop);
+    column.advance(kRowsAhead);
   }
 #pragma unroll
   for (int k = 0; k < N; ++k) total[k] = join(total[k], block[k]);

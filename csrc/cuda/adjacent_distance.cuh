@@ -37,6 +37,7 @@ __device__ __forceinline__ void write_distances(const DistanceParams& p, int64_t
   }
   double dots[K], squares[K + 1];
   score_rows<kAligned, 1>(rows, int(p.x.width), at, dots, squares);
+  wait_for_previous_launch();
 #pragma unroll
   for (int k = 0; k < K; ++k)
     if (at.lane == k && t + k < p.x.count)
@@ -77,6 +78,7 @@ __global__ void __launch_bounds__(kThreads) adjacent_distance_bwd_kernel(Distanc
   const GroupLane<kVector<T>> at(int(threadIdx.x));
   const int64_t t = int64_t(blockIdx.x) * (kThreads / kGroupLanes<T>)+at.group;
   const int width = int(p.x.width);
+  wait_for_previous_launch();
   const bool inside = t < p.x.count;
   const bool has_next = inside && is_pair(p.sequences, t, p.lag);
   const bool has_previous = inside && is_pair(p.sequences, t - p.lag, p.lag);

@@ -55,6 +55,20 @@ __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_
 
 __device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
 
+// Programmatic dependent launch: a kernel that launch_dependent launched may start once all blocks of the one before it
+// have called allow_next_launch, and must not use its results before wait_for_previous_launch. The waiting hides the
+// time between two launches. Before sm_90 both do nothing, and launches do not overlap.
+__device__ __forceinline__ void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
 }  // namespace fastcompress::cuda
 
 #else
@@ -87,6 +101,9 @@ inline void wait_for_copies() {
 }
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline void allow_next_launch() {}
+inline void wait_for_previous_launch() {}
 
 }  // namespace fastcompress::cuda
 

@@ -40,14 +40,29 @@ inline Error last_error() {
 #endif
 }
 
-// Launches blocks of kThreads threads.
+// Launches a kernel that calls wait_for_previous_launch. On GPUs that support it, its blocks start while the kernel
+// before it in the stream is still running.
 template <class... Parameters>
 Error launch_dependent(void (*kernel)(Parameters...), dim3 grid, int64_t shared_bytes, Stream stream,
                        const Parameters&... parameters) {
+#ifdef __CUDACC__
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = launches_overlap() ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  return error == cudaSuccess ? 0 : told(error);
+#else
   FASTCOMPRESS_LAUNCH(kernel, grid, dim3(kThreads), size_t(shared_bytes), stream, parameters...);
-  return last_error();
+  return 0;
+#endif
 }
-
 // Launches kernel<T, aligned>.
 #define FASTCOMPRESS_LAUNCH_ALIGNED(kernel, T, aligned, grid, stream, p)           \
   do {                                                                             \

@@ -29,6 +29,7 @@ __global__ void __launch_bounds__(kThreads) greedy_norms_kernel(GreedyParams p) 
   // Lanes without a row use row 0, because all lanes of a warp must take part in its shuffles.
   const T* row = static_cast<const T*>(p.x.data) + (inside ? t * p.x.stride : 0);
   const double square = group_dot<T, kAligned>(row, row, int(p.x.width), at);
+  wait_for_previous_launch();
   if (!inside || at.lane != 0) return;
   p.inverse_norms[t] = inverse_norm(square);
   p.starts[t] = 0;

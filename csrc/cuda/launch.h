@@ -6,6 +6,10 @@
 
 namespace fastcompress::cuda {
 
+// Returns whether the current device overlaps a kernel that launch_dependent launches with the one before it, and the
+// kernels are compiled for that.
+bool launches_overlap();
+
 Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
                      Stream stream);
 

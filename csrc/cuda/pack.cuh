@@ -33,6 +33,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   __shared__ RowBits texts_shared, audios_shared;
   __shared__ int64_t tile_shared, before_shared;
   const int thread = int(threadIdx.x);
+  wait_for_previous_launch();
   if (thread == 0) tile_shared = atomicAdd(&p.scratch.state->next_tile, 1u);
   __syncthreads();
   const int64_t tile = tile_shared, begin = tile * kThreads, row = begin + thread;

@@ -18,6 +18,7 @@ __device__ inline int64_t read_index(const BatchIn& batch, int64_t i) {
 static __global__ void __launch_bounds__(kThreads)
     prepare_kernel(BatchIn batch, AudiosIn audios, Sequences sequences, Scratch scratch) {
   const int thread = int(threadIdx.x);
+  allow_next_launch();
   if (blockIdx.x > 0) {
     const int64_t stride = int64_t(gridDim.x - 1) * kThreads;
     for (int64_t i = int64_t(blockIdx.x - 1) * kThreads + thread; i < scratch.num_tiles; i += stride)

@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(kThreads, 4) segment_pool_fwd_kernel(PoolParam
   const T* x = static_cast<const T*>(p.x.data);
   const int width = int(p.x.width), vectors = (width + kVector<T> - 1) / kVector<T>;
 
+  wait_for_previous_launch();
   if (thread == 0) shared.tile = atomicAdd(&p.scratch.state->next_tile, 1u);
   __syncthreads();
   const int64_t tile = shared.tile;

@@ -1,5 +1,6 @@
 // Launches the kernels of prepare.cuh and select_boundaries.cuh.
 #include <algorithm>
+#include <atomic>
 
 #include "dispatch.h"
 #include "launch.h"
@@ -21,6 +22,28 @@ Error launch_flags(const SelectParams& p, Stream stream) {
 }
 
 }  // namespace
+
+bool launches_overlap() {
+#ifdef __CUDACC__
+  // All kernels of the library are compiled for the same architectures, so that one of them answers for all. With code
+  // for sm_80 only, later GPUs run that.
+  constexpr int kMost = 64;
+  static std::atomic<int> known[kMost];  // 0: unknown, 1: no, 2: yes
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess || device >= kMost) return false;
+  if (const int answer = known[device].load(std::memory_order_relaxed)) return answer == 2;
+  int major = 0;
+  cudaFuncAttributes attributes{};
+  const bool asked = cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device) == cudaSuccess &&
+                     cudaFuncGetAttributes(&attributes, reinterpret_cast<const void*>(prepare_kernel)) == cudaSuccess;
+  if (!asked) cudaGetLastError();
+  const bool overlap = asked && major >= 9 && attributes.ptxVersion >= 90;
+  known[device].store(overlap ? 2 : 1, std::memory_order_relaxed);
+  return overlap;
+#else
+  return false;
+#endif
+}
 
 Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
                      Stream stream) {

@@ -16,6 +16,7 @@ constexpr uint8_t kStops = 1, kStarts = 2;
 // One thread per row.
 template <class S>
 __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) {
+  wait_for_previous_launch();
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
   const RowPlace place = place_row(p.sequences, p.row_group, row);

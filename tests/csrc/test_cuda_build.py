@@ -190,3 +190,12 @@ def test_floats_are_computed_as_the_reference_does(library: Path, kernels: dict[
     assert not problems, "\n".join(problems)
     scoring = "adjacent_distance_fwd_kernel<float, true>"
     assert all(word in found[scoring] for word in ("mul.rn.f32", "add.rn.f32"))
+
+
+@needs_cuobjdump
+def test_kernels_that_overlap_wait(library: Path):
+    """Kernels that ``launch_dependent`` launches may start early. They wait before they use the sequences."""
+    dependent = ("adjacent_distance_", "greedy_norms", "pack_map", "segment_pool_fwd", "select_flags")
+    for name, text in cuda_build.ptx(library).items():
+        assert ("griddepcontrol.wait" in text) == name.startswith(dependent), name
+        assert ("griddepcontrol.launch_dependents" in text) == name.startswith("prepare"), name

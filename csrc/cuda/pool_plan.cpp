@@ -1,4 +1,4 @@
-// Chooses the tiles of segment_pool: how many rows a block processes, how many blocks share a multiprocessor, and
+// Chooses the tiles of segment_pool: how many rows each block processes, how many blocks share a multiprocessor, and
 // whether rows are staged in shared memory.
 //
 // The plan has the least modelled cost of a call. With B blocks per multiprocessor, whose tiles have R rows of their

@@ -63,6 +63,7 @@ Error launch_dependent(void (*kernel)(Parameters...), dim3 grid, int64_t shared_
   return 0;
 #endif
 }
+
 // Launches kernel<T, aligned>.
 #define FASTCOMPRESS_LAUNCH_ALIGNED(kernel, T, aligned, grid, stream, p)           \
   do {                                                                             \

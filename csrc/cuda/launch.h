@@ -6,7 +6,12 @@
 
 namespace fastcompress::cuda {
 
-Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scratch& scratch, Stream stream);
+// Returns whether the current device overlaps a kernel that launch_dependent launches with the one before it, and the
+// kernels are compiled for that.
+bool launches_overlap();
+
+Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
+                     Stream stream);
 
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);
@@ -49,12 +54,15 @@ struct PoolPlan {
   int pitch;         // bytes between staged rows
   int shared_bytes;  // size of the staged rows
   int shared_limit;  // largest shared_bytes of any plan on this device
+  double cycles;     // modelled cost (pool_plan.cpp)
 };
 // Returns whether segment_pool runs the rule in one launch; other rules run as distances, selection and reduction.
 inline bool is_fused(const Rule& rule) {
   constexpr int64_t kMaxOrder = 16;  // for higher orders the halo would be larger than the tile
   return !needs_walk(rule) && rule.lookahead() <= kMaxOrder;
 }
+// Bytes of static shared memory of the kernel.
+int64_t pool_static_shared(DType dtype);
 PoolPlan plan_pool(const Device& device, DType dtype, const RowsIn& x, const RowsIn& keys, const Rule& rule);
 Error launch_segment_pool_fwd(DType dtype, const PoolParams& p, const PoolPlan& plan, Stream stream);
 

@@ -19,6 +19,7 @@ from torch import Tensor
 import fastcompress as fc
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.reference import OPS
+from tests.support.capturing import capturing
 from tests.support.cuda_emulation import DEFAULT_DEVICE, SCHEDULES, build, emulated, has_kernel, load, run
 from tests.support.sample_inputs import (
     BAD_OFFSETS,
@@ -308,6 +309,37 @@ def test_wrong_lengths(values: list[int]):
             fc.segment_pool(x, lengths=lengths)
         segments = fc.segment_pool(x, lengths=lengths, compact=False).segments
     assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 40)).all()
+
+
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch):
+    """FASTCOMPRESS_CHECK=1 must not break the capture of a CUDA graph, where waiting for the stream is an error."""
+    x = features("smooth", 60, 16, torch.float32)
+    cu = offsets((60,))
+    arguments = packing(1, 400, compact=False)
+    table, audio = (features("iid", rows, 16, torch.float32) for rows in (50, arguments["num_audio_rows"]))
+    monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+    ops = torch.ops.fastcompress
+    with emulated(7), capturing():
+        for rule in (fc.LocalMax(), fc.LocalMax(min_len=3)):
+            pooled = fc.segment_pool(x, cu_seqlens=cu, rule=rule, compact=False)
+            segments = pooled.segments
+            ops.segment_expand(pooled.values, segments.starts, segments.lengths, 60, "mean")
+            with pytest.raises(RuntimeError, match="pass compact=False"):
+                fc.segment_pool(x, cu_seqlens=cu, rule=rule)
+        d = fc.adjacent_distance(x, cu_seqlens=cu)
+        fc.select_boundaries(d, fc.Threshold(0.1), cu_seqlens=cu, compact=False)
+        fc.greedy_segments(x, 0.5, cu_seqlens=cu, compact=False)
+        index, _, target, _ = ops.pack_map(*arguments.values())
+        ops.pack_rows(table, audio, index, target, True)
+
+
+def test_more_segments_than_int32():
+    """cu_segments is int32, and the public function checks it as well. Rows of width 0 take no memory."""
+    x = torch.zeros(2**31, 0)
+    with emulated(7):
+        for rule in (("uniform", 1, 0.0, 0.0, 1, 0, True), ("threshold", 1, 0.5, 0.0, 1, 1, True)):
+            with pytest.raises(RuntimeError, match=r"fewer than 2\^31 segments.* 2147483648 rows can have 214748364"):
+                torch.ops.fastcompress.segment_pool(x, None, None, None, None, *rule, False)
 
 
 def test_row_groups_of_any_value():

@@ -1,10 +1,11 @@
 // Cosine distances between each row and the next `window` rows. One group of lanes (rows.cuh) multiplies one row with
 // kLags later rows at once; a second kernel, with one thread per distance, divides by the norms.
 //
-// Model, for x [N, D] of E-byte elements and a window of W: x is read once from device memory, and 1 + W times from the
-// first-level cache, where the rows of a thread block fit. Each step of 8 bf16 elements and 7 lags takes 8 loads, 64
-// conversions and 2 x 64 multiplications and additions: 25 instructions per element, 1.5 times the budget of 92 % of
-// copy bandwidth (docs/kernels.md). The dot products are 8 N (W + 1) bytes, written and read.
+// Model, for x [N, D] of E-byte elements and a window of W: x is read once from device memory, and 8 times per kLags
+// lags from the first-level cache, where the rows of a thread block fit. A lane executes 205 instructions for 8 columns
+// of bf16 and 7 lags (SASS of sm_90), 25.6 per element: 64 multiplications and additions each, 58 conversions, 8 loads.
+// That is 1.5 times the budget of 92 % of copy bandwidth at 75 % issue. The dot products are 8 N (W + 1) bytes, written
+// and read.
 #pragma once
 
 #include "adjacent_distance.cuh"
@@ -18,37 +19,36 @@ constexpr int kLags = 7;  // the window of minimum-variance segments of up to 8 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) band_dots_kernel(BandParams p) {
   using S = accumulate_t<T>;
-  const GroupLane<T> at(int(threadIdx.x));
+  constexpr int N = kVector<T>;
+  const GroupLane<N> at(int(threadIdx.x));
   const int64_t t = int64_t(blockIdx.x) * (kThreads / kGroupLanes<T>)+at.group;
-  const bool inside = t < p.x.count;
   const int64_t first_lag = int64_t(blockIdx.y) * kLags + 1;
-  const T* row = static_cast<const T*>(p.x.data) + (inside ? t * p.x.stride : 0);
-  const T* later[kLags];
+  const T* rows[kLags + 1];
 #pragma unroll
-  for (int i = 0; i < kLags; ++i)  // a row without this partner is multiplied with itself
-    later[i] =
-        inside && first_lag + i <= p.lags && t + first_lag + i < p.x.count ? row + (first_lag + i) * p.x.stride : row;
-  S squares[kVector<T>] = {}, sums[kLags][kVector<T>] = {};
-  for (int64_t column = at.column(); column - column % kLanes < p.x.width; column += kLanes) {
-    const Vector<T> a = load_vector<T, kAligned>(row, column, p.x.width);
-#pragma unroll
-    for (int i = 0; i < kVector<T>; ++i) squares[i] = multiply_add<T>(widen(a.v[i]), widen(a.v[i]), squares[i]);
-#pragma unroll
-    for (int lag = 0; lag < kLags; ++lag) {
-      if (first_lag + lag > p.lags) continue;
-      const Vector<T> b = load_vector<T, kAligned>(later[lag], column, p.x.width);
-#pragma unroll
-      for (int i = 0; i < kVector<T>; ++i) sums[lag][i] = multiply_add<T>(widen(a.v[i]), widen(b.v[i]), sums[lag][i]);
-    }
+  for (int i = 0; i <= kLags; ++i) {
+    // Row 0 takes the place of a row that does not exist, because all lanes of a warp must take part in its shuffles.
+    const int64_t row = i == 0 ? t : t + first_lag + i - 1;
+    rows[i] = static_cast<const T*>(p.x.data) + (row < p.x.count ? row * p.x.stride : 0);
   }
-  double* out = p.dots + t * (p.lags + 1);
-  const double square = add_partial_sums<T>(squares);
-  if (inside && at.lane == 0 && first_lag == 1) out[0] = square;
+  S square[N] = {}, dots[kLags][N] = {};
+  for_each_step<T, kAligned, N>(rows, int(p.x.width), at.column(), [&](const Vector<T, N>(&vectors)[kLags + 1]) {
+    S first[N], other[N];
+    widen_vector<T>(vectors[0], first);
+    multiply_add<T>(first, first, square);
 #pragma unroll
-  for (int lag = 0; lag < kLags; ++lag) {
-    if (first_lag + lag > p.lags) continue;
-    const double dot = add_partial_sums<T>(sums[lag]);
-    if (inside && at.lane == 0) out[first_lag + lag] = dot;
+    for (int i = 0; i < kLags; ++i) {
+      widen_vector<T>(vectors[i + 1], other);
+      multiply_add<T>(first, other, dots[i]);
+    }
+  });
+  double* out = p.dots + t * (p.lags + 1);
+  const bool writes = at.lane == 0 && t < p.x.count;
+  const double total = add_partial_sums<at.kGroup>(square, at.lane);
+  if (writes && first_lag == 1) out[0] = total;
+#pragma unroll
+  for (int i = 0; i < kLags; ++i) {
+    const double dot = add_partial_sums<at.kGroup>(dots[i], at.lane);
+    if (writes && first_lag + i <= p.lags) out[first_lag + i] = dot;
   }
 }
 

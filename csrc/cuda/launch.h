@@ -10,8 +10,8 @@ namespace fastcompress::cuda {
 // kernels are compiled for that.
 bool launches_overlap();
 
-Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
-                     Stream stream);
+Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scratch& scratch, Stream stream,
+                     const AudiosIn& audios = {});
 
 Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream stream);
 Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream stream);

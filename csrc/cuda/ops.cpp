@@ -59,7 +59,7 @@ class Workspace {
     sequences_ = {words + kStateWords, words + kStateWords + batch_.count, batch_.count};
     scratch_ = {reinterpret_cast<State*>(words), reinterpret_cast<uint64_t*>(words + kStateWords + 2 * batch_.count),
                 num_tiles};
-    check(launch_prepare(batch_, audios, sequences_, scratch_, stream), "prepare");
+    check(launch_prepare(batch_, sequences_, scratch_, stream, audios), "prepare");
   }
 
   // Waits for the stream and returns the number of segments, or of packed rows. Raises if the input was invalid.

@@ -45,8 +45,8 @@ bool launches_overlap() {
 #endif
 }
 
-Error launch_prepare(const BatchIn& batch, const AudiosIn& audios, const Sequences& sequences, const Scratch& scratch,
-                     Stream stream) {
+Error launch_prepare(const BatchIn& batch, const Sequences& sequences, const Scratch& scratch, Stream stream,
+                     const AudiosIn& audios) {
   constexpr int64_t kTilesPerBlock = 16 * kThreads, kMaxBlocks = 256;
   const int64_t clearing = std::min(kMaxBlocks, (scratch.num_tiles + kTilesPerBlock - 1) / kTilesPerBlock);
   FASTCOMPRESS_LAUNCH(prepare_kernel, dim3(unsigned(1 + clearing)), dim3(kThreads), 0, stream, batch, audios, sequences,

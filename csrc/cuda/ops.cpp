@@ -183,10 +183,11 @@ Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengt
   const int64_t lags = std::min(window, std::max<int64_t>(1, rows.count - 1));
   STD_TORCH_CHECK(lags < 450000, "window must be less than 450000, got ", window);  // blocks in a grid
   const Tensor dots = empty_like(x, {rows.count, lags + 1}, ScalarType::Double);
-  const BandParams p{rows_in(rows), workspace.sequences(), window, lags, static_cast<double*>(dots.mutable_data_ptr()),
-                     out.mutable_data_ptr()};
+  const BandParams p{
+      rows_in(rows),         workspace.sequences(), window, lags, static_cast<double*>(dots.mutable_data_ptr()),
+      out.mutable_data_ptr()};
   check(launch_banded_distance(dtype_of("x", x), p, scope.stream), "banded_distance");
-  if (checks_at_once()) workspace.read_count(scope.stream);
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
 }
 
@@ -231,13 +232,14 @@ Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTens
   workspace.prepare(0, scope.stream);
   Tensor out = d.dim() == 3 ? empty_like(d, {d.size(0), d.size(1)}, ScalarType::Bool)
                             : empty_like(d, {d.size(0)}, ScalarType::Bool);
-  VarianceParams p{distances.const_data_ptr(),
-                   d.size(d.dim() - 1),
-                   batch.rows,
-                   workspace.sequences(),
-                   row_group_data,
-                   rate,
-                   max_len};
+  VarianceParams p{};
+  p.d = distances.const_data_ptr();
+  p.window = d.size(d.dim() - 1);
+  p.rows = batch.rows;
+  p.sequences = workspace.sequences();
+  p.row_group = row_group_data;
+  p.rate = rate;
+  p.max_len = max_len;
   p.bound = row_group.has_value() ? batch.rows : batch.rows / kVarianceBlock + batch.count;
   plan_variance(current_device(), p);
   const Tensor blocks = empty_like(d, {p.bound * int64_t(sizeof(VarianceBlock))}, ScalarType::Byte);
@@ -247,7 +249,7 @@ Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTens
   p.scratch = scratch.mutable_data_ptr();
   p.starts = static_cast<uint8_t*>(out.mutable_data_ptr());
   check(launch_min_variance(is_double, p, scope.stream), "min_variance_boundaries");
-  if (checks_at_once()) workspace.read_count(scope.stream);
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
 }
 

@@ -19,7 +19,7 @@ OUT ?= out/gpu
 DRY ?=
 
 .PHONY: help demo experiment build test test-slow test-full test-emulated sanitize fuzz lint docs bench bench-check \
-    bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
+    bench-report sass gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
 
 help:
 	@echo "Try it"
@@ -44,6 +44,8 @@ help:
 	@echo "  make bench         compare with PyTorch on the CPU; SAVE=1 appends to benchmarks/results"
 	@echo "  make bench-check   run some of the benchmarks; fail if fastcompress is slower than in the committed results"
 	@echo "  make bench-report  write benchmarks/report.md and its plots from the committed results"
+	@echo "  make sass          read the machine code of the CUDA kernels and predict their speed (needs nvcc, no GPU;"
+	@echo "                     KERNEL=REGEX, ARCH=90)"
 	@echo
 	@echo "On a machine with a GPU (needs no network; OUT=out/gpu: folder of logs and results; DRY=1: short forms, no GPU)"
 	@echo "  make gpu           run all of the following steps; WHEEL=... uses the library of a wheel"
@@ -137,6 +139,11 @@ bench-report: $(READY)
 
 bench-check: build
 	$(BIN)/python -m benchmarks.gate
+
+ARCH ?= 90
+KERNEL ?=
+sass: $(READY)
+	$(BIN)/python -m scripts.sass --arch $(ARCH) --kernel '$(KERNEL)'
 
 # Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja,
 # and for the benchmark pandas and tabulate.

@@ -1,8 +1,9 @@
 """Build, test, sanitize and benchmark on a machine with a GPU. No step needs a network.
 
 A command is skipped, with the reason, if a program that it needs is missing, such as nvcc or compute-sanitizer. A
-skipped command is not a failure. Output is written to the terminal and to OUT/<command>.log while a command runs, and
-OUT/summary.json is rewritten after each command. The exit code is 1 if a command failed.
+skipped command is not a failure. Output is written to the terminal and to OUT/<command>.log while a command runs.
+Results are appended to OUT/results.jsonl as soon as they are known: one line per command, and the lines of the driver.
+The benchmark appends to OUT/<machine>-cuda.jsonl. The exit code is 1 if a command failed.
 """
 
 from __future__ import annotations
@@ -16,8 +17,10 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -91,8 +94,14 @@ def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
     return [*found, Command("bench", "bench", bench, lacks("pandas", "tabulate"), interpret)]
 
 
+def append(out: Path, line: dict[str, Any]) -> None:
+    """Append a result to OUT/results.jsonl."""
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
+
+
 def run(command: Command, log: Path) -> None:
-    """Run a command unless it is to be skipped, and record the result."""
+    """Run a command unless it is to be skipped, and set the result."""
     print(f"\n== {command.name}: {command.skip or shlex.join(command.words)}", flush=True)
     if command.skip:
         command.result = f"skipped: {command.skip}"
@@ -122,8 +131,10 @@ def main() -> int:
         no_library = chosen[0].name == "build" and chosen[0].result.startswith(("failed", "skipped"))
         if no_library and command.name not in ("info", "triton"):
             command.skip = "the build command gave no library"
+        begin = time.monotonic()
         run(command, out / f"{command.name}.log")
-        (out / "summary.json").write_text(json.dumps([asdict(c) for c in chosen], indent=1) + "\n")
+        seconds = round(time.monotonic() - begin, 1)
+        append(out, {"step": command.step, "command": command.name, "result": command.result, "seconds": seconds})
     print("\n" + "\n".join(f"{command.name:<10} {command.result}" for command in chosen))
     return int(any(command.result.startswith("failed") for command in chosen))
 

@@ -27,7 +27,8 @@ def make(target: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def results(out: Path) -> dict[str, str]:
-    return {command["name"]: command["result"] for command in json.loads((out / "summary.json").read_text())}
+    lines = [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+    return {line["command"]: line["result"] for line in lines if "command" in line}
 
 
 @needs_make
@@ -98,9 +99,9 @@ def python(step: str, name: str, code: str, skip: str = "") -> gpu.Command:
 def test_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.CaptureFixture[str]):
     """A failed command does not stop later ones and makes the exit code 1; a skipped one does not.
 
-    The summary is written after each command.
+    The result of each command is appended as soon as the command ends.
     """
-    read = f"print(open({str(tmp_path / 'summary.json')!r}).read())"
+    read = f"print(open({str(tmp_path / 'results.jsonl')!r}).read())"
     commands = [
         python("test", "bad", "import sys; print('one'); print('two', file=sys.stderr); sys.exit(3)"),
         python("test", "absent", "raise SystemExit(1)", skip="there is no such tool"),
@@ -111,8 +112,9 @@ def test_results(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capfd: pytest.
     assert results(tmp_path) == expected
     assert sorted((tmp_path / "bad.log").read_text().split()) == ["one", "two"]
     assert not (tmp_path / "absent.log").exists()
-    meanwhile = {line["name"]: line["result"] for line in json.loads((tmp_path / "good.log").read_text())}
-    assert meanwhile == expected | {"good": "not run"}
+    meanwhile = [json.loads(line) for line in (tmp_path / "good.log").read_text().splitlines() if line]
+    assert {line["command"]: line["result"] for line in meanwhile} == {n: expected[n] for n in ("bad", "absent")}
+    assert all(line["seconds"] >= 0 for line in meanwhile)
     printed = capfd.readouterr().out
     assert "two" in printed and all(result in printed for result in expected.values())
     assert run_main(monkeypatch, tmp_path, commands, "bench") == 0

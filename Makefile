@@ -19,7 +19,7 @@ OUT ?= out/gpu
 DRY ?=
 
 .PHONY: help demo experiment build test test-slow test-full test-emulated sanitize fuzz lint docs bench bench-check \
-    bench-report sass gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
+    bench-report sass gpu gpu-driver gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
 
 help:
 	@echo "Try it"
@@ -49,6 +49,7 @@ help:
 	@echo
 	@echo "On a machine with a GPU (needs no network; OUT=out/gpu: folder of logs and results; DRY=1: short forms, no GPU)"
 	@echo "  make gpu           run all of the following steps; WHEEL=... uses the library of a wheel"
+	@echo "  make gpu-driver    build build/gpu_driver, which checks and times the kernels without torch (ARCH=90; no GPU)"
 	@echo "  make gpu-build     compile for this GPU"
 	@echo "  make gpu-test      run the GPU tests and the tests of the ops on the CUDA and the Triton kernels"
 	@echo "  make gpu-sanitize  run short GPU tests under compute-sanitizer"
@@ -151,6 +152,9 @@ GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(
     $(if $(WHEEL),--wheel $(WHEEL))
 gpu:
 	$(GPU)
+
+gpu-driver:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/build_driver.py --arch $(ARCH)
 
 gpu-build:
 	$(GPU) build

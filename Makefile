@@ -19,7 +19,7 @@ OUT ?= out/gpu
 DRY ?=
 
 .PHONY: help demo experiment build test test-slow test-full test-emulated sanitize fuzz lint docs bench bench-check \
-    bench-report sass gpu gpu-driver gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
+    bench-report sass gpu gpu-driver gpu-build gpu-check gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
 
 help:
 	@echo "Try it"
@@ -51,8 +51,9 @@ help:
 	@echo "  make gpu           run all of the following steps; WHEEL=... uses the library of a wheel"
 	@echo "  make gpu-driver    build build/gpu_driver, which checks and times the kernels without torch (ARCH=90; no GPU)"
 	@echo "  make gpu-build     compile for this GPU"
+	@echo "  make gpu-check     check the bits of the kernels by the driver, measure ceilings, and time plans"
 	@echo "  make gpu-test      run the GPU tests and the tests of the ops on the CUDA and the Triton kernels"
-	@echo "  make gpu-sanitize  run short GPU tests under compute-sanitizer"
+	@echo "  make gpu-sanitize  run the driver on short shapes under compute-sanitizer"
 	@echo "  make gpu-bench     compare with PyTorch on the GPU"
 	@echo
 	@echo "Release"
@@ -158,6 +159,9 @@ gpu-driver:
 
 gpu-build:
 	$(GPU) build
+
+gpu-check:
+	$(GPU) driver
 
 gpu-test:
 	$(GPU) test

@@ -6,6 +6,7 @@ import functools
 import itertools
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -23,6 +24,8 @@ from benchmarks.suites.eager import Tokens
 
 NAME = "segment_pool"
 AVERAGE_POOL = "AvgPool1d, padded, less work"
+#: Our other rule, whose segments are checked against its own definition.
+MIN_VARIANCE = "fastcompress, min-variance, more work"
 #: Most bytes of new memory that are made ready before a sample.
 _MAX_RECALL = 2 << 30
 #: Gradients to rotate through.
@@ -73,12 +76,13 @@ def implementations(bench: Bench | None = None) -> list[Implementation]:
     else:
         rest += _compiled("compile", **({"backend": "aot_eager"} if bench.dry else {}))
         rest += _compiled("max-autotune", **({"backend": "aot_eager"} if bench.dry else {"mode": "max-autotune"}))
+    rest.append(Implementation(MIN_VARIANCE, "more work", eager.min_variance))
     return ours(OURS, eager.fastcompress_pool, bench) + rest
 
 
 def uniform_implementations(bench: Bench) -> list[Implementation]:
     """List the implementations for windows of one size, ours first."""
-    how = {"backend": "aot_eager"} if bench.dry else {}
+    how: dict[str, Any] = {"backend": "aot_eager"} if bench.dry else {}
     rest = [
         Implementation("mean_pooling of flash-linear-attention", "library", eager.mean_pooling, module="fla"),
         Implementation("segment_csr", "library", eager.windows(eager.segment_csr), module="torch_scatter"),
@@ -121,6 +125,8 @@ def job(
     x, batch = batch_of(case, dtype, bench.device)
     with x.device:
         expected = Expected(x, batch)
+        if any(one.name == MIN_VARIANCE for one in chosen):
+            of_min_variance = Expected(x, replace(batch, rule=eager.MIN_VARIANCE))
     tokens = len(expected.segments.starts)
     # A call of microseconds is timed on hot input: its cost is overhead, and thousands of buffers would hide that.
     once = case.calls == 1
@@ -142,6 +148,8 @@ def job(
             result = Tokens(result.values[inside], result.starts[inside])
         if result.starts is None:  # only windows of one size, whose starts do not depend on the frames
             result = Tokens(result.values, eager.window_offsets(batch)[:-1])
+        if name == MIN_VARIANCE:
+            return {"differing_boundaries": of_min_variance.check(name, result, grad, grad_x)}
         return {"differing_boundaries": expected.check(name, result, grad, grad_x)}
 
     def bounds(bound: BandwidthBound, backward: bool) -> dict[str, Callable[[int], Any]]:

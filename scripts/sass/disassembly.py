@@ -208,6 +208,16 @@ class Function:
                 inner |= other.blocks
         return [self.blocks[index] for index in sorted(loop.blocks - inner)]
 
+    def follows(self, first: Loop, second: Loop) -> bool:
+        """Return whether a path leads from one loop to another; if none does either way, they are alternatives."""
+        stack, seen = [first.header], {first.header}
+        while stack:
+            for successor in self.blocks[stack.pop()].successors:
+                if successor not in seen:
+                    seen.add(successor)
+                    stack.append(successor)
+        return second.header in seen
+
     def inner(self, loop: Loop) -> list[Loop]:
         """Return the loops inside a loop, at any depth."""
         return [other for other in self.loops if loop.contains(other)]

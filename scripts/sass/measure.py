@@ -135,12 +135,16 @@ class LoopMeasure:
     def per_element(self) -> float:
         return self.instructions / self.elements if self.elements else 0.0
 
+    @property
+    def per_product(self) -> float:
+        return self.instructions / self.products if self.products else 0.0
+
 
 def row_bytes(instructions: list[Instruction], bases: tuple[str, ...], aligned: bool, size: int) -> int:
     """Return the bytes of rows that loads or stores move.
 
-    Aligned kernels move 16 bytes at a time, and the others one element at a time. A narrower store belongs to a row if
-    it is in a C++ function such as ``store_vector``. The bitmasks of tile.cuh have 16 bytes, too, but are no rows.
+    Accesses in C++ functions such as ``load_vector`` are to rows. Other accesses of 16 bytes of an aligned kernel are,
+    too, but for the bitmasks of tile.cuh.
     """
     total = 0
     for i in instructions:
@@ -148,8 +152,9 @@ def row_bytes(instructions: list[Instruction], bases: tuple[str, ...], aligned: 
             continue
         names = functions_of(i)
         named = any(re.match(_MOVES_ROWS, name) for name in names[:-1])
-        wide = i.width == 16 if aligned else i.width == min(size, 8)
-        if (wide and not _BITMASK & set(names) and (named or aligned)) or (named and i.base in _GLOBAL_STORES):
+        if named and (aligned or i.width == min(size, 8) or i.base in _GLOBAL_STORES):
+            total += i.width
+        elif aligned and i.width == 16 and not _BITMASK & set(names):
             total += i.width
     return total
 

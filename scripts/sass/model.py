@@ -83,10 +83,13 @@ def _amounts(kernel: KernelMeasure) -> dict[int, dict[str, int]]:
     for block in kernel.kernel.function.blocks:
         instructions: list[Instruction] = block.instructions
         stored = [i for i in instructions if not i.operands.endswith("RZ")]
+        certain = [i for i in instructions if not i.predicate]
         count = Counter(i.base for i in instructions)
         found[block.index] = {
             "loads": row_bytes(instructions, ("LDS", "LDG"), True, size),
             "stores": row_bytes(stored, ("STG",), True, size),
+            "certain loads": row_bytes(certain, ("LDS", "LDG"), True, size),
+            "certain stores": row_bytes([i for i in stored if not i.predicate], ("STG",), True, size),
             "copies": sum(i.width for i in instructions if i.base == "LDGSTS"),
             "sums": count["FADD"] + count["DADD"],
             "products": count["FMUL"] + count["DMUL"] + count["FFMA"] + count["DFMA"],
@@ -96,16 +99,22 @@ def _amounts(kernel: KernelMeasure) -> dict[int, dict[str, int]]:
 
 
 def _path(
-    kernel: KernelMeasure, exact: dict[str, int], least: dict[str, int], loop: Loop | None = None
+    kernel: KernelMeasure, loads: int, stores: int, least: dict[str, int], loop: Loop | None = None
 ) -> list[Instruction] | None:
+    """Return the shortest path that loads and stores these bytes of rows and does at least some other work.
+
+    An instruction with a predicate may move its bytes or not; the others must not move more.
+    """
     amounts = _amounts(kernel)
+    wanted = {"loads": loads, "stores": stores, **least}
     if loop is not None:  # skip the search in loops that cannot do the work
         total = Counter[str]()
         for index in loop.blocks:
             total.update(amounts[index])
-        if any(total[name] == 0 for name in (*exact, *least)):
+        if any(total[name] == 0 for name in wanted):
             return None
-    return fewest_path(kernel.kernel.function, lambda block: amounts[block.index], exact, least, loop)
+    most = {"certain loads": loads, "certain stores": stores}
+    return fewest_path(kernel.kernel.function, lambda block: amounts[block.index], wanted, most, loop)
 
 
 def _outside(kernel: KernelMeasure) -> list[Instruction]:
@@ -118,7 +127,7 @@ def _outside(kernel: KernelMeasure) -> list[Instruction]:
     def work(block: Block) -> Mapping[str, int]:
         return {kind: int(amounts[block.index][kind] > 0) for kind in kinds}
 
-    return fewest_path(function, work, {}, dict.fromkeys(kinds, 1), free=free) or []
+    return fewest_path(function, work, dict.fromkeys(kinds, 1), free=free) or []
 
 
 def store_factor(instructions: list[Instruction]) -> float:
@@ -134,20 +143,32 @@ def average_item(kernel: KernelMeasure, frames: int = FRAMES) -> list[Instructio
     the innermost loop that can do this, or else a path through the whole kernel.
     """
     columns = 16 // element_bytes(kernel.name)
-    exact, least = {"loads": 16 * frames, "stores": 16}, {"sums": (frames - 1) * columns}
+    least = {"sums": (frames - 1) * columns}
     for loop in reversed(kernel.kernel.function.loops):
-        if (found := _path(kernel, exact, least, loop)) is not None:
+        if (found := _path(kernel, 16 * frames, 16, least, loop)) is not None:
             return found
-    return _path(kernel, exact, least)
+    return _path(kernel, 16 * frames, 16, least)
 
 
 def score_loops(kernel: KernelMeasure) -> list[LoopMeasure]:
-    """Return the loops that multiply rows, the most unrolled one of each C++ function.
+    """Return the loops that multiply rows, tightest first: innermost ones, and one for each ratio of products to loads.
 
     Rows come from shared memory if the kernel copies them there; its loops over global memory are for long segments.
+    The compiler emits loops for the rest of an unrolled loop, which have more instructions per product; passes that
+    load the same rows for different products have different ratios.
     """
-    staged = any(key.startswith("copy") for key in kernel.hot)
-    return [loop for key, loop in kernel.hot.items() if key.startswith("score shared" if staged else "score global")]
+    function = kernel.kernel.function
+    measured = list(zip(function.loops, kernel.loops, strict=True))
+    scores = [loop for loop, found in measured if found.kind == "score"]
+    space = "shared" if any(key.startswith("copy") for key in kernel.hot) else "global"
+    best: dict[float, LoopMeasure] = {}
+    for loop, found in measured:
+        if found.kind != "score" or found.space != space or any(loop.contains(other) for other in scores):
+            continue
+        ratio = found.products / found.elements
+        if ratio not in best or found.per_product < best[ratio].per_product:
+            best[ratio] = found
+    return sorted(best.values(), key=lambda found: found.per_product)
 
 
 def instructions_per_pair(loop: LoopMeasure, size: int) -> float:
@@ -198,7 +219,7 @@ def given_cost(kernel: KernelMeasure) -> Cost | None:
         item = average_item(kernel)
         loads: float = 16 * FRAMES
     else:
-        item = _path(kernel, {"loads": 16, "stores": 16 * FRAMES}, {"divisions": 1})
+        item = _path(kernel, 16, 16 * FRAMES, {"divisions": 1})
         loads = 16
     if item is None:
         return None
@@ -213,7 +234,13 @@ def given_cost(kernel: KernelMeasure) -> Cost | None:
 
 def distance_cost(kernel: KernelMeasure) -> Cost | None:
     """Return the cost of the distances of neighbouring rows, or None if no loop multiplies rows."""
-    size, loops = element_bytes(kernel.name), score_loops(kernel)
+    size, function = element_bytes(kernel.name), kernel.kernel.function
+    loops: list[LoopMeasure] = []
+    for measured in score_loops(kernel):  # alternatives to a tighter loop are not counted, such as that for a long lag
+        loop = function.loops[kernel.loops.index(measured)]
+        kept = [function.loops[kernel.loops.index(other)] for other in loops]
+        if all(function.follows(loop, other) or function.follows(other, loop) for other in kept):
+            loops.append(measured)
     if not loops:
         return None
     # A pass over a pair multiplies as many elements as it loads of one row: half of those it loads of two.

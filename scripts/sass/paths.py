@@ -57,8 +57,8 @@ Work = Callable[[Block], Mapping[str, int]]
 def fewest_path(
     function: Function,
     work: Work,
-    exact: Mapping[str, int],
     least: Mapping[str, int],
+    most: Mapping[str, int] | None = None,
     loop: Loop | None = None,
     free: frozenset[int] = frozenset(),
 ) -> list[Instruction] | None:
@@ -67,16 +67,17 @@ def fewest_path(
     Args:
         function: The kernel.
         work: Returns the amounts of work that a block does.
-        exact: Amounts that the path must do, and not exceed.
         least: Amounts that the path must do at least.
+        most: Amounts that it must not exceed.
         loop: The loop whose iteration is meant; ``None`` means a path from the entry to the end of the kernel.
         free: Blocks whose instructions are not counted, and not returned.
 
     No execution that does this work can be shorter, so their number is a lower bound.
     """
-    names = [*exact, *least]
-    limits = [*exact.values(), *least.values()]
-    goal = tuple(limits)
+    most = most or {}
+    names = list(dict.fromkeys((*least, *most)))
+    goal = tuple(least.get(name, 0) for name in names)
+    caps = tuple(most.get(name, -1) for name in names)
     amounts = {
         index: tuple(work(function.blocks[index]).get(name, 0) for name in names) for index in function.reachable
     }
@@ -84,9 +85,9 @@ def fewest_path(
 
     def after(done: tuple[int, ...], index: int) -> tuple[int, ...] | None:
         total = [a + b for a, b in zip(done, amounts[index], strict=True)]
-        if any(t > limit for t, limit in zip(total[: len(exact)], limits, strict=False)):
+        if any(0 <= cap < t for t, cap in zip(total, caps, strict=True)):
             return None
-        return tuple(min(t, limit) for t, limit in zip(total, limits, strict=True))
+        return tuple(min(t, max(low, cap)) for t, low, cap in zip(total, goal, caps, strict=True))
 
     def weight(index: int) -> int:
         return 0 if index in free else len(function.blocks[index].instructions)
@@ -108,7 +109,7 @@ def fewest_path(
         ends = (loop is None and any(i.base == "EXIT" for i in block.instructions)) or (
             loop is not None and loop.header in block.successors
         )
-        if ends and done == goal:
+        if ends and all(d >= low for d, low in zip(done, goal, strict=True)):
             path, at = [], cast("Node | None", node)
             while at is not None:
                 path.append(at[0])

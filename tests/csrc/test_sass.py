@@ -135,6 +135,7 @@ def test_loops(function: Function):
     """Two natural loops; padding after the end and the subroutine are in no loop."""
     outer, inner = function.loops
     assert outer.contains(inner) and not inner.contains(outer)
+    assert function.follows(outer, inner) and function.follows(inner, outer)
     headers = [function.blocks[loop.header].instructions[0].address for loop in (outer, inner)]
     assert headers == [0x30, 0x40]
     assert {i.address for b in inner.blocks for i in function.blocks[b].instructions} == set(range(0x40, 0x90, 0x10))
@@ -152,16 +153,16 @@ def test_fewest_path(function: Function):
 
     outer, inner = function.loops
     for rows in (1, 3):
-        path = fewest_path(function, work, {"LDG": rows, "STG": 1}, {}, outer)
+        path = fewest_path(function, work, {"LDG": rows, "STG": 1}, {"LDG": rows, "STG": 1}, outer)
         assert path is not None and len(path) == 6 + 5 * rows
         assert sum(i.base == "LDG" for i in path) == rows and not any(i.base == "CALL" for i in path)
-    assert fewest_path(function, work, {"LDG": 1, "STG": 1}, {"SHFL": 1}, outer) is None  # diverged warps only
+    assert fewest_path(function, work, {"SHFL": 1}, {}, outer) is None  # diverged warps only
     assert fewest_path(function, work, {"STG": 1}, {}, inner) is None
-    whole = fewest_path(function, work, {"LDG": 1, "STG": 2}, {"CALL": 1})
+    whole = fewest_path(function, work, {"STG": 2, "CALL": 1}, {"LDG": 1})
     assert whole is None  # two iterations load two rows
-    whole = fewest_path(function, work, {"LDG": 2, "STG": 2}, {"CALL": 1})
+    whole = fewest_path(function, work, {"STG": 2, "CALL": 1}, {"LDG": 2})
     assert whole is not None and Counter(i.base for i in whole)["CALL"] == 1 and whole[-1].base == "EXIT"
-    free = fewest_path(function, work, {"LDG": 1, "STG": 1}, {}, outer, free=inner.blocks)
+    free = fewest_path(function, work, {"LDG": 1, "STG": 1}, {"LDG": 1}, outer, free=inner.blocks)
     assert free is not None and len(free) == 6
 
 

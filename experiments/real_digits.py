@@ -47,7 +47,7 @@ TEST_TAKES = range(5)
 SETS = {"test": "known voices", "test-voice": "new voice"}
 RATE = 8000
 #: Number of digits per string, and seconds of silence around and between them.
-DIGITS, GAP = (2, 4), (0.03, 0.1)
+DIGITS, GAP = (1, 4), (0.03, 0.1)
 
 
 def make_strings(
@@ -202,10 +202,10 @@ def main() -> int:
     parser.add_argument("folder", type=Path, help="folder of models and speech")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "real-digits", help="folder of data and model")
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the results (experiments/results)")
-    parser.add_argument("--strings", type=int, default=1200, help="strings of the training set (default %(default)s)")
-    parser.add_argument("--scored", type=int, default=60, help="strings of each test set (default %(default)s)")
+    parser.add_argument("--strings", type=int, default=960, help="strings of the training set (default %(default)s)")
+    parser.add_argument("--scored", type=int, default=40, help="strings of each test set (default %(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="steps of training (default %(default)s)")
-    parser.add_argument("--batch-size", type=int, default=8, help="strings per step (default %(default)s)")
+    parser.add_argument("--batch-size", type=int, default=4, help="strings per step (default %(default)s)")
     parser.add_argument("--learning-rate", type=float, default=1e-3, help="of LoRA (default %(default)s)")
     parser.add_argument("--projector-rate", type=float, default=2e-3, help="of the projector (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")

@@ -24,6 +24,7 @@ DRY ?=
 help:
 	@echo "Try it"
 	@echo "  make demo          compress speech, transcribe it and write pictures to out/demo"
+	@echo "                     MODEL=openai/whisper-tiny.en: also compress Whisper (folder or name)"
 	@echo "  make experiment    train and score models with and without compression (hours; QUICK=1: minutes)"
 	@echo "                     REAL=DIR: compress Whisper without training, on the speech and models in DIR"
 	@echo
@@ -81,10 +82,18 @@ $(LIBRARY): $(READY) setup.py $(SOURCES)
 
 build: $(LIBRARY)
 
+# MODEL=openai/whisper-tiny.en also runs a Whisper model, by name or folder.
+MODEL ?=
 demo: build
 	$(BIN)/fastcompress inspect assets/speech/*.wav --png out/demo
 	@echo
 	$(BIN)/python examples/demo.py
+	@echo
+ifneq ($(MODEL),)
+	$(BIN)/python examples/whisper.py $(MODEL)
+else
+	@echo "make demo MODEL=openai/whisper-tiny.en shows the same with Whisper (downloads 150 MB; or a folder)"
+endif
 
 # QUICK=1 trains only LoRA on the shipped model. REAL=DIR measures Whisper on real speech instead (docs/sweep.md).
 QUICK ?=
@@ -92,6 +101,7 @@ REAL ?=
 experiment: build
 ifneq ($(REAL),)
 	$(BIN)/python -m experiments.real $(REAL)
+	$(BIN)/python -m experiments.real_published $(REAL)
 	$(BIN)/python -m experiments.real_report --write
 else
 	$(BIN)/python -m experiments $(if $(QUICK),--quick)

@@ -20,15 +20,15 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
 
 import fastcompress as fc
+from experiments import real_controls
+from experiments.real_controls import CONSTANT, PERMUTED, WARD
 from fastcompress.files import write_file
-from fastcompress.segments import row_segments
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.sweep.loading import load
 from fastcompress.training.sweep.measure import Row, Sweep
@@ -42,8 +42,6 @@ RESULTS = ROOT / "experiments" / "results"
 
 RATES = (4, 3, 2, 6)
 NEW_TOKENS = 128
-#: Controls: the lengths of the rule's segments in random order; one attention weight for all pooled tokens.
-PERMUTED, CONSTANT = "lengths in random order", "equal weights"
 #: Treatments of the silence that fills the window, by the name that is part of the results' file name.
 PROTOCOLS: dict[str, str | float] = {"keep": "keep", "pool": "pool", "cut": 1.0}
 
@@ -94,6 +92,16 @@ def controls(rates: Sequence[int] = ()) -> list[Variant]:
     return found + [dataclasses.replace(v, proportional_attention=False) for v in off]
 
 
+def ward(rates: Sequence[int] = ()) -> list[Variant]:
+    """Return Ward's method, with as many segments as uniform pooling."""
+    return [Variant(f"uniform:{rate}", control=WARD) for rate in rates or (3, 4, 6)]
+
+
+def ward_of_everything() -> list[Variant]:
+    """Return Ward's method at 4 and 8 frames per token, which pools silence at a higher rate."""
+    return ward((4, 8))
+
+
 def controls_at_four() -> list[Variant]:
     """Return the controls at 4 frames per token."""
     return controls((4,))
@@ -137,45 +145,11 @@ PLAN = (
     ("whisper-tiny.en", "test-other", "cut", without_weights),
     ("whisper-base", "test-other", "cut", main_rows),
     ("whisper-base", "test-other", "keep", controls),
+    ("whisper-tiny.en", "test-other", "keep", ward),
+    ("whisper-tiny.en", "test-other", "pool", ward_of_everything),
+    ("whisper-tiny.en", "test-other", "cut", ward),
+    ("whisper-base", "test-other", "keep", ward),
 )
-
-
-def permuted(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> Any:
-    """Pool segments that have the lengths of the rule's segments in random order.
-
-    Args:
-        hidden: Frames of the encoder, ``[B, T, D]``.
-        frames: Number of frames of the audio, ``[B]``.
-        out: Output of the compressed encoder.
-        silence: Treatment of the silence.
-    """
-    tokens, lengths = out.last_hidden_state.clone(), out.token_lengths.clone()
-    for row, count, values, sizes in zip(hidden, frames.tolist(), tokens, lengths, strict=True):
-        pooled = number_pooled(sizes, count, silence)
-        order = torch.randperm(pooled, generator=torch.Generator().manual_seed(count))
-        sizes[:pooled] = sizes[:pooled][order]
-        chosen = sizes[:pooled]
-        segments = row_segments(chosen.cumsum(0) - chosen, chosen, int(chosen.sum()))
-        values[:pooled] = fc.segment_reduce(row[: segments.num_rows], segments)
-    out.last_hidden_state, out.token_lengths = tokens, lengths
-    return out
-
-
-def constant(hidden: Tensor, frames: Tensor, out: Any, silence: str | float) -> Any:
-    """Weight all pooled tokens of an utterance by their mean number of frames; arguments as in ``permuted``."""
-    lengths = out.token_lengths.double()
-    for sizes, count in zip(lengths, frames.tolist(), strict=True):
-        pooled = number_pooled(sizes, count, silence)
-        sizes[:pooled] = sizes[:pooled].mean()
-    out.token_lengths = lengths
-    return out
-
-
-def number_pooled(sizes: Tensor, count: int, silence: str | float) -> int:
-    """Return the number of pooled tokens, which come first, from the number of frames of each token ``[S]``."""
-    if silence == "keep":
-        return int(((sizes.cumsum(0) - sizes < count) & (sizes > 0)).sum())
-    return int((sizes > 0).sum())
 
 
 def main() -> int:
@@ -222,11 +196,13 @@ class Part:
         language = None if name.endswith(".en") else self.data.language
         model = load(str(folder / name), "cpu", Decoding(NEW_TOKENS, language))
         assert isinstance(model, Whisper)
-        model.controls = {
-            PERMUTED: lambda hidden, frames, found: permuted(hidden, frames, found, self.silence),
-            CONSTANT: lambda hidden, frames, found: constant(hidden, frames, found, self.silence),
-        }
+        model.controls = real_controls.controls(self.silence)
+        self.model = model
         self.sweep = Sweep(model, utterances, out, 20, self.skipped)
+
+    def audio(self) -> list[Tensor]:
+        """Return the frames of the audio of each utterance, ``[n, D]``."""
+        return [states["states"][: int(states["frames"])] for states in self.sweep.states()]
 
     def run(self, variants: Sequence[Variant], results: Path) -> None:
         """Measure variants, and write their scores after each one."""

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from tabulate import tabulate
 
-from experiments.real import CONSTANT, NEW_TOKENS, PERMUTED, RESULTS, min_variance
+from experiments.real import NEW_TOKENS, RESULTS, min_variance
+from experiments.real_controls import CONSTANT, PERMUTED, WARD
 from fastcompress.files import write_file
 from fastcompress.training.sweep.models import NONE, Variant
 from fastcompress.training.sweep.report import plot
@@ -86,8 +87,9 @@ def load(folder: Path) -> list[Part]:
 
 def _place(score: Score) -> tuple[object, ...]:
     variant = score.variant
-    kinds = ("none", "uniform", "min-variance", "local-max")
+    kinds = ("none", "uniform", "min-variance", "local-max", "top-k", "threshold", "lookback")
     return (
+        variant.control not in ("", PERMUTED, CONSTANT, WARD),
         bool(variant.control) or variant.reduce != "mean",
         kinds.index(variant.rule.partition(":")[0]),
         variant.control,
@@ -125,7 +127,7 @@ def against_uniform(part: Part, score: Score) -> Comparison | None:
     plain = replace(score, variant=replace(score.variant, control="", reduce="mean"))
     if is_uniform(plain.variant):
         alike = (s for s in part.scores if s.variant == plain.variant)
-        other = next(alike, None) if score.variant.reduce != "mean" else None
+        other = next(alike, None) if score.variant != plain.variant else None
         return None if other is None else part.comparer.compare(score, other)
     return part.comparer.against_uniform(plain, part.scores)
 
@@ -135,7 +137,11 @@ def rule_name(variant: Variant) -> str:
     name = "min-variance:rate=4" if variant.rule == "min-variance" else variant.rule
     if variant.reduce == "first":
         return f"{name.replace('uniform', 'uniform sampling')}"
-    return f"{name}, {PERMUTED}" if variant.control == PERMUTED else name
+    if variant.control == WARD:
+        return f"Ward, {variant.rule.partition(':')[2]}x"
+    if variant.control == PERMUTED:
+        return f"{name}, {PERMUTED}"
+    return name if variant.control in ("", CONSTANT) else variant.control
 
 
 def weights(variant: Variant) -> str:
@@ -232,6 +238,7 @@ def report(parts: Sequence[Part]) -> str:
         "* *in audio*: frames per token of the audio alone, where silence is pooled, too.",
         "* *weights*: what is added to the attention scores of a pooled token. *log(mean length)* adds the same number "
         "to all pooled tokens of an utterance.",
+        "* *Ward*: bottom-up merging of neighbouring segments, as many as uniform pooling makes.",
         f"* *cut*: texts that reached the limit of {NEW_TOKENS} new tokens. Such a text repeats itself and adds up to "
         "7 points on test-other and 10 on FLEURS.",
         "* *vs none*, *vs uniform*: difference of the word error rates in points; the latter against uniform pooling "

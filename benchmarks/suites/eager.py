@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +17,8 @@ from torch import Tensor
 import fastcompress as fc
 from benchmarks.harness.cases import Batch
 
+#: Rule of ``min_variance``: about as many tokens as local maxima give.
+MIN_VARIANCE = fc.MinVariance(rate=3.0)
 #: Frames per block of the blocked scores: 64 x 1280 in fp32 are a third of a megabyte.
 _BLOCK = 64
 
@@ -38,6 +40,11 @@ def fastcompress_pool(x: Tensor, batch: Batch, compact: bool = True) -> Tokens:
     """Run the library; without ``compact`` it does not read the number of segments."""
     pooled = fc.segment_pool(x, cu_seqlens=batch.cu_seqlens, rule=batch.rule, compact=compact)
     return Tokens(pooled.values, pooled.segments.starts)
+
+
+def min_variance(x: Tensor, batch: Batch) -> Tokens:
+    """Run the library with minimum-variance segments, whatever the rule of the batch is."""
+    return fastcompress_pool(x, replace(batch, rule=MIN_VARIANCE))
 
 
 # --- scores: [N, D] -> [N - 1] fp32, 1 - cosine of each frame and the next -------------------------------------------

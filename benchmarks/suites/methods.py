@@ -105,6 +105,7 @@ METHODS: dict[str, tuple[Form, dict[str, Form]]] = {
     ),
     "UnsupSeg": (pool(PROMINENT), {SEQUENCES: each(published.prominent_peaks)}),
     "Segmental CPC": (pool("peak-height:0.04"), {SEQUENCES: each(published.high_peaks)}),
+    "minimum variance": (pool("min-variance:rate=3"), {SEQUENCES: each(published.least_variance)}),
     "H-Net's router": (
         lambda x, batch: batch.router(x, cu_seqlens=batch.cu_seqlens).values,
         {"packed": published.route},

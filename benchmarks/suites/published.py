@@ -245,6 +245,27 @@ def high_peaks(x: Tensor) -> Tensor:
     return (inside / inside.sum(1, keepdim=True)).to(x.dtype) @ x
 
 
+def least_variance(x: Tensor, rate: float = 3.0, longest: int = 8) -> Tensor:
+    """As Kamper, with an exact number of segments: dynamic programming, a step per segment over all frames at once."""
+    unit, n = F.normalize(x.detach().double(), dim=-1), len(x)
+    sums = F.pad(unit.cumsum(0), (0, 0, 1, 0))
+    cost = torch.full((longest, n), torch.inf, dtype=torch.float64, device=x.device)
+    for size in range(1, min(longest, n) + 1):
+        total = sums[size:] - sums[:-size]
+        cost[size - 1, : n - size + 1] = size - total.square().sum(1) / size
+    best = torch.full((n + longest,), torch.inf, dtype=torch.float64, device=x.device)
+    best[n] = 0
+    sizes = []
+    for _ in range(_kept(n, rate)):
+        least, size = (cost + best.unfold(0, longest, 1)[1:].T).min(0)
+        sizes.append(size)
+        best = F.pad(least, (0, longest), value=torch.inf)
+    starts = [0]
+    for size in sizes[:0:-1]:
+        starts.append(starts[-1] + int(size[starts[-1]]) + 1)
+    return means(x, starts)
+
+
 def lookback(x: Tensor) -> Tensor:
     """As Affinity Pooling: the last three members of the open group."""
     near = [(1 - F.cosine_similarity(x[:-lag].float(), x[lag:].float()) <= 0.5).tolist() for lag in (1, 2, 3)]

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TextIO, cast
 
 from fastcompress import __version__
-from fastcompress.cli import completion, evaluate, finetune, info, inspect, make_data, sweep, train, transcribe
+from fastcompress.cli import completion, evaluate, export, finetune, info, inspect, make_data, sweep, train, transcribe
 from fastcompress.cli.errors import (
     EXIT_CODES,
     EXIT_ERROR,
@@ -111,7 +111,7 @@ def make_parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"fastcompress {__version__}")
     parser.set_defaults(parser=parser)  # for the command that prints all options
     commands = parser.add_subparsers(required=True, metavar="COMMAND", dest="command")
-    for command in (inspect, info, make_data, train, evaluate, transcribe, finetune, sweep, completion):
+    for command in (inspect, info, make_data, train, evaluate, transcribe, finetune, sweep, export, completion):
         command.add_command(commands)
     for command_parser in commands.choices.values():
         command_parser.epilog = EXIT_CODES

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from experiments import real, real_report
-from experiments.real import CONSTANT, PERMUTED
+import fastcompress as fc
+from experiments import real, real_published, real_report
+from experiments.real_controls import CONSTANT, PERMUTED, controls, ward_lengths
 from fastcompress.integrations.transformers.whisper import PooledEncoderOutput
 from fastcompress.training.sweep.bootstrap import Interval
 from fastcompress.training.sweep.models import Variant
@@ -40,19 +41,52 @@ def test_controls(silence: str):
     hidden = torch.randn(2, 20, 4, generator=torch.Generator().manual_seed(0))
     frames = torch.tensor([12, 20])
     sizes = [[1, 5, 2, 4, *[1] * SILENCE], [3, 3, 6, 1, 7]]
-    found = real.permuted(hidden, frames, pooled(hidden, sizes), silence)
+    found = controls(silence)[PERMUTED](hidden, frames, pooled(hidden, sizes))
     order = [row[row > 0].tolist() for row in found.token_lengths]
     assert order != sizes and [sorted(row) for row in order] == [sorted(row) for row in sizes]
     assert silence == "pool" or order[0][4:] == [1] * SILENCE
     wanted = pooled(hidden, order)
     assert torch.equal(found.token_lengths, wanted.token_lengths)
     assert torch.allclose(found.last_hidden_state, wanted.last_hidden_state, atol=1e-6)
-    again = real.permuted(hidden[1:], frames[1:], pooled(hidden[1:], sizes[1:]), silence)
+    again = controls(silence)[PERMUTED](hidden[1:], frames[1:], pooled(hidden[1:], sizes[1:]))
     assert again.token_lengths[0].tolist() == order[1]  # the order does not depend on the batch
-    equal = real.constant(hidden, frames, pooled(hidden, sizes), silence).token_lengths
+    equal = controls(silence)[CONSTANT](hidden, frames, pooled(hidden, sizes)).token_lengths
     first = [3.0] * 4 + [1.0] * SILENCE if silence == "keep" else [20 / 12] * 12
     torch.testing.assert_close(equal[0], torch.tensor(first, dtype=torch.float64))
     torch.testing.assert_close(equal[1], torch.tensor([4.0] * 5 + [0.0] * 7, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("frames", [1, 2, 40])
+def test_ward(frames: int):
+    """``ruptures.BottomUp`` merges the same segments."""
+    ruptures = pytest.importorskip("ruptures")
+    x = torch.randn(frames, 6, generator=torch.Generator().manual_seed(frames))
+    unit = torch.nn.functional.normalize(x.double(), dim=1).numpy()
+    for count in range(1, frames + 1):
+        ends = ward_lengths(x, count).cumsum(0).tolist()
+        search = ruptures.BottomUp(model="l2", min_size=1, jump=1).fit(unit)
+        assert ends == ([frames] if count == 1 else search.predict(n_bkps=count - 1)), count
+
+
+def test_published_methods():
+    generator = torch.Generator().manual_seed(1)
+    utterances = [torch.randn(n, 8, generator=generator).cumsum(0) for n in (300, 200)]
+    variants, of_methods = real_published.methods(utterances, "keep")
+    assert len({variant.label for variant in variants}) == len(variants) == 2 * 2 * 6
+    assert {v.control for v in variants if v.control} == set(of_methods)
+    thresholds = [v.rule for v in variants if v.rule.startswith(("threshold", "lookback"))]
+    tokens = [sum(len(fc.segment_pool(x, rule=rule).values) for x in utterances) for rule in thresholds]
+    assert [500 / count for count in tokens] == pytest.approx([3, 3, 4, 4] * 2, rel=0.03)
+    for label, control in of_methods.items():
+        frames = torch.tensor([100, 40])
+        hidden = torch.nn.utils.rnn.pad_sequence([x[:n] for x, n in zip(utterances, frames, strict=True)], True)
+        sizes = [[4] * 25 + [1] * 3, [4] * 10 + [1] * 3]
+        padded = torch.nn.functional.pad(hidden, (0, 0, 0, 3))
+        found = control(padded, frames, pooled(padded, sizes))
+        assert (found.token_lengths.sum(1) == torch.tensor([103, 43])).all(), label
+        mean = (found.last_hidden_state * found.token_lengths[..., None]).sum(1)
+        wanted = pooled(padded, sizes)
+        torch.testing.assert_close(mean, (wanted.last_hidden_state * wanted.token_lengths[..., None]).sum(1))
 
 
 def test_rows_and_report(
@@ -90,8 +124,8 @@ def test_rows_and_report(
     assert len(pool["rows"]) == 3 and len(keep["rows"]) == 3 + 2 + len(real.controls())
     assert keep["speakers"] == [f"s{i % 4}" for i in range(4)] and "text" not in keep["rows"][0]
     keys = {row["label"]: row["keys"] for row in keep["rows"]}
-    controls = [keys[f"min-variance, {control}"] for control in (PERMUTED, CONSTANT)]
-    assert controls == [keys["uniform:4"]] * 2 == [keys["min-variance"]] * 2
+    of_controls = [keys[f"min-variance, {control}"] for control in (PERMUTED, CONSTANT)]
+    assert of_controls == [keys["uniform:4"]] * 2 == [keys["min-variance"]] * 2
     monkeypatch.setattr("fastcompress.training.sweep.whisper.Whisper.answer", lambda *_: pytest.fail("computed again"))
     assert real.main() == 0
     monkeypatch.setattr("sys.argv", ["report", "--results", str(tmp_path), "--write"])

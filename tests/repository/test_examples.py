@@ -10,7 +10,9 @@ from types import ModuleType
 import pytest
 import torch
 
-from tests.support import ROOT
+from fastcompress.audio import load_audio
+from fastcompress.integrations.transformers import apply_to, revert
+from tests.support import ROOT, tiny_whisper
 
 EXAMPLES = ROOT / "examples"
 
@@ -25,7 +27,7 @@ def load(name: str) -> ModuleType:
 
 def test_each_example_has_a_test():
     names = {path.stem for path in EXAMPLES.iterdir() if path.suffix in (".py", ".ipynb")}
-    assert names == {"demo", "train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour"}  # make demo
+    assert names == {"demo", "train_with_segment_pool", "qwen2_audio_lora", "streaming", "tour", "whisper"}
 
 
 def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
@@ -45,6 +47,24 @@ def test_demo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str
         (line,) = (line for line in lines if line.startswith(title))
         tokens.append(float(line.removeprefix(title).split()[0]))
     assert max(tokens[1:]) < tokens[0] / 3
+
+
+def test_whisper(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    """The output has the texts of the stock model and of compressed ones."""
+    example = load("whisper")
+    folder = tiny_whisper.write(tmp_path, max_target_positions=100)
+    example.main([str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "fast.wav" and len(lines) == 3 * (1 + len(example.RULES))
+    texts = {line.split(maxsplit=1)[0]: line[22:] for line in lines[1:4]}
+    model, processor = tiny_whisper.make(max_target_positions=100), tiny_whisper.processor()
+    inputs = processor(load_audio(example.SPEECH / "fast.wav"), sampling_rate=16000, return_tensors="pt")
+    for rule in example.RULES[1:]:
+        apply_to(model, rule, silence="pool")
+        tokens = model.generate(**inputs, max_new_tokens=64)
+        assert texts[rule] == processor.batch_decode(tokens, skip_special_tokens=True)[0].strip()
+        revert(model)
+    assert len(set(texts.values())) > 1
 
 
 @pytest.mark.parametrize("rule", ["threshold:0.5,max_len=8", "uniform:4"])

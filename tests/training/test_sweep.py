@@ -14,6 +14,7 @@ import pytest
 import scipy.stats
 import torch
 
+from fastcompress.decoder.saved_rule import stored
 from fastcompress.integrations.transformers import apply_to, revert
 from fastcompress.lalm.loading import load_model
 from fastcompress.training.evaluation import transcribe
@@ -345,6 +346,28 @@ def test_load(tmp_path: Path):
     audio_llms.processor("qwen2_audio").save_pretrained(tmp_path / "llm")
     found = load(str(tmp_path / "llm"), "cpu", DECODING)
     assert isinstance(found, AudioLLM) and found.model.dtype == torch.float32
+
+
+def test_load_an_adapter(tmp_path: Path):
+    peft = pytest.importorskip("peft")
+    base, adapter = tmp_path / "base", tmp_path / "run" / "adapter"
+    audio_llms.make("qwen2_audio").save_pretrained(base)
+    model = type(audio_llms.make("qwen2_audio")).from_pretrained(base)
+    apply_to(model, "uniform:3")
+    config = peft.LoraConfig(target_modules=r".*language_model.*q_proj", init_lora_weights=False)
+    tuned = peft.get_peft_model(model, config, autocast_adapter_dtype=False)
+    tuned.save_pretrained(adapter)
+    audio_llms.processor("qwen2_audio").save_pretrained(adapter)
+    inputs = audio_llms.batch("qwen2_audio", model)
+    for path in (adapter.parent, adapter):
+        found = load(str(path), "cpu", DECODING).model
+        assert stored(found) == stored(model) is not None
+        apply_to(found)
+        torch.testing.assert_close(found(**inputs).logits, tuned.eval()(**inputs).logits)
+    written = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": None}
+    (adapter / "adapter_config.json").write_text(json.dumps(written))
+    with pytest.raises(SettingsError, match="adapter_config.json has no base_model_name_or_path"):
+        load(str(adapter), "cpu", DECODING)
 
 
 # Scores

@@ -10,7 +10,7 @@ import dataclasses
 import hashlib
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -142,6 +142,10 @@ class Sweep:
         for rule in dict.fromkeys([NONE, *rules]):
             found += [Variant(rule), *(self.model.ablations(rule) if ablate else [])]
         return [replace(variant, silence=silence) for variant in found]
+
+    def states(self) -> Iterator[dict[str, Tensor]]:
+        """Yield the encoder states of each utterance from disk."""
+        return (self._states.load(key) for key in self._keys)
 
     def check(self, variants: Sequence[Variant]) -> None:
         """Check that the model supports each variant, before hours are spent.

@@ -132,7 +132,7 @@ class Distillation:
 
     def _forward(self, indices: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Return the logits ``[B, T, V]`` and labels ``[B, T]`` of utterances, as the model is compressed now."""
-        states = [self.train.states(i) for i in indices]
+        states = [self.train.states_of(i) for i in indices]
         sequences = [torch.tensor(self.prompt + self.ids[i]) for i in indices]
         pad = torch.nn.utils.rnn.pad_sequence
         inputs = pad([ids[:-1] for ids in sequences], True, self.ids[indices[0]][-1])

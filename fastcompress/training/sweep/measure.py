@@ -191,7 +191,7 @@ class Sweep:
         write_file(path, json.dumps(dataclasses.asdict(row), ensure_ascii=False))
         return row
 
-    def states(self, index: int) -> dict[str, Tensor]:
+    def states_of(self, index: int) -> dict[str, Tensor]:
         """Return the encoder states of an utterance, by its index in ``utterances``."""
         return self._states.load(self._keys[index])
 
@@ -205,7 +205,7 @@ class Sweep:
             for begin in range(0, len(order), self.batch_size):
                 self._progress(variant.label, begin, len(order))
                 chosen = order[begin : begin + self.batch_size]
-                states = [] if self.model.why_not_cached else [self.states(i) for i in chosen]
+                states = [] if self.model.why_not_cached else [self.states_of(i) for i in chosen]
                 batch = self.model.answer([self.utterances[i] for i in chosen], states)
                 answers |= dict(zip(chosen, batch.answers, strict=True))
                 prefill, decoding = prefill + batch.prefill, decoding + batch.decoding

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import difflib
 import re
+import sys
 import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, fields
@@ -87,7 +88,7 @@ class SettingsParser(jsonargparse.ArgumentParser):
             SettingsError: A flag is unknown or has a value of another type.
         """
         try:
-            parsed = vars(self.parse_args(arguments, defaults=False))
+            parsed = vars(self.parse_args(_joined(sys.argv[1:] if arguments is None else arguments), defaults=False))
         except ArithmeticError as error:  # of an integer that no float can hold
             raise SettingsError(reason(error)) from error
         # jsonargparse puts a zero-width space before names of methods of its Namespace, such as `keys`.
@@ -116,6 +117,22 @@ class SettingsParser(jsonargparse.ArgumentParser):
             known = [option for action in self._actions for option in action.option_strings]
             return f"unknown option {unknown[1]}; the nearest known option is {_nearest(unknown[1], known)}"
         return " ".join(message.split())
+
+
+def _joined(arguments: Sequence[str]) -> list[str]:
+    """Return arguments in which several ``--rule`` are one, with spaces between the rules."""
+    rest, rules = [], []
+    i = 0
+    while i < len(arguments):
+        if arguments[i] == "--rule" and i + 1 < len(arguments):
+            rules.append(arguments[i + 1])
+            i += 1
+        elif arguments[i].startswith("--rule="):
+            rules.append(arguments[i].removeprefix("--rule="))
+        else:
+            rest.append(arguments[i])
+        i += 1
+    return [*rest, f"--rule={' '.join(rules)}"] if rules else rest
 
 
 def flag(name: str) -> str:

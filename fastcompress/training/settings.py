@@ -133,11 +133,17 @@ class CompressionSettings(Settings):
         super().__post_init__()
         if self.positions not in (None, *POSITIONS):
             raise SettingsError(f"`positions` must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if self.rule not in (None, "none"):
-            try:
-                Rule.from_string(self.rule)
-            except ValueError as error:
-                raise SettingsError(f"`rule`: {error}") from error
+        for rule in self.rules:
+            if rule != "none":
+                try:
+                    Rule.from_string(rule)
+                except ValueError as error:
+                    raise SettingsError(f"`rule`: {error}") from error
+
+    @property
+    def rules(self) -> list[str]:
+        """Text forms of the rules."""
+        return [] if self.rule is None else [self.rule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +288,10 @@ class TrainCompressionSettings(CompressionSettings):
     """Compression of the reference model.
 
     Attributes:
-        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
+        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's. If it is
+            given several times, or is a text with spaces between rules, one is drawn for each batch; the trained model
+            has the first.
+        rate_warmup_steps: Updates in which the rates of the rules rise from 1.
         proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
             the model was trained, and true if it was trained without compression; false in budget mode.
         positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
@@ -293,6 +302,7 @@ class TrainCompressionSettings(CompressionSettings):
         boundary_kind: Kind of learned boundaries.
     """
 
+    rate_warmup_steps: int = 0
     reduce: str | None = None
     keys: str | None = None
     boundary_ratio: float | None = None
@@ -304,12 +314,41 @@ class TrainCompressionSettings(CompressionSettings):
             value = getattr(self, name)
             if value not in (None, *known):
                 raise SettingsError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+        if len(self.rules) > 1 and self.rules[0] == "none":
+            raise SettingsError(f"`rule`: the first of several must not be none, got {self.rule!r}")
+        self._check_least(0, "rate_warmup_steps")
+        if self.rate_warmup_steps and self.rules in ([], ["none"]):
+            raise SettingsError("`rate_warmup_steps` needs a `rule`")
         if self.boundary_ratio is None:
             return
         if not self.boundary_ratio > 1:
             raise SettingsError(f"`boundary_ratio` must be more than 1, got {self.boundary_ratio}")
         if self.rule not in (None, "none"):
             raise SettingsError(f"`boundary_ratio` excludes `rule`, got {self.boundary_ratio} and {self.rule!r}")
+
+    @property
+    def rules(self) -> list[str]:
+        return [] if self.rule is None else self.rule.split()
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Settings):
+    """Distillation from another model.
+
+    Attributes:
+        teacher: Folder of a model or run whose next-token distributions are learned as well, with the compression that
+            it was trained with.
+        teacher_weight: Weight of the divergence from the teacher; that of the labels' cross entropy is 1.
+    """
+
+    group: ClassVar[str] = "distillation"
+
+    teacher: Folder | None = None
+    teacher_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("teacher_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +419,12 @@ class TrainerSettings(TrainOptimizationSettings, TrainCheckpointSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(
-    TrainDataSettings, TrainModelSettings, TrainCompressionSettings, TrainLoraSettings, TrainerSettings
+    TrainDataSettings,
+    TrainModelSettings,
+    TrainCompressionSettings,
+    TeacherSettings,
+    TrainLoraSettings,
+    TrainerSettings,
 ):
     """Settings of ``fastcompress train``."""
 

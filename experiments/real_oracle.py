@@ -58,7 +58,7 @@ def divided(starts: Sequence[int], frames: int, count: int) -> Tensor:
     """
     lengths = [end - start for start, end in zip(starts, [*starts[1:], frames], strict=True)]
     while len(lengths) > count:
-        shortest = min(range(1, len(lengths)), key=lengths.__getitem__)
+        shortest = min(range(1, len(lengths)), key=lambda i: lengths[i])
         lengths[shortest - 1] += lengths.pop(shortest)
     parts = [1] * len(lengths)
     while sum(parts) < count:

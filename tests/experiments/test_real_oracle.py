@@ -37,11 +37,9 @@ def test_each_utterance_has_its_own_boundaries():
 
 
 def test_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest):
-    model = tiny_whisper.make()
-    model.generation_config.alignment_heads = [[0, 1]]
-    model.generation_config.no_timestamps_token_id = 4
-    model.save_pretrained(tmp_path / "whisper-tiny.en")
-    tiny_whisper.processor().save_pretrained(tmp_path / "whisper-tiny.en")
+    settings = tiny_whisper.write(tmp_path / "whisper-tiny.en") / "generation_config.json"
+    values = json.loads(settings.read_text()) | {"alignment_heads": [[0, 1]], "no_timestamps_token_id": 4}
+    settings.write_text(json.dumps(values))
     path = write_tones(tmp_path / "speech", 3)
     path.rename(tmp_path / "speech" / "librispeech-test-other.jsonl")
     monkeypatch.setattr(real_oracle, "NEW_TOKENS", 5)

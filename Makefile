@@ -5,6 +5,10 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.fastcompress-ready
 DOCS_READY := $(VENV)/.fastcompress-docs-ready
+# make vllm-test: Python 3.11, for which the CPU build of torch that vLLM pins is most often at hand.
+VLLM_PYTHON ?= python3.11
+VLLM_VENV ?= .venv-vllm
+VLLM_READY := $(VLLM_VENV)/.fastcompress-ready
 LIBRARY := fastcompress/_C.so
 SOURCES := $(shell find csrc -type f)
 PYTEST := $(BIN)/python -m pytest -q
@@ -18,8 +22,8 @@ WHEEL ?=
 OUT ?= out/gpu
 DRY ?=
 
-.PHONY: help demo experiment build test test-slow test-full test-emulated sanitize fuzz lint docs bench bench-check \
-    bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
+.PHONY: help demo experiment build test test-slow test-full test-emulated vllm-test sanitize fuzz lint docs bench \
+    bench-check bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
 
 help:
 	@echo "Try it"
@@ -34,6 +38,7 @@ help:
 	@echo "  make test-slow     run only the slow tests"
 	@echo "  make test-full     run the tests and the slow tests"
 	@echo "  make test-emulated run the CUDA kernels in an emulator, and the Triton kernels in its interpreter"
+	@echo "  make vllm-test     run the plug-in in vLLM, in $(VLLM_VENV) (downloads 0.6 GB, takes 4 GB; FAST=1: no engine)"
 	@echo "  make sanitize      run the tests of the ops under AddressSanitizer, UBSan and ThreadSanitizer"
 	@echo "                     (KINDS=\"address thread\" skips the emulated CUDA kernels)"
 	@echo "  make fuzz          search for input that breaks an op or a reader (SECONDS=240)"
@@ -117,11 +122,29 @@ test-full: build
 	$(PYTEST) -n 2 --dist loadgroup --run-slow --run-emulated
 
 EMULATED := adjacent_distance greedy_segments select_boundaries segment_reduce segment_pool pack pack_errors errors \
-    properties opcheck
+    min_variance banded_distance properties opcheck
 test-emulated: build
 	$(BIN)/python -c 'from tests.support.cuda_emulation import build; build()'
 	$(PYTEST) -n 2 --dist loadgroup --run-emulated -m emulated tests/csrc tests/gpu tests/triton
 	$(PYTEST) -n 2 --emulated 11 $(EMULATED:%=tests/ops/test_%.py)
+
+# vLLM's requirements include builds of torchvision, torchaudio and torchcodec that do not load beside a CPU torch.
+$(VLLM_READY): requirements-vllm.txt
+	@$(VLLM_PYTHON) --version || { echo "set VLLM_PYTHON to Python 3.11 or later"; exit 1; }
+	@echo "installing vLLM into $(VLLM_VENV): downloads about 0.6 GB, takes about 4 GB and a few minutes"
+	$(VLLM_PYTHON) -m venv $(VLLM_VENV)
+	$(VLLM_VENV)/bin/python -m pip install -q -r requirements-vllm.txt
+	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	@touch $@
+
+# FAST=1 leaves out the tests that run an engine or a server. The package is the checkout, whose entry points are in
+# fastcompress.egg-info and whose compiled library runs with any torch.
+FAST ?=
+VLLM_FAST := models processing voxtral
+vllm-test: build $(VLLM_READY)
+	$(BIN)/python setup.py -q egg_info
+	PYTHONPATH=$(CURDIR) $(VLLM_VENV)/bin/python -m pytest -q -rs \
+	    $(if $(FAST),$(VLLM_FAST:%=tests/integrations/vllm/test_%.py),--run-slow tests/integrations/vllm)
 
 # KINDS="address thread" skips the emulated CUDA kernels.
 KINDS ?=

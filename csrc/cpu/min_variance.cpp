@@ -152,11 +152,8 @@ std::vector<Range> find_blocks(const Sequences& sequences, const int32_t* row_gr
 
 Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths, OptionalTensor row_group,
                                double rate, int64_t max_len) {
-  STD_TORCH_CHECK(rate >= 1 && rate <= double(max_len), "rate must be between 1 and max_len, ", max_len, ", got ",
-                  rate);
-  STD_TORCH_CHECK(d.dim() == 2 || d.dim() == 3, "d must have shape [N, window] or [B, T, window]");
+  check_min_variance(d, rate, max_len);
   const int64_t window = d.size(d.dim() - 1);
-  STD_TORCH_CHECK(window >= max_len - 1, "d must have max_len - 1 = ", max_len - 1, " distances per row, got ", window);
   const Sequences sequences = read_sequences(d, d.dim() - 1, cu_seqlens, lengths);
   Tensor group_holder;
   const int32_t* row_group_data = read_row_group(row_group, sequences.rows, group_holder);

@@ -7,6 +7,7 @@ emulator. ``-k short`` selects the tests that compute-sanitizer runs.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.device import capture, delay, side_stream, synchronize
+from benchmarks.harness import device as devices
+from benchmarks.harness.device import delay, side_stream, synchronize
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.ops.segment_reduce import REDUCTIONS
+from tests.support.capturing import capturing
 from tests.support.on_device import moved
 from tests.support.sample_inputs import (
     DTYPES,
@@ -49,6 +52,12 @@ def to(value: Any, device: torch.device) -> Any:
     if isinstance(value, dict):
         return {name: to(part, device) for name, part in value.items()}
     return moved(value, device) if isinstance(value, Tensor) else value
+
+
+def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Capture a CUDA graph of ``call``; on the CPU, raise where a capture would. Return its replay and its result."""
+    with capturing() if device.type == "cpu" else contextlib.nullcontext():
+        return devices.capture(call, device)
 
 
 def expected(call: Callable[[], Any]) -> Any:

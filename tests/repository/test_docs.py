@@ -33,6 +33,7 @@ REQUIREMENTS = {
     "packing.md": "transformers",
     "speech.md": "transformers",
     "integration.md": "transformers",
+    "serving.md": "transformers",
     "adding-a-rule.md": "numpy",
 }
 NEEDS = re.compile(r"# needs (a GPU|a download: \S.*)\n")
@@ -43,6 +44,7 @@ MODULES = (
     "fastcompress.decoder",
     "fastcompress.lalm",
     "fastcompress.integrations.transformers",
+    "fastcompress.integrations.vllm",
 )
 
 

@@ -164,6 +164,13 @@ def test_imports_run_in_one_direction_without_circles():
     assert problems(ROOT) == []
 
 
+def test_the_plugin_of_vllm_needs_no_patches_of_transformers():
+    """vLLM pins an older transformers than the patches support."""
+    plugin = [edge for edge in imports_of(ROOT, PACKAGE) if edge.importer.startswith("fastcompress.integrations.vllm")]
+    assert len(plugin) > 10
+    assert not [edge for edge in plugin if edge.imported.startswith("fastcompress.integrations.transformers")]
+
+
 def test_loading_a_module_has_no_circle():
     imports = imports_of(ROOT, PACKAGE, "benchmarks")
     assert sum(edge.importer.startswith("benchmarks") for edge in imports) > 50
@@ -269,7 +276,9 @@ def below(modules: set[str], *packages: str) -> set[str]:
 def test_loading_and_patching_models_loads_no_trainer():
     pytest.importorskip("transformers")
     patching, loading = "fastcompress.integrations.transformers", "fastcompress.lalm.loading"
-    by_patching, by_loading = loaded_by(patching, loading)
+    serving = "fastcompress.integrations.vllm"
+    by_patching, by_loading, by_serving = loaded_by(patching, loading, serving)
+    assert serving in by_serving and not below(by_serving, patching, "fastcompress.decoder", "fastcompress.lalm")
     assert patching in by_patching and loading in by_loading
     assert not below(by_patching, "fastcompress.training", "fastcompress.lalm")
     assert not below(by_loading, "fastcompress.training", "fastcompress.integrations", "fastcompress.synthesis")

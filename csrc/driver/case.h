@@ -133,11 +133,11 @@ struct Batch {
   T* rows_out(int64_t count) { return memory.output<T>(size_t(count * shape.width), shape.offset); }
 
   // Launches the preparing kernel of an op with this number of tiles.
-  cuda::Scratch prepare(int64_t tiles, cuda::Sequences& on_device) {
+  cuda::Scratch prepare(int64_t tiles, cuda::Sequences& on_device, const cuda::AudiosIn& audios = {}) {
     const int64_t count = in.count;
     on_device = {memory.output<int64_t>(size_t(count)), memory.output<int64_t>(size_t(count)), count};
     const cuda::Scratch scratch{memory.output<cuda::State>(1), memory.output<uint64_t>(size_t(tiles)), tiles};
-    check(cuda::launch_prepare(in, on_device, scratch, nullptr), "prepare");
+    check(cuda::launch_prepare(in, on_device, scratch, nullptr, audios), "prepare");
     return scratch;
   }
 

@@ -42,7 +42,7 @@ def write(folder: Path) -> None:
     found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>")
     tokenizer.add_tokens(special, special_tokens=True)
-    config = transformers.Qwen2AudioConfig(
+    config: Any = transformers.Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", "encoder_layers": 2},  # the other sizes are its defaults
         text_config={
             "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 4096, "intermediate_size": 11008,

@@ -14,6 +14,14 @@ Rows read_rows(const Tensor& x) {
   return {torch::stable::contiguous(x), count, x.size(last), x.size(last)};
 }
 
+void check_min_variance(const Tensor& d, double rate, int64_t max_len) {
+  STD_TORCH_CHECK(rate >= 1 && rate <= double(max_len), "rate must be between 1 and max_len, ", max_len, ", got ",
+                  rate);
+  STD_TORCH_CHECK(d.dim() == 2 || d.dim() == 3, "d must have shape [N, window] or [B, T, window]");
+  const int64_t window = d.size(d.dim() - 1);
+  STD_TORCH_CHECK(window >= max_len - 1, "d must have max_len - 1 = ", max_len - 1, " distances per row, got ", window);
+}
+
 const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder) {
   if (!row_group.has_value()) return nullptr;
   STD_TORCH_CHECK(row_group->scalar_type() == ScalarType::Int, "row_group must be int32");

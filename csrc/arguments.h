@@ -51,6 +51,9 @@ struct Rows {
 };
 Rows read_rows(const Tensor& x);
 
+// Checks the arguments of min_variance_boundaries.
+void check_min_variance(const Tensor& d, double rate, int64_t max_len);
+
 // Returns the row groups, or null; `holder` keeps a contiguous copy alive.
 const int32_t* read_row_group(const std::optional<Tensor>& row_group, int64_t rows, Tensor& holder);
 // Returns `count` contiguous int64 values; int32 is converted.

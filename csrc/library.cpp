@@ -16,10 +16,7 @@ std::string cuda_archs() { return FASTCOMPRESS_CUDA_ARCHS; }
 std::string cuda_version() { return FASTCOMPRESS_CUDA_VERSION; }
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(fastcompress, CPU, m) {
-  FASTCOMPRESS_REGISTER_OPS(m, cpu);
-  FASTCOMPRESS_REGISTER_CPU_OPS(m);
-}
+STABLE_TORCH_LIBRARY_IMPL(fastcompress, CPU, m) { FASTCOMPRESS_REGISTER_OPS(m, cpu); }
 
 #ifdef FASTCOMPRESS_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastcompress, CUDA, m) { FASTCOMPRESS_REGISTER_OPS(m, cuda); }

@@ -48,14 +48,11 @@ struct OnOneDevice<op> {
 }  // namespace fastcompress
 
 // clang-format off
-// Ops without a CUDA kernel; CUDA tensors use the reference, or a combination of other ops.
-#define FASTCOMPRESS_DECLARE_CPU_OPS                                                                                  \
-Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t window);                  \
-Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths, OptionalTensor row_group, \
-                               double rate, int64_t max_len);
-
 #define FASTCOMPRESS_DECLARE_OPS                                                                                      \
 Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t lag);                   \
+Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t window);                  \
+Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths, OptionalTensor row_group, \
+                               double rate, int64_t max_len);                                                         \
 Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths,           \
                                   int64_t lag);                                                                       \
 std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths,     \
@@ -88,13 +85,11 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
 #define FASTCOMPRESS_REGISTER_OP(m, device, op)                                                                       \
   m.impl(#op, TORCH_BOX(&fastcompress::OnOneDevice<&fastcompress::device::op>::call))
 
-#define FASTCOMPRESS_REGISTER_CPU_OPS(m)                                                                              \
-  FASTCOMPRESS_REGISTER_OP(m, cpu, banded_distance);                                                                  \
-  FASTCOMPRESS_REGISTER_OP(m, cpu, min_variance_boundaries)
-
 // `device` is the namespace that declares the ops.
 #define FASTCOMPRESS_REGISTER_OPS(m, device)                                                                          \
   FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance);                                                             \
+  FASTCOMPRESS_REGISTER_OP(m, device, banded_distance);                                                               \
+  FASTCOMPRESS_REGISTER_OP(m, device, min_variance_boundaries);                                                       \
   FASTCOMPRESS_REGISTER_OP(m, device, adjacent_distance_backward);                                                    \
   FASTCOMPRESS_REGISTER_OP(m, device, select_boundaries);                                                             \
   FASTCOMPRESS_REGISTER_OP(m, device, greedy_boundaries);                                                             \

@@ -15,6 +15,7 @@ import itertools
 import json
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ from fastcompress.segments import Pooled, Segments
 from fastcompress.training.evaluation import evaluate
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import read_manifest
+from fastcompress.training.scores import word_errors
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "assets" / "models" / "digits"
@@ -79,10 +81,14 @@ def compressions() -> dict[str, str | torch.nn.Module]:
 
 
 def score(
-    name: str, compression: str | torch.nn.Module, parts: tuple[bool, str], sets: dict[str, Any]
+    load: Callable[[], Any],
+    name: str,
+    compression: str | torch.nn.Module,
+    parts: tuple[bool, str],
+    sets: dict[str, Examples],
 ) -> dict[str, Any]:
     """Return the row of one compression with one combination of proportional attention and positions."""
-    model, _ = load_model(MODEL)
+    model = load()
     if isinstance(compression, str):
         model.rule = None if compression == "none" else compression
     else:
@@ -90,21 +96,54 @@ def score(
     model.proportional_attention, model.positions = parts
     scores = {}
     for title, examples in sets.items():
-        result, _ = evaluate(model, examples, 32, timed=0, max_new_tokens=16)
+        result, written = evaluate(model, examples, 32, timed=0, max_new_tokens=16)
         fields = dataclasses.asdict(result)
         kept = ("utterances", "words", "wer", "wer_low", "wer_high", "tokens_per_second", "ratio")
-        scores[title] = {field: fields[field] for field in kept}
+        counts = word_errors([u.target for u in examples.utterances], [text or "" for text in written])
+        scores[title] = {field: fields[field] for field in kept} | {"errors": [c.errors for c in counts]}
     return {"compression": name, "proportional_attention": parts[0], "positions": parts[1], "scores": scores}
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return word error rates as Markdown: one table per test set, one column per combination."""
+def measure(
+    load: Callable[[], Any], sets: dict[str, Examples], record: Path, details: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """Score every compression with every combination, and write each row; rows of the record are not computed again.
+
+    Args:
+        load: Function that loads the model, a ``FastCompressForConditionalGeneration``.
+        sets: Test sets by name.
+        record: File of the rows.
+        details: Further content of the file.
+    """
+    rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"] if record.exists() else []
+    done = {(row["compression"], row["proportional_attention"], row["positions"]) for row in rows}
+    work: list[tuple[str, Any, tuple[bool, str]]] = [("every frame", "none", (False, "compact"))]
+    work += [(name, one, parts) for name, one in compressions().items() for parts in PARTS]
+    for name, compression, parts in work:
+        if (name, *parts) in done:
+            continue
+        since = time.process_time()
+        rows.append(score(load, name, compression, parts, sets))
+        rows[-1]["cpu_seconds"] = time.process_time() - since
+        write_file(record, json.dumps(details | {"torch": torch.__version__, "rows": rows}, indent=1))
+        wer = {test: round(found["wer"], 1) for test, found in rows[-1]["scores"].items()}
+        print(f"{name}, {parts}: WER {wer}, {rows[-1]['cpu_seconds']:.1f} CPU s", flush=True)
+    return rows
+
+
+def table(rows: list[dict[str, Any]], titles: dict[str, str]) -> str:
+    """Return word error rates as Markdown: one table per test set, one column per combination.
+
+    Args:
+        rows: Result of ``measure``.
+        titles: Titles of the test sets by name.
+    """
     from tabulate import tabulate
 
     heads = {parts: f"{'log' if parts[0] else 'none'}, {parts[1]}" for parts in PARTS}
     places = {(row["compression"], row["proportional_attention"], row["positions"]): row["scores"] for row in rows}
     texts = []
-    for name, title in SETS.items():
+    for name, title in titles.items():
         first = next(row["scores"][name] for row in rows)
         texts.append(f"*{title}: {first['utterances']} strings, {first['words']} words; WER in %, 95 % interval*\n")
         lines = []
@@ -135,23 +174,14 @@ def main() -> int:
     data = options.out / "data"
     make_data(data, "digits", "recognition", train=1, dev=1, test=options.utterances, seed=0, jobs=1)
     model, processor = load_model(MODEL)
-    sets = {name: EncodedExamples(Examples(read_manifest(data / f"{name}.jsonl"), processor), model) for name in SETS}
-    record = options.out / "training-free.json"
-    rows: list[dict[str, Any]] = json.loads(record.read_text())["rows"] if record.exists() else []
-    done = {(row["compression"], row["proportional_attention"], row["positions"]) for row in rows}
-    work: list[tuple[str, Any, tuple[bool, str]]] = [("every frame", "none", (False, "compact"))]
-    work += [(name, one, parts) for name, one in compressions().items() for parts in PARTS]
-    for name, compression, parts in work:
-        if (name, *parts) in done:
-            continue
-        since = time.process_time()
-        rows.append(score(name, compression, parts, sets))
-        details = {"model": "digits", "utterances": options.utterances, "torch": torch.__version__, "rows": rows}
-        write_file(record, json.dumps(details, indent=1))
-        wer = {test: round(found["wer"], 1) for test, found in rows[-1]["scores"].items()}
-        print(f"{name}, {parts}: WER {wer}, {time.process_time() - since:.1f} CPU s", flush=True)
-    write_file(options.out / "training-free.md", table(rows))
-    print(table(rows))
+    sets: dict[str, Examples] = {
+        name: EncodedExamples(Examples(read_manifest(data / f"{name}.jsonl"), processor), model) for name in SETS
+    }
+    details = {"model": "digits", "utterances": options.utterances}
+    rows = measure(lambda: load_model(MODEL)[0], sets, options.out / "training-free.json", details)
+    text = table(rows, SETS)
+    write_file(options.out / "training-free.md", text)
+    print(text)
     return 0
 
 

@@ -127,9 +127,22 @@ def is_readable(tensor: Tensor) -> bool:
 
 def values_are_checked(tensor: Tensor) -> bool:
     """Return whether to check the values of a tensor: always on the CPU, elsewhere if ``FASTCOMPRESS_CHECK=1``."""
-    if not is_readable(tensor):
+    if not is_readable(tensor) or is_captured(tensor):
         return False
-    return tensor.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
+    return tensor.device.type == "cpu" or checks_at_once(tensor)
+
+
+def checks_at_once(tensor: Tensor) -> bool:
+    """Return whether to check values on the device of a tensor, which synchronizes.
+
+    This is so with ``FASTCOMPRESS_CHECK=1``, except while a CUDA graph is captured.
+    """
+    return os.environ.get("FASTCOMPRESS_CHECK") == "1" and not is_captured(tensor)
+
+
+def is_captured(tensor: Tensor) -> bool:
+    """Return whether a CUDA graph is being captured, where nothing can be read."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def as_mask(name: str, mask: Tensor) -> Tensor:
@@ -148,16 +161,11 @@ def as_mask(name: str, mask: Tensor) -> Tensor:
     if torch.compiler.is_compiling():
         if mask.is_floating_point():
             torch._assert_async((mask == kept).all(), f"{name} must be bool or contain only 0 and 1: {fix}")
-    elif values_are_checked(mask) or (mask.is_floating_point() and is_readable(mask) and not _is_captured(mask)):
+    elif values_are_checked(mask) or (mask.is_floating_point() and is_readable(mask) and not is_captured(mask)):
         wrong = mask != kept
         if bool(wrong.any()):
             raise ValueError(f"{name} must be bool or contain only 0 and 1, got {mask[wrong][0].item():g}: {fix}")
     return kept
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    """Return whether a CUDA graph is being captured, where nothing can be read."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
 
 
 def check_not_batched(op: str, x: Tensor) -> None:

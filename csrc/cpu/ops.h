@@ -7,6 +7,5 @@
 namespace fastcompress::cpu {
 
 FASTCOMPRESS_DECLARE_OPS
-FASTCOMPRESS_DECLARE_CPU_OPS
 
 }  // namespace fastcompress::cpu

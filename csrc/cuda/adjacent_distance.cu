@@ -7,9 +7,9 @@ namespace fastcompress::cuda {
 namespace {
 
 template <class T>
-dim3 groups_grid(int64_t rows) {
-  constexpr int64_t kRows = kThreads / kGroupLanes<T>;
-  return dim3(unsigned((rows + kRows - 1) / kRows));
+dim3 groups_grid(int64_t rows, int rows_per_group) {
+  const int64_t per_block = kThreads / kGroupLanes<T> * rows_per_group;
+  return dim3(unsigned((rows + per_block - 1) / per_block));
 }
 
 }  // namespace
@@ -19,8 +19,9 @@ Error launch_adjacent_distance_fwd(DType dtype, const DistanceParams& p, Stream 
   const bool aligned = is_aligned(p.x, size_of(dtype));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FASTCOMPRESS_LAUNCH_ALIGNED(adjacent_distance_fwd_kernel, T, aligned, groups_grid<T>(p.x.count), stream, p);
-    return last_error();
+    const dim3 grid = groups_grid<T>(p.x.count, rows_per_group(p.lag));
+    return launch_dependent(aligned ? adjacent_distance_fwd_kernel<T, true> : adjacent_distance_fwd_kernel<T, false>,
+                            grid, 0, stream, p);
   });
 }
 
@@ -29,8 +30,8 @@ Error launch_adjacent_distance_bwd(DType dtype, const DistanceParams& p, Stream 
   const bool aligned = is_aligned(p.x, size_of(dtype)) && is_aligned(p.out, p.x.width, size_of(dtype));
   return with_type(dtype, [&](auto zero) {
     using T = decltype(zero);
-    FASTCOMPRESS_LAUNCH_ALIGNED(adjacent_distance_bwd_kernel, T, aligned, groups_grid<T>(p.x.count), stream, p);
-    return last_error();
+    return launch_dependent(aligned ? adjacent_distance_bwd_kernel<T, true> : adjacent_distance_bwd_kernel<T, false>,
+                            groups_grid<T>(p.x.count, 1), 0, stream, p);
   });
 }
 

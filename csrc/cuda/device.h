@@ -14,24 +14,60 @@
 
 namespace fastcompress::cuda {
 
-__device__ __forceinline__ uint64_t load_acquire(const uint64_t* p) {
+// A word that blocks exchange. The accesses are relaxed: the word has to carry everything that it announces. A release
+// would wait for all earlier stores of the block, and an acquire would drop the first-level cache.
+__device__ __forceinline__ uint64_t load_relaxed(const uint64_t* p) {
   uint64_t value;
-  asm volatile("ld.acquire.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
+  asm volatile("ld.relaxed.gpu.global.b64 %0, [%1];" : "=l"(value) : "l"(p) : "memory");
   return value;
 }
-__device__ __forceinline__ void store_release(uint64_t* p, uint64_t value) {
-  asm volatile("st.release.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+__device__ __forceinline__ void store_relaxed(uint64_t* p, uint64_t value) {
+  asm volatile("st.relaxed.gpu.global.b64 [%0], %1;" ::"l"(p), "l"(value) : "memory");
+}
+
+// Loads a value that is not read again, so that the caches evict it first.
+template <class V>
+__device__ __forceinline__ V load_streaming(const V* p) {
+  return __ldcs(p);
+}
+
+// An address in shared memory. Loads by a generic pointer would compute it again from the base of the block each time.
+using SharedAddress = uint32_t;
+__device__ __forceinline__ SharedAddress shared_address(void* p) {
+  uint32_t address;  // opaque to the compiler, which would otherwise compute it at each use
+  asm volatile("mov.u32 %0, %1;" : "=r"(address) : "r"(static_cast<uint32_t>(__cvta_generic_to_shared(p))));
+  return address;
+}
+__device__ __forceinline__ uint4 load_shared(SharedAddress address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address));
+  return value;
 }
 
 // Starts a copy of 16 bytes from global to shared memory that bypasses the first-level cache. All threads of the block
 // can read them after wait_for_copies and a barrier.
-__device__ __forceinline__ void copy_async(void* shared, const void* global) {
-  const auto address = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(address), "l"(global) : "memory");
+__device__ __forceinline__ void copy_async(SharedAddress shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared), "l"(global) : "memory");
 }
 __device__ __forceinline__ void wait_for_copies() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 __device__ __forceinline__ float fused_multiply_add(float a, float b, float c) { return __fmaf_rn(a, b, c); }
+
+// Programmatic dependent launch: a kernel that launch_dependent launched may start once all blocks of the one before it
+// have called allow_next_launch, and must not use its results before wait_for_previous_launch. The waiting hides the
+// time between two launches. Before sm_90 both do nothing, and launches do not overlap.
+__device__ __forceinline__ void allow_next_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ __forceinline__ void wait_for_previous_launch() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 }  // namespace fastcompress::cuda
 
@@ -47,15 +83,27 @@ __device__ __forceinline__ float fused_multiply_add(float a, float b, float c) {
 
 namespace fastcompress::cuda {
 
-inline uint64_t load_acquire(const uint64_t* p) { return __atomic_load_n(p, __ATOMIC_ACQUIRE); }
-inline void store_release(uint64_t* p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_RELEASE); }
+inline uint64_t load_relaxed(const uint64_t* p) { return __atomic_load_n(p, __ATOMIC_RELAXED); }
+inline void store_relaxed(uint64_t* p, uint64_t value) { __atomic_store_n(p, value, __ATOMIC_RELAXED); }
 
-inline void copy_async(void* shared, const void* global) { emulator::start_copy(shared, global); }
+template <class V>
+V load_streaming(const V* p) {
+  return *p;
+}
+
+using SharedAddress = unsigned char*;
+inline SharedAddress shared_address(void* p) { return static_cast<SharedAddress>(p); }
+inline uint4 load_shared(SharedAddress address) { return *reinterpret_cast<const uint4*>(address); }
+
+inline void copy_async(SharedAddress shared, const void* global) { emulator::start_copy(shared, global); }
 inline void wait_for_copies() {
   for (const emulator::AsyncCopy& copy : emulator::take_copies()) std::memcpy(copy.target, copy.source, 16);
 }
 
 inline float fused_multiply_add(float a, float b, float c) { return std::fma(a, b, c); }
+
+inline void allow_next_launch() {}
+inline void wait_for_previous_launch() {}
 
 }  // namespace fastcompress::cuda
 

@@ -3,6 +3,7 @@
 
 #include "../dtype.h"
 #include "device.h"
+#include "launch.h"
 #include "params.h"
 
 namespace fastcompress::cuda {
@@ -23,15 +24,6 @@ Error with_type(DType dtype, const F& f) {
   return -1;
 }
 
-// Returns whether all rows can be read and written 16 bytes at a time. The data may be null.
-inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
-  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
-         rows.width * element_size % 16 == 0;
-}
-inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
-  return is_aligned(RowsIn{data, 0, width, width}, element_size);
-}
-
 #ifdef __CUDACC__
 // Returns an error of a CUDA function, and clears CUDA's copy of it: otherwise the next launch would report it.
 inline Error told(cudaError_t error) {
@@ -44,6 +36,30 @@ inline Error last_error() {
 #ifdef __CUDACC__
   return int(cudaGetLastError());
 #else
+  return 0;
+#endif
+}
+
+// Launches a kernel that calls wait_for_previous_launch. On GPUs that support it, its blocks start while the kernel
+// before it in the stream is still running.
+template <class... Parameters>
+Error launch_dependent(void (*kernel)(Parameters...), dim3 grid, int64_t shared_bytes, Stream stream,
+                       const Parameters&... parameters) {
+#ifdef __CUDACC__
+  cudaLaunchAttribute overlap{};
+  overlap.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+  overlap.val.programmaticStreamSerializationAllowed = 1;
+  cudaLaunchConfig_t config{};
+  config.gridDim = grid;
+  config.blockDim = dim3(kThreads);
+  config.dynamicSmemBytes = size_t(shared_bytes);
+  config.stream = static_cast<cudaStream_t>(stream);
+  config.attrs = &overlap;
+  config.numAttrs = launches_overlap() ? 1 : 0;
+  const cudaError_t error = cudaLaunchKernelEx(&config, kernel, parameters...);
+  return error == cudaSuccess ? 0 : told(error);
+#else
+  FASTCOMPRESS_LAUNCH(kernel, grid, dim3(kThreads), size_t(shared_bytes), stream, parameters...);
   return 0;
 #endif
 }

@@ -33,12 +33,12 @@ __device__ inline Segment read_segment(const SegmentsIn& segments, int64_t m, in
 
 // The segment and the vector of 16 bytes within its rows that a thread processes: one warp per segment.
 struct SegmentThread {
-  int64_t m, vector;
+  int64_t m;
+  int vector;
   __device__ SegmentThread()
-      : m(int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32),
-        vector(int64_t(blockIdx.y) * 32 + threadIdx.x % 32) {}
+      : m(int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32), vector(blockIdx.y * 32 + threadIdx.x % 32) {}
   template <class T>
-  __device__ int64_t column() const {
+  __device__ int column() const {
     return vector * kVector<T>;
   }
 };
@@ -55,13 +55,6 @@ dim3 segments_grid(int64_t segments, int64_t width) {
 template <class T>
 __device__ __forceinline__ const T* row_of(const RowsIn& rows, int64_t i) {
   return static_cast<const T*>(rows.data) + i * rows.stride;
-}
-
-template <class T>
-__device__ __forceinline__ Vector<T> zero_vector() {
-  Vector<T> out;
-  memset(&out, 0, sizeof out);
-  return out;
 }
 
 }  // namespace fastcompress::cuda

@@ -33,8 +33,9 @@ Error launch_greedy_boundaries(DType dtype, const GreedyParams& p, int64_t share
     using T = decltype(zero);
     constexpr int64_t kRows = kThreads / kGroupLanes<T>;
     const dim3 grid(unsigned((p.x.count + kRows - 1) / kRows));
-    FASTCOMPRESS_LAUNCH_ALIGNED(greedy_norms_kernel, T, is_aligned(p.x, sizeof(T)), grid, stream, p);
-    if (const Error error = last_error()) return error;
+    const bool aligned = is_aligned(p.x, sizeof(T));
+    const auto norms = aligned ? greedy_norms_kernel<T, true> : greedy_norms_kernel<T, false>;
+    if (const Error error = launch_dependent(norms, grid, 0, stream, p)) return error;
     if (p.sequences.count == 0) return Error(0);
     if (shared_bytes > 0) return launch_walk(greedy_walk_kernel<T, true>, p, shared_bytes, stream);
     return launch_walk(greedy_walk_kernel<T, false>, p, 0, stream);

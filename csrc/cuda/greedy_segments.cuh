@@ -5,8 +5,8 @@
 // Model, for frames of D elements of E bytes. The norms read x once, bandwidth bound. The walk reads x again, mostly
 // from the second-level cache, and is bound by its chain of dependent operations. Per frame:
 //   1. All threads add the previous frame to the sum of the segment, multiply the sum with this frame, and store the
-//      products in shared memory: about 80 instructions for each 16 bytes of a row, of which a thread has one or two
-//      for D = 1280.
+//      products in shared memory: 56 instructions (SASS of sm_90) for each 16 bytes of a row, of which a thread has one
+//      or two for D = 1280.
 //   2. Each warp reads all products and adds them, one partial sum per lane, so that the result need not be broadcast.
 //      The canonical dot product has 32 partial sums, which leaves D / 32 dependent additions: 160 cycles for D = 1280.
 //   3. The tree takes five shuffles and additions in fp64, about 200 cycles; one product and one comparison follow.
@@ -23,12 +23,13 @@ namespace fastcompress::cuda {
 
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads) greedy_norms_kernel(GreedyParams p) {
-  const GroupLane<T> at(int(threadIdx.x));
+  const GroupLane<kVector<T>> at(int(threadIdx.x));
   const int64_t t = int64_t(blockIdx.x) * (kThreads / kGroupLanes<T>)+at.group;
   const bool inside = t < p.x.count;
   // Lanes without a row use row 0, because all lanes of a warp must take part in its shuffles.
   const T* row = static_cast<const T*>(p.x.data) + (inside ? t * p.x.stride : 0);
-  const double square = group_dot<T, kAligned>(row, row, p.x.width, at.column());
+  const double square = group_dot<T, kAligned>(row, row, int(p.x.width), at);
+  wait_for_previous_launch();
   if (!inside || at.lane != 0) return;
   p.inverse_norms[t] = inverse_norm(square);
   p.starts[t] = 0;
@@ -44,17 +45,19 @@ struct alignas(16) Numbers {
 // sum with `row`. All threads of the block call this, each for its columns.
 template <class T, bool kAligned>
 __device__ __forceinline__ void extend(accumulate_t<T>* total, accumulate_t<T>* products, bool keep,
-                                       accumulate_t<T> scale, const T* last, const T* row, int64_t width, int thread) {
-  for (int64_t column = thread * kVector<T>; column < width; column += kThreads * kVector<T>) {
-    const Vector<T> a = load_vector<T, kAligned>(last, column, width), b = load_vector<T, kAligned>(row, column, width);
+                                       accumulate_t<T> scale, const T* last, const T* row, int width, int thread) {
+  for (int column = thread * kVector<T>; column < width; column += kThreads * kVector<T>) {
+    accumulate_t<T> a[kVector<T>], b[kVector<T>];
+    widen_vector<T>(load_vector<T, kAligned>(last, column, width), a);
+    widen_vector<T>(load_vector<T, kAligned>(row, column, width), b);
     auto* place = reinterpret_cast<Numbers<T>*>(total + column);
     Numbers<T> sum, product;
     if (keep) sum = *place;
 #pragma unroll
     for (int i = 0; i < kVector<T>; ++i) {
-      const accumulate_t<T> unit = scale * widen(a.v[i]);
+      const accumulate_t<T> unit = scale * a[i];
       sum.v[i] = keep ? sum.v[i] + unit : unit;
-      product.v[i] = sum.v[i] * widen(b.v[i]);
+      product.v[i] = sum.v[i] * b[i];
     }
     *place = sum;
     *reinterpret_cast<Numbers<T>*>(products + column) = product;
@@ -96,7 +99,8 @@ __global__ void __launch_bounds__(kThreads) greedy_walk_kernel(GreedyParams p) {
   using S = accumulate_t<T>;
   FASTCOMPRESS_DYNAMIC_SHARED(shared);
   const int thread = int(threadIdx.x);
-  const int64_t width = p.x.width, pitch = padded_width(width), stride = p.x.stride;
+  const int width = int(p.x.width), pitch = int(padded_width(width));
+  const int64_t stride = p.x.stride;
   const int64_t begin = p.sequences.begin[blockIdx.x], end = p.sequences.end[blockIdx.x];
   if (begin >= end) return;
   const T* data = static_cast<const T*>(p.x.data);
@@ -106,13 +110,13 @@ __global__ void __launch_bounds__(kThreads) greedy_walk_kernel(GreedyParams p) {
   else
     total = static_cast<S*>(p.scratch) + int64_t(blockIdx.x) * 2 * pitch;
   S* products = total + pitch;
-  for (int64_t column = width + thread; column < pitch; column += kThreads) products[column] = 0;
+  for (int column = width + thread; column < pitch; column += kThreads) products[column] = 0;
   T* last = reinterpret_cast<T*>(products + pitch);
   T *row = last + width, *next = row + width;
   auto stage = [&](T* to, int64_t t) {
 #pragma unroll 1
-    for (int64_t column = thread * kVector<T>; column < width; column += kThreads * kVector<T>)
-      copy_async(to + column, data + t * stride + column);
+    for (int column = thread * kVector<T>; column < width; column += kThreads * kVector<T>)
+      copy_async(shared_address(to + column), data + t * stride + column);
   };
   if (kStaged && begin + 1 < end) {
     stage(last, begin);
@@ -130,7 +134,7 @@ __global__ void __launch_bounds__(kThreads) greedy_walk_kernel(GreedyParams p) {
     extend<T, kStaged>(total, products, joins, S(last_inverse), kStaged ? last : data + (t - 1) * stride,
                        kStaged ? row : data + t * stride, width, thread);
     __syncthreads();
-    const double dot = add_products(products, int(pitch), thread % 32);
+    const double dot = add_products(products, pitch, thread % 32);
     joins = p.linkage.joins(dot, inverse, length);
     length = joins ? length + 1 : 1;
     if (thread == 0 && !joins) p.starts[t] = 1;

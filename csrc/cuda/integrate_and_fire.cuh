@@ -18,7 +18,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_kernel(IntegrateParams p) {
   using S = accumulate_t<T>;
   const SegmentThread at;
-  const int64_t column = at.column<T>(), width = p.x.width;
+  const int column = at.column<T>(), width = int(p.x.width);
   if (at.m >= p.tokens.count || column >= width) return;
   const Segment token = read_segment(p.tokens, at.m, kShared);
   T* out = static_cast<T*>(p.out) + at.m * width;
@@ -29,13 +29,14 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_fwd_
   const S* weights = static_cast<const S*>(p.weights) + token.start;
   const S first = static_cast<const S*>(p.first)[at.m];
   S total[kVector<T>];
-  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
-    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, token.start + i), column, width), row);
+  const GlobalColumn<T, kAligned> rows{row_of<T>(p.x, token.start) + column, p.x.stride, width - column};
+  auto weigh = [&](int64_t i, const Vector<T>& vector, S(&row)[kVector<T>]) {
+    widen_vector<T>(vector, row);
     const S weight = i == 0 ? first : weights[i];
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) row[k] = row[k] * weight;
   };
-  ordered_sum<T>(token.length, load, Add<S>(), total);
+  ordered_sum<T>(token.length, rows, weigh, Add<S>(), total);
   if (p.divisors != nullptr) {
     const S divisor = static_cast<const S*>(p.divisors)[at.m];
 #pragma unroll
@@ -63,10 +64,11 @@ __device__ inline int64_t first_token(const SegmentsIn& tokens, int64_t row) {
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_kernel(IntegrateParams p) {
   using S = accumulate_t<T>;
-  const GroupLane<T> at(int(threadIdx.x % 32));
+  const GroupLane<kVector<T>> at(int(threadIdx.x % 32));
   constexpr int kGroups = 32 / kGroupLanes<T>;
   const int64_t item = (int64_t(blockIdx.x) * kWarps + threadIdx.x / 32) * kGroups + at.group;
-  const int64_t rows = p.tokens.rows, width = p.x.width, column = at.column();
+  const int64_t rows = p.tokens.rows;
+  const int width = int(p.x.width);
   const bool is_row = item < rows, is_token = !is_row && item < rows + p.tokens.count;
   // The gradient of a weight is the dot product of row t and grad[m]. Groups without one use the first row and token.
   int64_t t = is_row ? item : 0, m = 0, next = 0;
@@ -83,13 +85,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) integrate_rows_bwd_
   }
   double slope = 0;
   if (rows > 0 && p.tokens.count > 0)  // uniform over the warp, as the shuffles require
-    slope = group_dot<T, kAligned>(row_of<T>(p.grad, m), row_of<T>(p.x, t), width, column);
+    slope = group_dot<T, kAligned>(row_of<T>(p.grad, m), row_of<T>(p.x, t), width, at);
   if (is_token && at.lane == 0) static_cast<S*>(p.grad_first)[m] = wanted ? S(slope) : S(0);
   if (!is_row) return;
   if (at.lane == 0) static_cast<S*>(p.grad_weights)[t] = wanted ? S(slope) : S(0);
   const S weight = static_cast<const S*>(p.weights)[t];
   const S* first = static_cast<const S*>(p.first);
-  for (int64_t k = column; k < width; k += kLanes) {
+  for (int k = at.column(); k < width; k += kLanes) {
     S sum[kVector<T>] = {};
     if (wanted) {
       widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.grad, m), k, width), sum);

@@ -51,19 +51,21 @@ class Workspace {
   const Sequences& sequences() const { return sequences_; }
   const Scratch& scratch() const { return scratch_; }
 
-  // Allocates the memory, and launches the kernel that clears it and checks the batch.
-  void prepare(int64_t num_tiles, Stream stream) {
+  // Allocates the memory, and launches the kernel that clears it and checks the batch and the audios.
+  void prepare(int64_t num_tiles, Stream stream, const AudiosIn& audios = {}) {
     constexpr int64_t kStateWords = sizeof(State) / sizeof(int64_t);
     memory_ = empty_like(like_, {kStateWords + 2 * batch_.count + num_tiles}, ScalarType::Long);
     auto* words = static_cast<int64_t*>(memory_.mutable_data_ptr());
     sequences_ = {words + kStateWords, words + kStateWords + batch_.count, batch_.count};
     scratch_ = {reinterpret_cast<State*>(words), reinterpret_cast<uint64_t*>(words + kStateWords + 2 * batch_.count),
                 num_tiles};
-    check(launch_prepare(batch_, sequences_, scratch_, stream), "prepare");
+    check(launch_prepare(batch_, sequences_, scratch_, stream, audios), "prepare");
   }
 
   // Waits for the stream and returns the number of segments, or of packed rows. Raises if the input was invalid.
   int64_t read_count(Stream stream) const {
+    STD_TORCH_CHECK(!is_capturing(stream),
+                    "the number of segments or rows cannot be read while a CUDA graph is captured; pass compact=False");
     State state;
     check(read_back(&state, scratch_.state, sizeof state, stream), "reading the number of segments or rows");
     STD_TORCH_CHECK((state.error & kInvalidSequences) == 0, "cu_seqlens or lengths do not fit the input");
@@ -88,6 +90,15 @@ struct Found {
   SegmentsOut out;
 };
 
+// Returns the upper bound of the number of segments, which cu_segments must be able to express.
+int64_t bound_segments(const Rule& rule, bool has_row_group, const BatchIn& batch) {
+  const int64_t bound = max_segments(rule, has_row_group, batch.rows, batch.count);
+  STD_TORCH_CHECK(bound < int64_t(1) << 31,
+                  "the input must have fewer than 2^31 segments, because cu_segments is int32; ", batch.rows,
+                  " rows can have ", bound);
+  return bound;
+}
+
 Found allocate_segments(const Tensor& like, int64_t num_sequences, int64_t bound, bool compact) {
   Found found{empty_like(like, {bound}, ScalarType::Long),
               empty_like(like, {bound}, ScalarType::Long),
@@ -109,10 +120,10 @@ Tensor first_rows(const Tensor& tensor, int64_t count) {
 }
 
 // Finds the segments of distances; the outputs still have the size of the upper bound. `workspace` must be prepared.
-Found select(const Tensor& d, const Workspace& workspace, const int32_t* row_group, bool has_row_group,
-             const Rule& rule, bool compact, Stream stream) {
+Found select(const Tensor& d, const Workspace& workspace, const int32_t* row_group, const Rule& rule, int64_t bound,
+             bool compact, Stream stream) {
   const BatchIn& batch = workspace.batch();
-  Found found = allocate_segments(d, batch.count, max_segments(rule, has_row_group, batch.rows, batch.count), compact);
+  Found found = allocate_segments(d, batch.count, bound, compact);
   const Tensor flags = empty_like(d, {batch.rows}, ScalarType::Byte);
   const SelectParams p{d.const_data_ptr(),
                        batch.rows,
@@ -136,9 +147,10 @@ Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
   workspace.prepare(0, scope.stream);
   const ScalarType type = accumulate_type(x.scalar_type());
   Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1)}, type) : empty_like(x, {x.size(0)}, type);
-  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, nullptr, out.mutable_data_ptr()};
+  const DistanceParams p{rows_in(rows), workspace.sequences(), std::min(lag, std::max<int64_t>(1, rows.count)), nullptr,
+                         out.mutable_data_ptr()};
   check(launch_adjacent_distance_fwd(dtype_of("x", x), p, scope.stream), "adjacent_distance");
-  if (checks_at_once()) workspace.read_count(scope.stream);
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
 }
 
@@ -154,9 +166,30 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
   workspace.prepare(0, scope.stream);
   Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
                             : empty_like(x, {x.size(0), x.size(1)}, x.scalar_type());
-  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, grad_rows.const_data_ptr(), out.mutable_data_ptr()};
+  const DistanceParams p{rows_in(rows), workspace.sequences(), std::min(lag, std::max<int64_t>(1, rows.count)),
+                         grad_rows.const_data_ptr(), out.mutable_data_ptr()};
   check(launch_adjacent_distance_bwd(dtype_of("x", x), p, scope.stream), "adjacent_distance_backward");
-  if (checks_at_once()) workspace.read_count(scope.stream);
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
+  return out;
+}
+
+Tensor banded_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor lengths, int64_t window) {
+  STD_TORCH_CHECK(window >= 1, "window must be at least 1, got ", window);
+  const Scope scope(x);
+  const Rows rows = read_rows(x);
+  Workspace workspace(x, x.dim() - 1, cu_seqlens, lengths);
+  workspace.prepare(0, scope.stream);
+  const ScalarType type = accumulate_type(x.scalar_type());
+  Tensor out =
+      x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1), window}, type) : empty_like(x, {x.size(0), window}, type);
+  const int64_t lags = std::min(window, std::max<int64_t>(1, rows.count - 1));
+  STD_TORCH_CHECK(lags < 450000, "window must be less than 450000, got ", window);  // blocks in a grid
+  const Tensor dots = empty_like(x, {rows.count, lags + 1}, ScalarType::Double);
+  const BandParams p{
+      rows_in(rows),         workspace.sequences(), window, lags, static_cast<double*>(dots.mutable_data_ptr()),
+      out.mutable_data_ptr()};
+  check(launch_banded_distance(dtype_of("x", x), p, scope.stream), "banded_distance");
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
 }
 
@@ -183,7 +216,42 @@ Tensor greedy_boundaries(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
                        shared_bytes == 0 ? scratch.mutable_data_ptr() : nullptr,
                        static_cast<uint8_t*>(out.mutable_data_ptr())};
   check(launch_greedy_boundaries(dtype, p, shared_bytes, scope.stream), "greedy_boundaries");
-  if (checks_at_once()) workspace.read_count(scope.stream);
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
+  return out;
+}
+
+Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTensor lengths, OptionalTensor row_group,
+                               double rate, int64_t max_len) {
+  check_min_variance(d, rate, max_len);
+  const Scope scope(d);
+  const bool is_double = d.scalar_type() == ScalarType::Double;
+  const Tensor distances = torch::stable::contiguous(
+      is_double || d.scalar_type() == ScalarType::Float ? d : torch::stable::to(d, ScalarType::Float));
+  Workspace workspace(d, d.dim() - 1, cu_seqlens, lengths);
+  const BatchIn& batch = workspace.batch();
+  Tensor holder;
+  const int32_t* row_group_data = read_row_group(row_group, batch.rows, holder);
+  workspace.prepare(0, scope.stream);
+  Tensor out = d.dim() == 3 ? empty_like(d, {d.size(0), d.size(1)}, ScalarType::Bool)
+                            : empty_like(d, {d.size(0)}, ScalarType::Bool);
+  VarianceParams p{};
+  p.d = distances.const_data_ptr();
+  p.window = d.size(d.dim() - 1);
+  p.rows = batch.rows;
+  p.sequences = workspace.sequences();
+  p.row_group = row_group_data;
+  p.rate = rate;
+  p.max_len = max_len;
+  p.bound = row_group.has_value() ? batch.rows : batch.rows / kVarianceBlock + batch.count;
+  plan_variance(current_device(), p);
+  const Tensor blocks = empty_like(d, {p.bound * int64_t(sizeof(VarianceBlock))}, ScalarType::Byte);
+  const Tensor scratch = empty_like(d, {p.thread_blocks * p.scratch_bytes}, ScalarType::Byte);
+  p.blocks = static_cast<VarianceBlock*>(blocks.mutable_data_ptr());
+  p.state = workspace.scratch().state;
+  p.scratch = scratch.mutable_data_ptr();
+  p.starts = static_cast<uint8_t*>(out.mutable_data_ptr());
+  check(launch_min_variance(is_double, p, scope.stream), "min_variance_boundaries");
+  if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
 }
 
@@ -200,9 +268,10 @@ std::tuple<Tensor, Tensor, Tensor> select_boundaries(Tensor d, OptionalTensor cu
   Workspace workspace(d, d.dim(), cu_seqlens, lengths);
   Tensor holder;
   const int32_t* row_group_data = read_row_group(row_group, workspace.batch().rows, holder);
+  const int64_t bound = bound_segments(rule, row_group.has_value(), workspace.batch());
   workspace.prepare(select_tiles(workspace.batch().rows), scope.stream);
-  Found found = select(scores, workspace, row_group_data, row_group.has_value(), rule, compact, scope.stream);
-  if (compact || checks_at_once()) {
+  Found found = select(scores, workspace, row_group_data, rule, bound, compact, scope.stream);
+  if (compact || checks_at_once(scope.stream)) {
     const int64_t count = workspace.read_count(scope.stream);
     if (compact) return {first_rows(found.starts, count), first_rows(found.lengths, count), found.cu_segments};
   }
@@ -230,14 +299,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
   const BatchIn& batch = workspace.batch();
   Tensor holder;
   const int32_t* row_group_data = read_row_group(row_group, batch.rows, holder);
+  const int64_t bound = bound_segments(rule, row_group.has_value(), batch);
 
   Found found;
   Tensor values;
   if (is_fused(rule)) {
     const PoolPlan plan = plan_pool(current_device(), dtype, rows_in(rows), rows_in(key_rows), rule);
     workspace.prepare(plan.num_tiles, scope.stream);
-    found =
-        allocate_segments(x, batch.count, max_segments(rule, row_group.has_value(), batch.rows, batch.count), compact);
+    found = allocate_segments(x, batch.count, bound, compact);
     values = empty_like(x, {found.out.bound, rows.width}, x.scalar_type());
     const PoolParams p{rows_in(rows), rows_in(key_rows),         workspace.sequences(), row_group_data, rule,
                        found.out,     values.mutable_data_ptr(), workspace.scratch(),   plan.tile_rows, plan.pitch};
@@ -247,10 +316,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> segment_pool(Tensor x, OptionalTensor
     const Tensor d = empty_like(x, {batch.rows}, accumulate_type(x.scalar_type()));
     const DistanceParams p{rows_in(key_rows), workspace.sequences(), 1, nullptr, d.mutable_data_ptr()};
     check(launch_adjacent_distance_fwd(dtype, p, scope.stream), "adjacent_distance");
-    found = select(d, workspace, row_group_data, row_group.has_value(), rule, compact, scope.stream);
+    found = select(d, workspace, row_group_data, rule, bound, compact, scope.stream);
   }
   int64_t count = found.out.bound;
-  if (compact || checks_at_once()) {
+  if (compact || checks_at_once(scope.stream)) {
     const int64_t known = workspace.read_count(scope.stream);
     if (compact) count = known;
   }
@@ -276,7 +345,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
   const int32_t* row_group_data = read_row_group(row_group, batch.rows, group_holder);
   if (ids.has_value()) id_holder = read_int64("ids", *ids, batch.rows);
   const Tensor offsets = read_int64("audio_cu_seqlens", audio_cu_seqlens, num_audios + 1);
-  workspace.prepare(select_tiles(batch.rows), scope.stream);
+  const AudiosIn audios{const_int64_data(offsets), num_audios, num_audio_rows, compact};
+  workspace.prepare(select_tiles(batch.rows), scope.stream, audios);
   Tensor index = empty_like(row_group, {bound}, ScalarType::Long);
   Tensor source = empty_like(row_group, {bound}, ScalarType::Long);
   Tensor target = empty_like(row_group, {batch.rows + num_audio_rows}, ScalarType::Long);
@@ -285,11 +355,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
                         batch.rows,
                         row_group_data,
                         ids.has_value() ? const_int64_data(id_holder) : nullptr,
-                        const_int64_data(offsets),
-                        num_audios,
-                        num_audio_rows,
+                        audios,
                         num_embeddings,
-                        compact,
                         static_cast<int64_t*>(index.mutable_data_ptr()),
                         static_cast<int64_t*>(source.mutable_data_ptr()),
                         static_cast<int64_t*>(target.mutable_data_ptr()),
@@ -297,7 +364,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> pack_map(Tensor row_group, OptionalTe
                         bound,
                         workspace.scratch()};
   check(launch_pack_map(p, scope.stream), "pack_map");
-  if (compact || checks_at_once()) {
+  if (compact || checks_at_once(scope.stream)) {
     const int64_t count = workspace.read_count(scope.stream);
     if (compact) return {first_rows(index, count), first_rows(source, count), target, packed_cu_seqlens};
   }
@@ -337,7 +404,7 @@ Tensor pack_rows(Tensor rows, Tensor audio, Tensor index, Tensor target, bool is
   const int64_t count = index.numel();
   const Tensor from = read_int64("index", index, count);
   Tensor out = empty_like(rows, {count, text_rows.width}, rows.scalar_type());
-  const ErrorFlag error(rows);
+  const ErrorFlag error(rows, scope.stream);
   const DType dtype = dtype_of("rows", rows);
   const int64_t size = size_of(dtype);
   const PackRowsParams p{rows_in(text_rows),

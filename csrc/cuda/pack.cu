@@ -6,8 +6,7 @@
 namespace fastcompress::cuda {
 
 Error launch_pack_map(const PackMapParams& p, Stream stream) {
-  FASTCOMPRESS_LAUNCH(pack_map_kernel, dim3(unsigned(select_tiles(p.rows))), dim3(kThreads), 0, stream, p);
-  return last_error();
+  return launch_dependent(pack_map_kernel, dim3(unsigned(select_tiles(p.rows))), 0, stream, p);
 }
 
 Error launch_pack_labels(const PackLabelsParams& p, Stream stream) {

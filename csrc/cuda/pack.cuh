@@ -20,15 +20,6 @@ struct PackCount {
   static __device__ int64_t audios(int64_t count) { return count >> kBits; }
 };
 
-// Returns whether the offsets of the audios are invalid. All threads of a block must call this.
-__device__ inline bool wrong_audios(const PackMapParams& p, int thread) {
-  bool wrong = false;
-  for (int64_t a = thread; a < p.num_audios; a += kThreads) wrong |= p.audio_begin[a] > p.audio_begin[a + 1];
-  const int64_t last = p.audio_begin[p.num_audios];
-  wrong |= p.audio_begin[0] != 0 || (p.compact ? last != p.num_audio_rows : last > p.num_audio_rows);
-  return __syncthreads_or(wrong) != 0;
-}
-
 // Writes packed row t. Returns false if t is out of bounds, which happens only for invalid input.
 __device__ inline bool put_row(const PackMapParams& p, int64_t t, int64_t source, int64_t index) {
   if (t < 0 || t >= p.bound) return false;
@@ -42,6 +33,7 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   __shared__ RowBits texts_shared, audios_shared;
   __shared__ int64_t tile_shared, before_shared;
   const int thread = int(threadIdx.x);
+  wait_for_previous_launch();
   if (thread == 0) tile_shared = atomicAdd(&p.scratch.state->next_tile, 1u);
   __syncthreads();
   const int64_t tile = tile_shared, begin = tile * kThreads, row = begin + thread;
@@ -63,9 +55,9 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
   const int64_t texts_before = PackCount::texts(before_shared), audios_before = PackCount::audios(before_shared);
 
   // With invalid offsets all audios are dropped: using the offsets could leave rows unwritten.
-  const bool wrong = wrong_audios(p, thread);
-  const int64_t num_audios = wrong ? 0 : p.num_audios;
-  auto audio_begin = [&](int64_t a) { return wrong ? 0 : p.audio_begin[a < num_audios ? a : num_audios]; };
+  const bool wrong = p.scratch.state->wrong_audios != 0;
+  const int64_t num_audios = wrong ? 0 : p.audios.count;
+  auto audio_begin = [&](int64_t a) { return wrong ? 0 : p.audios.begin[a < num_audios ? a : num_audios]; };
 
   int error = 0;
   if (row < p.rows) {
@@ -109,9 +101,9 @@ static __global__ void __launch_bounds__(kThreads) pack_map_kernel(PackMapParams
     const int64_t total = packed_before(p.rows);
     if (thread == 0) {
       if (wrong || found != num_audios) error |= kInvalidAudios;
-      store_release(&p.scratch.state->total, uint64_t(total) + 1);
+      store_relaxed(&p.scratch.state->total, uint64_t(total) + 1);
     }
-    for (int64_t k = used + thread; k < p.num_audio_rows; k += kThreads) p.target[p.rows + k] = -1;
+    for (int64_t k = used + thread; k < p.audios.rows; k += kThreads) p.target[p.rows + k] = -1;
     for (int64_t t = total + thread; t < p.bound; t += kThreads) p.source[t] = p.index[t] = -1;
   }
   if (error != 0) atomicOr(&p.scratch.state->error, int32_t(error));

@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../greedy_segments.h"
+#include "../min_variance.h"
 #include "../segment_reduce.h"
 #include "../rule.h"
 
@@ -27,6 +28,15 @@ struct RowsIn {
   int64_t count, width, stride;
 };
 
+// Returns whether all rows can be read and written 16 bytes at a time. The data may be null.
+inline bool is_aligned(const RowsIn& rows, int64_t element_size) {
+  return reinterpret_cast<uintptr_t>(rows.data) % 16 == 0 && rows.stride * element_size % 16 == 0 &&
+         rows.width * element_size % 16 == 0;
+}
+inline bool is_aligned(const void* data, int64_t width, int64_t element_size) {
+  return is_aligned(RowsIn{data, 0, width, width}, element_size);
+}
+
 // A batch as the caller passed it, unchecked. `values` is cu_seqlens [count + 1] of packed input, lengths [count] of
 // padded input (then padded_length is positive or there is no row), or null.
 struct BatchIn {
@@ -34,6 +44,19 @@ struct BatchIn {
   bool is_int64;
   int64_t count, padded_length, rows;
   bool padded;
+};
+
+// Offsets of audios in the rows of `audio`, as the caller passed them.
+struct AudiosIn {
+  const int64_t* begin;  // [count + 1], or null: the op has no audios
+  int64_t count, rows;
+  bool exact;  // the last offset must equal `rows`, and may not just be less
+
+  // Returns whether audio a has no valid rows.
+  FASTCOMPRESS_HD bool is_wrong(int64_t a) const { return begin[a] > begin[a + 1]; }
+  FASTCOMPRESS_HD bool has_wrong_ends() const {
+    return begin[0] != 0 || (exact ? begin[count] != rows : begin[count] > rows);
+  }
 };
 
 // First row and end of each sequence, checked and in order, on the device.
@@ -45,12 +68,14 @@ struct Sequences {
 
 // State that blocks share with each other and the host; cleared before each call.
 struct State {
-  int32_t error;  // errors of the input, bits of Invalid
+  int32_t error;         // errors of the input, bits of Invalid
+  int32_t wrong_audios;  // the offsets of the audios are invalid
   // The next tile to process. Blocks take tiles in the order in which they start, so no block waits for a tile whose
-  // block has not started.
+  // block has not started. Minimum-variance segments count the blocks of rows that they have found here.
   uint32_t next_tile;
-  uint32_t next_clear;  // the next piece of the rows after the last segment to clear
-  uint64_t total;       // 1 + the number of segments; 0 while it is unknown
+  // The next piece of the rows after the last segment to clear, or the next block of rows to search.
+  uint32_t next_clear;
+  uint64_t total;  // 1 + the number of segments; 0 while it is unknown
 };
 
 enum Invalid : int32_t {
@@ -93,6 +118,14 @@ struct DistanceParams {
   void* out;         // distances [rows], or the gradient of x [rows, width]
 };
 
+struct BandParams {
+  RowsIn x;
+  Sequences sequences;
+  int64_t window, lags;  // lags: those that can have a partner, at most the window
+  double* dots;          // scratch, [rows, lags + 1]: the square of each row, and its dot products with the next rows
+  void* out;             // distances, [rows, window]
+};
+
 struct GreedyParams {
   RowsIn x;
   Sequences sequences;
@@ -111,6 +144,28 @@ struct SelectParams {
   uint8_t* flags;  // scratch, one byte per row
   SegmentsOut out;
   Scratch scratch;
+};
+
+constexpr int kLongThreads = 512;  // threads per block of the kernel for long segments
+
+struct VarianceBlock {
+  int64_t begin, rows;
+};
+
+struct VarianceParams {
+  const void* d;  // distances to the following rows, fp32 or fp64, [rows, window]
+  int64_t window, rows;
+  Sequences sequences;
+  const int32_t* row_group;  // may be null
+  double rate;
+  int64_t max_len;
+  int64_t bound;          // most blocks that the sequences can have
+  VarianceBlock* blocks;  // scratch, `bound` blocks
+  State* state;           // next_tile: number of blocks found; next_clear: number of blocks taken
+  int64_t thread_blocks;  // of the search
+  void* scratch;
+  int64_t scratch_bytes;  // per thread block of the search
+  uint8_t* starts;        // output, one byte per row: 1 where a segment starts
 };
 
 struct ReduceParams {
@@ -153,10 +208,9 @@ struct PackMapParams {
   Sequences sequences;
   int64_t rows;
   const int32_t* row_group;
-  const int64_t* ids;          // may be null
-  const int64_t* audio_begin;  // [num_audios + 1]
-  int64_t num_audios, num_audio_rows, num_embeddings;
-  bool compact;
+  const int64_t* ids;  // may be null
+  AudiosIn audios;
+  int64_t num_embeddings;
   int64_t* index;   // [bound]
   int64_t* source;  // [bound]
   int64_t* target;  // [rows + num_audio_rows]
@@ -198,8 +252,12 @@ FASTCOMPRESS_HD inline int64_t rows_before(const Rule& rule) {
   return rule.needs_distance() ? 1 + rule.lookahead() : 0;
 }
 
-// Rows after the halo that are loaded as well. With them most segments end inside the loaded rows, and find_stop does
-// not have to read another window.
+// Rows after the halo that are loaded as well. With them most segments end inside the loaded rows, and the block does
+// not have to decide another window.
 constexpr int kExtraRows = 2;
+// Rows that a block loads besides those of its tile.
+FASTCOMPRESS_HD inline int64_t pool_halo(const Rule& rule) {
+  return rows_before(rule) + rows_after(rule) + (rule.needs_distance() ? kExtraRows : 0);
+}
 
 }  // namespace fastcompress::cuda

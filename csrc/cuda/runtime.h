@@ -22,6 +22,8 @@ Device current_device();
 std::shared_ptr<void> enter_device(int32_t device);
 // Returns torch's current stream of a device.
 Stream current_stream(int32_t device);
+// Returns whether a CUDA graph captures the stream. Then nothing may wait for it, or read the results of its work.
+bool is_capturing(Stream stream);
 // Copies from the device to the host after all work on the stream, and waits for the copy.
 Error read_back(void* host, const void* device, size_t bytes, Stream stream);
 const char* error_text(Error error);

@@ -8,7 +8,7 @@ namespace {
 // Segments that the caller passed, and a flag that kernels set if they are invalid (only with FASTCOMPRESS_CHECK=1).
 class GivenSegments {
  public:
-  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows) : error_(starts) {
+  GivenSegments(const Tensor& starts, const Tensor& lengths, int64_t rows, Stream stream) : error_(starts, stream) {
     STD_TORCH_CHECK(starts.scalar_type() == ScalarType::Long && lengths.scalar_type() == ScalarType::Long,
                     "starts and lengths must be int64");
     STD_TORCH_CHECK(starts.dim() == 1 && lengths.dim() == 1 && starts.size(0) == lengths.size(0),
@@ -36,7 +36,7 @@ Tensor segment_reduce(Tensor x, Tensor starts, Tensor lengths, std::string reduc
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Scope scope(x);
   const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
+  const GivenSegments segments(starts, lengths, rows.count, scope.stream);
   Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
   const ReduceParams p{rows_in(rows),          segments.in, read_reduce(reduce), nullptr, {}, {},
                        out.mutable_data_ptr(), nullptr};
@@ -50,7 +50,7 @@ Tensor segment_weighted_mean(Tensor x, Tensor weights, Tensor starts, Tensor len
   const Scope scope(x);
   const Rows rows = read_rows(x);
   const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
-  const GivenSegments segments(starts, lengths, rows.count);
+  const GivenSegments segments(starts, lengths, rows.count, scope.stream);
   Tensor out = empty_like(x, {segments.in.count, rows.width}, x.scalar_type());
   const ReduceParams p{rows_in(rows),          segments.in, Reduce::kMean, w.const_data_ptr(), {}, {},
                        out.mutable_data_ptr(), nullptr};
@@ -64,7 +64,7 @@ Tensor segment_expand(Tensor y, Tensor starts, Tensor lengths, int64_t num_rows,
   const Reduce reduce = read_reduce(reduce_name);
   STD_TORCH_CHECK(reduce != Reduce::kMax, "segment_expand does not support reduce 'max'");
   const Scope scope(y);
-  const GivenSegments segments(starts, lengths, num_rows);
+  const GivenSegments segments(starts, lengths, num_rows, scope.stream);
   STD_TORCH_CHECK(y.dim() == 2 && y.size(0) == segments.in.count, "y must have one row per segment");
   const Rows rows = read_rows(y);
   Tensor out = empty_like(y, {num_rows, rows.width}, y.scalar_type());
@@ -78,7 +78,7 @@ Tensor segment_max_backward(Tensor grad, Tensor x, Tensor y, Tensor starts, Tens
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Scope scope(x);
   const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
+  const GivenSegments segments(starts, lengths, rows.count, scope.stream);
   const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
   const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
   Tensor out = empty_like(x, {rows.count, rows.width}, x.scalar_type());
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> segment_weighted_mean_backward(Tensor grad, Tensor x,
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Scope scope(x);
   const Rows rows = read_rows(x);
-  const GivenSegments segments(starts, lengths, rows.count);
+  const GivenSegments segments(starts, lengths, rows.count, scope.stream);
   const Rows grad_rows = read_matrix("grad", grad, segments.in.count, rows.width, x.scalar_type());
   const Rows y_rows = read_matrix("y", y, segments.in.count, rows.width, x.scalar_type());
   const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
@@ -120,7 +120,7 @@ Tensor integrate_rows(Tensor x, Tensor weights, Tensor first, OptionalTensor div
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Scope scope(x);
   const Rows rows = read_rows(x);
-  const GivenSegments tokens(starts, lengths, rows.count);
+  const GivenSegments tokens(starts, lengths, rows.count, scope.stream);
   const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
   const Tensor f = read_weights("first", first, tokens.in.count, x.scalar_type());
   Tensor d;
@@ -145,7 +145,7 @@ std::tuple<Tensor, Tensor, Tensor> integrate_rows_backward(Tensor grad, Tensor x
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape [N, D]");
   const Scope scope(x);
   const Rows rows = read_rows(x);
-  const GivenSegments tokens(starts, lengths, rows.count);
+  const GivenSegments tokens(starts, lengths, rows.count, scope.stream);
   const Rows grad_rows = read_matrix("grad", grad, tokens.in.count, rows.width, x.scalar_type());
   const Tensor w = read_weights("weights", weights, rows.count, x.scalar_type());
   const Tensor f = read_weights("first", first, tokens.in.count, x.scalar_type());

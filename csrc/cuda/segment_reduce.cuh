@@ -6,6 +6,9 @@
 // and writes N D E, with D divisions per segment for a mean. first, last and middle read only M D E.
 #pragma once
 
+#include <limits>
+
+#include "divide.h"
 #include "given.cuh"
 #include "tile.cuh"
 
@@ -15,6 +18,7 @@ namespace fastcompress::cuda {
 // and NaN wins.
 template <class S>
 struct LaterMax {
+  static constexpr S kNone = -std::numeric_limits<S>::infinity();
   __device__ S operator()(S best, S row) const { return row > best || (row != row && best == best) ? row : best; }
 };
 
@@ -22,7 +26,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_reduce_fwd_kernel(ReduceParams p) {
   using S = accumulate_t<T>;
   const SegmentThread at;
-  const int64_t column = at.column<T>(), width = p.x.width;
+  const int column = at.column<T>(), width = int(p.x.width);
   if (at.m >= p.segments.count || column >= width) return;
   const Segment segment = read_segment(p.segments, at.m);
   T* out = static_cast<T*>(p.out) + at.m * width;
@@ -36,16 +40,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_reduce_fwd_
     return;
   }
   S total[kVector<T>];
-  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
-    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width), row);
-  };
+  const GlobalColumn<T, kAligned, Keep::kNo> rows{row_of<T>(p.x, segment.start) + column, p.x.stride, width - column};
+  auto widen = [&](int64_t, const Vector<T>& vector, S(&row)[kVector<T>]) { widen_vector<T>(vector, row); };
   if (p.reduce == Reduce::kMax) {
-    ordered_sum<T>(segment.length, load, LaterMax<S>(), total);
+    ordered_sum<T>(segment.length, rows, widen, LaterMax<S>(), total);
   } else {
-    ordered_sum<T>(segment.length, load, Add<S>(), total);
-    if (p.reduce == Reduce::kMean)
-#pragma unroll
-      for (int k = 0; k < kVector<T>; ++k) total[k] = total[k] / S(segment.length);
+    ordered_sum<T>(segment.length, rows, widen, Add<S>(), total);
+    if (p.reduce == Reduce::kMean) divide<T>(total, Frames<S>(segment.length));
   }
   store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
 }
@@ -54,7 +55,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_mean_fwd_kernel(ReduceParams p) {
   using S = accumulate_t<T>;
   const SegmentThread at;
-  const int64_t column = at.column<T>(), width = p.x.width;
+  const int column = at.column<T>(), width = int(p.x.width);
   if (at.m >= p.segments.count || column >= width) return;
   const Segment segment = read_segment(p.segments, at.m);
   T* out = static_cast<T*>(p.out) + at.m * width;
@@ -65,12 +66,13 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_me
     return;
   }
   S total[kVector<T>];
-  auto load = [&](int64_t i, S(&row)[kVector<T>]) {
-    widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width), row);
+  const GlobalColumn<T, kAligned, Keep::kNo> rows{row_of<T>(p.x, segment.start) + column, p.x.stride, width - column};
+  auto weigh = [&](int64_t i, const Vector<T>& vector, S(&row)[kVector<T>]) {
+    widen_vector<T>(vector, row);
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) row[k] = row[k] * weights[i];
   };
-  ordered_sum<T>(segment.length, load, Add<S>(), total);
+  ordered_sum<T>(segment.length, rows, weigh, Add<S>(), total);
 #pragma unroll
   for (int k = 0; k < kVector<T>; ++k) total[k] = total[k] / weight;
   store_vector<T, kAligned>(out, column, width, narrow_vector<T>(total));
@@ -78,7 +80,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_me
 
 // Writes 0 to rows [begin, end) of the output at one vector of columns.
 template <class T, bool kAligned>
-__device__ __forceinline__ void clear_rows(T* out, int64_t begin, int64_t end, int64_t column, int64_t width) {
+__device__ __forceinline__ void clear_rows(T* out, int64_t begin, int64_t end, int column, int width) {
   for (int64_t row = begin; row < end; ++row)
     store_vector<T, kAligned>(out + row * width, column, width, zero_vector<T>());
 }
@@ -95,8 +97,7 @@ struct Gap {
 };
 
 template <class T, bool kAligned>
-__device__ __forceinline__ void clear_gap(const SegmentsIn& segments, int64_t m, T* out, int64_t column,
-                                          int64_t width) {
+__device__ __forceinline__ void clear_gap(const SegmentsIn& segments, int64_t m, T* out, int column, int width) {
   const Gap gap(segments, m);
   clear_rows<T, kAligned>(out, gap.begin, gap.end, column, width);
 }
@@ -105,7 +106,7 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_expand_fwd_kernel(ReduceParams p) {
   using S = accumulate_t<T>;
   const SegmentThread at;
-  const int64_t column = at.column<T>(), width = p.x.width;
+  const int column = at.column<T>(), width = int(p.x.width);
   if (at.m > p.segments.count || column >= width) return;
   T* out = static_cast<T*>(p.out);
   clear_gap<T, kAligned>(p.segments, at.m, out, column, width);
@@ -121,8 +122,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_expand_fwd_
   if (p.reduce == Reduce::kMean) {
     S mean[kVector<T>];
     widen_vector<T>(vector, mean);
-#pragma unroll
-    for (int k = 0; k < kVector<T>; ++k) mean[k] = mean[k] / S(segment.length);
+    divide<T>(mean, Frames<S>(segment.length));
     vector = narrow_vector<T>(mean);
   }
   for (int64_t i = 0; i < segment.length; ++i)
@@ -132,30 +132,30 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_expand_fwd_
 // The gradient goes to the first frame that equals the maximum, or to the first NaN if the maximum is NaN.
 template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_max_bwd_kernel(ReduceParams p) {
+  using S = accumulate_t<T>;
   const SegmentThread at;
-  const int64_t column = at.column<T>(), width = p.x.width;
+  const int column = at.column<T>(), width = int(p.x.width);
   if (at.m > p.segments.count || column >= width) return;
   T* out = static_cast<T*>(p.out);
   clear_gap<T, kAligned>(p.segments, at.m, out, column, width);
   if (at.m == p.segments.count) return;
   const Segment segment = read_segment(p.segments, at.m);
   if (segment.length == 0) return;
-  const Vector<T> best = load_vector<T, kAligned>(row_of<T>(p.y, at.m), column, width);
-  const Vector<T> grad = load_vector<T, kAligned>(row_of<T>(p.grad, at.m), column, width);
+  S best[kVector<T>], grad[kVector<T>];
+  widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.y, at.m), column, width), best);
+  widen_vector<T>(load_vector<T, kAligned>(row_of<T>(p.grad, at.m), column, width), grad);
   unsigned given = 0;  // one bit per element: its gradient has been written
   for (int64_t i = 0; i < segment.length; ++i) {
-    const Vector<T> row = load_vector<T, kAligned>(row_of<T>(p.x, segment.start + i), column, width);
-    Vector<T> result = zero_vector<T>();
+    S row[kVector<T>], result[kVector<T>];
+    widen_vector<T>(load_vector<T, kAligned, Keep::kNo>(row_of<T>(p.x, segment.start + i), column, width), row);
 #pragma unroll
     for (int k = 0; k < kVector<T>; ++k) {
-      const auto value = widen(row.v[k]), maximum = widen(best.v[k]);
-      const bool here = value == maximum || (value != value && maximum != maximum);
-      if (here && !(given >> k & 1)) {
-        result.v[k] = grad.v[k];
-        given |= 1u << k;
-      }
+      const bool here = row[k] == best[k] || (row[k] != row[k] && best[k] != best[k]);
+      const bool takes = here && !(given >> k & 1);
+      result[k] = takes ? grad[k] : S(0);
+      if (takes) given |= 1u << k;
     }
-    store_vector<T, kAligned>(out + (segment.start + i) * width, column, width, result);
+    store_vector<T, kAligned>(out + (segment.start + i) * width, column, width, narrow_vector<T>(result));
   }
 }
 
@@ -165,13 +165,14 @@ template <class T, bool kAligned>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_mean_bwd_kernel(ReduceParams p) {
   using S = accumulate_t<T>;
   const int lane = int(threadIdx.x % 32);
-  const int64_t m = int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32, width = p.x.width;
+  const int64_t m = int64_t(blockIdx.x) * kSegmentsPerBlock + threadIdx.x / 32;
+  const int width = int(p.x.width);
   if (m > p.segments.count) return;
   T* out = static_cast<T*>(p.out);
   S* grad_weights = static_cast<S*>(p.grad_weights);
-  const GroupLane<T> at(lane);
+  const GroupLane<kVector<T>> at(lane);
   const int groups = 32 / kGroupLanes<T>;
-  for (int64_t column = int64_t(lane) * kVector<T>; column < width; column += 32 * kVector<T>)
+  for (int column = lane * kVector<T>; column < width; column += 32 * kVector<T>)
     clear_gap<T, kAligned>(p.segments, m, out, column, width);
   const Gap gap(p.segments, m);
   for (int64_t t = gap.begin + lane; t < gap.end; t += 32) grad_weights[t] = 0;
@@ -181,21 +182,20 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks) segment_weighted_me
   const S* weights = static_cast<const S*>(p.weights);
   const S total = sum_of_weights(weights + segment.start, segment.length);
   const T* grad = row_of<T>(p.grad, m);
-  const double mean_slope = group_dot<T, kAligned>(grad, row_of<T>(p.y, m), width, at.column());
+  const double mean_slope = group_dot<T, kAligned>(grad, row_of<T>(p.y, m), width, at);
   for (int64_t base = 0; base < segment.length; base += groups) {
     const int64_t i = base + at.group;  // lanes without a row repeat the last one
     const int64_t t = segment.start + (i < segment.length ? i : segment.length - 1);
-    const double slope = group_dot<T, kAligned>(grad, row_of<T>(p.x, t), width, at.column()) - mean_slope;
+    const double slope = group_dot<T, kAligned>(grad, row_of<T>(p.x, t), width, at) - mean_slope;
     if (i >= segment.length) continue;
     if (at.lane == 0) grad_weights[t] = total == 0 ? S(0) : S(slope / double(total));
     const S share = total == 0 ? S(0) : weights[t] / total;
-    for (int64_t column = at.column(); column < width; column += kLanes) {
-      const Vector<T> g = load_vector<T, kAligned>(grad, column, width);
-      Vector<T> result = zero_vector<T>();
-      if (total != 0)
+    for (int column = at.column(); column < width; column += kLanes) {
+      S result[kVector<T>];
+      widen_vector<T>(load_vector<T, kAligned>(grad, column, width), result);
 #pragma unroll
-        for (int k = 0; k < kVector<T>; ++k) narrow(share * widen(g.v[k]), result.v[k]);
-      store_vector<T, kAligned>(out + t * width, column, width, result);
+      for (int k = 0; k < kVector<T>; ++k) result[k] = total == 0 ? S(0) : share * result[k];
+      store_vector<T, kAligned>(out + t * width, column, width, narrow_vector<T>(result));
     }
   }
 }

@@ -16,6 +16,7 @@ constexpr uint8_t kStops = 1, kStarts = 2;
 // One thread per row.
 template <class S>
 __global__ void __launch_bounds__(kThreads) select_flags_kernel(SelectParams p) {
+  wait_for_previous_launch();
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
   if (row >= p.rows) return;
   const RowPlace place = place_row(p.sequences, p.row_group, row);
@@ -65,6 +66,7 @@ static __global__ void __launch_bounds__(kThreads) select_compact_kernel(SelectP
   const RowBits starts = starts_shared;
   const int count = starts.count(0, kThreads);
   if (thread == 0) publish_count(p.scratch, tile, count);
+  const int64_t sequence = begin == 0 ? 0 : upper_bound(p.sequences.end, p.sequences.count, begin);
   int64_t stop = row + 1;
   while (is_start && stop < p.rows && !(p.flags[stop] & kStops)) ++stop;
   __syncthreads();
@@ -75,7 +77,7 @@ static __global__ void __launch_bounds__(kThreads) select_compact_kernel(SelectP
   __syncthreads();
   const int64_t before = before_shared, index = before + starts.count(0, thread);
   const bool is_last = end == p.rows;
-  write_cu_segments(p.out, p.sequences, starts, 0, begin, end, is_last, before, thread);
+  write_cu_segments(p.out, p.sequences, sequence, starts, 0, begin, end, is_last, before, thread);
   if (is_start && index < p.out.bound) {
     p.out.starts[index] = row;
     p.out.lengths[index] = stop - row;
@@ -83,7 +85,7 @@ static __global__ void __launch_bounds__(kThreads) select_compact_kernel(SelectP
   if (!is_last) return;
   if (before + count > p.out.bound && thread == 0) atomicOr(&p.scratch.state->error, int32_t(kTooManySegments));
   const int64_t total = before + count < p.out.bound ? before + count : p.out.bound;
-  if (thread == 0) store_release(&p.scratch.state->total, uint64_t(total) + 1);
+  if (thread == 0) store_relaxed(&p.scratch.state->total, uint64_t(total) + 1);
   for (int64_t m = total + thread; p.out.clear_rest && m < p.out.bound; m += kThreads) {
     p.out.starts[m] = p.rows;
     p.out.lengths[m] = 0;

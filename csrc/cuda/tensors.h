@@ -16,10 +16,11 @@ inline void check(Error error, const char* what) {
   STD_TORCH_CHECK(error == 0, "fastcompress: ", what, ": ", error_text(error));
 }
 
-// With FASTCOMPRESS_CHECK=1 every call waits for its kernel and raises if the kernel found invalid input.
-inline bool checks_at_once() {
+// With FASTCOMPRESS_CHECK=1 every call waits for its kernel and raises if the kernel found invalid input, unless a CUDA
+// graph captures the stream.
+inline bool checks_at_once(Stream stream) {
   const char* value = std::getenv("FASTCOMPRESS_CHECK");
-  return value != nullptr && std::strcmp(value, "1") == 0;
+  return value != nullptr && std::strcmp(value, "1") == 0 && !is_capturing(stream);
 }
 
 // Makes the device of a tensor the current one while it exists, and holds the current stream of that device.
@@ -56,11 +57,11 @@ inline RowsIn rows_in(const Rows& rows) {
   return {rows.tensor.const_data_ptr(), rows.count, rows.width, rows.stride};
 }
 
-// A flag that a kernel sets if an index is invalid; null unless FASTCOMPRESS_CHECK=1.
+// A flag that a kernel sets if an index is invalid; null unless the call checks at once.
 class ErrorFlag {
  public:
-  explicit ErrorFlag(const Tensor& like) {
-    if (!checks_at_once()) return;
+  ErrorFlag(const Tensor& like, Stream stream) {
+    if (!checks_at_once(stream)) return;
     flag_ = torch::stable::fill_(empty_like(like, {1}, ScalarType::Int), 0);
     data = static_cast<int32_t*>(flag_.mutable_data_ptr());
   }

@@ -9,7 +9,7 @@
 
 namespace fastcompress::cuda {
 
-// A bitmask of up to kThreads rows.
+// A bitmask of up to kThreads rows. No index of `words` is computed at run time, so that a copy can be in registers.
 struct RowBits {
   unsigned words[kWarps];
 
@@ -46,7 +46,6 @@ struct RowBits {
       if (const unsigned word = masked(words[w], 32 * w, 0, to)) return 32 * w + 31 - __clz(int(word));
     return -1;
   }
-  __device__ bool at(int i) const { return words[i / 32] >> i % 32 & 1; }
 };
 
 // Returns the first index in [0, count) whose value is greater than `value`, or count; `values` is in ascending order.
@@ -67,7 +66,8 @@ struct RowPlace {
   bool alive = false;    // the row is in a sequence and not dropped by its group
   bool changes = false;  // the row starts a run or is in no run, so it always stops the previous segment
   int32_t group = kKeepRow + 1;
-  int64_t begin = 0, end = 0;  // first row and end of its sequence
+  int64_t sequence = 0;        // index of the first sequence that ends after the row
+  int64_t begin = 0, end = 0;  // first row and end of the row's sequence
 };
 
 __device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* row_group, int64_t row) {
@@ -79,6 +79,7 @@ __device__ inline RowPlace place_row(const Sequences& sequences, const int32_t* 
     place.end = sequences.end[b];
     if (row_group != nullptr) place.group = row_group[row];
   }
+  place.sequence = b;
   place.alive = inside && place.group >= kKeepRow;
   place.changes = !place.alive || row == place.begin || place.group == kKeepRow ||
                   (row_group != nullptr && row_group[row - 1] != place.group);
@@ -108,7 +109,7 @@ constexpr uint64_t kOwnCount = 1, kCountSoFar = 2;
 
 // Publishes the number of segments that start in this tile. One thread calls this as early as possible.
 __device__ inline void publish_count(const Scratch& scratch, int64_t tile, int64_t count) {
-  store_release(scratch.tiles + tile, uint64_t(count) << 2 | (tile == 0 ? kCountSoFar : kOwnCount));
+  store_relaxed(scratch.tiles + tile, uint64_t(count) << 2 | (tile == 0 ? kCountSoFar : kOwnCount));
 }
 
 // Returns the number of segments before `tile`, which has published its own `count`, and publishes the total so far.
@@ -119,7 +120,7 @@ __device__ inline int64_t look_back(const Scratch& scratch, int64_t tile, int64_
   for (int64_t nearest = tile - 1;; nearest -= 32) {  // 32 tiles at a time; lane 0 reads the nearest
     uint64_t word = kCountSoFar;                      // lanes before the first tile: a count of 0
     if (nearest >= lane) {
-      while ((word = load_acquire(scratch.tiles + (nearest - lane))) == 0) __nanosleep(40);
+      while ((word = load_relaxed(scratch.tiles + (nearest - lane))) == 0) __nanosleep(40);
     }
     const unsigned so_far = __ballot_sync(~0u, (word & 3) == kCountSoFar);
     const int last = so_far == 0 ? 31 : __ffs(int(so_far)) - 1;  // the nearest tile with a total so far
@@ -129,21 +130,22 @@ __device__ inline int64_t look_back(const Scratch& scratch, int64_t tile, int64_
     before += sum;
     if (so_far != 0) break;
   }
-  if (lane == 0) store_release(scratch.tiles + tile, uint64_t(before + count) << 2 | kCountSoFar);
+  if (lane == 0) store_relaxed(scratch.tiles + tile, uint64_t(before + count) << 2 | kCountSoFar);
   return before;
 }
 
-// Writes cu_segments of the sequences that end in rows (first, last]. All threads of the block call this. `before` is
-// the number of segments before the tile; the starts of its rows are the bits from `first_bit` on. The first tile also
-// writes the sequences that end at row 0, and the last tile all remaining ones.
-__device__ inline void write_cu_segments(const SegmentsOut& out, const Sequences& sequences, const RowBits& starts,
-                                         int first_bit, int64_t first, int64_t last, bool is_last, int64_t before,
-                                         int thread) {
-  const int64_t begin = first == 0 ? 0 : upper_bound(sequences.end, sequences.count, first);
-  const int64_t end = is_last ? sequences.count : upper_bound(sequences.end, sequences.count, last);
+// Writes cu_segments of the sequences that end in rows (first, last]. All threads of the block call this. `sequence` is
+// the first sequence that ends after row `first`, and `before` the number of segments before the tile; the starts of
+// its rows are the bits from `first_bit` on. The first tile also writes the sequences that end at row 0, and the last
+// tile all remaining ones.
+__device__ inline void write_cu_segments(const SegmentsOut& out, const Sequences& sequences, int64_t sequence,
+                                         const RowBits& starts, int first_bit, int64_t first, int64_t last,
+                                         bool is_last, int64_t before, int thread) {
   if (first == 0 && thread == 0) out.cu_segments[0] = 0;
-  for (int64_t b = begin + thread; b < end; b += kThreads) {
-    const int64_t rows = (sequences.end[b] < last ? sequences.end[b] : last) - first;
+  for (int64_t b = (first == 0 ? 0 : sequence) + thread; b < sequences.count; b += kThreads) {
+    const int64_t sequence_end = sequences.end[b];
+    if (sequence_end > last && !is_last) break;
+    const int64_t rows = (sequence_end < last ? sequence_end : last) - first;
     out.cu_segments[b + 1] = int32_t(before + starts.count(first_bit, first_bit + int(rows)));
   }
 }

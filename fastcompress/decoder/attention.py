@@ -9,7 +9,6 @@ Without ``cu_seq_lens_q`` (padded batches, decoding) the implementation is stock
 from __future__ import annotations
 
 import inspect
-import os
 from typing import Any
 
 import torch
@@ -18,6 +17,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from fastcompress.checks import checks_at_once
 from fastcompress.decoder.packed_attention import (
     add_bias,
     attend,
@@ -259,7 +259,7 @@ def attention_forward(
         )
     if cu_seq_lens_k is not None and cu_seq_lens_k is not cu_seq_lens_q:
         q, k = cu_seq_lens_q, cu_seq_lens_k
-        free = q.device.type == k.device.type == "cpu" or os.environ.get("FASTCOMPRESS_CHECK") == "1"
+        free = q.device.type == k.device.type == "cpu" or checks_at_once(q)
         if q.shape != k.shape or (free and q.tolist() != k.tolist()):
             raise ValueError(f"cu_seq_lens_q and cu_seq_lens_k must be equal, got {_shown(q)} and {_shown(k)}")
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal

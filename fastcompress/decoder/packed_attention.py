@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -17,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastcompress.checks import check_float, check_offsets, check_same_device
+from fastcompress.checks import check_float, check_offsets, check_same_device, checks_at_once
 
 #: Queries per block. A sequence with a window or a soft cap runs block by block, so that the memory for scores and
 #: masks grows linearly with its length.
@@ -108,7 +107,7 @@ def packed_attention(
         varlen = _varlen()
         if varlen is not None and (window is None or varlen.has_windows):
             longest = query.shape[0] if max_seqlen is None else max_seqlen
-            if os.environ.get("FASTCOMPRESS_CHECK") == "1":
+            if checks_at_once(cu_seqlens):
                 _read_offsets(cu_seqlens, query.shape[0], longest)
             return varlen(query, key, value, cu_seqlens.int(), longest, scale, causal, window)[..., :width]
     scale = query.shape[2] ** -0.5 if scale is None else scale

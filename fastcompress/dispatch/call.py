@@ -9,6 +9,7 @@ from typing import Any, NoReturn, Protocol, TypeVar
 
 import torch
 
+from fastcompress import checks
 from fastcompress.dispatch import backends
 
 Result = TypeVar("Result")
@@ -54,7 +55,8 @@ def call(op: Op[Result], args: tuple[Any, ...], needs_grad: bool, explain: Calla
             with contextlib.suppress(RuntimeError):  # values of wrapped tensors cannot be read
                 explain()
             _explain_under_transform(op.name().removeprefix("fastcompress::"), error)
-        explain()
+        if not checks.is_captured(args[0]):
+            explain()
         raise
 
 

@@ -7,7 +7,6 @@ from torch import Tensor
 
 from fastcompress.checks import as_whole, check_float, check_layout, check_layout_values, unnest
 from fastcompress.dispatch.call import Op, call
-from fastcompress.ops.adjacent_distance import adjacent_distance
 
 _op: Op[Tensor] = torch.ops.fastcompress.banded_distance.default
 
@@ -17,8 +16,8 @@ def banded_distance(
 ) -> Tensor:
     """Compute the cosine distances between each frame and the frames 1 to ``window`` frames later.
 
-    Column ``lag - 1`` equals ``adjacent_distance(x, lag=lag)``, bit for bit; on the CPU all columns take one pass over
-    ``x``. The distances are not differentiable.
+    Column ``lag - 1`` equals ``adjacent_distance(x, lag=lag)``, bit for bit; all columns take one pass
+    over ``x``. The distances are not differentiable.
 
     Args:
         x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
@@ -44,10 +43,6 @@ def banded_distance(
     check_layout(x, 2, cu_seqlens, lengths)
     window = as_whole("window", window, 1)
     x = x.detach()
-    if x.device.type != "cpu":  # no other device has a kernel for all lags at once
-        return torch.stack(
-            [adjacent_distance(x, cu_seqlens=cu_seqlens, lengths=lengths, lag=lag) for lag in range(1, window + 1)], -1
-        )
     return call(_op, (x, cu_seqlens, lengths, window), False, lambda: check_layout_values(x.shape, cu_seqlens, lengths))
 
 

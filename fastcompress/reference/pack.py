@@ -10,12 +10,10 @@ backend uses ``pack_map`` and ``pack_labels`` of this file as they are.
 
 from __future__ import annotations
 
-import os
-
 import torch
 from torch import Tensor
 
-from fastcompress.checks import IGNORED_LABEL, check_pack_values
+from fastcompress.checks import IGNORED_LABEL, check_pack_values, values_are_checked
 from fastcompress.reference.select_boundaries import KEEP
 
 
@@ -98,7 +96,7 @@ def pack_map(
         ]
     )
     size = pack_bound(num_rows, num_audios, num_audio_rows)
-    if compact or not row_group.is_cuda or os.environ.get("FASTCOMPRESS_CHECK") == "1":
+    if compact or values_are_checked(row_group):
         last = audio_cu_seqlens[-1]
         wrong = _wrong_sequences(row_group.shape, cu_seqlens, lengths, device) | (audio_begin != audio_cu_seqlens).any()
         wrong = wrong | (audio_cu_seqlens[0] != 0) | ((last != num_audio_rows) if compact else (last > num_audio_rows))

@@ -10,8 +10,8 @@ from typing import Any
 from fastcompress.files import write_file
 
 COLUMNS = (
-    "step", "loss", "lm_loss", "ctc_loss", "development_loss", "grad_norm", "learning_rate", "tokens_per_second",
-    "seconds_per_step", "tokens", "audio_tokens", "audio_frames",
+    "step", "loss", "lm_loss", "ctc_loss", "teacher_loss", "development_loss", "grad_norm", "learning_rate",
+    "tokens_per_second", "seconds_per_step", "tokens", "audio_tokens", "audio_frames",
 )  # fmt: skip
 
 

@@ -24,9 +24,11 @@ from fastcompress.lalm.dtypes import float_trained
 from fastcompress.lalm.loading import BASE_FILE, RunError, load_model, load_parts, set_compression
 from fastcompress.lalm.lora import add_lora
 from fastcompress.lalm.processing import FastCompressProcessor
+from fastcompress.training.distillation import Teacher
 from fastcompress.training.examples import EncodedExamples, Examples
 from fastcompress.training.manifest import Utterance
 from fastcompress.training.parsing import RECORD, check_record, write_record
+from fastcompress.training.rate_schedule import RateSchedule
 from fastcompress.training.settings import SettingsError, TrainSettings
 from fastcompress.training.trainer import Training
 from fastcompress.training.usable import SKIPPED, Skipped, print_line
@@ -61,7 +63,7 @@ def build_model(
         base = {}
     set_compression(
         model,
-        settings.rule,
+        settings.rules[0] if settings.rules else None,
         settings.reduce,
         settings.keys,
         settings.proportional_attention,
@@ -128,6 +130,7 @@ class Run:
         config = unwrap(model).config
         if settings.encode_once and config.train_encoder:
             raise SettingsError("`encode_once` needs a frozen encoder: set `lora_rank`, or `train_encoder` to false")
+        schedule, teacher = self._schedule(model), self._teacher(model)
         if main:
             folder.mkdir(parents=True, exist_ok=True)
             clean(folder)
@@ -141,7 +144,9 @@ class Run:
         if settings.encode_once:
             examples = EncodedExamples(examples, unwrap(model))
             development = EncodedExamples(development, unwrap(model)) if development else None
-        self.training: Training = Training(model, examples, settings, folder, development, self.accelerator)
+        self.training: Training = Training(
+            model, examples, settings, folder, development, self.accelerator, schedule, teacher
+        )
         if resume:
             self.say(f"resuming after step {self.training.resume()} of {settings.max_steps}")
 
@@ -154,6 +159,25 @@ class Run:
                 raise
             why = f"{type(error).__name__}: {one_line(error)}"
             raise SettingsError(f"`audio_model` {audio}, `text_model` {text}: cannot be loaded ({why})") from error
+
+    def _schedule(self, model: Any) -> RateSchedule | None:
+        settings = self.settings
+        if len(settings.rules) < 2 and not settings.rate_warmup_steps:
+            return None
+        try:
+            return RateSchedule(unwrap(model), settings.rules, settings.rate_warmup_steps, settings.seed)
+        except ValueError as error:
+            raise SettingsError(f"`rule`: {error}") from error
+
+    def _teacher(self, model: Any) -> Teacher | None:
+        if self.settings.teacher is None:
+            return None
+        teacher = Teacher(
+            self.settings.teacher, model, self.processor, self.accelerator.device, self.settings.teacher_weight
+        )
+        if self.settings.encode_once and not teacher.has_encoder_of(model):
+            raise SettingsError(f"`encode_once` excludes `teacher` {self.settings.teacher}, whose encoder is another")
+        return teacher
 
     def _record(self) -> None:
         environment = {

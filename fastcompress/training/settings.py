@@ -8,6 +8,7 @@ also has is named as it is there. This module imports neither transformers nor a
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,8 @@ class Settings:
     """
 
     group: ClassVar[str]
+    #: Settings whose flag can be repeated; the values are joined by spaces.
+    repeated: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, hint in type_hints(type(self)).items():
@@ -133,11 +136,17 @@ class CompressionSettings(Settings):
         super().__post_init__()
         if self.positions not in (None, *POSITIONS):
             raise SettingsError(f"`positions` must be one of {', '.join(POSITIONS)}, got {self.positions!r}")
-        if self.rule not in (None, "none"):
-            try:
-                Rule.from_string(self.rule)
-            except ValueError as error:
-                raise SettingsError(f"`rule`: {error}") from error
+        for rule in self.rules:
+            if rule != "none":
+                try:
+                    Rule.from_string(rule)
+                except ValueError as error:
+                    raise SettingsError(f"`rule`: {error}") from error
+
+    @property
+    def rules(self) -> list[str]:
+        """Text forms of the rules."""
+        return [] if self.rule is None else [self.rule]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -282,7 +291,10 @@ class TrainCompressionSettings(CompressionSettings):
     """Compression of the reference model.
 
     Attributes:
-        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's.
+        rule: Compression rule, such as uniform:3 or local-max; none keeps every frame; by default the model's. If it is
+            given several times, or is a text with spaces between rules, one is drawn for each batch; the trained model
+            has the first.
+        rate_warmup_steps: Updates in which the rates of the rules rise from 1.
         proportional_attention: Whether a token weighs as much as its frames in the decoder's attention; by default as
             the model was trained, and true if it was trained without compression; false in budget mode.
         positions: time gives a token the position of its middle frame, compact numbers the tokens; by default as the
@@ -293,6 +305,9 @@ class TrainCompressionSettings(CompressionSettings):
         boundary_kind: Kind of learned boundaries.
     """
 
+    repeated: ClassVar[tuple[str, ...]] = ("rule",)
+
+    rate_warmup_steps: int = 0
     reduce: str | None = None
     keys: str | None = None
     boundary_ratio: float | None = None
@@ -304,12 +319,42 @@ class TrainCompressionSettings(CompressionSettings):
             value = getattr(self, name)
             if value not in (None, *known):
                 raise SettingsError(f"`{name}` must be one of {', '.join(known)}, got {value!r}")
+        if len(self.rules) > 1 and self.rules[0] == "none":
+            raise SettingsError(f"`rule`: the first of several must not be none, got {self.rule!r}")
+        self._check_least(0, "rate_warmup_steps")
+        if self.rate_warmup_steps and self.rules in ([], ["none"]):
+            raise SettingsError("`rate_warmup_steps` needs a `rule`")
         if self.boundary_ratio is None:
             return
         if not self.boundary_ratio > 1:
             raise SettingsError(f"`boundary_ratio` must be more than 1, got {self.boundary_ratio}")
         if self.rule not in (None, "none"):
             raise SettingsError(f"`boundary_ratio` excludes `rule`, got {self.boundary_ratio} and {self.rule!r}")
+
+    @property
+    def rules(self) -> list[str]:
+        # Spaces next to a sign are inside a rule: "uniform: 3, tail=drop".
+        return [] if self.rule is None else re.split(r"(?<![:,=\s])\s+(?![:,=\s])", self.rule.strip())
+
+
+@dataclass(frozen=True, kw_only=True)
+class TeacherSettings(Settings):
+    """Distillation from another model.
+
+    Attributes:
+        teacher: Folder of a model or run whose next-token distributions are learned as well, with the compression that
+            it was trained with.
+        teacher_weight: Weight of the divergence from the teacher; that of the labels' cross entropy is 1.
+    """
+
+    group: ClassVar[str] = "distillation"
+
+    teacher: Folder | None = None
+    teacher_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._check_positive("teacher_weight")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -380,7 +425,12 @@ class TrainerSettings(TrainOptimizationSettings, TrainCheckpointSettings):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings(
-    TrainDataSettings, TrainModelSettings, TrainCompressionSettings, TrainLoraSettings, TrainerSettings
+    TrainDataSettings,
+    TrainModelSettings,
+    TrainCompressionSettings,
+    TeacherSettings,
+    TrainLoraSettings,
+    TrainerSettings,
 ):
     """Settings of ``fastcompress train``."""
 

@@ -20,10 +20,12 @@ import torch
 from fastcompress import files
 from fastcompress.checks import IGNORED_LABEL
 from fastcompress.decoder.generation import unwrap
-from fastcompress.training import checkpoints
+from fastcompress.training import checkpoints, distillation
 from fastcompress.training.batches import BatchPlan
+from fastcompress.training.distillation import Teacher
 from fastcompress.training.examples import Augmentation, Examples
 from fastcompress.training.logs import Logs
+from fastcompress.training.rate_schedule import RateSchedule
 from fastcompress.training.settings import TrainerSettings
 
 
@@ -46,6 +48,8 @@ class Training:
         folder: Folder of the run.
         development: Examples whose loss is logged.
         accelerator: Instance of ``accelerate.Accelerator``. ``None``: a new one.
+        schedule: Rules of the batches. ``None``: the model's.
+        teacher: Model to learn from, beside the labels.
     """
 
     def __init__(
@@ -56,6 +60,8 @@ class Training:
         folder: Path,
         development: Examples | None = None,
         accelerator: Any = None,
+        schedule: RateSchedule | None = None,
+        teacher: Teacher | None = None,
     ) -> None:
         from accelerate import Accelerator
 
@@ -63,6 +69,8 @@ class Training:
         self.folder = folder
         self.examples: Examples = examples
         self.development: Examples | None = development
+        self.schedule: RateSchedule | None = schedule
+        self.teacher: Teacher | None = teacher
         mixed = "bf16" if settings.bf16 else "no"
         self.accelerator: Any = accelerator or Accelerator(mixed_precision=mixed)
         trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -137,6 +145,8 @@ class Training:
                 if self._is_due(settings.save_steps):
                     self.save()
         finally:
+            if self.schedule is not None:
+                self.schedule.finish()
             if logs is not None:
                 logs.close()
 
@@ -179,8 +189,10 @@ class Training:
         share = settings.rate(self.step)
         for group in self.optimizer.param_groups:
             group["lr"] = group["highest"] * share
-        totals = torch.zeros(5, dtype=torch.float64, device=accelerator.device)
+        totals = torch.zeros(6, dtype=torch.float64, device=accelerator.device)
         for i, batch in enumerate(batches):
+            if self.schedule is not None:
+                self.schedule.set(self.step, self.step * settings.gradient_accumulation_steps + i)
             with accelerator.no_sync(self.model) if i < len(batches) - 1 else contextlib.nullcontext():
                 with accelerator.autocast():
                     out = self.model(**batch, num_items_in_batch=labels)
@@ -189,15 +201,21 @@ class Training:
                 if out.ctc_loss is not None:
                     ctc = out.ctc_loss * (len(batch["ctc_labels"]) / max(1, audios))
                     loss = loss + unwrap(self._unwrapped).config.ctc_weight * ctc
+                divergence = out.lm_loss.new_zeros(())
+                if self.teacher is not None:
+                    with accelerator.autocast():
+                        wanted = self.teacher.logits(batch)
+                    divergence = distillation.divergence(out.logits, wanted, labels)
+                    loss = loss + self.teacher.weight * divergence
                 if out.compressor_loss is not None:  # a mean over frames, and therefore over processes and batches
                     parts_of_all = accelerator.num_processes * settings.gradient_accumulation_steps
                     loss = loss + unwrap(self._unwrapped).compressor_weight * out.compressor_loss / parts_of_all
                 # Gradients are averaged over processes; the loss needs their sum.
                 accelerator.backward(loss * accelerator.num_processes)
-            parts = (loss, out.lm_loss, ctc, out.num_audio_tokens, out.num_frames)
+            parts = (loss, out.lm_loss, ctc, divergence, out.num_audio_tokens, out.num_frames)
             totals += torch.stack([torch.as_tensor(v, device=totals.device).detach().double() for v in parts])
         norm = float(accelerator.clip_grad_norm_(list(self.trained.values()), settings.max_grad_norm))
-        loss, lm_loss, ctc_loss, tokens, frames = accelerator.reduce(totals, "sum").tolist()
+        loss, lm_loss, ctc_loss, teacher_loss, tokens, frames = accelerator.reduce(totals, "sum").tolist()
         if not (math.isfinite(loss) and math.isfinite(norm)):
             raise TrainingStopped(self._why_stopped(loss, norm))
         self.optimizer.step()
@@ -207,6 +225,8 @@ class Training:
         found["learning_rate"] = self.optimizer.param_groups[0]["lr"]  # the projector's rate is in the last group
         if unwrap(self._unwrapped).config.ctc_tokens:
             found["ctc_loss"] = ctc_loss
+        if self.teacher is not None:
+            found["teacher_loss"] = teacher_loss
         return found | {"tokens": labels + tokens, "audio_tokens": tokens, "audio_frames": frames}
 
     @property
@@ -225,6 +245,8 @@ class Training:
     def loss(self, examples: Examples) -> float:
         """Return the decoder's loss per label on examples. Each process computes all of it."""
         self.model.eval()
+        if self.schedule is not None:
+            self.schedule.finish()
         total, count = 0.0, 0
         model = self._unwrapped
         for begin in range(0, len(examples), self.settings.per_device_train_batch_size):

@@ -12,8 +12,8 @@ from importlib import import_module
 from fastcompress import reference
 
 _FILES = (
-    "adjacent_distance", "greedy_segments", "integrate_and_fire", "pack", "segment_pool", "segment_reduce",
-    "select_boundaries",
+    "adjacent_distance", "banded_distance", "greedy_segments", "integrate_and_fire", "min_variance", "pack",
+    "segment_pool", "segment_reduce", "select_boundaries",
 )  # fmt: skip
 _FUNCTIONS = {name: value for file in _FILES for name, value in vars(import_module(f"{__name__}.{file}")).items()}
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcompress.checks import check_layout_values
+from fastcompress.checks import check_layout_values, checks_at_once
 
 #: Indices of the words of the shared state of a launch. From ``TILES`` on, there is one word per tile.
 ERROR = tl.constexpr(0)  # 1 if cu_seqlens or lengths are invalid
@@ -107,11 +106,6 @@ def flat(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.reshape(-1).contiguous()
 
 
-def checks_at_once() -> bool:
-    """Return whether to check values on the device before an op runs, which synchronizes."""
-    return os.environ.get("FASTCOMPRESS_CHECK") == "1"
-
-
 def double_bits(value: float) -> int:
     """Return the bits of a double as an integer; Triton passes floating-point arguments as fp32."""
     (bits,) = struct.unpack("<q", struct.pack("<d", value))
@@ -182,7 +176,7 @@ def prepare_sequences(
     def explain() -> None:
         check_layout_values(shape, cu_seqlens, lengths)
 
-    if checks_at_once():
+    if checks_at_once(rows):
         explain()
     begin, end = (torch.empty(count, dtype=torch.int64, device=rows.device) for _ in range(2))
     state = torch.empty(TILES.value + num_tiles, dtype=torch.int64, device=rows.device)

@@ -12,12 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcompress.checks import check_token_values
+from fastcompress.checks import check_token_values, checks_at_once
 from fastcompress.triton.common import (
     BATCH_SIZES,
     accumulate,
     as_rows,
-    checks_at_once,
     column_block,
     flat,
     launch,
@@ -35,7 +34,7 @@ def integrate_rows(
     x: Tensor, weights: Tensor, first: Tensor, divisors: Tensor | None, starts: Tensor, lengths: Tensor
 ) -> Tensor:
     """Compute weighted sums of rows, ``[N, D]`` -> ``[M, D]`` in the dtype of ``x``. One launch."""
-    if checks_at_once():
+    if checks_at_once(starts):
         check_token_values(starts, lengths, x.shape[0])
     out = torch.empty((starts.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     rows = as_rows(x)
@@ -53,7 +52,7 @@ def integrate_rows_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute the gradients of ``x`` [N, D], ``weights`` [N] and ``first`` [M]. Two launches: rows, first weights."""
     num_rows, count = x.shape[0], starts.shape[0]
-    if checks_at_once():
+    if checks_at_once(starts):
         check_token_values(starts, lengths, num_rows)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     grad_weights = torch.empty(weights.shape, dtype=weights.dtype, device=x.device)

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcompress.triton.common import BATCH_SIZES, as_rows, checks_at_once, column_block, flat, launch
+from fastcompress.checks import checks_at_once
+from fastcompress.triton.common import BATCH_SIZES, as_rows, column_block, flat, launch
 
 #: Rows per program: with 512 bytes of each per step, 16 bytes per thread of 4 warps and 4 loads in flight.
 ROWS = 16
@@ -22,7 +23,7 @@ def pack_rows(rows: Tensor, audio: Tensor, index: Tensor, target: Tensor, is_tab
 
     Only the gradient uses ``target`` and ``is_table``.
     """
-    if checks_at_once() and bool(((index < -1) | (index >= rows.shape[0] + audio.shape[0])).any()):
+    if checks_at_once(index) and bool(((index < -1) | (index >= rows.shape[0] + audio.shape[0])).any()):
         raise RuntimeError("index must lie in [-1, the number of rows)")
     out = torch.empty((index.shape[0], rows.shape[1]), dtype=rows.dtype, device=rows.device)
     text_rows, audio_rows = as_rows(rows), as_rows(audio)

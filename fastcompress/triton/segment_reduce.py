@@ -15,12 +15,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastcompress.checks import check_segment_values
+from fastcompress.checks import check_segment_values, checks_at_once
 from fastcompress.triton.common import (
     BATCH_SIZES,
     accumulate,
     as_rows,
-    checks_at_once,
     column_block,
     flat,
     launch,
@@ -54,7 +53,7 @@ def segment_grid(segments: int, width: int, tile: dict[str, int]) -> tuple[int, 
 
 def check_at_once(starts: Tensor, lengths: Tensor, num_rows: int) -> None:
     """Check the values of segments if ``FASTCOMPRESS_CHECK=1``, which synchronizes."""
-    if checks_at_once():
+    if checks_at_once(starts):
         check_segment_values(starts, lengths, num_rows)
 
 

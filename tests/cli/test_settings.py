@@ -52,7 +52,8 @@ def test_help(command: str, width: int, monkeypatch: pytest.MonkeyPatch, capsys:
     lines = text.splitlines()
     assert max(map(len, lines)) < width
     titles = [line for line in lines if re.fullmatch(r"\w[\w ]*:", line)]
-    groups = ["data", "model", "compression", "LoRA", "optimization", "checkpoints and log"]
+    distillation = ["distillation"] if command == "train" else []
+    groups = ["data", "model", "compression", *distillation, "LoRA", "optimization", "checkpoints and log"]
     assert titles == [f"{title}:" for title in ["options", *groups]]
     words = " ".join(text.split())
     assert "--max-steps INT Updates of the weights (default: 1000)" in words

@@ -25,6 +25,12 @@ from tests.support.cuda_build import ARCHS, Kernel
 PACKAGE = Path(fastcompress.__file__).parent
 # Instructions for division, square root and reciprocal that do not round by IEEE 754, or that flush subnormals.
 INEXACT = re.compile(r"\b(?:div\.full|div\.approx|sqrt\.approx|rsqrt\.approx|rcp\.approx|\w+(?:\.\w+)*\.ftz)\S*")
+# Kernels that store rows 16 bytes at a time and single numbers besides: segments, offsets, counts, or gradients of
+# weights. The table has the number of these instructions. Other kernels that store rows have none.
+STORES_NUMBERS = ("segment_pool_fwd", "segment_weighted_mean_bwd", "integrate_rows_bwd")
+# Kernels that divide by the number of frames, with two fused operations per element of a vector (csrc/cuda/divide.h).
+DIVIDES = ("segment_expand_fwd", "segment_pool_fwd", "segment_reduce_fwd")
+FUSED_DIVISIONS = {"float": 4, "BFloat16": 8}
 FUSED = re.compile(r"\bfma\.\S+")
 
 pytestmark = [
@@ -118,7 +124,7 @@ def test_resources_are_no_worse_than_in_the_table(kernels: dict[str, dict[str, K
         problems += [f"{arch} {name}: only in the table" for name in sorted(set(expected) - set(by_name))]
         for name in sorted(set(expected) & set(by_name)):
             now, before = by_name[name], expected[name]
-            for what in ("registers", "stack", "shared"):
+            for what in ("registers", "stack", "shared", "narrow"):
                 if getattr(now, what) > getattr(before, what):
                     problems.append(f"{arch} {name}: {what} {getattr(before, what)} -> {getattr(now, what)}")
             if lost := set(before.wide) - set(now.wide):
@@ -142,6 +148,9 @@ def test_worse_resources_are_detected(kernels: dict[str, dict[str, Kernel]]):
         test_resources_are_no_worse_than_in_the_table({arch: {}})
     with pytest.raises(AssertionError, match="no 128-bit load"):
         test_aligned_kernels_move_16_bytes_at_a_time({arch: {name: dataclasses.replace(before, wide=())}})
+    name = "segment_expand_fwd_kernel<BFloat16, true>"
+    with pytest.raises(AssertionError, match="4 stores of less than 128 bits"):
+        test_aligned_kernels_move_16_bytes_at_a_time({arch: {name: dataclasses.replace(by_name[name], narrow=4)}})
 
 
 @needs_cuobjdump
@@ -157,6 +166,8 @@ def test_aligned_kernels_move_16_bytes_at_a_time(kernels: dict[str, dict[str, Ke
             # Distances, norms and boundaries are one number per row, so their kernels store no rows.
             if "STG" not in kernel.wide and not name.startswith(("adjacent_distance_fwd", "greedy_")):
                 problems.append(f"{arch} {name}: no 128-bit store to global memory")
+            if "STG" in kernel.wide and kernel.narrow > 0 and not name.startswith(STORES_NUMBERS):
+                problems.append(f"{arch} {name}: {kernel.narrow} stores of less than 128 bits")
     assert not problems, "\n".join(problems)
     assert checked > 0
 
@@ -169,10 +180,22 @@ def test_floats_are_computed_as_the_reference_does(library: Path, kernels: dict[
     problems = []
     for name, text in found.items():
         wrong = set(INEXACT.findall(text))
-        # Products of half types are exact, so fusing does not change them. Products with the fp32 sum are not exact.
-        if not re.search(r"<(Half|BFloat16)\b", name) or name.startswith("greedy_walk"):
-            wrong |= set(FUSED.findall(text))
+        # Products of fp16 numbers are exact, so fusing does not change them. Products with the fp32 sum are not exact.
+        fused = FUSED.findall(text)
+        dtype = re.search(r"<(\w+)", name)
+        divisions = 2 * FUSED_DIVISIONS.get(dtype[1], 0) if dtype and name.startswith(DIVIDES) else 0
+        if (not re.search(r"<Half\b", name) or name.startswith("greedy_walk")) and len(fused) != divisions:
+            wrong |= {f"{len(fused)} fused operations, expected {divisions}"}
         problems += [f"{name}: {instruction}" for instruction in sorted(wrong)]
     assert not problems, "\n".join(problems)
     scoring = "adjacent_distance_fwd_kernel<float, true>"
     assert all(word in found[scoring] for word in ("mul.rn.f32", "add.rn.f32"))
+
+
+@needs_cuobjdump
+def test_kernels_that_overlap_wait(library: Path):
+    """Kernels that ``launch_dependent`` launches may start early. They wait before they use the sequences."""
+    dependent = ("adjacent_distance_", "greedy_norms", "pack_map", "segment_pool_fwd", "select_flags")
+    for name, text in cuda_build.ptx(library).items():
+        assert ("griddepcontrol.wait" in text) == name.startswith(dependent), name
+        assert ("griddepcontrol.launch_dependents" in text) == name.startswith("prepare"), name

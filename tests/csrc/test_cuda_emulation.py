@@ -19,6 +19,7 @@ from torch import Tensor
 import fastcompress as fc
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.reference import OPS
+from tests.support.capturing import capturing
 from tests.support.cuda_emulation import DEFAULT_DEVICE, SCHEDULES, build, emulated, has_kernel, load, run
 from tests.support.sample_inputs import (
     BAD_OFFSETS,
@@ -185,6 +186,18 @@ def test_other_ops(dtype: torch.dtype, kind: str, widths: tuple[int, ...]):
                 assert_same(call, ((6, 1),))
 
 
+@pytest.mark.parametrize("rule", [fc.MinVariance(2.5, 4), fc.MinVariance(6, 12), fc.MinVariance(5, 40)], ids=str)
+def test_min_variance(rule: fc.MinVariance):
+    """The kernels for segments of up to 8, up to 16 and more rows; several blocks, which threads take in any order."""
+    for width, dtype in ((6, torch.float64), (16, torch.bfloat16)):
+        for batch in (packed("smooth", width, dtype), padded("repeated", width, dtype)):
+            assert_same(lambda b=batch: fc.segment_pool(b.x, rule=rule, **b.layout).segments.starts, ((6, 1), (7, 2)))
+    d = torch.rand(3200, rule.max_len - 1, generator=torch.Generator().manual_seed(0)).round(decimals=1)
+    op = torch.ops.fastcompress.min_variance_boundaries
+    for group in (None, row_groups(3200)):
+        assert_same(lambda g=group: op(d, None, None, g, rule.rate, rule.max_len), ((8, 2),))
+
+
 def test_gradients():
     def gradients() -> tuple[Tensor, ...]:
         x = features("smooth", 60, 16, torch.float32).requires_grad_()
@@ -298,6 +311,37 @@ def test_wrong_lengths(values: list[int]):
     assert ((0 <= segments.starts) & (segments.starts + segments.lengths <= 40)).all()
 
 
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPatch):
+    """FASTCOMPRESS_CHECK=1 must not break the capture of a CUDA graph, where waiting for the stream is an error."""
+    x = features("smooth", 60, 16, torch.float32)
+    cu = offsets((60,))
+    arguments = packing(1, 400, compact=False)
+    table, audio = (features("iid", rows, 16, torch.float32) for rows in (50, arguments["num_audio_rows"]))
+    monkeypatch.setenv("FASTCOMPRESS_CHECK", "1")
+    ops = torch.ops.fastcompress
+    with emulated(7), capturing():
+        for rule in (fc.LocalMax(), fc.LocalMax(min_len=3)):
+            pooled = fc.segment_pool(x, cu_seqlens=cu, rule=rule, compact=False)
+            segments = pooled.segments
+            ops.segment_expand(pooled.values, segments.starts, segments.lengths, 60, "mean")
+            with pytest.raises(RuntimeError, match="pass compact=False"):
+                fc.segment_pool(x, cu_seqlens=cu, rule=rule)
+        d = fc.adjacent_distance(x, cu_seqlens=cu)
+        fc.select_boundaries(d, fc.Threshold(0.1), cu_seqlens=cu, compact=False)
+        fc.greedy_segments(x, 0.5, cu_seqlens=cu, compact=False)
+        index, _, target, _ = ops.pack_map(*arguments.values())
+        ops.pack_rows(table, audio, index, target, True)
+
+
+def test_more_segments_than_int32():
+    """cu_segments is int32, and the public function checks it as well. Rows of width 0 take no memory."""
+    x = torch.zeros(2**31, 0)
+    with emulated(7):
+        for rule in (("uniform", 1, 0.0, 0.0, 1, 0, True), ("threshold", 1, 0.5, 0.0, 1, 1, True)):
+            with pytest.raises(RuntimeError, match=r"fewer than 2\^31 segments.* 2147483648 rows can have 214748364"):
+                torch.ops.fastcompress.segment_pool(x, None, None, None, None, *rule, False)
+
+
 def test_row_groups_of_any_value():
     x = features("smooth", 60, 16, torch.float32)
     groups = torch.randint(-(2**31), 2**31 - 1, (60,), dtype=torch.int32)
@@ -368,7 +412,11 @@ def test_wrong_tokens(values: tuple[list[int], list[int]], monkeypatch: pytest.M
     "kind, sanitizer, selection",
     [
         ("address", "asan", "not clean"),
-        ("thread", "tsan", "(other_ops and smooth) or gradients or tiles_of_every_size or longer_than or packing"),
+        (
+            "thread",
+            "tsan",
+            "(other_ops and smooth) or min_variance or gradients or tiles_of_every_size or longer_than or packing",
+        ),
     ],
     ids=["address", "thread"],
 )
@@ -381,5 +429,4 @@ def test_kernels_are_clean(kind: str, sanitizer: str, selection: str):
 
 def test_every_op_has_a_kernel():
     with emulated():
-        missing = [name for name in OPS if not has_kernel(name)]
-    assert missing == ["banded_distance", "min_variance_boundaries"]  # FASTCOMPRESS_DECLARE_CPU_OPS of csrc/ops.h
+        assert all(map(has_kernel, OPS))

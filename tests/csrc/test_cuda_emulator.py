@@ -55,8 +55,8 @@ BUGS = {
     ),
     "a row off by one": (
         "segment_pool.cuh",
-        "b = a + 1 < rows ? a + 1 : a;",
-        "b = a + 2 < rows ? a + 2 : a;",
+        "row(first + k < rows ? first + k : rows - 1)",
+        "row(first + 2 * k < rows ? first + 2 * k : rows - 1)",
     ),
     "a copy that is not waited for": (
         "segment_pool.cuh",
@@ -87,9 +87,9 @@ BUGS = {
 RACES = {
     "a missing barrier": BUGS["a missing barrier"],
     "a missing barrier in packing": BUGS["a missing barrier in packing"],
-    "a plain store instead of a release": (
+    "a plain store instead of an atomic one": (
         "device.h",
-        "__atomic_store_n(p, value, __ATOMIC_RELEASE);",
+        "__atomic_store_n(p, value, __ATOMIC_RELAXED);",
         "*static_cast<volatile uint64_t*>(p) = value;",
     ),
     "no barrier before shared memory is written again": (

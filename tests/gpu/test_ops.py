@@ -1,4 +1,4 @@
-"""Every op on a GPU against the reference on the CPU, bit for bit; streams, CUDA graphs, large and invalid input.
+"""Every op on a GPU against the kernels of the CPU, bit for bit; streams, CUDA graphs, large and invalid input.
 
 Run ``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``--backend triton``). ``--device cpu`` runs the
 tests on any machine (tests/support/on_device.py), and ``--device cpu --emulated 0`` runs the CUDA kernels in the
@@ -7,6 +7,7 @@ emulator. ``-k short`` selects the tests that compute-sanitizer runs.
 
 from __future__ import annotations
 
+import contextlib
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,10 +17,12 @@ import torch
 from torch import Tensor
 
 import fastcompress as fc
-from benchmarks.harness.device import capture, delay, side_stream, synchronize
+from benchmarks.harness import device as devices
+from benchmarks.harness.device import delay, side_stream, synchronize
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.ops.segment_reduce import REDUCTIONS
-from tests.support.on_device import moved
+from tests.support.capturing import capturing
+from tests.support.on_device import expected_results, moved
 from tests.support.sample_inputs import (
     DTYPES,
     FEATURES,
@@ -51,9 +54,15 @@ def to(value: Any, device: torch.device) -> Any:
     return moved(value, device) if isinstance(value, Tensor) else value
 
 
+def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[], None], Any]:
+    """Capture a CUDA graph of ``call``; on the CPU, raise where a capture would. Return its replay and its result."""
+    with capturing() if device.type == "cpu" else contextlib.nullcontext():
+        return devices.capture(call, device)
+
+
 def expected(call: Callable[[], Any]) -> Any:
-    """Return the result of the reference on the CPU."""
-    with fc.backend("reference"):
+    """Return the result of the CPU."""
+    with expected_results():
         return call()
 
 
@@ -117,7 +126,7 @@ def test_every_kind_of_features(gpu: torch.device, dtype: torch.dtype, kind: str
 
 
 def every_op(x: Tensor, gpu: torch.device, lag: int, where: tuple[Tensor]) -> None:
-    """Compare each part of the fused op and its gradients on ``x`` with the reference on its copy on the CPU."""
+    """Compare each part of the fused op and its gradients on ``x`` with the CPU."""
 
     def run(x: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -7,6 +7,7 @@ needed.
 
 from __future__ import annotations
 
+import collections
 import functools
 import importlib.metadata
 import json
@@ -23,6 +24,7 @@ from tests.support import ROOT
 TABLE = ROOT / "tests" / "csrc" / "cuda_resources.json"
 ARCHS = tuple(json.loads((ROOT / "wheels.json").read_text())["13.0"]["archs"])
 _WIDE = re.compile(r"\b(LDG|LDGSTS|STG|LDS|STS)(?:\.\w+)*\.128\b")
+_STORE = re.compile(r"\bSTG\.")
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,14 @@ class Kernel:
         shared: Bytes of static shared memory per block.
         wide: The kinds of 128-bit load and store instructions that it contains: ``LDG``, ``STG``, ``LDGSTS`` (global
             to shared), ``LDS``, ``STS``.
+        narrow: Number of instructions that store less than 128 bits to global memory.
     """
 
     registers: int
     stack: int
     shared: int
     wide: tuple[str, ...]
+    narrow: int
 
 
 @functools.cache
@@ -111,6 +115,7 @@ def _name(demangled: str) -> str:
 def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
     """Return the resources of each kernel, by architecture (``"sm_90"``) and name."""
     wide: dict[tuple[str, str], set[str]] = {}
+    narrow: collections.Counter[tuple[str, str]] = collections.Counter()
     arch = name = ""
     for line in _dump(library, "-sass").splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -119,6 +124,8 @@ def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
             name = _name(match[1])
         elif match := _WIDE.search(line):
             wide.setdefault((arch, name), set()).add(match[1])
+        elif _STORE.search(line):
+            narrow[arch, name] += 1
     found: dict[str, dict[str, Kernel]] = {}
     for line in _dump(library, "-res-usage").splitlines():
         if match := re.match(r"arch = (\w+)", line):
@@ -128,7 +135,8 @@ def kernels(library: Path) -> dict[str, dict[str, Kernel]]:
         elif match := re.match(r"\s*REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)", line):
             registers, stack, shared, local = map(int, match.groups())
             instructions = tuple(sorted(wide.get((arch, name), ())))
-            found.setdefault(arch, {})[name] = Kernel(registers, stack + local, shared, instructions)
+            stores = narrow[arch, name]
+            found.setdefault(arch, {})[name] = Kernel(registers, stack + local, shared, instructions, stores)
     return found
 
 
@@ -142,17 +150,17 @@ def read_table() -> dict:
     """Return the committed table: ``nvcc``, and ``kernels`` by architecture and name."""
     table = json.loads(TABLE.read_text())
     for by_name in table["kernels"].values():
-        for name, (registers, stack, shared, wide) in by_name.items():
-            by_name[name] = Kernel(registers, stack, shared, tuple(wide.split()))
+        for name, (registers, stack, shared, wide, narrow) in by_name.items():
+            by_name[name] = Kernel(registers, stack, shared, tuple(wide.split()), narrow)
     return table
 
 
 def write_table(found: dict[str, dict[str, Kernel]]) -> None:
-    """Write the table, one line per kernel: registers, stack, shared memory, 128-bit instructions."""
+    """Write the table, one line per kernel: registers, stack, shared memory, 128-bit instructions, narrower stores."""
     lines = ["{", f' "nvcc": "{nvcc_version()}",', ' "kernels": {']
     for arch in sorted(found, key=lambda arch: int(arch.removeprefix("sm_"))):
         rows = [
-            f"   {json.dumps(name)}: {json.dumps([k.registers, k.stack, k.shared, ' '.join(k.wide)])}"
+            f"   {json.dumps(name)}: {json.dumps([k.registers, k.stack, k.shared, ' '.join(k.wide), k.narrow])}"
             for name, k in sorted(found[arch].items())
         ]
         lines += [f'  "{arch}": {{', ",\n".join(rows), "  },"]

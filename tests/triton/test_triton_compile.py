@@ -44,6 +44,7 @@ MODULES = tuple(
         "common",
         "greedy_segments",
         "integrate_and_fire",
+        "min_variance",
         "pack",
         "segment_reduce",
         "select_boundaries",
@@ -55,6 +56,7 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
     torch.float64: "*fp64",
+    torch.int16: "*i16",
     torch.int32: "*i32",
     torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -153,6 +155,7 @@ def calls(dtype: torch.dtype, rows: int, width: int, sequences: int, segments: i
     yield call("adjacent_distance", x, cu, None, 1)
     yield call("adjacent_distance_backward", d, x, cu, None, 1)
     yield call("greedy_boundaries", x, cu, None, 0.15, 9)
+    yield call("min_variance_boundaries", d[:, None].expand(-1, 7), cu, None, group, 4.0, 8)
     for how in ("mean", "sum", "max", "first", "last", "middle") if thorough else ("mean", "max", "middle"):
         yield call("segment_reduce", x, *given, how)
         if how != "max":

@@ -187,6 +187,16 @@ class Sweep:
         if (found := _read(path, variant, len(self.utterances))) is not None:
             return found
         self.out.mkdir(parents=True, exist_ok=True)
+        row = self.measure(variant)
+        write_file(path, json.dumps(dataclasses.asdict(row), ensure_ascii=False))
+        return row
+
+    def states_of(self, index: int) -> dict[str, Tensor]:
+        """Return the encoder states of an utterance, by its index in ``utterances``."""
+        return self._states.load(self._keys[index])
+
+    def measure(self, variant: Variant) -> Row:
+        """Compute the row of a variant, and do not save it: the model may have been trained in the meantime."""
         order = sorted(range(len(self.utterances)), key=lambda i: self.utterances[i].duration or 0.0)
         answers: dict[int, Answer] = {}
         prefill = decoding = 0.0
@@ -195,20 +205,18 @@ class Sweep:
             for begin in range(0, len(order), self.batch_size):
                 self._progress(variant.label, begin, len(order))
                 chosen = order[begin : begin + self.batch_size]
-                states = [] if self.model.why_not_cached else [self._states.load(self._keys[i]) for i in chosen]
+                states = [] if self.model.why_not_cached else [self.states_of(i) for i in chosen]
                 batch = self.model.answer([self.utterances[i] for i in chosen], states)
                 answers |= dict(zip(chosen, batch.answers, strict=True))
                 prefill, decoding = prefill + batch.prefill, decoding + batch.decoding
         self._progress(variant.label, len(order), len(order))
-        row = Row(
+        return Row(
             variant,
             [answers[i] for i in range(len(order))],
             1e3 * prefill / len(order),
             1e3 * decoding / len(order),
             time.process_time() - since,
         )
-        write_file(path, json.dumps(dataclasses.asdict(row), ensure_ascii=False))
-        return row
 
 
 def _read(path: Path, variant: Variant, count: int) -> Row | None:

@@ -112,24 +112,35 @@ class Whisper(SweepModel):
         return BaseModelOutput(last_hidden_state=cast(torch.FloatTensor, self._hidden))
 
     def _record(self, control: Control | None, out: Any) -> Any:
-        """Keep the lengths of the tokens, and apply a control to the output of the compressed encoder."""
+        """Apply a control to the output of the compressed encoder, and keep the lengths of the tokens."""
         self._lengths = out.token_lengths
-        if control is None:
-            return out
-        frames = torch.stack([s["frames"].reshape(()) for s in self._states]).to(self._hidden.device)
-        return control(self._hidden, frames, out)
+        if control is not None:
+            frames = torch.stack([s["frames"].reshape(()) for s in self._states]).to(self._hidden.device)
+            out = control(self._hidden, frames, out)
+            if not out.token_lengths.is_floating_point():  # else they are weights
+                self._lengths = out.token_lengths
+        return out
+
+    def features(self, states: Sequence[dict[str, Tensor]]) -> Tensor:
+        """Return log-mel features ``[B, mels, columns]`` for which the encoder returns the given states.
+
+        They are valid within the context of ``compressed``, until the next call.
+        """
+        self._states = states
+        features = torch.zeros(len(states), self.model.config.num_mel_bins, 2 * self._frames)
+        for i, (row, found) in enumerate(zip(features, states, strict=True)):
+            columns = 2 * int(found["frames"])
+            row[0, :columns] = torch.arange(1, columns + 1)  # columns that differ from the last one are audio
+            row[1] = i
+        return features.to(self.model.device)
 
     @torch.inference_mode()
     def answer(self, utterances: Sequence[Utterance], states: Sequence[dict[str, Tensor]]) -> Batch:
         model, frames = self.model, [int(s["frames"]) for s in states]
-        self._states = states
-        features = torch.zeros(len(states), model.config.num_mel_bins, 2 * self._frames)
-        for i, (row, count) in enumerate(zip(features, frames, strict=True)):
-            row[0, : 2 * count] = torch.arange(1, 2 * count + 1)  # columns that differ from the last one are audio
-            row[1] = i
+        features = self.features(states)
         limits = {"max_new_tokens": self.decoding.max_new_tokens, "do_sample": False, "num_beams": 1}
         clock = Clock(model.device)
-        model.generate(features.to(model.device), stopping_criteria=[clock], **limits, **self._task(utterances))
+        model.generate(features, stopping_criteria=[clock], **limits, **self._task(utterances))
         prefill, decoding = clock.times()
         answers = []
         ends = end_tokens(model, self.processor.tokenizer)

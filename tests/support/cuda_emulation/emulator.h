@@ -7,7 +7,7 @@
 // * Threads run in another order for every `schedule().seed`, so code that relies on warps in lockstep fails.
 // * An asynchronous copy is executed when the thread waits for it, and not before.
 // * Under AddressSanitizer shared memory has red zones.
-// * ThreadSanitizer treats fibres as threads that only __syncthreads and release/acquire pairs order (votes and
+// * ThreadSanitizer treats fibres as threads that only __syncthreads orders (votes and
 //   shuffles do not order memory), so it reports a missing barrier as a race.
 // It does not emulate weak memory ordering, timing, tensor cores or clusters.
 #pragma once
@@ -59,6 +59,9 @@ struct uint3 {
 struct dim3 {
   unsigned x, y, z;
   constexpr dim3(unsigned a = 1, unsigned b = 1, unsigned c = 1) : x(a), y(b), z(c) {}
+};
+struct alignas(8) uint2 {
+  unsigned x, y;
 };
 struct alignas(16) uint4 {
   unsigned x, y, z, w;

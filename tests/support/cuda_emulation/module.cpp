@@ -3,7 +3,9 @@
 // their schemas.
 #include <pybind11/pybind11.h>
 
+#include <algorithm>
 #include <cstring>
+#include <tuple>
 
 #include "cuda/launch.h"
 #include "cuda/ops.h"
@@ -13,12 +15,16 @@ namespace fastcompress::cuda {
 namespace {
 // An imaginary small GPU. Its sizes determine the tiles of the fused op.
 Device device{4, 100 << 10, 99 << 10};
+// Whether a CUDA graph captures the stream.
+bool capturing = false;
 }  // namespace
 
 Device current_device() { return device; }
 std::shared_ptr<void> enter_device(int32_t) { return nullptr; }
 Stream current_stream(int32_t) { return nullptr; }
+bool is_capturing(Stream) { return capturing; }
 Error read_back(void* host, const void* source, size_t bytes, Stream) {
+  if (capturing) return 900;  // cudaErrorStreamCaptureUnsupported
   std::memcpy(host, source, bytes);
   return 0;
 }
@@ -44,4 +50,25 @@ PYBIND11_MODULE(_emulated, m) {
       },
       pybind11::arg("processors"), pybind11::arg("shared_per_processor"), pybind11::arg("shared_per_block"),
       "Set the imaginary GPU: multiprocessors, and bytes of shared memory.");
+  m.def(
+      "plan_pool",
+      [](std::tuple<int, int, int> gpu, int64_t element_size, int64_t rows, int64_t width, int64_t order) {
+        using namespace fastcompress;
+        const cuda::DType dtype = element_size == 8   ? cuda::DType::kDouble
+                                  : element_size == 2 ? cuda::DType::kBFloat16
+                                                      : cuda::DType::kFloat;
+        const Rule rule{
+            order > 0 ? RuleKind::kLocalMax : RuleKind::kUniform, std::max<int64_t>(1, order), 0, 0, 1, 0, true};
+        const cuda::RowsIn x{nullptr, rows, width, width};
+        const cuda::PoolPlan plan =
+            cuda::plan_pool({std::get<0>(gpu), std::get<1>(gpu), std::get<2>(gpu)}, dtype, x, x, rule);
+        return std::make_tuple(plan.tile_rows, plan.num_tiles, plan.staged,
+                               plan.shared_bytes + cuda::pool_static_shared(dtype), cuda::pool_halo(rule), plan.pitch,
+                               plan.cycles);
+      },
+      "Return the plan of segment_pool for a GPU: rows per tile, tiles, whether rows are staged, bytes of shared "
+      "memory, rows of the halo, bytes between rows, modelled cycles.");
+  m.def(
+      "set_capturing", [](bool capturing) { fastcompress::cuda::capturing = capturing; }, pybind11::arg("capturing"),
+      "Set whether a CUDA graph captures the stream. Then a copy to the host fails, as on a GPU.");
 }

@@ -61,6 +61,19 @@ def test_adjacent_distance(dtype: torch.dtype):
 
 
 @pytest.mark.parametrize("dtype", QUICK, ids=str)
+def test_min_variance_boundaries(dtype: torch.dtype):
+    """In every layout, with row groups, equal costs and distances that are not finite; two blocks of a sequence."""
+    for batch in layouts(19, dtype):
+        check("banded_distance", batch.x, *layout(batch)[:2], 2, what=str(batch))
+        d = DEFINITION["banded_distance"](batch.x, *layout(batch)[:2], 4)
+        for rate, max_len in ((1.0, 1), (2.5, 4), (4.0, 5)):
+            check("min_variance_boundaries", d, *layout(batch), rate, max_len, what=f"{batch}, {rate}, {max_len}")
+    d = torch.rand(1520, 3, generator=torch.Generator().manual_seed(0), dtype=dtype).round(decimals=1)
+    d[5, 0], d[7, 1], d[9, 2] = torch.nan, torch.inf, -torch.inf
+    check("min_variance_boundaries", d, None, None, None, 4.0, 4)
+
+
+@pytest.mark.parametrize("dtype", QUICK, ids=str)
 def test_greedy_boundaries(dtype: torch.dtype):
     x = features("smooth", 12, 2100, dtype)  # wider than a step
     same = [Batch(name, same, {}) for name, same in (("wide", x), ("no column", x[:, :0]), *strided(x[:, :20]))]

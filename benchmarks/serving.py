@@ -49,7 +49,7 @@ def write(folder: Path) -> None:
             "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
             "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
-        **{"audio_token_id": tokenizer.convert_tokens_to_ids("<|AUDIO|>")},
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),  # type: ignore[call-arg]
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)

@@ -34,6 +34,7 @@ def write(folder: Path) -> None:
     """Write the model and its processor."""
     import torch
     import transformers
+    from safetensors.torch import load_file, save_file
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     special = ["<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"]
@@ -52,7 +53,11 @@ def write(folder: Path) -> None:
         audio_token_index=len(words),
     )  # fmt: skip
     torch.manual_seed(0)
-    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
+    transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder, max_shard_size="20GB")
+    # transformers 5.19 saves some names with one `model.` too many.
+    weights = load_file(folder / "model.safetensors")
+    weights = {name.replace("language_model.model.model.", "language_model.model."): x for name, x in weights.items()}
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     extractor = transformers.WhisperFeatureExtractor(feature_size=128)  # the default of the encoder
     transformers.Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
 

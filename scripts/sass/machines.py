@@ -20,7 +20,7 @@ class Machine:
         shared_per_block: Largest shared memory of a block in bytes.
         lanes: Lanes per cycle of each pipe (CUDA C++ programming guide, table of arithmetic throughput). An integer
             multiplication counts as fp32, though it has half of this rate.
-        latency: Seconds of a load from device memory under load.
+        latency: Seconds that a load from device memory takes under load: an assumption.
     """
 
     name: str

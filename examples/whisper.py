@@ -1,4 +1,4 @@
-"""Transcribe the clips of assets/speech by Whisper with every frame and with a quarter of them, without training.
+"""Transcribe the clips of assets/speech with Whisper, from every frame and from a quarter of the tokens, untrained.
 
     python examples/whisper.py openai/whisper-tiny.en  # a folder or a name: a name is downloaded (150 MB)
 

@@ -8,7 +8,7 @@ writes from every frame. The encoder is frozen: its states are computed once per
     FOLDER/speech/librispeech-test-other.jsonl                          test, with transcripts and speakers
 
 ``--tune`` compares settings on the held-out utterances by their agreement with the targets; the test set is not read.
-The most important runs come first. A later call does not repeat complete runs. Results are written to
+The runs are in the order of their importance. A later call skips complete runs. Results are written to
 experiments/results/distill-*.json after each run; ``python -m experiments.distill_report`` prints their tables.
 """
 
@@ -155,7 +155,7 @@ class Distillation:
 
     @torch.no_grad()
     def _learn_distributions(self) -> None:
-        """Compute the logarithms of the probabilities of every token of the targets, on every frame."""
+        """Compute the logarithms of the probabilities that predict each token of the targets, from every frame."""
         with self.whisper.compressed(_EVERY_FRAME):
             for i in self.trained:
                 if i not in self._teacher:
@@ -164,7 +164,7 @@ class Distillation:
 
     @contextmanager
     def adapted(self, variant: Variant, seed: int, settings: Settings) -> Iterator[list[float]]:
-        """Train LoRA for a variant, and return a context in which the model has it, with the losses of all steps."""
+        """Train LoRA for a variant. In the context, which yields the losses of all steps, the model has the adapter."""
         if settings.kl:
             self._learn_distributions()
         torch.manual_seed(seed)

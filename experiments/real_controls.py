@@ -1,4 +1,4 @@
-"""Other tokens in place of a rule's, for the experiment on real speech: controls, Ward's method and published merging.
+"""Replace the tokens of a rule in the experiment on real speech: controls, Ward's method and published merging.
 
 A control is called with the frames of the encoder ``[B, T, D]``, the number of frames of the audio ``[B]`` and the
 output of the compressed encoder, and returns that output with other tokens.
@@ -21,7 +21,7 @@ from fastcompress.segments import row_segments
 from fastcompress.training.sweep.whisper import Control
 
 #: Names of the controls: lengths of the rule's segments in random order; one attention weight for all pooled tokens;
-#: segments by Ward's method, as many as the rule's.
+#: as many segments as the rule's, by Ward's method.
 PERMUTED, CONSTANT, WARD = "lengths in random order", "equal weights", "ward"
 
 #: Function that maps frames ``[n, D]`` and the rule's numbers of frames per token ``[k]`` to tokens ``[m, D]`` and
@@ -64,13 +64,13 @@ def means(frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def permuted(frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Average over segments that have the rule's lengths in random order, the same for the same number of frames."""
+    """Average over segments that have the rule's lengths in random order. The number of frames is the seed."""
     order = torch.randperm(len(lengths), generator=torch.Generator().manual_seed(len(frames)))
     return means(frames, lengths[order])
 
 
 def ward(frames: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """Average over segments by Ward's method (Ward, 1963), as many as the rule's."""
+    """Average over as many segments as the rule's, by Ward's method (Ward, 1963)."""
     return means(frames, ward_lengths(frames, len(lengths)).to(lengths))
 
 
@@ -106,7 +106,7 @@ def ward_lengths(frames: Tensor, count: int) -> Tensor:
         sums[first] += sums[second]
         size[first] += size[second]
         version[first] += 1
-        version[second] = -1  # it is gone
+        version[second] = -1  # merged into the first
         after[first] = after[second]
         left -= 1
         if after[first] < len(sums):

@@ -1,4 +1,4 @@
-"""Score compression without training in an audio LLM of real parts: ``python -m experiments.real_digits FOLDER``.
+"""Score compression without training in an audio LLM of pretrained parts: ``python -m experiments.real_digits FOLDER``.
 
     FOLDER/whisper-tiny.en/     encoder, which is frozen
     FOLDER/smollm2-135m/        decoder, which is trained with LoRA; its chat template is not used
@@ -6,8 +6,8 @@
 
 Strings of digits are made of the recordings of one person each. The model is trained on every frame of four people.
 It is then scored without further training with every rule, control and combination of ``experiments/training_free.py``,
-on other recordings of the same four people and on a person who was not heard in training. One more person is for the
-choice of settings. An interrupted call resumes training from its last checkpoint, and does not repeat complete rows.
+on other recordings of the same four people and on recordings of a fifth. Settings are chosen on those of a sixth. A
+later call resumes an interrupted training from its last checkpoint, and skips complete rows.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def make_strings(
     Args:
         utterances: Single digits.
         folder: Folder of the manifest and the audio.
-        name: Name of the set, the seed of its strings.
+        name: Name of the set, which is also the seed of its strings.
         people: People who speak; each string is of one of them.
         test: Whether to use the takes of the test set, or the others.
         count: Number of strings.
@@ -206,8 +206,8 @@ def main() -> int:
     parser.add_argument("--scored", type=int, default=40, help="strings of each test set (default %(default)s)")
     parser.add_argument("--steps", type=int, default=240, help="steps of training (default %(default)s)")
     parser.add_argument("--batch-size", type=int, default=4, help="strings per step (default %(default)s)")
-    parser.add_argument("--learning-rate", type=float, default=1e-3, help="of LoRA (default %(default)s)")
-    parser.add_argument("--projector-rate", type=float, default=2e-3, help="of the projector (default %(default)s)")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, help="learning rate of LoRA (default %(default)s)")
+    parser.add_argument("--projector-rate", type=float, default=2e-3, help="its learning rate (default %(default)s)")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch (default %(default)s)")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

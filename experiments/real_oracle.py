@@ -1,9 +1,9 @@
-"""Measure boundaries between text tokens, an upper bound, on real speech: ``python -m experiments.real_oracle FOLDER``.
+"""Measure boundaries between text tokens on real speech, as an oracle: ``python -m experiments.real_oracle FOLDER``.
 
 The folder is that of ``python -m experiments.real``, to whose results the rows are added. Whisper writes each utterance
 from every frame, and its alignment heads state when each text token starts. These starts are boundaries; the longest
-segments are then divided into equal parts until there are as many as uniform pooling makes. No rule can know them: they
-need the text. A control has segments of the same lengths in random order.
+segments are then divided into equal parts until there are as many as uniform pooling makes. No rule can compute them,
+since they need the text. A control has segments of the same lengths in random order.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from experiments.real_controls import Pool, means, permuted, repooled
 from fastcompress.training.sweep.models import NONE, Variant
 
 PART = ("whisper-tiny.en", "test-other", "keep")
-#: Frames per token. At 4, too little is lost to see differences.
+#: Frames per token. At 4, pooling adds too few errors to compare placements.
 RATE = 6
 ORACLE, ORDER = f"starts of text tokens {RATE}x", f"starts of text tokens {RATE}x, lengths in random order"
 
@@ -68,7 +68,7 @@ def divided(starts: Sequence[int], frames: int, count: int) -> Tensor:
 
 
 class Oracle:
-    """Boundaries at the starts of text tokens, found by the frames of the audio.
+    """Boundaries at the starts of text tokens, which are looked up by the frames of the audio.
 
     Args:
         audio: Frames of the audio of each utterance, ``[n, D]``.
@@ -103,7 +103,7 @@ def find_starts(part: Part) -> list[list[int]]:
 
 
 def main() -> int:
-    """Measure the oracle beside every frame, uniform pooling and minimum-variance segments."""
+    """Measure the oracle, its control, every frame, uniform pooling and minimum-variance segments."""
     parser = argparse.ArgumentParser(prog="python -m experiments.real_oracle", description=__doc__)
     parser.add_argument("folder", type=Path, help="folder of models and speech")
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "real", help="folder of states and texts")

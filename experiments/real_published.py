@@ -2,8 +2,8 @@
 
 The folder is that of ``python -m experiments.real``, to whose results the rows are added. The methods are measured
 without training, as published and with proportional attention. Thresholds are set so that the mean number of frames per
-token on the data is the rate, without use of any text. Methods that weight frames by a trained part (CIF, CTC, the
-attention in SA-MAP and FastLongSpeech) are measured without their weights or left out.
+token on the data is the rate; no text is used. Methods that weight frames by a trained part (CIF, CTC, the attention
+in SA-MAP and FastLongSpeech) are measured without their weights or left out.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def merge(rate: float, window: int | None, frames: Tensor, lengths: Tensor) -> t
 
 
 def methods(utterances: Sequence[Tensor], silence: str | float) -> tuple[list[Variant], dict[str, Control]]:
-    """Return the variants of all methods, and the controls that some of them are.
+    """Return the variants of all methods, and the controls that implement some of them.
 
     Args:
         utterances: Frames of the audio of each utterance, ``[n, D]``.

@@ -25,7 +25,7 @@ __device__ __forceinline__ void for_each_vector(int rows, int vectors, int threa
 
 // Starts to copy rows of `vectors` > 0 vectors to shared memory; pitch and stride are the bytes between rows there and
 // in global memory. Like for_each_vector, but with addresses that only grow: 21 instructions per vector (SASS of
-// sm_90), of which three are reads of nothing that the assembler adds.
+// sm_90), three of which the assembler adds and which have no effect.
 __device__ __forceinline__ void copy_rows(SharedAddress to, int pitch, const void* from, int64_t stride, int rows,
                                           int vectors, int thread) {
   const int row_step = kThreads / vectors, vector_step = kThreads % vectors;

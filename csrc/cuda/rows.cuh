@@ -182,8 +182,8 @@ __device__ __forceinline__ void multiply_add(const accumulate_t<T> (&a)[N], cons
 // of its lanes. All lanes of a warp must call this.
 //
 // Each of the five steps adds the values of the lanes `kWith` apart. A lane that holds several values exchanges half of
-// them, so that each of the two lanes adds the other half. After that, the lane bit `kWith` selects the half; so the
-// last steps, which add partial sums of one lane, also go between lanes. For N = 8 this takes 9 additions and 14
+// them, so that each of the two lanes adds the other half. After that, the lane bit `kWith` selects the half. The last
+// steps, for partial sums of one lane, therefore add values of two lanes, too. For N = 8 this takes 9 additions and 14
 // shuffle instructions instead of 23 and 32.
 template <int kGroup, int kWith = kGroup / 2, int kSteps = 5, class V, int N>
 __device__ __forceinline__ double add_partial_sums(const V (&values)[N], int lane) {

@@ -1,4 +1,4 @@
-// Compares the kernels of packing with the definition of packing (fastcompress/reference/pack.py), on the host.
+// Compares the kernels of packing with the definition in fastcompress/reference/pack.py, repeated here on the host.
 #include "case.h"
 
 namespace fastcompress::driver {

@@ -13,7 +13,7 @@ from fastcompress.training.settings import SettingsError
 
 
 class Teacher:
-    """A frozen model that reads the batches of the student, with the compression of its own training.
+    """A frozen model that runs on the batches of the student, with the compression that it was trained with.
 
     Args:
         path: Folder of a model or run, such as that from which the student starts.

@@ -19,7 +19,7 @@ def export(run: str, out: Path) -> None:
 
     Args:
         run: Folder of a run of ``finetune`` or ``train``, of its adapter, or of a model.
-        out: Folder to write. It must not exist, or be empty.
+        out: Folder to write, new or empty.
 
     Raises:
         SettingsError: The run cannot be loaded, or the folder cannot be written.
@@ -28,7 +28,7 @@ def export(run: str, out: Path) -> None:
     try:
         check_folder(out)
         if out.exists() and any(out.iterdir()):
-            raise SettingsError(f"`out` {out}: is not empty")
+            raise SettingsError(f"`out` {out}: is not empty; name a new or empty folder")
     except WRITE_ERRORS as error:
         raise SettingsError(f"`out` {out}: {reason(error)}") from error
     if is_reference(run_folder(run)):

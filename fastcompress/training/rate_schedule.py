@@ -1,6 +1,6 @@
-"""Rules of a training run: one is drawn for each batch, and their rates rise in the first steps.
+"""Choose the rule of each batch of a training run, and raise the rates of the rules in the first steps.
 
-A model that was trained with several rules serves each of them (Matryoshka training; Cai et al., arXiv 2405.17430).
+A model that was trained with several rules works with each of them (Matryoshka training; Cai et al., arXiv 2405.17430).
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class RateSchedule:
 
 
 def scaled(rule: str, share: float) -> str:
-    """Return the text form of a rule whose rate has risen from 1 by a share of the way to that of ``rule``.
+    """Return the text form of ``rule`` with the rate ``1 + share * (rate - 1)``; the size of ``uniform`` is rounded.
 
     Raises:
         ValueError: The rule has no rate.

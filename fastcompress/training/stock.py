@@ -1,4 +1,4 @@
-"""Load a stock model of transformers by folder or name, or the adapter of a finetuned one."""
+"""Load a stock model of transformers by folder or name, and merge the adapter of a finetuned one."""
 
 from __future__ import annotations
 

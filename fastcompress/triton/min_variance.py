@@ -1,7 +1,7 @@
 """Minimum-variance segments by dynamic programming; see fastcompress/reference/min_variance.py.
 
-One program finds the segments of one block. The costs of segments and the smallest costs of the last two numbers of
-segments are in global memory, since each row needs those of the next rows.
+One program finds the segments of one block. The costs of all segments, and the smallest costs for the last two numbers
+of segments, are in global memory, since each row reads those of later rows.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from fastcompress.reference.min_variance import LARGEST
 from fastcompress.rules import MIN_VARIANCE_BLOCK as BLOCK
 from fastcompress.triton.common import Sequences, flat, launch, prepare_sequences
 
-#: Rows per program: the power of two from ``BLOCK`` on.
+#: Rows per program: the smallest power of two that is at least ``BLOCK``.
 ROWS = triton.next_power_of_2(BLOCK)
 _LARGEST = tl.constexpr(LARGEST)
 
@@ -87,7 +87,7 @@ def min_variance_fwd_kernel(
         own = begin + t
         of_first = tl.zeros((ROWS,), tl.float64)
         tl.store(COSTS + own, of_first, mask=inside)
-        tl.store(BEST + own, of_first, mask=inside)  # of the pairs of one row
+        tl.store(BEST + own, of_first, mask=inside)  # a segment of one row has no pairs
         tl.debug_barrier()
         for length in range(2, longest + 1):
             fits = t + length <= size

@@ -1,4 +1,4 @@
-"""Print what the machine code of the CUDA kernels costs, and the speed that this predicts. No GPU is needed.
+"""Print instruction counts of the machine code of the CUDA kernels, and predict their speed. No GPU is needed.
 
 python -m scripts.sass --kernel 'segment_pool.*BFloat16, true, true'
 python -m scripts.sass --write      # rewrite tests/csrc/sass.json after an intended change

@@ -1,4 +1,4 @@
-"""Compile the kernels for one architecture and disassemble them. Results are kept in build/sass, by source."""
+"""Compile the kernels for one architecture and disassemble them. Results are cached in build/sass."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def find_nvdisasm() -> str | None:
 
 
 def missing_tool() -> str:
-    """Return which tool is missing and where it can be found, or ""."""
+    """Return a message that names the missing tool and how to provide it, or ""."""
     if find_nvcc() is None:
         return "nvcc is not found: set CUDA_HOME"
     if find_nvdisasm() is None:

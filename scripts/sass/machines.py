@@ -15,12 +15,12 @@ class Machine:
         clock: Cycles per second at full boost.
         bandwidth: Bytes per second of device memory, from the data sheet.
         level2: Bytes per second between the second-level cache and the multiprocessors: an assumption.
-        copy: Bytes per second, read and written, of a device-to-device copy: measured on an H200, assumed elsewhere.
+        copy: Bytes per second, read and written, of a device-to-device copy: assumed, about 0.9 of the data sheet.
         shared_per_processor: Bytes of shared memory per multiprocessor.
         shared_per_block: Largest shared memory of a block in bytes.
         lanes: Lanes per cycle of each pipe (CUDA C++ programming guide, table of arithmetic throughput). An integer
             multiplication counts as fp32, though it has half of this rate.
-        latency: Seconds of a load from device memory under load.
+        latency: Seconds that a load from device memory takes under load: an assumption.
     """
 
     name: str

@@ -14,8 +14,8 @@ from scripts.sass.paths import longest_iteration
 from scripts.sass.sources import function_at, text_at
 
 PIPES = ("fp32", "fp64", "alu", "lsu", "uniform", "special", "control")
-#: The pipe that executes an instruction. An integer multiplication runs on the fp32 pipe, and so do the moves that the
-#: compiler writes as one. Names that start with U, and those that move data to uniform registers, are ``uniform``.
+#: The pipe that executes an instruction. An integer multiplication runs on the fp32 pipe, and so do moves that are
+#: encoded as IMAD. Names that start with U, and those that move data to uniform registers, are ``uniform``.
 _PIPE = {
     "fp32": "FADD FMUL FFMA IMAD HFMA2 HADD2 HMUL2 FADD2 FMUL2 FFMA2",
     "fp64": "DADD DMUL DFMA DSETP DMNMX",
@@ -29,9 +29,9 @@ _PIPE = {
 _PIPE_OF = {name: pipe for pipe, names in _PIPE.items() for name in names.split()}
 _PRODUCTS = {"FMUL": 1, "FFMA": 1, "DMUL": 1, "DFMA": 1, "FMUL2": 2, "FFMA2": 2}
 _GLOBAL_LOADS, _GLOBAL_STORES = ("LDG", "LD"), ("STG", "ST")
-#: Instructions that do not belong into a loop over rows: they wait for other units or empty a cache.
+#: Instructions that do not belong in a loop over rows: they wait for other units or empty a cache.
 COSTLY = ("S2UR", "MEMBAR", "CCTL")
-#: C++ functions that load or store rows, those that other functions call for it, and bitmasks of 16 bytes.
+#: Names of C++ functions: those that load or store rows, those of the bitmasks of tile.cuh, and helpers of others.
 _MOVES_ROWS = r"(load|store)_(?!acquire|release|relaxed)\w+|narrow"
 _BITMASK = {"first", "last", "count", "masked", "vote", "at"}
 _HELPER = r"(load|store)_|for_each_|widen|narrow|multiply_add|operator|.*\.(h|hpp|cuh)$"
@@ -143,8 +143,8 @@ class LoopMeasure:
 def row_bytes(instructions: list[Instruction], bases: tuple[str, ...], aligned: bool, size: int) -> int:
     """Return the bytes of rows that loads or stores move.
 
-    Accesses in C++ functions such as ``load_vector`` are to rows. Other accesses of 16 bytes of an aligned kernel are,
-    too, but for the bitmasks of tile.cuh.
+    Accesses in C++ functions such as ``load_vector`` are to rows. In an aligned kernel, so are other accesses of 16
+    bytes, except those to the bitmasks of tile.cuh.
     """
     total = 0
     for i in instructions:
@@ -211,7 +211,7 @@ class KernelMeasure:
 
     @cached_property
     def hot(self) -> dict[str, LoopMeasure]:
-        """The loops that move rows: of each kind, space and C++ function, that with the most elements per iteration.
+        """The loops that move rows: per kind, space and C++ function, the one with the most elements per iteration.
 
         The compiler emits loops for the rest of an unrolled loop; these have fewer elements per iteration.
         """

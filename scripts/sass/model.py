@@ -15,7 +15,7 @@ from scripts.sass.paths import fewest_path, longest_iteration
 
 #: The batch for which speed is predicted: rows, elements per row, rows per segment.
 ROWS, WIDTH, FRAMES = 100_000, 1280, 3
-#: Share of the issue slots that a kernel with few warps uses. An assumption: 60 to 90 % are usual.
+#: Share of the issue slots that a kernel with few warps uses: an assumption, which is not measured.
 ISSUE_EFFICIENCY = 0.75
 
 
@@ -174,13 +174,13 @@ def score_loops(kernel: KernelMeasure) -> list[LoopMeasure]:
 def instructions_per_pair(loop: LoopMeasure, size: int) -> float:
     """Return the instructions with which a lane scores 16 bytes of a pair of rows.
 
-    An element of a pair has two products, that of the rows and the square of one row, whatever a loop loads.
+    An element of a pair has two products, that of the rows and the square of one row, however many rows a loop loads.
     """
     return loop.instructions / (loop.products / 2) * (16 / size)
 
 
 def _around(function: Function, measure: LoopMeasure, kernel: KernelMeasure) -> list[Instruction]:
-    """Return one iteration of the loop around a loop, without the loops in it; nothing if there is none."""
+    """Return one iteration of the loop around a loop, without the loops in it; empty if no loop is around it."""
     inner = function.loops[kernel.loops.index(measure)]
     outer = [loop for loop in function.loops if loop.contains(inner)]
     return longest_iteration(function, outer[-1]) if outer else []

@@ -67,9 +67,9 @@ def fewest_path(
     Args:
         function: The kernel.
         work: Returns the amounts of work that a block does.
-        least: Amounts that the path must do at least.
-        most: Amounts that it must not exceed.
-        loop: The loop whose iteration is meant; ``None`` means a path from the entry to the end of the kernel.
+        least: Smallest amount of each kind of work on the path.
+        most: Largest amount of each kind of work on the path.
+        loop: Loop, for a path of one iteration; ``None``: the path is from the entry to the end of the kernel.
         free: Blocks whose instructions are not counted, and not returned.
 
     No execution that does this work can be shorter, so their number is a lower bound.

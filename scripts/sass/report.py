@@ -57,7 +57,7 @@ def _prediction(kernel: KernelMeasure, cost: Cost, machine: Machine) -> dict[str
 
 
 def as_json(kernel: KernelMeasure) -> dict[str, Any]:
-    """Return everything that is known of a kernel."""
+    """Return all measurements and predictions of a kernel."""
     resources = kernel.kernel.resources
     costs = [(machine, cost_of(kernel, machine)) for machine in MACHINES]
     return {
@@ -77,7 +77,7 @@ def as_json(kernel: KernelMeasure) -> dict[str, Any]:
 
 
 def committed(kernel: KernelMeasure) -> dict[str, Any]:
-    """Return the numbers of a kernel that may not increase unnoticed."""
+    """Return the row of a kernel in the committed table: the numbers for which an increase fails the tests."""
     found = as_json(kernel)
     row: dict[str, Any] = {
         name: found[name] for name in ("registers", "stack", "code_bytes", "local", "fences", "narrow_row_stores")
@@ -99,7 +99,7 @@ def _widths(found: dict[str, int]) -> str:
 
 
 def as_text(kernel: KernelMeasure) -> str:
-    """Return the lines of a kernel."""
+    """Return the text that is printed for a kernel."""
     found = as_json(kernel)
     lines = [
         kernel.name,

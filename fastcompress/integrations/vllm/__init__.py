@@ -1,7 +1,7 @@
-"""Serve compressed audio LLMs with vLLM: the audio takes fewer tokens of the prompt and of the KV cache.
+"""Serve compressed audio LLMs with vLLM: audio takes fewer tokens of the prompt and of the key-value cache.
 
-vLLM loads this plug-in through the entry point ``vllm.general_plugins``, so that nothing has to be imported or patched.
-A model is compressed if its configuration has the key ``fastcompress``; without it, it runs as without this package.
+vLLM loads this plug-in through the entry point ``vllm.general_plugins``, so that user code imports and patches nothing.
+A model is compressed if its configuration has the key ``fastcompress``. Other models are not changed.
 Importing this module imports neither vllm nor transformers. docs/serving.md is the guide.
 """
 

@@ -1,4 +1,4 @@
-"""Audio embeddings that are pooled outside of the engine, for rules whose number of tokens depends on the audio."""
+"""Pool audio embeddings outside of the engine, for rules whose number of tokens depends on the audio."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Merged(Exception):
 def embed(model: Any, inputs: Mapping[str, Any], rule: Rule | str | nn.Module, reduce: Reduce = "mean") -> list[Tensor]:
     """Encode audio with a stock model of transformers and pool it, as ``audio_embeds`` for vLLM.
 
-    Only the encoder and the projector run. The rule pools each audio as a whole, also if the encoder cuts it into
+    Only the encoder and the projector run. The rule pools each audio as a whole, even if the encoder cuts it into
     windows.
 
     Args:
@@ -47,7 +47,7 @@ def embed(model: Any, inputs: Mapping[str, Any], rule: Rule | str | nn.Module, r
 
 
 def _audio_rows(model: Any, inputs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """Return the rows that a model puts in the place of its placeholders, ``[N, D]``, and the number of each audio."""
+    """Return the rows that replace the placeholders of a model, ``[N, D]``, and the number of rows of each audio."""
     ids = inputs["input_ids"]
     audio = ids == model.config.audio_token_id
     edges = torch.nn.functional.pad(audio.int(), (1, 1)).diff()  # prompts are separate rows

@@ -20,7 +20,7 @@ class Family:
         architectures: Names in ``config.json`` under which vLLM registers the class.
         name: Name of the class; empty: that of the only architecture.
         method: Method of the class that returns the rows of each audio.
-        expanded: Whether the prompt has all placeholders before vLLM's processor sees it.
+        expanded: Whether the prompt has all placeholders before vLLM's processor receives it.
         window: Function of the configuration that returns the number of rows of a full window; longer audio has several
             windows, which are pooled separately. ``None``: audio is not cut.
         embeds: Whether vLLM takes ``audio_embeds`` for this family.

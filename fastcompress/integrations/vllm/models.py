@@ -24,7 +24,7 @@ Base: Any = object  # the mixins below precede a model class of vLLM
 
 
 class CompressedModel(Base):
-    """Mixin for a model."""
+    """Mixin for a model class of vLLM: read the rule, and check the number of tokens of each audio."""
 
     fastcompress_family: ClassVar[Family]
     fastcompress: Compression | None
@@ -59,8 +59,8 @@ class CompressedModel(Base):
         """Encode the items of one modality.
 
         Raises:
-            RuntimeError: An audio has another number of tokens than its prompt has placeholders. vLLM itself cuts
-                surplus tokens off without an error.
+            RuntimeError: The number of tokens of an audio differs from the number of its placeholders. vLLM itself
+                drops surplus tokens without an error.
         """
         announced = kwargs.pop(processing.ANNOUNCED, None)
         found = self.fastcompress_embed(kwargs)
@@ -88,7 +88,7 @@ class PoolsAudioInput(CompressedModel):
 
 
 class PoolsEmbeddings(CompressedModel):
-    """Mixin for a model of audio alone whose ``embed_multimodal`` encodes it."""
+    """Mixin for a model whose ``embed_multimodal`` encodes audio and no other modality."""
 
     def fastcompress_embed(self, kwargs: dict[str, Any]) -> Any:
         return self.fastcompress_pool(super().fastcompress_embed(kwargs))
@@ -124,7 +124,8 @@ def _combine(name: str, *bases: Any, **attributes: Any) -> Any:
 def make(family: Family, name: str) -> Any:
     """Make the model class of a family, with the stock class as its base.
 
-    If the stock class lacks what the plug-in extends, the result refuses models that have the key ``fastcompress``.
+    If the stock class lacks what the plug-in extends, the result raises an error for models with the key
+    ``fastcompress``.
     """
     stock = getattr(importlib.import_module(f"vllm.model_executor.models.{family.module}"), family.class_name)
     factories = stock.__dict__.get("_processor_factory")

@@ -30,7 +30,10 @@ class CompressedInfo(Base):
         self.compression = settings.read(ctx.model_config.hf_config, self.fastcompress_family)
 
     def get_mm_max_tokens_per_item(self, seq_len: int, mm_counts: Any = None) -> Mapping[str, int] | None:
-        """Return the largest number of tokens per item. Without it, vLLM would admit more audio than it profiled."""
+        """Return the largest number of tokens per item.
+
+        Without this method, vLLM would accept more audio than it profiled.
+        """
         most = super().get_mm_max_tokens_per_item(seq_len, mm_counts)
         if self.compression is None or not most or "audio" not in most:
             return most
@@ -74,7 +77,7 @@ class CompressedProcessor(Base):
         return len(_places(details))
 
     def _get_mm_hashes(self, inputs: Any) -> Any:
-        """Return the keys of caches, which servers with different rules may share."""
+        """Return the cache keys of each item. They depend on the rule, so that servers may share caches."""
         hashes = super()._get_mm_hashes(inputs)
         compression = self.info.compression
         if compression is None or "audio" not in hashes:
@@ -92,7 +95,7 @@ class CompressedExpandedProcessor(CompressedProcessor):
         return len(_places(shorten(details, self.info.compression)))
 
     def _maybe_apply_prompt_updates(self, mm_items: Any, mm_res: Any) -> Any:
-        """Find the placeholders in the prompt, and drop surplus ones."""
+        """Find the placeholders in the prompt, and remove surplus ones."""
         ids, placeholders = super()._maybe_apply_prompt_updates(mm_items, mm_res)
         compression = self.info.compression
         if compression is None or "audio" not in placeholders:

@@ -1,4 +1,4 @@
-"""Compression of a served model: read from its configuration, count tokens, pool rows."""
+"""Read the compression of a served model from its configuration, count tokens and pool rows."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ class Compression:
             The tokens of each audio, ``[M, D]``, where ``M`` is ``count(N)``.
 
         Raises:
-            RuntimeError: The segments are not as many as the prompt has placeholders.
+            RuntimeError: The number of segments differs from the number of placeholders.
         """
         audios = tuple(audios)
         if not audios:
@@ -75,16 +75,17 @@ class Compression:
             torch.tensor([0, *sizes]).cumsum(0).int().to(rows.device, non_blocking=True) for sizes in (lengths, counts)
         )
         pooled = segment_pool(rows.contiguous(), self.rule, cu_seqlens=offsets, reduce=self.reduce, compact=False)
-        # vLLM cuts surplus tokens off without an error.
+        # vLLM drops surplus tokens without an error.
         torch._assert_async(
-            (pooled.cu_seqlens == wanted).all(), f"fastcompress: {self} made other numbers of tokens than it announced"
+            (pooled.cu_seqlens == wanted).all(),
+            f"fastcompress: {self} made numbers of tokens that differ from those of the prompts",
         )
         sizes = [self.count(len(rows)) for rows in audios]
         return pooled.values[: sum(sizes)].split(sizes)
 
 
 def find(config: Any) -> Any:
-    """Return the value of the key ``fastcompress`` of a configuration or of the thinker's in it, or ``None``."""
+    """Return the value of the key ``fastcompress`` of a configuration or of its ``thinker_config``, or ``None``."""
     found = getattr(config, "fastcompress", None)
     return getattr(getattr(config, "thinker_config", None), "fastcompress", None) if found is None else found
 
@@ -93,15 +94,15 @@ def read(config: Any, family: Family) -> Compression | None:
     """Read the compression of a model.
 
     Args:
-        config: Configuration of the model. Its key ``fastcompress`` is what ``apply_to`` saves with the weights. All
-            fields but ``rule`` can be missing.
+        config: Configuration of the model. Its key ``fastcompress`` is what ``apply_to`` saves with the weights. Only
+            the field ``rule`` is necessary.
         family: Family of the model.
 
     Returns:
         The compression; ``None`` if there is no such key.
 
     Raises:
-        NotImplementedError: The family or the rule cannot be served, or the model asks for a part that vLLM lacks.
+        NotImplementedError: vLLM cannot serve the family or the rule, or lacks a part with which the model was saved.
         ValueError: The value of the key is invalid.
     """
     data = find(config)

@@ -16,8 +16,8 @@
 // Model, for x [N, D] of E-byte elements, a tile of R rows and M segments: (1 + H / R) N D E bytes are read, most of
 // the H = 1 + 2 order + kExtraRows halo rows from the second-level cache, and M D E written. Instructions of a lane for
 // bf16, read from the SASS of sm_90:
-//   scoring:    48.5 for each pair of rows and 8 columns (3 loads, 24 widenings, 32 multiplications and 32 additions
-//               for two pairs and 4 columns), which is 6.1 for each element of the window;
+//   scoring:    48.5 for each pair of rows and 8 columns (6 loads, 24 widenings, 32 multiplications and 32 additions
+//               for two pairs and 8 columns), which is 6.1 for each element of the window;
 //   averaging:  145 for a segment of 3 rows at 8 columns (loads, widenings and additions 61, division 57, store and
 //               loop 27), which is 6.0 for each element of the tile.
 // pool_plan.cpp chooses R.
@@ -76,6 +76,12 @@ constexpr int kPairs = sizeof(T) == 2 ? 2 : 1;
 template <class T>
 constexpr int kElements = sizeof(T) == 8 ? 2 : 4;
 
+// Whether a window of this many rows leaves so many threads idle that twice as many lanes can score each pair.
+template <class T>
+FASTCOMPRESS_HD bool has_few_rows(int rows) {
+  return (rows + kPairs<T> - 1) / kPairs<T> * (2 * kLanes / kElements<T>) <= kThreads;
+}
+
 // Computes the dot products and squares of the rows of the window, in groups of 32 / N lanes.
 template <bool kAligned, int N, class T, class Row>
 __device__ __forceinline__ void score_groups(const Row& row, int rows, int width, int thread,
@@ -108,7 +114,7 @@ template <class T, bool kAligned, bool kWiden, class Row>
 __device__ __forceinline__ void score_window(const Row& row, int rows, int width, int thread,
                                              PoolShared<accumulate_t<T>>& shared) {
   constexpr int N = kElements<T>;
-  if (kWiden && (rows + kPairs<T> - 1) / kPairs<T> * (2 * kLanes / N) <= kThreads)
+  if (kWiden && has_few_rows<T>(rows))
     score_groups<kAligned, N / 2, T>(row, rows, width, thread, shared);
   else
     score_groups<kAligned, N, T>(row, rows, width, thread, shared);

@@ -149,6 +149,40 @@ void check_greedy(Batch<T>& batch, Report& report) {
 }
 
 template <class T>
+void check_variance(Batch<T>& batch, int64_t max_len, Report& report) {
+  using S = accumulate_t<T>;
+  const int64_t rows = batch.rows, window = max_len - 1;
+  cuda::BandParams band{batch.x_in(), {}, window, window};
+  batch.prepare(0, band.sequences);
+  band.dots = batch.memory.template output<double>(size_t(rows * max_len));
+  S* d = batch.memory.template output<S>(size_t(rows * window));
+  band.out = d;
+  check(cuda::launch_banded_distance(dtype_of<T>(), band, nullptr), "banded_distance");
+  synchronize("banded_distance");
+  Values<S> expected(size_t(rows * window));
+  for (int64_t lag = 1; lag <= window; ++lag) {
+    const Values<S> of_lag = reference::distances(batch.x, batch.sequences, lag);
+    for (int64_t t = 0; t < rows; ++t) expected[t * window + lag - 1] = of_lag[t];
+  }
+  report.same("banded_distance", d, expected);
+
+  cuda::VarianceParams p{batch.memory.input(expected), window, rows};
+  p.state = batch.prepare(0, p.sequences).state;
+  p.rate = 2.5, p.max_len = max_len;
+  p.bound = rows / kVarianceBlock + batch.in.count;
+  cuda::plan_variance(cuda::current_device(), p);
+  p.blocks = batch.memory.template output<cuda::VarianceBlock>(size_t(p.bound));
+  p.scratch = batch.memory.template output<double>(size_t(p.thread_blocks * p.scratch_bytes / 8));
+  p.starts = batch.memory.template output<uint8_t>(size_t(rows));
+  check(cuda::launch_min_variance(sizeof(S) == 8, p, nullptr), "min_variance_boundaries");
+  synchronize("min_variance_boundaries");
+  Values<uint8_t> starts(size_t(rows), 0);
+  for (int64_t b = 0; b < batch.sequences.count(); ++b)
+    reference::min_variance(expected, batch.sequences.begin[b], batch.sequences.end[b], p.rate, max_len, starts.data());
+  report.same("min_variance_boundaries", p.starts, starts);
+}
+
+template <class T>
 void check_given(Batch<T>& batch, Report& report) {
   using S = accumulate_t<T>;
   const Found segments = segments_of(batch.rows, false);
@@ -249,6 +283,7 @@ void check_dtype(const Shape& shape, bool exact, const char* dtype, Report& repo
   check_select(batch, report);
   check_distances(batch, report);
   check_greedy(batch, report);
+  for (const int64_t max_len : {8, 13, 20}) check_variance(batch, max_len, report);  // one for each kernel
   check_given(batch, report);
   check_integrate(batch, report);
   check_pack(batch, report);

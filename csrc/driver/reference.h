@@ -4,6 +4,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -11,6 +12,7 @@
 #include "../cpu/adjacent_distance.h"
 #include "../cpu/row_kernels.h"
 #include "../greedy_segments.h"
+#include "../min_variance.h"
 #include "../pack.h"
 #include "../rule.h"
 #include "../segment_reduce.h"
@@ -233,6 +235,29 @@ Values<uint8_t> greedy(const Matrix<T>& x, const Spans& sequences, const Linkage
   }
   std::free(total);
   return starts;
+}
+
+// Marks the first rows of the minimum-variance segments of rows [begin, end), by dynamic programming.
+template <class S>
+void min_variance(const Values<S>& d, int64_t begin, int64_t end, double rate, int64_t max_len, uint8_t* starts) {
+  const int64_t rows = end - begin, count = int64_t(std::ceil(double(rows) / rate));
+  Values<Values<double>> costs(max_len, Values<double>(rows, 0.0)), best(count + 1, Values<double>(rows + 1, INFINITY));
+  Values<Values<int64_t>> choices(count + 1, Values<int64_t>(rows, 1));
+  Values<double> of_first(rows, 0.0), pairs(rows, 0.0);
+  for (int64_t length = 2; length <= max_len; ++length)
+    for (int64_t t = 0; t + length <= rows; ++t) {
+      const double distance = double(d[(begin + t) * (max_len - 1) + length - 2]);
+      of_first[t] += std::abs(distance) <= kLargestDistance ? distance : 1;
+      pairs[t] = pairs[t + 1] + of_first[t];
+      costs[length - 1][t] = pairs[t] / double(length);
+    }
+  best[0][rows] = 0;
+  for (int64_t k = 1; k <= count; ++k)
+    for (int64_t t = 0; t < rows; ++t)
+      for (int64_t length = 1; length <= std::min(max_len, rows - t); ++length)
+        if (const double sum = costs[length - 1][t] + best[k - 1][t + length]; sum < best[k][t])
+          best[k][t] = sum, choices[k][t] = length;
+  for (int64_t k = count, t = 0; k > 0; t += choices[k--][t]) starts[begin + t] = 1;
 }
 
 }  // namespace reference

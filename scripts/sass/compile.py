@@ -98,7 +98,10 @@ def short_name(demangled: str) -> str:
 
 def source_digest(source: Path, options: tuple[str, ...]) -> str:
     text = hashlib.sha256(f"{options} {nvcc_release()} {find_nvdisasm()}".encode())
-    for path in sorted({source, *(ROOT / "csrc").rglob("*.h"), *source.parent.glob("*.cuh")}):
+    folders = (ROOT / "csrc", ROOT / "csrc" / "cuda")
+    for path in sorted(
+        {source, *(path for folder in folders for path in (*folder.glob("*.h"), *folder.glob("*.cuh")))}
+    ):
         text.update(f"{path.name}\0".encode() + path.read_bytes())
     return text.hexdigest()[:16]
 

@@ -16,7 +16,19 @@ _DTYPES = ("float", "double", "BFloat16", "Half")  # the order of DType in param
 
 @dataclass(frozen=True)
 class Plan:
-    """The tiles of a launch: rows of a tile, rows that it loads in addition, tiles, and what a block uses."""
+    """The tiles of a launch.
+
+    Attributes:
+        tile_rows: Rows of a tile.
+        halo: Rows that a block loads in addition.
+        num_tiles: Number of tiles.
+        staged: Whether the rows are copied to shared memory.
+        shared_bytes: Shared memory of the rows.
+        threads: Threads of a block.
+        elements_per_lane: Elements of a row that a lane loads at once to score it.
+        pairs_per_group: Pairs of neighbouring rows that a group of lanes scores at once.
+        group_lanes: Lanes of such a group.
+    """
 
     tile_rows: int
     halo: int
@@ -24,7 +36,14 @@ class Plan:
     staged: bool
     shared_bytes: int
     threads: int
-    lanes_per_row: int
+    elements_per_lane: int
+    pairs_per_group: int
+    group_lanes: int
+
+    @property
+    def lanes_per_pair(self) -> float:
+        """Lanes per pair of rows."""
+        return self.group_lanes / self.pairs_per_group
 
     @property
     def reads(self) -> float:

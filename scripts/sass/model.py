@@ -139,23 +139,28 @@ def store_factor(instructions: list[Instruction]) -> float:
 def average_item(kernel: KernelMeasure, frames: int = FRAMES) -> list[Instruction] | None:
     """Return the instructions that average ``frames`` rows at 16 bytes of columns, or None if no path does that.
 
-    It is the shortest path that loads 16 bytes of each row, adds them, and stores 16 bytes of one row: an iteration of
-    the innermost loop that can do this, or else a path through the whole kernel.
+    It is the shortest path that loads 16 bytes of each row, adds and divides them, and stores 16 bytes of one row: an
+    iteration of the innermost loop that can do this, or else a path through the whole kernel.
     """
     columns = 16 // element_bytes(kernel.name)
     least = {"sums": (frames - 1) * columns}
-    for loop in reversed(kernel.kernel.function.loops):
+    # A division multiplies each element at least once. Without this, the path of a sum would be the shortest.
+    function, amounts = kernel.kernel.function, _amounts(kernel)
+    if any(amounts[index]["products"] for index in function.reachable):
+        least["products"] = columns
+    for loop in reversed(function.loops):
         if (found := _path(kernel, 16 * frames, 16, least, loop)) is not None:
             return found
     return _path(kernel, 16 * frames, 16, least)
 
 
-def score_loops(kernel: KernelMeasure) -> list[LoopMeasure]:
+def score_loops(kernel: KernelMeasure, width: int = 0) -> list[LoopMeasure]:
     """Return the loops that multiply rows, tightest first: innermost ones, and one for each ratio of products to loads.
 
     Rows come from shared memory if the kernel copies them there; its loops over global memory are for long segments.
     The compiler emits loops for the rest of an unrolled loop, which have more instructions per product; passes that
-    load the same rows for different products have different ratios.
+    load the same rows for different products have different ratios. With a ``width``, only loops whose loads have this
+    width in bytes count: a kernel may have loops for other groups of lanes.
     """
     function = kernel.kernel.function
     measured = list(zip(function.loops, kernel.loops, strict=True))
@@ -164,6 +169,9 @@ def score_loops(kernel: KernelMeasure) -> list[LoopMeasure]:
     best: dict[float, LoopMeasure] = {}
     for loop, found in measured:
         if found.kind != "score" or found.space != space or any(loop.contains(other) for other in scores):
+            continue
+        loads = {i.width for block in function.own_blocks(loop) for i in block.instructions if i.base in ("LDS", "LDG")}
+        if width and loads != {width}:
             continue
         ratio = found.products / found.elements
         if ratio not in best or found.per_product < best[ratio].per_product:
@@ -187,21 +195,24 @@ def _around(function: Function, measure: LoopMeasure, kernel: KernelMeasure) -> 
 
 
 def pool_cost(kernel: KernelMeasure, machine: Machine) -> Cost | None:
-    """Return the cost of the fused kernel with staged rows, or None if a part is not found."""
+    """Return the cost of the fused kernel with staged rows, or None if a part is not found or rows are not staged."""
     dtype = re.search(r"<(\w+)", kernel.name)
     size, function = element_bytes(kernel.name), kernel.kernel.function
     copy = next((loop for key, loop in kernel.hot.items() if key.startswith("copy")), None)
-    scores, item = score_loops(kernel), average_item(kernel)
-    if dtype is None or copy is None or not scores or item is None:
+    item = average_item(kernel)
+    if dtype is None or copy is None or item is None:
         return None
     found = plan(machine, dtype[1], ROWS, WIDTH)
+    scores = score_loops(kernel, found.elements_per_lane * size)
+    if not found.staged or not scores:
+        return None
     score, columns = scores[0], 16 // size
     parts = [
         Part("copy", _scaled(copy.pipes, found.reads / copy.elements)),
         Part("score", _scaled(score.pipes, found.reads / (score.products / 2))),
         Part(
             "reduce scores",
-            _scaled(pipes(_around(function, score, kernel)), found.reads * found.lanes_per_row / WIDTH),
+            _scaled(pipes(_around(function, score, kernel)), found.reads * found.lanes_per_pair / WIDTH),
         ),
         Part("average", _scaled(pipes(item), 1 / (FRAMES * columns))),
         Part("rest", _scaled(pipes(_outside(kernel)), found.threads / (found.tile_rows * WIDTH))),
@@ -219,7 +230,7 @@ def given_cost(kernel: KernelMeasure) -> Cost | None:
         item = average_item(kernel)
         loads: float = 16 * FRAMES
     else:
-        item = _path(kernel, 16, 16 * FRAMES, {"divisions": 1})
+        item = _path(kernel, 16, 16 * FRAMES, {"divisions": 1, "products": columns})
         loads = 16
     if item is None:
         return None

@@ -3,8 +3,9 @@
 #include <cstdio>
 #include <cstdlib>
 
+#include "cuda/dispatch.h"
 #include "cuda/launch.h"
-#include "cuda/rows.cuh"
+#include "cuda/segment_pool.cuh"
 
 using namespace fastcompress;
 using namespace fastcompress::cuda;
@@ -23,9 +24,15 @@ int main(int argc, char** argv) {
   rule.kind = RuleKind::kLocalMax;
   rule.size = number(7);
   const PoolPlan plan = plan_pool(device, dtype, x, x, rule);
-  const int64_t halo = rows_before(rule) + rows_after(rule) + kExtraRows;
-  std::printf("{\"tile_rows\": %d, \"halo\": %d, \"num_tiles\": %lld, \"staged\": %s, \"shared_bytes\": %d, ",
-              plan.tile_rows, int(halo), static_cast<long long>(plan.num_tiles), plan.staged ? "true" : "false",
-              plan.shared_bytes);
-  std::printf("\"threads\": %d, \"lanes_per_row\": %d}\n", kThreads, int(kLanes * size_of(dtype) / 16));
+  const int halo = int(pool_halo(rule));
+  return with_type(dtype, [&](auto zero) {
+    using T = decltype(zero);
+    const int elements = has_few_rows<T>(plan.tile_rows + halo) ? kElements<T> / 2 : kElements<T>;
+    std::printf("{\"tile_rows\": %d, \"halo\": %d, \"num_tiles\": %lld, \"staged\": %s, \"shared_bytes\": %d, ",
+                plan.tile_rows, halo, static_cast<long long>(plan.num_tiles), plan.staged ? "true" : "false",
+                plan.shared_bytes);
+    std::printf("\"threads\": %d, \"elements_per_lane\": %d, \"pairs_per_group\": %d, \"group_lanes\": %d}\n", kThreads,
+                elements, kPairs<T>, int(kLanes) / elements);
+    return 0;
+  });
 }

@@ -80,14 +80,18 @@ def committed(kernel: KernelMeasure) -> dict[str, Any]:
     """Return the row of a kernel in the committed table: the numbers for which an increase fails the tests."""
     found = as_json(kernel)
     row: dict[str, Any] = {
-        name: found[name] for name in ("registers", "stack", "code_bytes", "local", "fences", "narrow_row_stores")
+        name: found[name]
+        for name in ("registers", "stack", "shared", "code_bytes", "local", "fences", "narrow_row_stores")
     }
     row["loops"] = {name: loop["per_element"] for name, loop in found["loops"].items()}
+    if not row["loops"]:  # a kernel without loops over rows has no other number of its work
+        row["stores"] = sum(found["stores"].values())
     if "H200" in found["predictions"]:
         row["per_element"] = found["predictions"]["H200"]["instructions_per_element"]
     size = element_bytes(kernel.name)
     if size and is_aligned(kernel.name):
-        if scores := score_loops(kernel):
+        # band_dots multiplies one row with several others, so a pair has no two products of its own.
+        if not kernel.name.startswith("band_dots") and (scores := score_loops(kernel)):
             row["score_step"] = round(instructions_per_pair(scores[0], size), 1)
         if kernel.name.startswith(("segment_pool", "segment_reduce_fwd")) and (item := average_item(kernel)):
             row["average_item"] = len(item)

@@ -23,7 +23,8 @@ OUT ?= out/gpu
 DRY ?=
 
 .PHONY: help demo experiment build test test-slow test-full test-emulated vllm-test sanitize fuzz lint docs bench \
-    bench-check bench-report gpu gpu-build gpu-test gpu-sanitize gpu-bench wheel wheels wheel-test clean
+    bench-check bench-report sass gpu gpu-driver gpu-build gpu-check gpu-test gpu-sanitize gpu-bench wheel wheels \
+    wheel-test clean
 
 help:
 	@echo "Try it"
@@ -50,12 +51,16 @@ help:
 	@echo "  make bench         compare with PyTorch on the CPU; SAVE=1 appends to benchmarks/results"
 	@echo "  make bench-check   run some of the benchmarks; fail if fastcompress is slower than in the committed results"
 	@echo "  make bench-report  write benchmarks/report.md and its plots from the committed results"
+	@echo "  make sass          read the machine code of the CUDA kernels and predict their speed (needs nvcc, no GPU;"
+	@echo "                     KERNEL=REGEX, ARCH=90)"
 	@echo
 	@echo "On a machine with a GPU (needs no network; OUT=out/gpu: folder of logs and results; DRY=1: short forms, no GPU)"
 	@echo "  make gpu           run all of the following steps; WHEEL=... uses the library of a wheel"
+	@echo "  make gpu-driver    build build/gpu_driver, which checks and times the kernels without torch (ARCH=90; no GPU)"
 	@echo "  make gpu-build     compile for this GPU"
+	@echo "  make gpu-check     check the bits of the kernels by the driver, measure ceilings, and time plans"
 	@echo "  make gpu-test      run the GPU tests and the tests of the ops on the CUDA and the Triton kernels"
-	@echo "  make gpu-sanitize  run short GPU tests under compute-sanitizer"
+	@echo "  make gpu-sanitize  run the driver on short shapes under compute-sanitizer"
 	@echo "  make gpu-bench     compare with PyTorch on the GPU"
 	@echo
 	@echo "Release"
@@ -171,6 +176,11 @@ bench-report: $(READY)
 bench-check: build
 	$(BIN)/python -m benchmarks.gate
 
+ARCH ?= 90
+KERNEL ?=
+sass: $(READY)
+	$(BIN)/python -m scripts.sass --arch $(ARCH) --kernel '$(KERNEL)'
+
 # Uses $(VENV) if it was set up, else $(PYTHON), which needs torch, triton, pytest, setuptools and ninja,
 # and for the benchmark pandas and tabulate.
 GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(OUT) $(if $(DRY),--dry) \
@@ -178,8 +188,14 @@ GPU = $(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/gpu.py --out $(
 gpu:
 	$(GPU)
 
+gpu-driver:
+	$(if $(wildcard $(READY)),$(BIN)/python,$(PYTHON)) scripts/build_driver.py --arch $(ARCH)
+
 gpu-build:
 	$(GPU) build
+
+gpu-check:
+	$(GPU) driver
 
 gpu-test:
 	$(GPU) test

@@ -45,7 +45,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     for name in options.suites:  # argparse refuses an empty list of choices
         if name not in SUITES:
             parser.error(f"SUITE must be one of {', '.join(SUITES)}, got {name!r}")
-    known = [*(case.name for case in (*segment_pool.CASES, *segment_pool.GPU_CASES)), *scaling.AXES]
+    known = [
+        *(case.name for case in (*segment_pool.CASES, *segment_pool.GPU_CASES, segment_pool.UNIFORM)),
+        *scaling.AXES,
+    ]
     for name in options.cases or ():
         if name not in known:
             parser.error(f"--cases must be of {', '.join(known)}, got {name!r}")

@@ -24,6 +24,8 @@ OURS = "fastcompress"
 BOUND = "bandwidth bound"
 #: A copy by PyTorch of as many bytes.
 CLONE = "clone of the same bytes"
+#: Three reads for each write, as in pooling, by PyTorch: as many bytes. Only on a GPU.
+MIX = "addcmul of the same bytes"
 #: Short names of dtypes, as the command takes them.
 DTYPES = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 #: Measurements that agree in these fields were taken in turn, and make one table.

@@ -42,18 +42,18 @@ def write(folder: Path) -> None:
     found.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=found, pad_token="<pad>", eos_token="</s>")
     tokenizer.add_tokens(special, special_tokens=True)
-    config = transformers.Qwen2AudioConfig(
+    config: Any = transformers.Qwen2AudioConfig(
         audio_config={"model_type": "qwen2_audio_encoder", "encoder_layers": 2},  # the other sizes are its defaults
         text_config={
             "model_type": "qwen2", "vocab_size": len(tokenizer), "hidden_size": 4096, "intermediate_size": 11008,
             "num_hidden_layers": 2, "num_attention_heads": 32, "num_key_value_heads": 32, "tie_word_embeddings": False,
             "max_position_embeddings": 8192, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
         },
-        audio_token_id=tokenizer.convert_tokens_to_ids("<|AUDIO|>"),
+        audio_token_index=len(words),
     )  # fmt: skip
     torch.manual_seed(0)
     transformers.Qwen2AudioForConditionalGeneration(config).save_pretrained(folder)
-    extractor = transformers.WhisperFeatureExtractor(feature_size=config.audio_config.num_mel_bins)
+    extractor = transformers.WhisperFeatureExtractor(feature_size=128)  # the default of the encoder
     transformers.Qwen2AudioProcessor(extractor, tokenizer).save_pretrained(folder)
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import pandas as pd
 
-from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS
+from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, MIX, OURS
 from benchmarks.suites import roofline, scaling
 
 FRESH = f"{BOUND}, fresh"
@@ -57,7 +57,7 @@ def matrix(rows: pd.DataFrame, first: str | None = None) -> pd.DataFrame:
     table = {f"{first}, ms": (median.loc[first] * 1e3).map(lambda ms: figure(ms, "**{}**"))}
     if "call" in rows:
         table[f"{first}, end to end, ms"] = (wide["call"].loc[first, settings] * 1e3).map(figure)
-    for name in (first, CLONE, FRESH):
+    for name in (first, CLONE, MIX, FRESH):
         if name in rates.index and rates.loc[name].notna().any():
             table[f"{name}, GB/s"] = rates.loc[name].map(figure)
     times = (median / median.loc[first]).drop(first)

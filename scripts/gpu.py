@@ -1,13 +1,15 @@
 """Build, test, sanitize and benchmark on a machine with a GPU. No step needs a network.
 
 A command is skipped, with the reason, if a program that it needs is missing, such as nvcc or compute-sanitizer. A
-skipped command is not a failure. Output is written to the terminal and to OUT/<command>.log while a command runs, and
-OUT/summary.json is rewritten after each command. The exit code is 1 if a command failed.
+skipped command is not a failure. Output is written to the terminal and to OUT/<command>.log while a command runs.
+Results are appended to OUT/results.jsonl as soon as they are known: one line per command, and the lines of the driver.
+The benchmark appends to OUT/<machine>-cuda.jsonl. The exit code is 1 if a command failed.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.metadata
 import importlib.util
 import json
@@ -16,16 +18,23 @@ import shlex
 import shutil
 import subprocess
 import sys
-from dataclasses import asdict, dataclass, field
+import time
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
-STEPS = ("build", "test", "sanitize", "bench")
+STEPS = ("build", "driver", "sanitize", "test", "bench")
 OPS = "adjacent_distance select_boundaries segment_reduce segment_pool pack properties errors opcheck compile"
 TESTS = ["tests/gpu/test_ops.py", *(f"tests/ops/test_{name}.py" for name in OPS.split())]
 FEW = "hostile_segments"  # tests that Triton's interpreter runs in seconds
+#: Each variant of a Triton kernel takes up to 10 s of CPU time to compile (triton 3.6, sm_90), so only these tests of
+#: tests/gpu/test_ops.py run on the Triton kernels: every kernel, in one dtype each.
+FEW_VARIANTS = "short_parts or (test_short and float32 and local-max) or other_stream"
+#: Seconds until a kernel that waits for another one for ever is stopped.
+DRIVER_SECONDS = "600"
 
 
 @dataclass
@@ -46,6 +55,11 @@ def lacks(*packages: str) -> str:
     return f"not installed: {', '.join(absent)}" if absent else ""
 
 
+def find_nvcc() -> str | None:
+    """Return the path of nvcc, or None."""
+    return shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ['PATH']}")
+
+
 def build(dry: bool, wheel: Path | None) -> Command:
     """Return the command that writes _C.so into the checkout, or into build/gpu-dry."""
     target, skip, env = "build/gpu-dry" if dry else ".", lacks("setuptools", "ninja"), {"FASTCOMPRESS_CUDA": "none"}
@@ -55,12 +69,31 @@ def build(dry: bool, wheel: Path | None) -> Command:
     if not skip and int(importlib.metadata.version("setuptools").split(".")[0]) < 77:
         skip = "setuptools is older than 77"
     if not dry:
-        nvcc = shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '')}/bin:{os.environ['PATH']}")
+        nvcc = find_nvcc()
         text = subprocess.check_output([nvcc, "--version"], text=True) if nvcc else ""
         skip = skip or ("" if nvcc else "nvcc is not found: set CUDA_HOME, or give --wheel")
         archs = "{}{}".format(*torch.cuda.get_device_capability())
         env = {"FASTCOMPRESS_CUDA": text.partition("release ")[2].partition(",")[0], "FASTCOMPRESS_CUDA_ARCHS": archs}
     return Command("build", "build", [sys.executable, "setup.py", "-q", "build_ext", "--build-lib", target], skip, env)
+
+
+def driver(dry: bool) -> list[Command]:
+    """Return the commands that build the driver without torch, check the kernels, and measure ceilings and plans."""
+    program = "build/emulated_driver" if dry else "build/gpu_driver"
+    how = ["--emulator"] if dry else ["--arch", "{}{}".format(*torch.cuda.get_device_capability()), "--jobs", "8"]
+    skip = "" if dry or find_nvcc() else "nvcc is not found: set CUDA_HOME"
+    skip = skip or ("g++ is not on the PATH" if dry and not shutil.which("g++") else "")
+    found = [Command("driver", "driver", [sys.executable, "scripts/build_driver.py", *how], skip)]
+    # A graph of commands that print JSON lines; the short forms show that the modes work.
+    modes = [["sanitize"], ["ceilings", "65536"], ["sweep", "150", "64"]]
+    modes = modes if dry else [["check"], ["ceilings"], ["sweep"], ["sweep", "24000", "3584"]]
+    for name, words in zip(("check", "ceilings", "sweep", "sweep-wide"), modes, strict=False):
+        found.append(Command("driver", name, ["timeout", DRIVER_SECONDS, program, *words], skip))
+    for tool in ("memcheck",) if dry else ("memcheck", "racecheck", "synccheck"):
+        sanitizer = f"compute-sanitizer --tool {tool} --error-exitcode 99".split()
+        missing = skip or ("" if dry or shutil.which(sanitizer[0]) else "compute-sanitizer is not on the PATH")
+        found.append(Command("sanitize", tool, [*([] if dry else sanitizer), program, "sanitize"], missing))
+    return found
 
 
 def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
@@ -72,35 +105,51 @@ def commands(dry: bool, out: Path, wheel: Path | None = None) -> list[Command]:
         return [python, "-m", "pytest", "-q", "-rs", *files, "-k", only, "--device", device, "--backend", backend]
 
     every = f"{FEW} or short_parts or test_module or on_request or other_stream" if dry else ""
-    # A direct call of an op skips the checks of the wrappers. The compiled kernels repeat the checks; Triton's do not.
-    triton = test("triton", TESTS, FEW if dry else "not ops_refuse") + parallel
+    triton = test("triton", TESTS if dry else TESTS[:1], FEW if dry else FEW_VARIANTS)
     no_triton, no_pytest = lacks("pytest", "triton", *(["numpy"] if dry else [])), lacks("pytest")
-    found = [
+    bench = [python, "-m", "benchmarks", "--device", "cuda", "--out", str(out), *(["--dry"] if dry else [])]
+    return [
         build(dry, wheel),
         Command("build", "info", [python, "-m", "fastcompress", "info"]),
+        *driver(dry),
         Command("test", "cuda", test(cuda, [*TESTS, "tests/gpu/test_attention.py"], every) + parallel, no_pytest),
         Command("test", "triton", triton, no_triton, interpret),
+        Command("bench", "bench", bench, lacks("pandas", "tabulate"), interpret),
     ]
-    for tool in ("memcheck",) if dry else ("memcheck", "racecheck"):
-        sanitizer = f"compute-sanitizer --tool {tool} --report-api-errors no --error-exitcode 99".split()
-        skip = no_pytest or ("" if dry or shutil.which(sanitizer[0]) else "compute-sanitizer is not on the PATH")
-        words = [*([] if dry else sanitizer), *test(cuda, TESTS[:1], f"short and {FEW}" if dry else "short")]
-        # Each tensor has an allocation of its own, so that memcheck detects an access one element after its end.
-        found.append(Command("sanitize", tool, words, skip, {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}))
-    bench = [python, "-m", "benchmarks", "--device", "cuda", "--out", str(out), *(["--dry"] if dry else [])]
-    return [*found, Command("bench", "bench", bench, lacks("pandas", "tabulate"), interpret)]
+
+
+def append(out: Path, line: dict[str, Any]) -> None:
+    """Append a result to OUT/results.jsonl."""
+    with (out / "results.jsonl").open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 def run(command: Command, log: Path) -> None:
-    """Run a command unless it is to be skipped, and record the result."""
+    """Run a command unless it is to be skipped, and set the result."""
     print(f"\n== {command.name}: {command.skip or shlex.join(command.words)}", flush=True)
     if command.skip:
         command.result = f"skipped: {command.skip}"
         return
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", **command.env}
-    shell = f"{shlex.join(command.words)} 2>&1 | tee {shlex.quote(str(log))}"
-    code = subprocess.run(["bash", "-o", "pipefail", "-c", shell], cwd=ROOT, env=env).returncode
-    command.result = f"failed with exit code {code}" if code else "passed"
+    rest = b""
+    try:
+        process = subprocess.Popen(command.words, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    except OSError as error:
+        command.result = f"failed: {error}"
+        return
+    with process, log.open("wb") as file:
+        assert process.stdout is not None
+        while chunk := os.read(process.stdout.fileno(), 1 << 16):
+            file.write(chunk)
+            file.flush()
+            sys.stdout.buffer.write(chunk)
+            sys.stdout.flush()
+            *lines, rest = (rest + chunk).split(b"\n")
+            for line in lines:
+                if line.startswith(b'{"'):  # a result of the driver
+                    with contextlib.suppress(ValueError):
+                        append(log.parent, json.loads(line))
+    command.result = f"failed with exit code {process.returncode}" if process.returncode else "passed"
 
 
 def main() -> int:
@@ -117,13 +166,18 @@ def main() -> int:
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     steps = {*(options.steps or STEPS), *(["build"] if options.wheel else [])}
-    chosen = [command for command in commands(options.dry, out, options.wheel) if command.step in steps]
+    names = {"driver"} if "sanitize" in steps else set()  # the sanitizers run the driver
+    chosen = [c for c in commands(options.dry, out, options.wheel) if c.step in steps or c.name in names]
     for command in chosen:
         no_library = chosen[0].name == "build" and chosen[0].result.startswith(("failed", "skipped"))
-        if no_library and command.name not in ("info", "triton"):
+        if no_library and command.name in ("cuda", "bench"):
             command.skip = "the build command gave no library"
+        if any(c.step == "driver" and c.result.startswith("failed") for c in chosen):  # no time for wrong kernels
+            command.skip = command.skip or ("" if command.name == "triton" else "a command of the driver has failed")
+        begin = time.monotonic()
         run(command, out / f"{command.name}.log")
-        (out / "summary.json").write_text(json.dumps([asdict(c) for c in chosen], indent=1) + "\n")
+        seconds = round(time.monotonic() - begin, 1)
+        append(out, {"step": command.step, "command": command.name, "result": command.result, "seconds": seconds})
     print("\n" + "\n".join(f"{command.name:<10} {command.result}" for command in chosen))
     return int(any(command.result.startswith("failed") for command in chosen))
 

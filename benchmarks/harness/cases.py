@@ -24,6 +24,12 @@ def rotation(x: Tensor, last_level_cache: int) -> list[Tensor]:
     return [x, *(x.clone() for _ in range(count - 1))]
 
 
+def random_bytes(count: int, device: torch.device | str = "cpu", seed: int = 0) -> Tensor:
+    """Make ``count`` random bytes. A GPU may compress zeros and other constants on their way to memory."""
+    generator = torch.Generator(device).manual_seed(seed)
+    return torch.randint(0, 256, (count,), dtype=torch.uint8, generator=generator, device=device)
+
+
 def gradients(numel: int, dtype: torch.dtype, count: int, device: torch.device | str = "cpu") -> list[Tensor]:
     """Make flat tensors of equal values to start backward passes from, to rotate through."""
     generator = torch.Generator(device).manual_seed(1)

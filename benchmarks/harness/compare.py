@@ -21,8 +21,8 @@ from torch import Tensor
 import fastcompress as fc
 from benchmarks.harness import clock, device, machine
 from benchmarks.harness.bandwidth_bound import BandwidthBound
-from benchmarks.harness.cases import rotation
-from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, OURS, Recorder
+from benchmarks.harness.cases import random_bytes, rotation
+from benchmarks.results import BOTH, BOUND, CLONE, DTYPES, FORWARD, MIX, OURS, Recorder
 
 TRITON = "triton"
 #: Torch dtypes by the short names that the command takes.
@@ -257,7 +257,7 @@ def compare(bench: Bench, job: Job) -> list[dict[str, Any]]:
             timed = _time(bench, job, [implementation for implementation, _ in admitted.values()], direction)
         table = []
         for name, fields in sorted(timed.items(), key=lambda item: float(item[1]["median"])):
-            group = "clone" if name == CLONE else BOUND
+            group = "clone" if name in (CLONE, MIX) else BOUND
             if name in admitted:
                 group, fields = admitted[name][0].group, fields | admitted[name][1]
             table.append(_record(bench, job, direction, name, group, fields | {"moved": job.moved.get(direction)}))
@@ -290,8 +290,11 @@ def _time(
             for kind, bound in job.bounds(bench.bound, backward).items():
                 functions[f"{BOUND}, {kind}"] = bound
         if moved is not None and not backward and job.calls == 1:
-            sources = bench.rotation(torch.ones(moved // 2, dtype=torch.uint8, device=bench.device))
+            sources = bench.rotation(random_bytes(moved // 2, bench.device))
             functions[CLONE] = lambda i: sources[i % len(sources)].clone()
+            if bench.on_gpu:
+                parts = [random_bytes(moved // 16 * 4, bench.device, seed).view(torch.float32) for seed in range(3)]
+                functions[MIX] = lambda _: torch.addcmul(*parts)
         warm, reps = 3 if on_cuda else 1, min(bench.reps, job.reps)
         samples, disturbance = clock.interleave(functions, reps, clocked, job.max_seconds, warm)
         timed = {name: sample.fields() | vars(disturbance) | details.get(name, {}) for name, sample in samples.items()}

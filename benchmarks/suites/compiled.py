@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.harness.cases import Batch
-from benchmarks.suites.eager import Tokens, cosine, embedding_bag, index_add, last_frames, segment_ends
+from benchmarks.suites.eager import Tokens, cosine, embedding_bag, index_add, last_frames, segment_ends, window_offsets
 
 
 def prepare(threads: int) -> None:
@@ -113,3 +113,11 @@ def tuned(x: Tensor, batch: Batch, gather: bool, **how: Any) -> Tokens:
     offsets, ids = _find(_two_sums, x, batch, how)
     means = _SegmentMean.apply(x, offsets, ids, gather, how)  # type: ignore[no-untyped-call]  # of torch
     return Tokens(means, offsets[:-1])
+
+
+def windows(x: Tensor, batch: Batch, **how: Any) -> Tokens:
+    """Compile the mean of windows of one size; ``how`` are arguments of ``torch.compile``."""
+    with torch.no_grad():
+        offsets = window_offsets(batch)
+        ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), offsets.diff())
+    return Tokens(compiled(index_add, dynamic=True, **how)(x, offsets, ids), offsets[:-1])

@@ -150,6 +150,43 @@ def vectorised(
     return form
 
 
+def window_offsets(batch: Batch) -> Tensor:
+    """Return the offsets of the segments of a ``Uniform`` rule, ``[M + 1]``: windows that start again at each sequence.
+
+    Raises:
+        ValueError: The rule is not ``Uniform``.
+    """
+    if not isinstance(batch.rule, fc.Uniform):
+        raise ValueError(f"rule must be Uniform, got {batch.rule}")
+    size, cu = batch.rule.size, batch.cu_seqlens.long()
+    counts = (cu.diff() + size - 1) // size
+    first = F.pad(counts.cumsum(0), (1, 0))  # number of windows before each sequence
+    sequence = torch.repeat_interleave(torch.arange(len(counts), device=cu.device), counts)
+    starts = cu[sequence] + (torch.arange(len(sequence), device=cu.device) - first[sequence]) * size
+    return torch.cat([starts, cu[-1:]])
+
+
+def windows(pool: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Callable[[Tensor, Batch], Tokens]:
+    """Compute the means of windows of one size, each for the whole batch at once."""
+
+    def form(x: Tensor, batch: Batch) -> Tokens:
+        with torch.no_grad():
+            offsets = window_offsets(batch)
+            ids = torch.repeat_interleave(torch.arange(len(offsets) - 1, device=x.device), offsets.diff())
+        return Tokens(pool(x, offsets, ids), offsets[:-1])
+
+    return form
+
+
+def mean_pooling(x: Tensor, batch: Batch) -> Tokens:
+    """``mean_pooling`` of flash-linear-attention, whose windows have a power of two of frames; it returns no starts."""
+    pooling = importlib.import_module("fla.ops.utils.pooling")
+    if not isinstance(batch.rule, fc.Uniform):
+        raise ValueError(f"rule must be Uniform, got {batch.rule}")
+    means = pooling.mean_pooling(x.view(1, len(x), 1, -1), batch.rule.size, batch.cu_seqlens.long())
+    return Tokens(means.view(-1, x.shape[1]), None)
+
+
 def loop(x: Tensor, batch: Batch) -> Tokens:
     """Loop over sequences and segments in Python, cut by ``split``, whose backward is one concatenation."""
     values, starts, origin = [], [], 0

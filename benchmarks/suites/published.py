@@ -255,13 +255,13 @@ def least_variance(x: Tensor, rate: float = 3.0, longest: int = 8) -> Tensor:
         cost[size - 1, : n - size + 1] = size - total.square().sum(1) / size
     best = torch.full((n + longest,), torch.inf, dtype=torch.float64, device=x.device)
     best[n] = 0
-    choices: list[list[int]] = []
+    choices = []
     for _ in range(_kept(n, rate)):
         least, chosen = (cost + best.unfold(0, longest, 1)[1:].T).min(0)
-        choices.append(chosen.tolist())
+        choices.append(chosen)
         best = F.pad(least, (0, longest), value=torch.inf)
     starts = [0]
-    for choice in choices[:0:-1]:
+    for choice in torch.stack(choices[::-1]).tolist()[:-1]:
         starts.append(starts[-1] + choice[starts[-1]] + 1)
     return means(x, starts)
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
+import fastcompress as fc
 from benchmarks.harness.bandwidth_bound import KINDS, BandwidthBound
 from benchmarks.harness.cases import Case, batch_of, gradients, random_lengths
 from benchmarks.harness.compare import TRITON, Bench, Implementation, Job, compare
@@ -79,6 +80,19 @@ def implementations(bench: Bench | None = None) -> list[Implementation]:
     return ours(OURS, eager.fastcompress_pool, bench) + rest
 
 
+def uniform_implementations(bench: Bench) -> list[Implementation]:
+    """List the implementations for windows of one size, ours first."""
+    how: dict[str, Any] = {"backend": "aot_eager"} if bench.dry else {}
+    rest = [
+        Implementation("mean_pooling of flash-linear-attention", "library", eager.mean_pooling, module="fla"),
+        Implementation("segment_csr", "library", eager.windows(eager.segment_csr), module="torch_scatter"),
+        Implementation("embedding_bag", "eager", eager.windows(eager.embedding_bag)),
+        Implementation("index_add", "eager", eager.windows(eager.index_add)),
+        Implementation("compile, index_add", "compile", functools.partial(compiled.windows, **how)),
+    ]
+    return ours(OURS, eager.fastcompress_pool, bench) + rest
+
+
 _FEW = (OURS, "compile, plain", "cosine + index_add", "bmm + embedding_bag", "loop, split")
 CASES: tuple[Case, ...] = (
     Case("S1", random_lengths(8, 1350, 1500, seed=5), 1280),
@@ -96,6 +110,9 @@ _GPU_SHAPES = (
 )  # fmt: skip
 GPU_CASES = tuple(Case(f"{n} x {frames} x {dim}", (frames,) * n, dim) for n, frames, dim in _GPU_SHAPES)
 DRY = Case("2 x 60 x 48", (60, 60), 48)
+#: Windows of one size, for which other libraries have kernels; flash-linear-attention needs a power of two.
+UNIFORM = Case("uniform, 32 x 1500 x 1280", (1500,) * 32, 1280, rule=fc.Uniform(4))
+UNIFORM_DRY = Case("uniform, 2 x 61 x 48", (61, 61), 48, rule=fc.Uniform(4))
 
 
 def job(
@@ -129,6 +146,8 @@ def job(
         if name.endswith("in a graph") and result.starts is not None:  # after the segments there is unused room
             inside = result.starts < len(x)
             result = Tokens(result.values[inside], result.starts[inside])
+        if result.starts is None:  # only windows of one size, whose starts do not depend on the frames
+            result = Tokens(result.values, eager.window_offsets(batch)[:-1])
         if name == MIN_VARIANCE:
             return {"differing_boundaries": of_min_variance.check(name, result, grad, grad_x)}
         return {"differing_boundaries": expected.check(name, result, grad, grad_x)}
@@ -156,3 +175,7 @@ def run(bench: Bench) -> None:
         if case.name in (bench.cases or (case.name,)):
             for dtype, threads in bench.settings():
                 compare(bench, job(bench, case, dtype, threads, implementations(bench)))
+    uniform = UNIFORM_DRY if bench.dry else UNIFORM
+    if bench.on_gpu and uniform.name in (bench.cases or (uniform.name,)):
+        for dtype, threads in bench.settings():
+            compare(bench, job(bench, uniform, dtype, threads, uniform_implementations(bench)))

@@ -11,14 +11,13 @@
 #include <emmintrin.h>
 #endif
 
+#include "../min_variance.h"
 #include "ops.h"
 
 namespace fastcompress::cpu {
 namespace {
 
-constexpr int64_t kBlock = 1500;    // rows; MIN_VARIANCE_BLOCK of fastcompress/rules.py
-constexpr int64_t kStep = 8;        // values of best that are computed at once
-constexpr double kLargest = 1e100;  // a distance beyond it counts as 1, so that no sum overflows
+constexpr int64_t kStep = 8;  // values of best that are computed at once
 constexpr double kInfinity = std::numeric_limits<double>::infinity();
 
 typedef double Pair __attribute__((vector_size(2 * sizeof(double))));
@@ -72,7 +71,7 @@ class Block {
     for (int64_t length = 2; length <= longest_; ++length) {
       for (int64_t t = 0; t + length <= rows_; ++t) {
         const double distance = d[t * window + length - 2];
-        of_first_[t] += std::abs(distance) <= kLargest ? distance : 1;
+        of_first_[t] += std::abs(distance) <= kLargestDistance ? distance : 1;
         pairs_[t] = pairs_[t + 1] + of_first_[t];
         costs(length)[t] = pairs_[t] / double(length);
       }
@@ -141,8 +140,8 @@ std::vector<Range> find_blocks(const Sequences& sequences, const int32_t* row_gr
       if (row_group != nullptr)
         for (last = first + 1; last < end && row_group[last] == row_group[first];) ++last;
       if (row_group != nullptr && row_group[first] <= 0) continue;
-      for (int64_t begin = first; begin < last; begin += kBlock)
-        blocks.push_back({begin, std::min(begin + kBlock, last)});
+      for (int64_t begin = first; begin < last; begin += kVarianceBlock)
+        blocks.push_back({begin, std::min(begin + kVarianceBlock, last)});
     }
   }
   return blocks;
@@ -167,7 +166,7 @@ Tensor min_variance_boundaries(Tensor d, OptionalTensor cu_seqlens, OptionalTens
   const std::vector<Range> blocks = find_blocks(sequences, row_group_data);
   auto split = [&](const auto* data) {
     // A block costs about as much as reading its number of states.
-    parallel(int64_t(blocks.size()), kBlock * kBlock, [&](int64_t first, int64_t last) {
+    parallel(int64_t(blocks.size()), kVarianceBlock * kVarianceBlock, [&](int64_t first, int64_t last) {
       Block block(max_len);
       for (int64_t i = first; i < last; ++i) {
         const auto [begin, end] = blocks[i];

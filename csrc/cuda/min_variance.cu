@@ -12,12 +12,6 @@ namespace {
 
 constexpr int64_t kMostScratch = int64_t(256) << 20;  // bytes, for all thread blocks
 
-// Segments of at most this many rows take short_variance_kernel.
-template <int kLongest>
-bool is_short(int64_t max_len) {
-  return max_len <= kLongest;
-}
-
 template <class S, int kLongest>
 void launch_short(const VarianceParams& p, Stream stream) {
   FASTCOMPRESS_LAUNCH((short_variance_kernel<S, kLongest>), dim3(unsigned(p.thread_blocks)),
@@ -26,9 +20,9 @@ void launch_short(const VarianceParams& p, Stream stream) {
 
 template <class S>
 void launch_search(const VarianceParams& p, Stream stream) {
-  if (is_short<8>(p.max_len))
+  if (p.max_len <= 8)
     launch_short<S, 8>(p, stream);
-  else if (is_short<16>(p.max_len))
+  else if (p.max_len <= 16)
     launch_short<S, 16>(p, stream);
   else
     FASTCOMPRESS_LAUNCH(long_variance_kernel<S>, dim3(unsigned(p.thread_blocks)), dim3(kLongThreads), 0, stream, p);
@@ -40,9 +34,9 @@ void plan_variance(const Device& device, VarianceParams& p) {
   const int64_t rows = std::min(p.rows, kVarianceBlock), longest = std::min(p.max_len, rows);
   const auto count = int64_t(std::ceil(double(rows) / p.rate));
   int64_t bytes = count * rows * 2 + longest * rows * 8;
-  if (is_short<8>(p.max_len))
+  if (p.max_len <= 8)
     bytes = count * VarianceShape<8>::kVarianceThreads * 2;
-  else if (is_short<16>(p.max_len))
+  else if (p.max_len <= 16)
     bytes = count * VarianceShape<16>::kVarianceThreads * 2;
   p.scratch_bytes = (bytes + 15) / 16 * 16;
   const int64_t fitting = std::max<int64_t>(1, kMostScratch / std::max<int64_t>(1, p.scratch_bytes));

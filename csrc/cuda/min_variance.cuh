@@ -18,18 +18,32 @@
 
 namespace fastcompress::cuda {
 
-constexpr double kLargestDistance = 1e100;  // a distance beyond it counts as 1, so that no sum overflows
-
 // One thread per row. Clears the row's output; threads whose row starts a run list the blocks of the run.
 static __global__ void __launch_bounds__(kThreads) find_variance_blocks_kernel(VarianceParams p) {
   const int64_t row = int64_t(blockIdx.x) * kThreads + threadIdx.x;
-  if (row >= p.rows) return;
-  p.starts[row] = 0;
-  const RowPlace place = place_row(p.sequences, p.row_group, row);
-  if (!place.alive || !place.changes || place.group == kKeepRow) return;
+  RowPlace place;
+  if (row < p.rows) {
+    p.starts[row] = 0;
+    place = place_row(p.sequences, p.row_group, row);
+  }
+  const bool starts_run = place.alive && place.changes && place.group != kKeepRow;
   int64_t end = place.end;
-  if (p.row_group != nullptr)
-    for (end = row + 1; end < place.end && p.row_group[end] == place.group;) ++end;
+  if (p.row_group != nullptr) {
+    const int own_lane = int(threadIdx.x) % 32;
+    for (unsigned left = __ballot_sync(~0u, starts_run); left != 0; left &= left - 1) {  // the warp finds each end
+      const int lane = __ffs(int(left)) - 1;
+      const int32_t group = __shfl_sync(~0u, place.group, lane);
+      const int64_t last = __shfl_sync(~0u, place.end, lane);
+      int64_t at = __shfl_sync(~0u, row, lane) + 1;
+      for (unsigned others = 0; others == 0;) {
+        const bool other = at + own_lane >= last || p.row_group[at + own_lane] != group;
+        others = __ballot_sync(~0u, other);
+        at += others == 0 ? 32 : __ffs(int(others)) - 1;
+      }
+      if (lane == own_lane) end = at;
+    }
+  }
+  if (!starts_run) return;
   const int64_t count = (end - row + kVarianceBlock - 1) / kVarianceBlock;
   const int64_t first = atomicAdd(&p.state->next_tile, unsigned(count));
   for (int64_t i = 0; i < count; ++i) {

@@ -147,7 +147,8 @@ Tensor adjacent_distance(Tensor x, OptionalTensor cu_seqlens, OptionalTensor len
   workspace.prepare(0, scope.stream);
   const ScalarType type = accumulate_type(x.scalar_type());
   Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1)}, type) : empty_like(x, {x.size(0)}, type);
-  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, nullptr, out.mutable_data_ptr()};
+  const DistanceParams p{rows_in(rows), workspace.sequences(), std::min(lag, std::max<int64_t>(1, rows.count)), nullptr,
+                         out.mutable_data_ptr()};
   check(launch_adjacent_distance_fwd(dtype_of("x", x), p, scope.stream), "adjacent_distance");
   if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;
@@ -165,7 +166,8 @@ Tensor adjacent_distance_backward(Tensor grad, Tensor x, OptionalTensor cu_seqle
   workspace.prepare(0, scope.stream);
   Tensor out = x.dim() == 3 ? empty_like(x, {x.size(0), x.size(1), x.size(2)}, x.scalar_type())
                             : empty_like(x, {x.size(0), x.size(1)}, x.scalar_type());
-  const DistanceParams p{rows_in(rows), workspace.sequences(), lag, grad_rows.const_data_ptr(), out.mutable_data_ptr()};
+  const DistanceParams p{rows_in(rows), workspace.sequences(), std::min(lag, std::max<int64_t>(1, rows.count)),
+                         grad_rows.const_data_ptr(), out.mutable_data_ptr()};
   check(launch_adjacent_distance_bwd(dtype_of("x", x), p, scope.stream), "adjacent_distance_backward");
   if (checks_at_once(scope.stream)) workspace.read_count(scope.stream);
   return out;

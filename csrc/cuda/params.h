@@ -4,6 +4,7 @@
 #include <cstdint>
 
 #include "../greedy_segments.h"
+#include "../min_variance.h"
 #include "../segment_reduce.h"
 #include "../rule.h"
 
@@ -70,10 +71,11 @@ struct State {
   int32_t error;         // errors of the input, bits of Invalid
   int32_t wrong_audios;  // the offsets of the audios are invalid
   // The next tile to process. Blocks take tiles in the order in which they start, so no block waits for a tile whose
-  // block has not started.
+  // block has not started. Minimum-variance segments count the blocks of rows that they have found here.
   uint32_t next_tile;
-  uint32_t next_clear;  // the next piece of the rows after the last segment to clear
-  uint64_t total;       // 1 + the number of segments; 0 while it is unknown
+  // The next piece of the rows after the last segment to clear, or the next block of rows to search.
+  uint32_t next_clear;
+  uint64_t total;  // 1 + the number of segments; 0 while it is unknown
 };
 
 enum Invalid : int32_t {
@@ -144,8 +146,6 @@ struct SelectParams {
   Scratch scratch;
 };
 
-// Rows per block of minimum-variance segments; MIN_VARIANCE_BLOCK of fastcompress/rules.py.
-constexpr int64_t kVarianceBlock = 1500;
 constexpr int kLongThreads = 512;  // threads per block of the kernel for long segments
 
 struct VarianceBlock {

@@ -11,15 +11,13 @@
 //      memory, kThreads at a time, until it finds the end;
 //   4. gets the number of segments before the tile by a look-back over the tiles (tile.cuh);
 //   5. averages every segment that starts in the tile. Rows after the tile are read from global memory. This is slow
-//   for
-//      long segments.
+//      for long segments.
 //
 // Model, for x [N, D] of E-byte elements, a tile of R rows and M segments: (1 + H / R) N D E bytes are read, most of
 // the H = 1 + 2 order + kExtraRows halo rows from the second-level cache, and M D E written. Instructions of a lane for
 // bf16, read from the SASS of sm_90:
 //   scoring:    48.5 for each pair of rows and 8 columns (3 loads, 24 widenings, 32 multiplications and 32 additions
-//   for
-//               two pairs and 4 columns), which is 6.1 for each element of the window;
+//               for two pairs and 4 columns), which is 6.1 for each element of the window;
 //   averaging:  145 for a segment of 3 rows at 8 columns (loads, widenings and additions 61, division 57, store and
 //               loop 27), which is 6.0 for each element of the tile.
 // pool_plan.cpp chooses R.

@@ -34,6 +34,6 @@ def _run_export(options: argparse.Namespace) -> int:
     try:
         export(options.model, options.out)
     except SettingsError as error:
-        raise UserError(spell_flags(str(error))) from error
+        raise UserError(spell_flags(str(error).replace("`model`", "RUN"))) from error
     print(f"written: {options.out}")
     return EXIT_OK

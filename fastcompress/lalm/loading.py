@@ -94,6 +94,7 @@ def load_model(
     *,
     proportional_attention: bool | None = None,
     positions: str | None = None,
+    keep_dtypes: bool = False,
 ) -> tuple[Any, FastCompressProcessor]:
     """Load a model and its processor.
 
@@ -103,6 +104,7 @@ def load_model(
         device: Device of the model. On the CPU, fp16 submodules become fp32, which is faster there.
         proportional_attention: See ``set_compression``.
         positions: See ``set_compression``.
+        keep_dtypes: Whether fp16 submodules stay so on the CPU, too.
 
     Returns:
         The model in evaluation mode, and its processor.
@@ -129,7 +131,7 @@ def load_model(
     set_compression(model, rule, proportional_attention=proportional_attention, positions=positions)
     device = torch.device(device)
     for name, dtype in part_dtypes(unwrap(model)).items():
-        if device.type == "cpu" and dtype == torch.float16:
+        if device.type == "cpu" and dtype == torch.float16 and not keep_dtypes:
             getattr(unwrap(model), name).float()
     return model.to(device).eval(), processor
 

@@ -18,6 +18,7 @@ class Teacher:
     Args:
         path: Folder of a model or run, such as that from which the student starts.
         student: The student.
+        processor: Processor of the student.
         device: Device of the teacher.
         weight: Weight of the divergence in the loss.
 
@@ -25,22 +26,28 @@ class Teacher:
         SettingsError: The teacher cannot be loaded, or its vocabulary or features differ from the student's.
     """
 
-    def __init__(self, path: str, student: Any, device: torch.device | str, weight: float = 1.0) -> None:
+    def __init__(
+        self, path: str, student: Any, processor: Any, device: torch.device | str, weight: float = 1.0
+    ) -> None:
         try:
-            model, processor = load_model(path, device=device)
+            model, own_processor = load_model(path, device=device)
         except (RunError, RuntimeError) as error:
             raise SettingsError(f"`teacher`: {error}") from error
         self.weight: float = weight
         self.model: Any = model.requires_grad_(False).eval()
         own, other = unwrap(model), unwrap(student)
         for what, a, b in (
-            ("vocabulary", own.config.text_config.vocab_size, other.config.text_config.vocab_size),
+            ("number of ids", own.config.text_config.vocab_size, other.config.text_config.vocab_size),
             ("audio token", own.config.audio_token_id, other.config.audio_token_id),
             ("padding of audio", own.config.audio_padding, other.config.audio_padding),
             ("input of the encoder", _input_of(own), _input_of(other)),
         ):
             if a != b:
                 raise SettingsError(f"`teacher` {path}: its {what} is {a}, that of the model is {b}")
+        if own_processor.tokenizer.get_vocab() != processor.tokenizer.get_vocab():
+            raise SettingsError(f"`teacher` {path}: its vocabulary differs from that of the model")
+        if own_processor.feature_extractor.to_dict() != processor.feature_extractor.to_dict():
+            raise SettingsError(f"`teacher` {path}: its audio features differ from those of the model")
 
     def has_encoder_of(self, student: Any) -> bool:
         """Return whether the teacher's encoder has the weights of the student's."""

@@ -14,7 +14,8 @@ def export(run: str, out: Path) -> None:
     """Merge the adapter of a run into its base model, and write the weights, the processor and the rule.
 
     The rule is in ``config.json`` under the key ``fastcompress`` (a stock model), or among the settings of the
-    reference model. The weights have the dtypes of the base model. An interrupted export leaves no folder.
+    reference model. The weights have the dtypes of the base model; parts of the reference model that were trained in
+    full are in fp32. An interrupted export leaves no folder.
 
     Args:
         run: Folder of a run of ``finetune`` or ``train``, of its adapter, or of a model.
@@ -23,6 +24,7 @@ def export(run: str, out: Path) -> None:
     Raises:
         SettingsError: The run cannot be loaded, or the folder cannot be written.
     """
+    out = out.absolute()
     try:
         check_folder(out)
         if out.exists() and any(out.iterdir()):
@@ -31,7 +33,7 @@ def export(run: str, out: Path) -> None:
         raise SettingsError(f"`out` {out}: {reason(error)}") from error
     if is_reference(run_folder(run)):
         try:
-            model, processor = load_model(run_folder(run))
+            model, processor = load_model(run_folder(run), keep_dtypes=True)
         except (RunError, RuntimeError) as error:
             raise SettingsError(f"`model`: {error}") from error
         if hasattr(model, "merge_and_unload"):

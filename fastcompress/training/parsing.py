@@ -87,8 +87,9 @@ class SettingsParser(jsonargparse.ArgumentParser):
         Raises:
             SettingsError: A flag is unknown or has a value of another type.
         """
+        given_arguments = sys.argv[1:] if arguments is None else arguments
         try:
-            parsed = vars(self.parse_args(_joined(sys.argv[1:] if arguments is None else arguments), defaults=False))
+            parsed = vars(self.parse_args(_joined(given_arguments, self.settings.repeated), defaults=False))
         except ArithmeticError as error:  # of an integer that no float can hold
             raise SettingsError(reason(error)) from error
         # jsonargparse puts a zero-width space before names of methods of its Namespace, such as `keys`.
@@ -119,20 +120,22 @@ class SettingsParser(jsonargparse.ArgumentParser):
         return " ".join(message.split())
 
 
-def _joined(arguments: Sequence[str]) -> list[str]:
-    """Return arguments in which several ``--rule`` are one, with spaces between the rules."""
-    rest, rules = [], []
+def _joined(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return arguments in which the repeated flags of the named settings are one, with spaces between the values."""
+    rest: list[str] = []
+    values: dict[str, list[str]] = {flag(name): [] for name in names}
     i = 0
     while i < len(arguments):
-        if arguments[i] == "--rule" and i + 1 < len(arguments):
-            rules.append(arguments[i + 1])
+        name, sign, value = arguments[i].partition("=")
+        if name in values and sign:
+            values[name].append(value)
+        elif name in values and i + 1 < len(arguments) and not arguments[i + 1].startswith("--"):
+            values[name].append(arguments[i + 1])
             i += 1
-        elif arguments[i].startswith("--rule="):
-            rules.append(arguments[i].removeprefix("--rule="))
         else:
             rest.append(arguments[i])
         i += 1
-    return [*rest, f"--rule={' '.join(rules)}"] if rules else rest
+    return rest + [f"{name}={' '.join(given)}" for name, given in values.items() if given]
 
 
 def flag(name: str) -> str:

@@ -26,7 +26,7 @@ class RateSchedule:
         seed: Seed of the choice.
 
     Raises:
-        ValueError: A rule has no rate that could rise.
+        ValueError: The model does not take a rule, or a rule has no rate that could rise.
     """
 
     def __init__(self, model: Any, rules: Sequence[str], warmup_steps: int = 0, seed: int = 0) -> None:
@@ -38,6 +38,9 @@ class RateSchedule:
         if warmup_steps:
             for rule in self.rules:
                 scaled(rule, 0.5)
+        for rule in self.rules:  # fail now if the model does not take one
+            self._set(rule)
+        self.finish()
 
     def rule(self, step: int, batch: int) -> str:
         """Return the text form of the rule of a batch.
@@ -76,4 +79,6 @@ def scaled(rule: str, share: float) -> str:
     if isinstance(found, MinVariance) or (isinstance(found, TopK) and found.rate is not None):
         assert found.rate is not None
         return str(replace(found, rate=1 + share * (found.rate - 1)))
-    raise ValueError(f"rule {rule} has no rate that could rise; use uniform, min-variance or top-k with a rate")
+    raise ValueError(
+        f"rule {rule} has no rate that could rise in rate_warmup_steps; use uniform, min-variance or top-k with a rate"
+    )

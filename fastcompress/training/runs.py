@@ -167,12 +167,14 @@ class Run:
         try:
             return RateSchedule(unwrap(model), settings.rules, settings.rate_warmup_steps, settings.seed)
         except ValueError as error:
-            raise SettingsError(f"`rate_warmup_steps`: {error}") from error
+            raise SettingsError(f"`rule`: {error}") from error
 
     def _teacher(self, model: Any) -> Teacher | None:
         if self.settings.teacher is None:
             return None
-        teacher = Teacher(self.settings.teacher, model, self.accelerator.device, self.settings.teacher_weight)
+        teacher = Teacher(
+            self.settings.teacher, model, self.processor, self.accelerator.device, self.settings.teacher_weight
+        )
         if self.settings.encode_once and not teacher.has_encoder_of(model):
             raise SettingsError(f"`encode_once` excludes `teacher` {self.settings.teacher}, whose encoder is another")
         return teacher

@@ -8,6 +8,7 @@ also has is named as it is there. This module imports neither transformers nor a
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Annotated, Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
@@ -35,6 +36,8 @@ class Settings:
     """
 
     group: ClassVar[str]
+    #: Settings whose flag can be repeated; the values are joined by spaces.
+    repeated: ClassVar[tuple[str, ...]] = ()
 
     def __post_init__(self) -> None:
         for name, hint in type_hints(type(self)).items():
@@ -302,6 +305,8 @@ class TrainCompressionSettings(CompressionSettings):
         boundary_kind: Kind of learned boundaries.
     """
 
+    repeated: ClassVar[tuple[str, ...]] = ("rule",)
+
     rate_warmup_steps: int = 0
     reduce: str | None = None
     keys: str | None = None
@@ -328,7 +333,8 @@ class TrainCompressionSettings(CompressionSettings):
 
     @property
     def rules(self) -> list[str]:
-        return [] if self.rule is None else self.rule.split()
+        # Spaces next to a sign are inside a rule: "uniform: 3, tail=drop".
+        return [] if self.rule is None else re.split(r"(?<![:,=\s])\s+(?![:,=\s])", self.rule.strip())
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from fastcompress.decoder import saved_rule
 from fastcompress.files import named, one_line
 from fastcompress.training.settings import SettingsError
 
@@ -45,6 +46,7 @@ def load_stock(path: str) -> tuple[Any, Any]:
     """
     import transformers
 
+    saved_rule.watch()  # the rule of an adapter gets into the configuration
     folder = run_folder(path)
     adapter = folder if (folder / "adapter_config.json").is_file() else None
     if folder.exists() and adapter is None and not (folder / "config.json").is_file():

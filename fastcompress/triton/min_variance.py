@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fastcompress.reference.min_variance import LARGEST
 from fastcompress.rules import MIN_VARIANCE_BLOCK as BLOCK
-from fastcompress.triton.common import Sequences, checks_at_once, flat, launch, prepare_sequences
+from fastcompress.triton.common import Sequences, flat, launch, prepare_sequences
 
 #: Rows per program: the power of two from ``BLOCK`` on.
 ROWS = triton.next_power_of_2(BLOCK)
@@ -25,15 +25,16 @@ _LARGEST = tl.constexpr(LARGEST)
 def min_variance_boundaries(
     d: Tensor, cu_seqlens: Tensor | None, lengths: Tensor | None, row_group: Tensor | None, rate: float, max_len: int
 ) -> Tensor:
-    """Return the rows that start a segment; see the reference. Nothing is read from the device."""
+    """Return the rows that start a segment; see the reference. Nothing is read from the device.
+
+    Scratch memory: ``8 * max_len + 2 * ceil(1500 / rate) + 16`` bytes per row.
+    """
     if not 1 <= rate <= max_len:
         raise ValueError(f"rate must be between 1 and max_len, {max_len}, got {rate}")
     if d.shape[-1] < max_len - 1:
         raise ValueError(f"d must have max_len - 1 = {max_len - 1} distances per row, got {d.shape[-1]}")
     shape = d.shape[:-1]
     sequences = prepare_sequences(d, d.dim() - 1, cu_seqlens, lengths)
-    if checks_at_once():
-        sequences.read_total()
     rows = d.reshape(-1, d.shape[-1]).contiguous()
     count, longest = len(rows), min(max_len, BLOCK)
     out = torch.zeros(count, dtype=torch.uint8, device=d.device)
@@ -42,9 +43,9 @@ def min_variance_boundaries(
     most = math.ceil(min(BLOCK, count) / rate)
     costs = torch.empty(longest, count, dtype=torch.float64, device=d.device)
     best = torch.empty(2, count, dtype=torch.float64, device=d.device)
-    choices = torch.empty(count, most, dtype=torch.int16, device=d.device)
+    choices = torch.empty(most, count, dtype=torch.int16, device=d.device)
     launch(
-        min_variance_fwd_kernel, (count,), d, rows, rows.stride(0), sizes, counts, costs, best, choices, most, out,
+        min_variance_fwd_kernel, (count,), d, rows, rows.stride(0), sizes, counts, costs, best, choices, out,
         count, longest, num_warps=8, ROWS=ROWS,
     )  # fmt: skip
     return out.view(torch.bool).view(shape)
@@ -69,9 +70,9 @@ def block_sizes(sequences: Sequences, row_group: Tensor | None) -> Tensor:
     return torch.where(inside & ((row - run) % BLOCK == 0), (end - row).clamp_max(BLOCK), 0)
 
 
-@triton.jit(do_not_specialize=["window", "most", "num_rows", "max_len"])
+@triton.jit(do_not_specialize=["window", "num_rows", "max_len"])
 def min_variance_fwd_kernel(
-    D, window, SIZES, COUNTS, COSTS, BEST, CHOICES, most, OUT, num_rows, max_len,
+    D, window, SIZES, COUNTS, COSTS, BEST, CHOICES, OUT, num_rows, max_len,
     ROWS: tl.constexpr,
 ):  # fmt: skip
     begin = tl.program_id(0).to(tl.int64)
@@ -115,10 +116,10 @@ def min_variance_fwd_kernel(
                 least = tl.where(better, total, least)
                 choice = tl.where(better, length, choice)
             tl.store(BEST + (k % 2) * stride + own, least, mask=inside)
-            tl.store(CHOICES + own * most + k - 1, choice.to(tl.int16), mask=inside)
+            tl.store(CHOICES + (k - 1) * stride + own, choice.to(tl.int16), mask=inside)
             tl.debug_barrier()
         at = begin
         tl.store(OUT + at, 1)
         for step in range(1, count):
-            at = at + tl.load(CHOICES + at * most + count - step).to(tl.int64)
+            at = at + tl.load(CHOICES + (count - step) * num_rows.to(tl.int64) + at).to(tl.int64)
             tl.store(OUT + at, 1)

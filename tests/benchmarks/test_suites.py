@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import types
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,22 @@ import torch
 import fastcompress as fc
 from benchmarks import __main__ as command
 from benchmarks import report
-from benchmarks.harness.cases import Case, batch_of, cu_seqlens, features, rotation, threshold_of
+from benchmarks.harness.cases import Case, batch_of, cu_seqlens, features, random_bytes, rotation, threshold_of
 from benchmarks.harness.compare import Bench, Implementation, WrongResult, compare
 from benchmarks.registry import SUITES
-from benchmarks.results import BOTH, CLONE, FORWARD, OURS, read
-from benchmarks.suites import decoder, memory, methods, pack, prefill, roofline, scaling, segment_pool, training_step
+from benchmarks.results import BOTH, CLONE, FORWARD, MIX, OURS, read
+from benchmarks.suites import (
+    decoder,
+    eager,
+    memory,
+    methods,
+    pack,
+    prefill,
+    roofline,
+    scaling,
+    segment_pool,
+    training_step,
+)
 from benchmarks.suites.checks import Expected
 
 
@@ -168,3 +180,56 @@ def test_the_harness_of_the_gpu_runs_dry(bench: Bench, tmp_path: Path):
     assert "| fastcompress, end to end, ms |" in re.sub(
         " +", " ", report.text({"dry": read(tmp_path / "dry-cuda.jsonl")})
     )
+
+
+def test_windows_of_one_size(bench: Bench, monkeypatch: pytest.MonkeyPatch):
+    """Every form for a Uniform rule is right; one that returns no starts has those of the windows, and may be wrong."""
+    bench.dry, bench.device = True, torch.device("cpu")
+    case = segment_pool.UNIFORM_DRY
+    forms = segment_pool.uniform_implementations(bench)
+    rows = compare(bench, segment_pool.job(bench, case, torch.float32, 1, forms))
+    timed = {row["implementation"] for row in rows if row["direction"] == FORWARD}
+    assert {OURS, "embedding_bag", "index_add", "compile, index_add", CLONE, MIX} <= timed
+    assert {row["implementation"] for row in rows if row["direction"] == BOTH} >= {OURS, "embedding_bag", "index_add"}
+    x, batch = batch_of(case, torch.float32)
+    assert eager.window_offsets(batch).tolist()[14:18] == [
+        56,
+        60,
+        61,
+        65,
+    ]  # the last window of a sequence has one frame
+    with pytest.raises(ValueError, match="rule must be Uniform"):
+        eager.window_offsets(replace(batch, rule=fc.LocalMax()))
+
+    def means(x: torch.Tensor, size: int, cu: torch.Tensor) -> torch.Tensor:  # as in flash-linear-attention
+        assert x.dim() == 4 and len(x) == 1
+        pooled = [part.mean(1, keepdim=True) for seq in x.split(cu.diff().tolist(), 1) for part in seq.split(size, 1)]
+        return torch.cat(pooled, 1)
+
+    library = types.ModuleType("fla.ops.utils.pooling")
+    monkeypatch.setattr(eager.importlib, "import_module", lambda name: library)
+    for pooling, admitted in ((means, True), (lambda x, size, cu: means(x, size, cu).flip(1), False)):
+        library.mean_pooling = pooling
+        theirs = Implementation("theirs", "library", eager.mean_pooling)
+        rows = compare(bench, segment_pool.job(bench, case, torch.float32, 1, [forms[0], theirs]))
+        assert ("theirs" in {row["implementation"] for row in rows}) == admitted
+    assert any("values are off" in row.get("not_timed", "") for row in bench.recorder.measurements)
+
+
+def test_ceilings_use_random_bytes():
+    first, second = (random_bytes(1 << 16, seed=seed) for seed in (0, 1))
+    assert not torch.equal(first, second) and torch.equal(first, random_bytes(1 << 16))
+    counts = torch.bincount(first.int(), minlength=256)
+    assert counts.min() > 150 and counts.max() < 400  # 256 of each on average
+
+
+def test_prefill_is_skipped_before_the_model_is_built(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
+    """An old transformers is a reason to skip; it does not make the library wrong."""
+    families = pytest.importorskip("fastcompress.integrations.transformers.families")
+    monkeypatch.setattr(families.transformers, "__version__", "5.17.0")
+    monkeypatch.setattr(prefill, "build", lambda *_: pytest.fail("a model is built"))
+    prefill.run(bench)
+    assert "prefill: not measured: dynamic mode needs transformers" in capsys.readouterr().out
+    assert bench.recorder.measurements == []

@@ -1,4 +1,4 @@
-"""Every op on a GPU against the reference on the CPU, bit for bit; streams, CUDA graphs, large and invalid input.
+"""Every op on a GPU against the kernels of the CPU, bit for bit; streams, CUDA graphs, large and invalid input.
 
 Run ``pytest --device cuda --backend cuda tests/gpu/test_ops.py`` (or ``--backend triton``). ``--device cpu`` runs the
 tests on any machine (tests/support/on_device.py), and ``--device cpu --emulated 0`` runs the CUDA kernels in the
@@ -22,7 +22,7 @@ from benchmarks.harness.device import delay, side_stream, synchronize
 from fastcompress.ops.integrate_and_fire import integrate_rows
 from fastcompress.ops.segment_reduce import REDUCTIONS
 from tests.support.capturing import capturing
-from tests.support.on_device import moved
+from tests.support.on_device import expected_results, moved
 from tests.support.sample_inputs import (
     DTYPES,
     FEATURES,
@@ -61,8 +61,8 @@ def capture(call: Callable[[], Any], device: torch.device) -> tuple[Callable[[],
 
 
 def expected(call: Callable[[], Any]) -> Any:
-    """Return the result of the reference on the CPU."""
-    with fc.backend("reference"):
+    """Return the result of the CPU."""
+    with expected_results():
         return call()
 
 
@@ -126,7 +126,7 @@ def test_every_kind_of_features(gpu: torch.device, dtype: torch.dtype, kind: str
 
 
 def every_op(x: Tensor, gpu: torch.device, lag: int, where: tuple[Tensor]) -> None:
-    """Compare each part of the fused op and its gradients on ``x`` with the reference on its copy on the CPU."""
+    """Compare each part of the fused op and its gradients on ``x`` with the CPU."""
 
     def run(x: Tensor) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}

@@ -142,8 +142,8 @@ FAMILIES = {
 }
 
 
-def tokenizer() -> Any:
-    """Return a tokenizer of words, separated by spaces."""
+def tokenizer(name: str) -> Any:
+    """Return the tokenizer of a family: words, separated by spaces."""
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = ["<pad>", "<s>", "</s>", "<unk>", *WORDS]
@@ -156,7 +156,7 @@ def tokenizer() -> Any:
         bos_token="<s>",
         eos_token="</s>",
         unk_token="<unk>",
-        extra_special_tokens=QWEN3,
+        extra_special_tokens=QWEN3 if name == "qwen3_asr" else {},  # other processors would read them too
     )
     fast.add_tokens(list(SPECIAL), special_tokens=True)
     assert fast.convert_tokens_to_ids(list(SPECIAL)) == [token(text) for text in SPECIAL]
@@ -172,7 +172,7 @@ def write(name: str, folder: Path, seed: int = 0) -> Path:
     extractor = getattr(transformers, family.extractor)(feature_size=MELS)
     before, placeholder, after = family.placeholder
     template = TEMPLATE.replace("BEFORE", before).replace("<AUDIO>", placeholder).replace("AFTER", after)
-    family.processor(extractor, tokenizer(), template).save_pretrained(folder)
+    family.processor(extractor, tokenizer(name), template).save_pretrained(folder)
     return folder
 
 

@@ -17,7 +17,7 @@ from fastcompress.lalm import add_lora
 from fastcompress.lalm.loading import BASE_FILE, load_model
 from fastcompress.training.export import export
 from fastcompress.training.settings import SettingsError
-from tests.support import ROOT, audio_llms
+from tests.support import ROOT, audio_llms, processes
 
 pytestmark = [pytest.mark.xdist_group("training")]
 
@@ -31,7 +31,7 @@ def with_random_lora(model: Any, **settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("mode", ["dynamic", "budget"])
-def test_a_stock_model(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+def test_a_stock_model(mode: str, tmp_path: Path):
     """transformers loads the checkpoint alone, and gives the logits of the base model with its adapter."""
     base, run, out = tmp_path / "base", tmp_path / "run", tmp_path / "out"
     audio_llms.make("qwen2_audio").save_pretrained(base)
@@ -43,8 +43,9 @@ def test_a_stock_model(mode: str, tmp_path: Path, capsys: pytest.CaptureFixture[
         projector.modules_to_save["default"].linear.weight += 0.1
     tuned.save_pretrained(run / "adapter")
     audio_llms.processor("qwen2_audio").save_pretrained(run / "adapter")
-    assert main(["export", str(run), "--out", str(out)]) == 0
-    assert capsys.readouterr().out == f"written: {out}\n"
+    # In a new process: this one has imported the patch, which restores the rules of adapters.
+    done = processes.run(["-m", "fastcompress", "export", str(run), "--out", str(out)])
+    assert done.returncode == 0 and done.stdout == f"written: {out}\n", done.stderr
     assert not list(out.glob("adapter*")) and transformers.AutoProcessor.from_pretrained(out)
     found = transformers.Qwen2AudioForConditionalGeneration.from_pretrained(out).eval()
     assert stored(found) == stored(model) is not None
@@ -90,6 +91,22 @@ def test_a_reference_model(tmp_path: Path):
     merged = dict(expected.merge_and_unload().named_parameters())
     for name, parameter in found.named_parameters():
         torch.testing.assert_close(parameter, merged[name], msg=name)
+
+
+def test_a_reference_model_in_fp16(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    model, processor = load_model(DIGITS)
+    model.half().save_pretrained(tmp_path / "half")
+    processor.save_pretrained(tmp_path / "half")
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    export(str(tmp_path / "half"), Path())
+    found = load_model(tmp_path / "here", keep_dtypes=True)[0]
+    assert {p.dtype for p in found.parameters()} == {torch.float16}
+
+
+def test_errors_name_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]):
+    assert main(["export", str(tmp_path / "none"), "--out", str(tmp_path / "out")]) == 2
+    assert f"RUN {tmp_path / 'none'}: no such folder" in capsys.readouterr().err
 
 
 def test_a_folder_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):

@@ -17,7 +17,7 @@ from fastcompress.training.parsing import read_record
 from fastcompress.training.rate_schedule import RateSchedule, scaled
 from fastcompress.training.runs import Run
 from fastcompress.training.settings import SettingsError, TrainSettings
-from tests.support import ROOT
+from tests.support import ROOT, reference_models
 from tests.support.lalm_data import write_tones
 
 pytestmark = [pytest.mark.xdist_group("training")]
@@ -126,31 +126,57 @@ def test_errors(data: Path, tmp_path: Path):
     for values, message in (
         ({"rule": "none uniform:2"}, "the first of several must not be none"),
         ({"rule": "uniform:2 uniform:x"}, "`rule`: "),
+        ({"rule": " "}, "`rule`: "),
         ({"rate_warmup_steps": 3}, "`rate_warmup_steps` needs a `rule`"),
         ({"teacher_weight": 0.0}, "`teacher_weight` must be more than 0"),
     ):
         with pytest.raises(SettingsError, match=message):
             settings(data, tmp_path, **values)
     for values, message in (
-        ({"rule": "local-max", "rate_warmup_steps": 3}, "`rate_warmup_steps`: rule local-max has no rate"),
+        ({"rule": "local-max", "rate_warmup_steps": 3}, "`rule`: rule local-max has no rate that could rise"),
         ({"teacher": str(tmp_path / "no")}, "`teacher`: "),
-        ({"teacher": DIGITS}, "`teacher` .*vocabulary"),
+        ({"teacher": DIGITS}, "`teacher` .*number of ids"),
     ):
         with pytest.raises(SettingsError, match=message):
             quiet(settings(data, tmp_path / "run", **values))
         assert not (tmp_path / "run").exists()
-    other, _ = load_model(DIGITS)
+    with pytest.raises(ValueError, match="label-change needs ctc_tokens"):
+        RateSchedule(reference_models.build(), ["uniform:2", "label-change"])
+
+
+def test_a_teacher_must_fit():
+    """Equal numbers of ids are not enough: a permuted vocabulary would give a wrong loss."""
+    (model, processor), (other, others) = load_model(DIGITS), load_model(DIGITS)
     with torch.no_grad():
         next(other.audio_tower.parameters()).add_(1)
-    assert Teacher(DIGITS, load_model(DIGITS)[0], "cpu").has_encoder_of(load_model(DIGITS)[0])
-    assert not Teacher(DIGITS, other, "cpu").has_encoder_of(other)
+    assert Teacher(DIGITS, model, processor, "cpu").has_encoder_of(model)
+    assert not Teacher(DIGITS, other, processor, "cpu").has_encoder_of(other)
+    others.feature_extractor.hop_length = 80
+    with pytest.raises(SettingsError, match="its audio features differ"):
+        Teacher(DIGITS, model, others, "cpu")
+    vocabulary = dict(others.tokenizer.get_vocab())
+    first, second = [word for word in vocabulary if word.isalpha()][:2]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    others.tokenizer.get_vocab = lambda: vocabulary
+    with pytest.raises(SettingsError, match="its vocabulary differs"):
+        Teacher(DIGITS, model, others, "cpu")
 
 
 def test_rules_on_the_command_line(data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]):
     flags = ["--rule", "uniform:2", "--max-steps", "1", "--rule=min-variance:rate=3"]
     assert main(["train", "--output-dir", str(tmp_path / "run"), "--data", str(data), *flags]) == 0
     assert read_record(TrainSettings, tmp_path / "run").rules == ["uniform:2", "min-variance:rate=3"]
-    assert (
-        main(["train", "--output-dir", str(tmp_path / "x"), "--data", str(data), "--rule", "uniform:2", "--rule"]) == 2
-    )
-    assert "--rule" in capsys.readouterr().err
+    base = ["--output-dir", str(tmp_path / "x"), "--data", str(data)]
+    for command, wrong, message in (
+        ("train", ["--rule", "uniform:2", "--rule"], "--rule"),
+        ("train", ["--rule", "--max-steps", "1"], "expected one argument"),
+        ("train", ["--rule", ""], "--rule"),
+        ("finetune", ["--model", "none", "--rule", "uniform:2", "--rule", "uniform:x"], "size must be an integer"),
+    ):
+        assert main([command, *base, *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_spaces_inside_a_rule(data: Path, tmp_path: Path):
+    assert settings(data, tmp_path, rule="local-max: order=2, min_len = 2").rules == ["local-max: order=2, min_len = 2"]
+    assert settings(data, tmp_path, rule=" uniform:2  local-max: order=2 ").rules == ["uniform:2", "local-max: order=2"]

@@ -112,12 +112,14 @@ class Whisper(SweepModel):
         return BaseModelOutput(last_hidden_state=cast(torch.FloatTensor, self._hidden))
 
     def _record(self, control: Control | None, out: Any) -> Any:
-        """Keep the lengths of the tokens, and apply a control to the output of the compressed encoder."""
+        """Apply a control to the output of the compressed encoder, and keep the lengths of the tokens."""
         self._lengths = out.token_lengths
-        if control is None:
-            return out
-        frames = torch.stack([s["frames"].reshape(()) for s in self._states]).to(self._hidden.device)
-        return control(self._hidden, frames, out)
+        if control is not None:
+            frames = torch.stack([s["frames"].reshape(()) for s in self._states]).to(self._hidden.device)
+            out = control(self._hidden, frames, out)
+            if not out.token_lengths.is_floating_point():  # else they are weights
+                self._lengths = out.token_lengths
+        return out
 
     def features(self, states: Sequence[dict[str, Tensor]]) -> Tensor:
         """Return log-mel features ``[B, mels, columns]`` for which the encoder returns the given states.

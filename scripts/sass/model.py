@@ -245,21 +245,14 @@ def given_cost(kernel: KernelMeasure) -> Cost | None:
 
 def distance_cost(kernel: KernelMeasure) -> Cost | None:
     """Return the cost of the distances of neighbouring rows, or None if no loop multiplies rows."""
-    size, function = element_bytes(kernel.name), kernel.kernel.function
-    loops: list[LoopMeasure] = []
-    for measured in score_loops(kernel):  # alternatives to a tighter loop are not counted, such as that for a long lag
-        loop = function.loops[kernel.loops.index(measured)]
-        kept = [function.loops[kernel.loops.index(other)] for other in loops]
-        if all(function.follows(loop, other) or function.follows(other, loop) for other in kept):
-            loops.append(measured)
+    size = element_bytes(kernel.name)
+    # A group multiplies every row that it loads with itself, and each but the last with the next one.
+    loops = [loop for loop in score_loops(kernel) if loop.products > loop.elements]
     if not loops:
         return None
-    # A pass over a pair multiplies as many elements as it loads of one row: half of those it loads of two.
-    parts = [
-        Part("score" if i == 0 else f"score, pass {i + 1}", _scaled(loop.pipes, 2 / loop.elements))
-        for i, loop in enumerate(loops)
-    ]
-    return Cost(parts, size, size * len(parts), in_flight=32 * max(loop.elements for loop in loops) * size)
+    loop = min(loops, key=lambda loop: loop.instructions / (loop.products - loop.elements))
+    part = Part("score", _scaled(loop.pipes, 1 / (loop.products - loop.elements)))
+    return Cost([part], size, size, in_flight=32 * loop.elements * size)
 
 
 def cost_of(kernel: KernelMeasure, machine: Machine) -> Cost | None:

@@ -90,8 +90,9 @@ def committed(kernel: KernelMeasure) -> dict[str, Any]:
         row["per_element"] = found["predictions"]["H200"]["instructions_per_element"]
     size = element_bytes(kernel.name)
     if size and is_aligned(kernel.name):
-        # band_dots multiplies one row with several others, so a pair has no two products of its own.
-        if not kernel.name.startswith("band_dots") and (scores := score_loops(kernel)):
+        # These kernels do not compute one square per pair: their groups also square a last row, or share a first one.
+        other = kernel.name.startswith(("adjacent_distance_fwd", "band_dots"))
+        if not other and (scores := score_loops(kernel)):
             row["score_step"] = round(instructions_per_pair(scores[0], size), 1)
         if kernel.name.startswith(("segment_pool", "segment_reduce_fwd")) and (item := average_item(kernel)):
             row["average_item"] = len(item)

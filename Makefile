@@ -22,7 +22,7 @@ WHEEL ?=
 OUT ?= out/gpu
 DRY ?=
 
-.PHONY: help demo experiment build test test-slow test-full test-emulated vllm-test sanitize fuzz lint docs bench \
+.PHONY: help demo experiment build test test-slow test-full test-emulated vllm-env vllm-test sanitize fuzz lint docs bench \
     bench-check bench-report sass gpu gpu-driver gpu-build gpu-check gpu-test gpu-sanitize gpu-bench wheel wheels \
     wheel-test clean
 
@@ -141,6 +141,8 @@ $(VLLM_READY): requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip install -q -r requirements-vllm.txt
 	$(VLLM_VENV)/bin/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	@touch $@
+
+vllm-env: $(VLLM_READY)
 
 # FAST=1 leaves out the tests that run an engine or a server. The package is the checkout, whose entry points are in
 # fastcompress.egg-info and whose compiled library runs with any torch.

@@ -22,8 +22,8 @@ template <class S>
 void launch_search(const VarianceParams& p, Stream stream) {
   if (p.max_len <= 8)
     launch_short<S, 8>(p, stream);
-  else if (p.max_len <= 16)
-    launch_short<S, 16>(p, stream);
+  else if (p.max_len <= 12)
+    launch_short<S, 12>(p, stream);
   else
     FASTCOMPRESS_LAUNCH(long_variance_kernel<S>, dim3(unsigned(p.thread_blocks)), dim3(kLongThreads), 0, stream, p);
 }
@@ -36,8 +36,8 @@ void plan_variance(const Device& device, VarianceParams& p) {
   int64_t bytes = count * rows * 2 + longest * rows * 8;
   if (p.max_len <= 8)
     bytes = count * VarianceShape<8>::kVarianceThreads * 2;
-  else if (p.max_len <= 16)
-    bytes = count * VarianceShape<16>::kVarianceThreads * 2;
+  else if (p.max_len <= 12)
+    bytes = count * VarianceShape<12>::kVarianceThreads * 2;
   p.scratch_bytes = (bytes + 15) / 16 * 16;
   const int64_t fitting = std::max<int64_t>(1, kMostScratch / std::max<int64_t>(1, p.scratch_bytes));
   p.thread_blocks = std::max<int64_t>(1, std::min({p.bound, int64_t(device.processors), fitting}));

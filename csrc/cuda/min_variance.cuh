@@ -92,7 +92,7 @@ struct VarianceShape<8> {  // an odd number of rows per thread: without bank con
   static constexpr int kRows = 5, kVarianceThreads = 320, kBits = 3;
 };
 template <>
-struct VarianceShape<16> {
+struct VarianceShape<12> {
   static constexpr int kRows = 3, kVarianceThreads = 512, kBits = 4;
 };
 

@@ -22,8 +22,8 @@ def banded_distance(
     Args:
         x: Frames, ``[N, D]`` packed, ``[B, T, D]`` padded or ``[B, j, D]`` nested (jagged); fp32, fp16, bf16 or fp64.
         window: Number of later frames, at least 1.
-        cu_seqlens: See [`adjacent_distance`][].
-        lengths: See [`adjacent_distance`][].
+        cu_seqlens: See [`fastcompress.adjacent_distance`][].
+        lengths: See [`fastcompress.adjacent_distance`][].
 
     Returns:
         Distances, ``[N, window]`` or ``[B, T, window]``, fp32 (fp64 for fp64 input); NaN without a partner.

@@ -188,7 +188,7 @@ def test_other_ops(dtype: torch.dtype, kind: str, widths: tuple[int, ...]):
 
 @pytest.mark.parametrize("rule", [fc.MinVariance(2.5, 4), fc.MinVariance(6, 12), fc.MinVariance(5, 40)], ids=str)
 def test_min_variance(rule: fc.MinVariance):
-    """The kernels for segments of up to 8, up to 16 and more rows; several blocks, which threads take in any order."""
+    """The kernels for segments of up to 8, up to 12 and more rows; several blocks, which threads take in any order."""
     for width, dtype in ((6, torch.float64), (16, torch.bfloat16)):
         for batch in (packed("smooth", width, dtype), padded("repeated", width, dtype)):
             assert_same(lambda b=batch: fc.segment_pool(b.x, rule=rule, **b.layout).segments.starts, ((6, 1), (7, 2)))

@@ -80,7 +80,7 @@ class Settings:
     rank: int = 16
 
 
-#: Settings of the runs: the best of ``TRIED``.
+#: Settings of the runs: the better of the first two of ``TRIED``; the third has not been run.
 SETTINGS = Settings(3e-4)
 #: Settings to compare on the held-out utterances, and the rule with which they are compared.
 TRIED = (
